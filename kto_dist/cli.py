@@ -1,0 +1,88 @@
+"""`kto-dist ...`: the commands, each a few lines around a function of the package.
+
+Exit status: 0 on success, 2 on a user's mistake (a message, no traceback), 1 on a failure, 128 + the signal's number
+where a signal stopped the run.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from kto_dist.config import Config, flatten, resolve
+from kto_dist.errors import UserError
+
+
+def _command(job: Callable[..., Any]) -> Callable[..., Any]:
+    """CONFIG and overrides as arguments, and mistakes as messages."""
+
+    @wraps(job)
+    def wrapped(**options: Any) -> Any:
+        try:
+            return job(**options)
+        except UserError as mistake:
+            click.echo(f"error: {mistake}", err=True)
+            raise SystemExit(2) from None
+
+    wrapped = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")(wrapped)
+    return click.argument("config", type=click.Path(path_type=Path))(wrapped)
+
+
+_ranks = click.option(
+    "--ranks", type=click.IntRange(min=1), help="Processes; default: one a GPU, or without GPUs one a core up to 2."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kto_dist")
+def main() -> None:
+    """Align a language model from thumbs-up/thumbs-down feedback (KTO), on one machine or a cluster.
+
+    CONFIG is a YAML file; SECTION.KEY=VALUE overrides come last and win, as in `train.lr=1e-6`. `kto-dist config
+    CONFIG` shows every setting. On several hosts use the deepspeed launcher itself: `deepspeed --hostfile H
+    launch/train.py CONFIG`.
+    """
+
+
+@main.command("config")
+@_command
+def show_config(config: Path, overrides: tuple[str, ...]) -> None:
+    """Print every setting: its value, where the value comes from, and what it means."""
+    resolved, origin = resolve(config, overrides)
+    table = Table("setting", "value", "from", "meaning", box=None, pad_edge=False)
+    for section, key, value in flatten(resolved):
+        fields = Config.model_fields[section].annotation.model_fields
+        meaning = next(field.description for name, field in fields.items() if key in (name, field.alias))
+        table.add_row(f"{section}.{key}", str(value), origin[f"{section}.{key}"], meaning)
+    Terminal(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+
+
+@main.command()
+@_ranks
+@_command
+def train(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+    """Train on this machine's devices, under the deepspeed launcher.
+
+    After a stop, the same command goes on from the newest checkpoint.
+    """
+    _launch("train", config, overrides, ranks)
+
+
+@main.command()
+@_ranks
+@_command
+def precompute(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+    """Score with the reference whatever its store lacks for CONFIG, and train nothing."""
+    _launch("precompute", config, overrides, ranks)
+
+
+def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+    from kto_dist import launcher
+
+    Config.load(config, overrides)  # a mistake shows at once, not once the ranks have started
+    raise SystemExit(launcher.run(job, [str(config), *overrides], ranks))

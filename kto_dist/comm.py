@@ -1,0 +1,154 @@
+"""Ranks: who am I, sums over all, and work that only one rank does. Identity at world size 1.
+
+The launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) name the ranks; without
+them this is a single process, which gets a process group of its own, since DeepSpeed wants one.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kto_dist.errors import UserError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+
+
+def init() -> None:
+    """Joins the process group; a second call does nothing."""
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    # Both backends: values on the host (keys, messages, sums) never travel through the device.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier(device_ids=[local_rank()] if torch.cuda.is_available() else None)
+
+
+def sum_(values: Tensor) -> Tensor:
+    """Sum over all ranks, in place; the tensor lives on the CPU or the device."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def min_(values: Tensor) -> Tensor:
+    """Minimum over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values
+
+
+def any_(flag: bool) -> bool:
+    """True everywhere when it is true on some rank."""
+    return bool(sum_(torch.tensor([int(flag)]))[0])
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's picklable value, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's picklable value, in rank order, on every rank."""
+    boxes: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(boxes, value)
+    return boxes
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Rank 0 does the work, however long it takes; every rank gets its result, or the same error.
+
+    The others wait in short collectives, so that hours of tokenising never meet the process group's time-out, while
+    the death of rank 0 still does.
+    """
+    return _while_others_wait(work if is_main() else None)[0]
+
+
+def once_per_host(work: Callable[[], T]) -> T:
+    """Like `on_main`, then again by local rank 0 of each host: for files, where hosts may not share a file system.
+
+    The work must find its own earlier result, so that hosts that do share one don't repeat it.
+    """
+    on_main(work)
+    results = _while_others_wait(work if local_rank() == 0 else None)
+    return results[rank() - local_rank()]  # ranks of a host are neighbours
+
+
+def _while_others_wait(work: Callable[[], T] | None) -> list[T | None]:
+    result: list[Any] = [None, None]
+
+    def run() -> None:
+        try:
+            result[0] = work()
+        except BaseException as error:  # handed to every rank below
+            result[1] = error
+
+    if world_size() == 1:
+        return [work()]
+    thread = threading.Thread(target=run, daemon=True) if work else None
+    if thread:
+        thread.start()
+    pause = 0.01
+    while True:
+        running = any_(thread is not None and thread.is_alive())
+        if not running:
+            break
+        time.sleep(pause)
+        pause = min(1.0, 2 * pause)
+    outcomes = gather((result[0], None if result[1] is None else (isinstance(result[1], UserError), str(result[1]))))
+    if result[1] is not None:
+        raise result[1]
+    for _, failure in outcomes:
+        if failure is not None:
+            raise UserError(failure[1]) if failure[0] else RuntimeError(f"another rank failed: {failure[1]}")
+    return [value for value, _ in outcomes]

@@ -1,0 +1,74 @@
+"""What a person sees while a run goes on: phases, lines, progress bars. Rank 0 speaks, the others are silent.
+
+Phases are timed here as well, since where a run's seconds went is the first thing that one asks after it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kto_dist import comm
+
+
+class Console:
+    def __init__(self) -> None:
+        self._out = rich.console.Console(quiet=not comm.is_main(), highlight=False, soft_wrap=True)
+        self._started = time.monotonic()
+        self._phase: str | None = None
+        self.seconds: dict[str, float] = {}
+        # phase -> seconds, complete once `end` was called
+
+    def phase(self, name: str) -> None:
+        """Ends the phase before, and starts `name` (again, if it has been one before)."""
+        self.end()
+        self._phase, self._started = name, time.monotonic()
+
+    def end(self) -> None:
+        if self._phase is not None:
+            spent = time.monotonic() - self._started
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
+        self._phase = None
+
+    def say(self, text: str) -> None:
+        self._out.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        self._out.print("warning: " + text, style="yellow", markup=False)
+
+    def show(self, renderable: object) -> None:
+        self._out.print(renderable)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Callable[[int, int, float, float], None]]:
+        """Yields a function of (done, total, items a second, tokens a second)."""
+        with self._bar() as bar:
+            task = bar.add_task(title, total=None, note="")
+
+            def update(done: int, total: int, rows_per_second: float, tokens_per_second: float) -> None:
+                note = f"{rows_per_second:,.1f} rows/s, {tokens_per_second:,.0f} tokens/s"
+                bar.update(task, completed=done, total=total, note=note)
+
+            yield update
+            bar.update(task, visible=bar.tasks[0].total is not None)
+
+    @contextmanager
+    def steps(self, title: str, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
+        """Yields a function of (steps done, what to say beside the bar)."""
+        with self._bar() as bar:
+            task = bar.add_task(title, total=total, completed=done, note="")
+            yield lambda step, note: bar.update(task, completed=step, note=note)
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._out,
+            refresh_per_second=2,
+        )

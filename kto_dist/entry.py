@@ -1,0 +1,72 @@
+"""What every rank runs: `python -m kto_dist.entry train|precompute CONFIG [section.key=value ...]`.
+
+Turns the outcome into the exit status that the launcher passes on: 0 done, 2 the user's mistake (rank 0 prints it),
+143 stopped by a signal, 1 anything else.
+"""
+
+import logging
+import sys
+import warnings
+
+from kto_dist import comm
+from kto_dist.config import Config
+from kto_dist.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # DeepSpeed's launcher adds --local_rank=N; the environment says the same
+    job, config, *overrides = [word for word in arguments if not word.startswith("--local_rank")]
+    try:
+        comm.init()
+        settings = Config.load(config, overrides)
+        _quiet()
+        if job == "train":
+            from kto_dist.train import Stopped, train
+
+            try:
+                train(settings)
+            except Stopped as stop:
+                if comm.is_main():
+                    print(f"stopped: {stop}", file=sys.stderr, flush=True)
+                comm.barrier()  # the launcher ends every rank as soon as one has left
+                return stop.exit_code
+        else:
+            from kto_dist.precompute import precompute
+
+            precompute(settings)
+    except UserError as mistake:
+        if comm.is_main():
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        comm.shutdown()
+    return 0
+
+
+def _quiet() -> None:
+    """Libraries report progress of their own on every rank; the run's own lines say what matters."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)(\..*)?")
+    if not comm.is_main():
+        logging.disable(logging.WARNING)
+
+
+def usage(job: str) -> str:
+    return f"usage: deepspeed launch/{job}.py CONFIG [section.key=value ...]\n"
+
+
+def script(job: str) -> None:
+    """The body of `launch/<job>.py`."""
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(job), file=sys.stderr)
+        sys.exit(0 if arguments else 2)
+    sys.exit(main([job, *arguments]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

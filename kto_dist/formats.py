@@ -1,0 +1,561 @@
+"""Thumbs logs in the layouts that people have -> canonical rows.
+
+In:  files, folders, globs or hub names; one layout a file, recognised from its columns.
+Out: `Row`s in file order, streamed; or, for what cannot be read, a `UserError` or a count in `BadRows`.
+
+| columns                                             | known from                      | becomes          |
+|-----------------------------------------------------|---------------------------------|------------------|
+| prompt, completion/response/output, LABEL           | TRL, HALOs binary, NeMo-Aligner | one row          |
+| messages or conversations, LABEL                    | LLaMA-Factory, ShareGPT, OpenAI | one; last turn   |
+| instruction [input, system, history], output, LABEL | LLaMA-Factory (alpaca)          | one, as messages |
+| prompt/messages/instruction, chosen, rejected       | TRL, LLaMA-Factory (DPO, ORPO)  | two              |
+| chosen, rejected: whole conversations               | TRL, HH                         | two; same start  |
+| prompt, output_A, output_B, label (1: A is better)  | HALOs pairwise                  | two              |
+
+LABEL is the first of `label`, `kto_tag`, `preference`; `_LABELS` has its words. 0 and -1 mean undesirable.
+Prompts and completions are text or chat messages (role/content, or ShareGPT's from/value). Text is taken as
+it is, without a chat template; where one side is messages and the other text, the text becomes a turn.
+`system` goes before a prompt made of turns. `weight` (a number, 0 or more) multiplies the row's loss; null
+counts as 1. Other columns are ignored, `tools` too: a prompt that lists tools must hold them in its text.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from kto_dist.errors import UserError
+
+Messages = tuple[dict[str, Any], ...]
+
+_TURNS = ("messages", "conversations")
+_PROMPTS = ("prompt", "instruction", *_TURNS)
+_ANSWERS = ("completion", "response", "output")
+_LABEL_COLUMNS = ("label", "kto_tag", "preference")
+_PAIRS = (("chosen", "rejected"), ("output_A", "output_B"))
+_COLUMNS = {
+    *_PROMPTS,
+    *_ANSWERS,
+    *_LABEL_COLUMNS,
+    *_PAIRS[0],
+    *_PAIRS[1],
+    "input",
+    "system",
+    "history",
+    "weight",
+}
+
+_UP = "1 +1 1.0 true up thumbs_up thumb_up good like chosen desirable positive yes upvote 👍"
+_DOWN = (
+    "0 -1 0.0 -1.0 false down thumbs_down thumb_down bad dislike rejected undesirable negative no downvote 👎"
+)
+_LABELS = dict.fromkeys(_UP.split(), True) | dict.fromkeys(_DOWN.split(), False)
+# Skin tones and the emoji variation selector change a thumb's look, not its meaning.
+_EMOJI_MODIFIERS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
+
+_ROLES = {name: name for name in ("system", "developer", "user", "assistant", "tool")} | {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+
+_JSON_NAMES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%+-]+)?")
+_BATCH = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One rated answer. Prompt and completion are both text or both messages."""
+
+    prompt: str | Messages
+    completion: str | Messages
+    # All turns are the assistant's. May be empty text: whether that can be trained on is decided after
+    # tokenising.
+    desirable: bool
+    weight: float
+    source: str
+    # "file:line" or "file:row 12", counted from 1.
+
+
+@dataclass(kw_only=True, slots=True)
+class BadRows:
+    """Rows that were skipped: how many for each reason, and the first few messages."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, reason: str, message: str) -> None:
+        self.counts[reason] += 1
+        self.examples = [*self.examples, message][:5]
+
+    def extend(self, other: "BadRows") -> None:
+        self.counts.update(other.counts)
+        self.examples = [*self.examples, *other.examples][:5]
+
+
+class _BadRow(Exception):
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Which columns of a file hold what."""
+
+    prompt: str | None
+    # None: chosen and rejected are whole conversations.
+    answers: tuple[str, ...]
+    # (): the prompt's last turn; one column; or (better, worse).
+    label: str | None
+    # None: the first answer is the desirable one.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One file, or one split of a dataset."""
+
+    name: str
+    kind: Literal["json", "parquet", "dataset"]
+    dataset: Any = None
+
+    def digest(self) -> str:
+        """Hash of the content, so that a renamed copy has the same one and an appended row another."""
+        if self.dataset is None:
+            paths = [self.name]
+        else:
+            paths = [entry["filename"] for entry in self.dataset.cache_files]
+        content = hashlib.blake2b(digest_size=16)
+        for path in paths:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    content.update(block)
+        # A slice of a split has the files of the whole split.
+        count = "" if self.dataset is None else f"{len(self.dataset)} {self.dataset._fingerprint}"
+        return f"{self.kind} {content.hexdigest()} {count}"
+
+
+def find_sources(paths: Sequence[str]) -> list[Source]:
+    """What paths, globs and hub names lead to. Raises `UserError` for one that leads nowhere."""
+    return [source for path in paths for source in _find(path)]
+
+
+def read_rows(
+    sources: Sequence[Source], *, on_bad_row: Literal["error", "skip"], bad: BadRows
+) -> Iterator[Row]:
+    """Rows of all sources, in order. One that cannot be read stops with a `UserError`, or is added to `bad`.
+
+    A file without one usable row is an error either way: it is the wrong file rather than a bad row.
+    """
+    for source in sources:
+        layout, records, rows, problem = None, 0, 0, ""
+        for where, record in _records(source):
+            records += 1
+            try:
+                if isinstance(record, _BadRow):
+                    raise record
+                layout = layout or _recognise(record)
+                converted = list(_convert(layout, record, where))
+            except _BadRow as error:
+                message = f"{where}: {error}"
+                if on_bad_row == "error":
+                    raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)") from None
+                bad.add(error.reason, message)
+                problem = problem or message
+                continue
+            rows += len(converted)
+            yield from converted
+        if not records:
+            raise UserError(f"{source.name} holds no rows: give a file with at least one rated answer")
+        if not rows:
+            raise UserError(
+                f"{source.name}: not one of its {records} rows could be read; the first: {problem}"
+            )
+
+
+def _recognise(record: dict[str, Any]) -> Layout:
+    """The layout that these columns belong to; raises for columns of no known layout."""
+    label = next((name for name in _LABEL_COLUMNS if name in record), None)
+    prompt = next((name for name in _PROMPTS if name in record), None)
+    answer = next((name for name in _ANSWERS if name in record), None)
+    turns = next((name for name in _TURNS if name in record), None)
+    if "chosen" in record and "rejected" in record:
+        return Layout(prompt=prompt, answers=("chosen", "rejected"), label=None)
+    if prompt and label and "output_A" in record and "output_B" in record:
+        return Layout(prompt=prompt, answers=("output_A", "output_B"), label=label)
+    if prompt not in (None, *_TURNS) and answer and label:
+        return Layout(prompt=prompt, answers=(answer,), label=label)
+    if turns and label:
+        return Layout(prompt=turns, answers=(), label=label)
+    if (prompt and answer) or turns:
+        missing = f"lack a label column ({', '.join(_LABEL_COLUMNS)})"
+    else:
+        missing = "belong to no layout that is known"
+    raise _BadRow(
+        "unknown layout",
+        f"its columns ({_short(', '.join(record))}) {missing}: rename them to prompt, completion and label, "
+        "to messages and label, or to prompt, chosen and rejected",
+    )
+
+
+# From a path to records.
+
+
+def _find(path: str) -> list[Source]:
+    here = Path(path)
+    if here.is_file():
+        return [_file(here)]
+    if here.is_dir():
+        if (here / "dataset_info.json").exists() or (here / "dataset_dict.json").exists():
+            return [_saved_dataset(path, None)]
+        files = sorted(
+            file for file in here.rglob("*") if file.name.endswith((".parquet", ".jsonl", ".jsonl.gz"))
+        )
+        if not files:
+            raise UserError(
+                f"folder {path} holds no .parquet, .jsonl or .jsonl.gz file and is no saved dataset"
+            )
+        return [_file(file) for file in files]
+    if glob.has_magic(path) and not _HUB_NAME.fullmatch(path):
+        files = sorted(Path(match) for match in glob.glob(path, recursive=True) if Path(match).is_file())
+        if not files:
+            raise UserError(
+                f"no file matches {path}: check the pattern and the working directory ({Path.cwd()})"
+            )
+        return [_file(file) for file in files]
+    folder, colon, split = path.rpartition(":")
+    if colon and (Path(folder) / "dataset_dict.json").exists():
+        return [_saved_dataset(folder, split)]
+    if (
+        _HUB_NAME.fullmatch(path)
+        and not path.startswith((".", "/"))
+        and not path.endswith((*_JSON_NAMES, ".parquet"))
+    ):
+        return [_hub_dataset(path)]
+    raise UserError(f"{path} does not exist: check the path; relative ones start at {Path.cwd()}")
+
+
+def _file(path: Path) -> Source:
+    if path.name.endswith(".parquet"):
+        return Source(name=str(path), kind="parquet")
+    if path.name.endswith(_JSON_NAMES):
+        return Source(name=str(path), kind="json")
+    raise UserError(
+        f"{path}: the type of the file must be one of {', '.join((*_JSON_NAMES, '.parquet'))}; convert it"
+    )
+
+
+def _saved_dataset(path: str, split: str | None) -> Source:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path} is not readable as a saved dataset: {error}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        chosen = split or (
+            "train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else "train"
+        )
+        if chosen not in loaded:
+            raise UserError(
+                f"{path} has no split {chosen!r}: write {path}:SPLIT with one of {', '.join(loaded)}"
+            )
+        return Source(name=f"{path}:{chosen}", kind="dataset", dataset=loaded[chosen])
+    return Source(name=path, kind="dataset", dataset=loaded)
+
+
+def _hub_dataset(path: str) -> Source:
+    import datasets
+
+    name, _, split = path.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{path} is neither a file nor a folder here (relative paths start at {Path.cwd()}), nor could "
+            f"it be loaded as the hub dataset {name!r}, split {split or 'train'!r}: {error}; correct the "
+            "path, or the hub name, or download the dataset beforehand"
+        ) from None
+    return Source(name=path, kind="dataset", dataset=loaded)
+
+
+def _records(source: Source) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
+    try:
+        if source.kind == "json":
+            yield from _json_records(source.name)
+            return
+        if source.kind == "parquet":
+            parquet = pyarrow.parquet.ParquetFile(source.name)
+            # Other columns (embeddings, images) may be large. With no known one, all are read, for the error
+            # to list.
+            known = [name for name in parquet.schema_arrow.names if name in _COLUMNS] or None
+            batches = (batch.to_pylist() for batch in parquet.iter_batches(_BATCH, columns=known))
+        else:
+            names = source.dataset.column_names
+            dataset = source.dataset.select_columns([name for name in names if name in _COLUMNS] or names)
+            batches = (
+                [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+                for batch in dataset.iter(_BATCH)
+            )
+        number = 0
+        for batch in batches:
+            for record in batch:
+                number += 1
+                yield f"{source.name}:row {number}", record
+    except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
+        raise UserError(
+            f"{source.name} is damaged or not what its name says: {error}; write it again"
+        ) from None
+
+
+def _json_records(path: str) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
+    opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+    with opened as file:
+        first = True
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            if first and line.lstrip()[:1] == b"[":
+                yield from _json_array(path, number, line + file.read())
+                return
+            first = False
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                record = _BadRow(
+                    "broken JSON", f"the line {_short(line.decode(errors='replace'))} is not JSON: {error}"
+                )
+            if not isinstance(record, dict | _BadRow):
+                record = _BadRow("broken JSON", f"{_short(record)} must be a JSON object: one object a line")
+            yield f"{path}:{number}", record
+
+
+def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
+    # The whole array is in memory, since JSON gives no place to go on after a broken element.
+    decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
+    try:
+        text = content.decode("utf-8")
+        position = text.index("[") + 1
+        line += text.count("\n", 0, position)
+        while True:
+            start = separator.match(text, position).end()
+            line += text.count("\n", position, start)
+            if text[start : start + 1] == "]":
+                return
+            record, position = decoder.raw_decode(text, start)
+            if not isinstance(record, dict):
+                record = _BadRow("broken JSON", f"{_short(record)} must be a JSON object")
+            yield f"{path}:{line}", record
+            line += text.count("\n", start, position)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        problem = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(
+            f"{path}:{line}: the JSON array is broken here: {problem}; write one object a line instead"
+        ) from None
+
+
+# From a record to rows.
+
+
+def _convert(layout: Layout, record: dict[str, Any], source: str) -> Iterator[Row]:
+    weight = _weight(record)
+    prompt = None if layout.prompt is None else _prompt(layout.prompt, record)
+    answers = [_text_or_turns(_required(record, name), name) for name in layout.answers]
+    if not answers:
+        if prompt[-1]["role"] != "assistant":
+            raise _BadRow(
+                "no answer",
+                f"{layout.prompt}: the last turn ({_short(prompt[-1])}) must be the assistant's, the answer "
+                "that was rated; leave out what follows it",
+            )
+        sides = [(prompt[:-1], prompt[-1:], _label(record, layout.label))]
+    elif len(answers) == 1:
+        sides = [(prompt, answers[0], _label(record, layout.label))]
+    else:
+        whole = all(not isinstance(answer, str) and answer[0]["role"] != "assistant" for answer in answers)
+        if prompt is None or whole:
+            prompt, answers = _split_conversations(*answers)
+        first_is_better = layout.label is None or _label(record, layout.label)
+        sides = [(prompt, answers[0], first_is_better), (prompt, answers[1], not first_is_better)]
+    for context, answer, desirable in sides:
+        context, answer = _agree(context, answer, layout)
+        yield Row(prompt=context, completion=answer, desirable=desirable, weight=weight, source=source)
+
+
+def _prompt(column: str, record: dict[str, Any]) -> str | Messages:
+    value = _required(record, column)
+    if column == "instruction":
+        # The layout puts the input below the instruction, and trainers render both through the chat template.
+        asked = [text for text in (_text(value, column), _text(record.get("input") or "", "input")) if text]
+        history = record.get("history") or []
+        if not isinstance(history, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 for pair in history
+        ):
+            raise _BadRow(
+                "wrong type", f"history ({_short(history)}) must be a list of [question, answer] pairs"
+            )
+        prompt: str | Messages = tuple(
+            {"role": role, "content": _text(text, "history")}
+            for pair in history
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ) + ({"role": "user", "content": "\n".join(asked)},)
+    else:
+        prompt = _text_or_turns(value, column)
+    if column in _TURNS and isinstance(prompt, str):
+        raise _BadRow("wrong type", f"{column} ({_short(value)}) must be a list of messages, not text")
+    system = record.get("system")
+    if system and not isinstance(prompt, str) and prompt[0]["role"] != "system":
+        prompt = ({"role": "system", "content": _text(system, "system")}, *prompt)
+    return prompt
+
+
+def _split_conversations(chosen: str | Messages, rejected: str | Messages) -> tuple[Any, list[Any]]:
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise _BadRow("wrong type", "chosen and rejected must be both text or both messages")
+    limit = min(len(chosen), len(rejected)) - (not isinstance(chosen, str))
+    cut = next((place for place in range(limit) if chosen[place] != rejected[place]), limit)
+    if isinstance(chosen, str):
+        # Two answers may begin with the same words, which belong to them and not to the prompt. HH marks the
+        # turns.
+        marker = chosen.rfind("\n\nAssistant:", 0, cut)
+        cut = marker + len("\n\nAssistant:") if marker >= 0 else chosen.rfind(" ", 0, cut) + 1
+    if cut <= 0:
+        raise _BadRow(
+            "empty prompt",
+            f"chosen ({_short(chosen)}) and rejected ({_short(rejected)}) without a prompt must be whole "
+            "conversations with the same start: add a prompt column",
+        )
+    return chosen[:cut], [chosen[cut:], rejected[cut:]]
+
+
+def _agree(
+    prompt: str | Messages, answer: str | Messages, layout: Layout
+) -> tuple[str | Messages, str | Messages]:
+    """Both sides as text or both as messages, with the turns where they belong."""
+    if isinstance(prompt, str) and not isinstance(answer, str):
+        prompt = ({"role": "user", "content": prompt},) if prompt.strip() else ()
+    elif isinstance(answer, str) and not isinstance(prompt, str):
+        answer = ({"role": "assistant", "content": answer},)
+    if not (prompt.strip() if isinstance(prompt, str) else any(turn["content"].strip() for turn in prompt)):
+        raise _BadRow(
+            "empty prompt",
+            f"{layout.prompt or 'prompt'} ({_short(prompt)}) must not be empty: an answer's first token "
+            "needs a context",
+        )
+    if isinstance(prompt, str):
+        return prompt, answer
+    if prompt[-1]["role"] == "assistant":
+        raise _BadRow(
+            "wrong turn",
+            f"{layout.prompt or 'prompt'}: the turn before the rated answer ({_short(prompt[-1])}) must not "
+            "be the assistant's; join the two",
+        )
+    other = next((turn for turn in answer if turn["role"] != "assistant"), None)
+    if other is not None:
+        raise _BadRow(
+            "wrong turn",
+            f"{' or '.join(layout.answers)}: a rated answer has turns of the assistant only, not "
+            f"{_short(other)}; move what comes before the last answer into the prompt",
+        )
+    return prompt, answer
+
+
+def _text_or_turns(value: Any, name: str) -> str | Messages:
+    if isinstance(value, str):
+        return _text(value, name)
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list) or not turns:
+        raise _BadRow("wrong type", f"{name} ({_short(value)}) must be text or a non-empty list of messages")
+    return tuple(_turn(turn, name) for turn in turns)
+
+
+def _turn(turn: Any, name: str) -> dict[str, Any]:
+    role_key, content_key = (
+        ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
+    )
+    if not isinstance(turn, dict) or role_key not in turn:
+        raise _BadRow("wrong type", f"{name}: message {_short(turn)} must be an object with role and content")
+    role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+    if role is None:
+        raise _BadRow(
+            "unknown role", f"{name}: role ({_short(turn[role_key])}) must be one of {', '.join(_ROLES)}"
+        )
+    content = turn.get(content_key)
+    # Arrow gives every message the keys of all; null ones were never there.
+    more = {
+        key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None
+    }
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    ):
+        content = "".join(_text(part.get("text"), f"{name}: content") for part in content)
+    if content is None and more.get("tool_calls"):
+        content = ""
+    return {"role": role, "content": _text(content, f"{name}: content of the {role}'s message"), **more}
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise _BadRow("wrong type", f"{name} ({_short(value)}) must be text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _BadRow(
+            "wrong type", f"{name} ({_short(value)}) holds half of a surrogate pair: no valid text"
+        ) from None
+    return value
+
+
+def _required(record: dict[str, Any], name: str) -> Any:
+    if record.get(name) is None:
+        raise _BadRow(
+            "missing field",
+            f"{name} is missing or null; the first row has it, so every row of this file needs it",
+        )
+    return record[name]
+
+
+def _label(record: dict[str, Any], name: str) -> bool:
+    value = _required(record, name)
+    word = _EMOJI_MODIFIERS.sub("", str(value)).strip().casefold()
+    desirable = _LABELS.get(word, _LABELS.get(re.sub(r"[\s-]+", "_", word)))
+    if desirable is None or not isinstance(value, bool | int | float | str):
+        raise _BadRow(
+            "unknown label",
+            f"{name} ({_short(value)}) must be true or false, or one of {_UP.split()} or {_DOWN.split()}",
+        )
+    return desirable
+
+
+def _weight(record: dict[str, Any]) -> float:
+    value = record.get("weight")
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise _BadRow(
+            "bad weight", f"weight ({_short(value)}) must be a finite number, 0 or more; leave it out for 1"
+        )
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,78 @@
+"""The deepspeed launcher on this machine, as a child that never outlives its parent.
+
+`deepspeed` itself, when it is told to terminate, exits and leaves its ranks running. Here the launcher and the ranks
+form one process group of their own: a signal reaches all of them, and the group is waited for.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import torch
+
+# A rank finishes its step and saves a checkpoint before it ends.
+GRACE_SECONDS = 600
+
+
+def run(job: str, arguments: list[str], ranks: int | None = None) -> int:
+    """Runs a job of `kto_dist.entry` on every rank. Returns the exit status, 128 + n after signal n.
+
+    `ranks`: processes; None is one a GPU, or without GPUs one a core up to two.
+    """
+    environment = dict(os.environ)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"]
+    if not torch.cuda.is_available():
+        # without GPUs: one a core, but two at the most, since more ranks only split the same cores
+        ranks = ranks or min(2, os.cpu_count() or 1)
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        # each rank would otherwise start a thread a core, and they would fight for them
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    if ranks:
+        # not given for all GPUs: the launcher would overrule CUDA_VISIBLE_DEVICES
+        command += ["--num_gpus", str(ranks)]
+    command += ["--master_port", str(_free_port()), "--module", "kto_dist.entry", job, *arguments]
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    received: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        _signal_group(child.pid, signal.SIGTERM)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = child.wait()
+        _wait_for_group(child.pid, GRACE_SECONDS if received else 30)
+    finally:
+        _signal_group(child.pid, signal.SIGKILL)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return status if status >= 0 else 128 - status
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        pass  # everyone has ended
+
+
+def _wait_for_group(group: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)

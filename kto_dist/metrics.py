@@ -1,0 +1,101 @@
+"""Sums over rows, by class, and the one division that turns them into what is logged.
+
+Every micro-batch contributes a (2, Q) table of sums, row 0 for undesirable and row 1 for desirable rows. Tables add
+up over micro-batches and ranks; only `step_metrics` divides. A class without rows is absent from the result.
+"""
+
+import torch
+from torch import Tensor
+
+QUANTITIES = ("rows", "weight", "loss", "reward", "logps", "ref_logps", "correct", "saturated", "tokens")
+CLASSES = ("undesirable", "desirable")
+
+# Below this slope of the sigmoid (its largest is 1/4) a row hardly moves the policy any more.
+SATURATED_SLOPE = 0.01
+
+
+def empty_sums(device: torch.device) -> Tensor:  # (2, Q) fp64
+    return torch.zeros(2, len(QUANTITIES), dtype=torch.float64, device=device)
+
+
+def row_sums(
+    *,
+    losses: Tensor,  # (S,) fp64, unweighted: 1 - v
+    weight: Tensor,  # (S,)
+    logps: Tensor,  # (S,)
+    ref_logps: Tensor,  # (S,)
+    sign: Tensor,  # (S,) +1 or -1
+    z0: Tensor,  # ()
+    beta: float,
+    tokens: Tensor,  # (S,) completion tokens
+) -> Tensor:  # (2, Q) fp64
+    """A row is correct when its log-ratio lies on its label's side of z0; exactly on it counts as half."""
+    log_ratio = logps - ref_logps
+    correct = (torch.sign(sign * (log_ratio - z0)) + 1) / 2
+    columns = (
+        torch.ones_like(losses),
+        weight,
+        weight * losses,
+        beta * log_ratio,
+        logps,
+        ref_logps,
+        correct,
+        losses * (1 - losses) < SATURATED_SLOPE,
+        tokens,
+    )
+    table = torch.stack([column.detach().double() for column in columns], dim=1)
+    return empty_sums(table.device).index_add_(0, (sign > 0).long(), table)
+
+
+def step_metrics(
+    sums: Tensor,  # (2, Q) over all ranks
+    kl: Tensor,  # (2,) sum and count of log-ratios over the KL pairs of all ranks
+) -> dict[str, float]:
+    """Means over rows, for all and per class. `loss` is the objective: weighted losses over the number of rows."""
+    table = {name: dict(zip(QUANTITIES, row, strict=True)) for name, row in zip(CLASSES, sums.tolist(), strict=True)}
+    table["all"] = {quantity: sum(table[name][quantity] for name in CLASSES) for quantity in QUANTITIES}
+    result = {"loss": table["all"]["loss"] / max(1.0, table["all"]["rows"])}
+    kl_sum, kl_count = kl.tolist()
+    if kl_count:
+        result |= {
+            "kl": max(0.0, kl_sum / kl_count),
+            "kl_raw": kl_sum / kl_count,
+            "kl_clamped": float(kl_sum < 0),
+            "kl_pairs": kl_count,
+        }
+    for name, total in table.items():
+        if not total["rows"]:
+            continue
+        if name != "all":
+            result[f"loss/{name}"] = total["loss"] / total["rows"]
+        result |= {
+            f"rewards/{name}": total["reward"] / total["rows"],
+            f"accuracy/{name}": total["correct"] / total["rows"],
+            f"logps/{name}": total["logps"] / total["rows"],
+            f"ref_logps/{name}": total["ref_logps"] / total["rows"],
+            f"saturated/{name}": total["saturated"] / total["rows"],
+            f"rows/{name}": total["rows"],
+        }
+    if all(f"rewards/{name}" in result for name in CLASSES):
+        result["rewards/margin"] = result["rewards/desirable"] - result["rewards/undesirable"]
+    return result
+
+
+def clamp_kl(kl: Tensor) -> Tensor:  # (2,) sum and count -> () fp64
+    """z0: the mean log-ratio over all KL pairs of the step, clamped at 0 once; 0 where there are none."""
+    return (kl[0] / kl[1].clamp(min=1)).clamp(min=0)
+
+
+def auc(reward: Tensor, desirable: Tensor) -> float | None:
+    """The chance that a desirable row's reward exceeds an undesirable one's (ties count half); None without both.
+
+    (S,) each. Unlike accuracy it does not depend on where z0 lies.
+    """
+    up = int(desirable.sum())
+    down = desirable.numel() - up
+    if not up or not down:
+        return None
+    _, place, count = torch.unique(reward, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    rank = (last - (count - 1) / 2)[place]  # mean rank of equal values
+    return float((rank[desirable].sum() - up * (up + 1) / 2) / (up * down))

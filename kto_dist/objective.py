@@ -1,0 +1,76 @@
+"""From a step's micro-batches to z0 and to the loss, with the sums that the metrics need.
+
+Knows a model only as something to call, and nothing of ranks: what is summed here is this rank's share. The caller
+adds up over ranks and divides.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from kto_kernels import LogitTransform, kto_loss
+from torch import Tensor
+
+from kto_dist import metrics
+from kto_dist.batch import MicroBatch
+from kto_dist.causal_lm import Forward, completion_logps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What is minimised, apart from the data."""
+
+    loss: str
+    # "kto" or "apo_zero_unpaired"
+    beta: float
+    transform: LogitTransform
+    budget: int
+    # bytes that the LM head's logits may take at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """What is known of P pairs ahead of the forward; `MicroBatch.position` points into it. All on the device."""
+
+    ref_logps: Tensor
+    # (P,) fp64
+    sign: Tensor
+    # (P,) fp64, +1 desirable, -1 undesirable
+    weight: Tensor
+    # (P,) fp64, class weight times row weight
+
+
+@torch.no_grad()
+def kl_sums(forward: Forward, batches: list[MicroBatch], ref_logps: Tensor, objective: Objective) -> Tensor:
+    """(2,) fp64: sum and count of log pi - log pi_ref over this rank's KL pairs. `ref_logps` (K,) of all pairs."""
+    total = torch.zeros(2, dtype=torch.float64, device=ref_logps.device)
+    for batch in batches:
+        batch = batch.to(ref_logps.device)
+        logps = completion_logps(forward, batch, objective.transform, objective.budget)
+        total[0] += (logps - ref_logps[batch.position]).sum()
+        total[1] += logps.numel()
+    return total
+
+
+def loss_and_sums(
+    forward: Forward,
+    batch: MicroBatch,  # on the device
+    labels: Labels,
+    z0: Tensor,  # () fp64
+    objective: Objective,
+) -> tuple[Tensor, Tensor, Tensor]:  # () sum of weighted losses, (2, Q) sums, (S,) log-ratios without gradient
+    """One micro-batch's share of the step's loss: divide the sum over all of them by the rows of the step."""
+    logps = completion_logps(forward, batch, objective.transform, objective.budget)
+    ref_logps, sign, weight = (getattr(labels, name)[batch.position] for name in ("ref_logps", "sign", "weight"))
+    losses = kto_loss(logps, ref_logps, sign, z0=z0, beta=objective.beta, loss=objective.loss)
+    anchor = z0 if objective.loss == "kto" else torch.zeros_like(z0)
+    sums = metrics.row_sums(
+        losses=losses.detach(),
+        weight=weight,
+        logps=logps.detach(),
+        ref_logps=ref_logps,
+        sign=sign,
+        z0=anchor,
+        beta=objective.beta,
+        tokens=batch.lengths,
+    )
+    return (weight * losses).sum(), sums, (logps - ref_logps).detach()

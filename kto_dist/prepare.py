@@ -1,0 +1,239 @@
+"""What `train`, `precompute` and `evaluate` do before any of them runs a model: checks, rows, plan, reference scores.
+
+In:  the config. Out: `Prepared`, and from it `Scores`: the reference's log-prob of every pair the run will meet.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from kto_kernels import LogitTransform
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from kto_dist import comm, data
+from kto_dist.batch import Plan
+from kto_dist.causal_lm import (
+    check_context,
+    load_config,
+    load_tokenizer,
+    logit_transform,
+    pick_attention,
+    pick_dtype,
+    pick_packing,
+)
+from kto_dist.config import Config
+from kto_dist.console import Console
+from kto_dist.data import Examples
+from kto_dist.errors import UserError
+from kto_dist.evaluate import Cutting, heldout_pairs
+from kto_dist.models import Reference
+from kto_dist.objective import Objective
+from kto_dist.reference import Outcome, RefLogps, lazily, reference_logps, wanted_pairs
+from kto_dist.store import Fingerprint, Store, fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything that is decided before a model is loaded."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    model_config: PretrainedConfig
+    dtype: torch.dtype
+    attention: str
+    cutting: Cutting
+    train: Examples
+    heldout: Examples | None
+    plan: Plan
+    class_weights: tuple[float, float]
+    # (undesirable, desirable)
+    objective: Objective
+
+
+def prepare(config: Config, console: Console) -> Prepared:
+    """Collective. Raises `UserError` for whatever can be known to be wrong before long work starts."""
+    model = config.model
+    model_config = load_config(model.path, model.gguf_file)
+    check_context(model_config, config.data.max_length)
+    if config.reference.path:
+        check_context(
+            load_config(config.reference.path, config.reference.gguf_file, "reference.path"), config.data.max_length
+        )
+    tokenizer = load_tokenizer(model.path, model.gguf_file)
+
+    console.phase("data")
+    print_name = data.tokenizer_fingerprint(tokenizer)
+    folders = comm.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name))
+    train, heldout = (None if folder is None else data.load(folder) for folder in folders)
+    with_z0 = config.kto.loss == "kto"
+    data.check(train, needs_pairs=with_z0)
+    for name, examples in (("train", train), ("held-out", heldout)):
+        for line in () if examples is None else examples.report.lines():
+            console.say(f"{name}: {line}")
+
+    dtype = pick_dtype(config.train.dtype, comm.device())
+    attention = pick_attention(model.attention, comm.device())
+    cutting = Cutting(
+        max_length=config.data.max_length,
+        prompt_limit=config.data.prompt_limit,
+        budget=config.train.tokens_per_microbatch,
+        packed=pick_packing(config.train.packing, attention),
+    )
+    plan = Plan(
+        seed=config.train.seed,
+        rows=len(train),
+        global_batch=config.train.global_batch,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        kl_pairs_per_step=config.kto.kl_pairs_per_step if with_z0 else 0,
+        max_length=config.data.max_length,
+        prompt_limit=config.data.prompt_limit,
+    )
+    if plan.rows < plan.global_batch:
+        console.warn(
+            f"train.global_batch ({plan.global_batch}) exceeds the {plan.rows} training rows: every step takes them all"
+        )
+    transform: LogitTransform = logit_transform(model_config)
+    return Prepared(
+        config=config,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        dtype=dtype,
+        attention=attention,
+        cutting=cutting,
+        train=train,
+        heldout=heldout,
+        plan=plan,
+        class_weights=class_weights(train, config, console.warn),
+        objective=Objective(
+            loss=config.kto.loss,
+            beta=config.kto.beta,
+            transform=transform,
+            budget=config.train.logits_mebibytes * 2**20,
+        ),
+    )
+
+
+# Eq. 8 of arXiv 2402.01306: w_D n_D / (w_U n_U) should lie in this range.
+BALANCE = (1.0, 1.5)
+
+
+def class_weights(train: Examples, config: Config, warn: Callable[[str], None]) -> tuple[float, float]:
+    """(undesirable, desirable) loss weights; `auto` moves the ratio to the nearest end of the paper's range.
+
+    The ratio is that of the classes' summed row weights. With both on auto, the rarer class is raised and the other
+    stays at 1, so that no row counts for less than it would without weights.
+    """
+    mass = [float(train.weights[train.desirable == wanted].sum()) for wanted in (False, True)]
+    if not all(mass):
+        raise UserError("every row of one class has weight 0: KTO needs both classes; give them a weight above 0")
+    ratio = mass[1] / mass[0]
+    up, down = config.kto.desirable_weight, config.kto.undesirable_weight
+    if up == "auto" and down == "auto":
+        low, high = BALANCE
+        up, down = max(1.0, low / ratio), max(1.0, ratio / high)
+    elif up == "auto":
+        up = down * float(np.clip(ratio, *BALANCE)) / ratio
+    elif down == "auto":
+        down = up * ratio / float(np.clip(ratio, *BALANCE))
+    balance = up * ratio / down if down else float("inf")
+    if not BALANCE[0] - 1e-9 <= balance <= BALANCE[1] + 1e-9:
+        warn(
+            f"desirable_weight * n_desirable / (undesirable_weight * n_undesirable) is {balance:.3g}, outside "
+            f"[{BALANCE[0]}, {BALANCE[1]}] (Eq. 8 of the KTO paper): with {mass[1]:g} desirable and {mass[0]:g} "
+            "undesirable rows, auto would set both weights within it"
+        )
+    return down, up
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """The reference's side of a run."""
+
+    train: RefLogps
+    heldout: RefLogps | None
+    identity: Fingerprint
+    outcome: Outcome
+
+
+def score_reference(prepared: Prepared, console: Console) -> Scores:
+    """Collective. Looks every pair up in the store and scores what is missing; no model is left in memory after."""
+    config = prepared.config
+    section = config.reference
+    path, gguf_file = (section.path, section.gguf_file) if section.path else (config.model.path, config.model.gguf_file)
+    model_config = load_config(path, gguf_file, "reference.path")
+    dtype = pick_dtype(section.dtype, comm.device())
+    attention = pick_attention("auto" if section.path else config.model.attention, comm.device())
+    packed = pick_packing(config.train.packing, attention)
+
+    console.phase("reference")
+    identity = comm.once_per_host(
+        lambda: fingerprint(
+            local_folder(path),
+            gguf_file,
+            model_config.to_dict(),
+            dtype=str(dtype).removeprefix("torch."),
+            logits="float32" if comm.device().type == "cuda" else str(dtype).removeprefix("torch."),
+            attention=attention,
+        )
+    )
+    store = Store(section.store, identity, warn=console.warn)
+
+    def build() -> Reference:
+        console.say(f"loading the reference ({path}, {identity.dtype})")
+        return Reference(
+            section, path=path, gguf_file=gguf_file, model_config=model_config, dtype=dtype, attention=attention
+        )
+
+    lists: list[tuple[Examples, np.ndarray, np.ndarray]] = [
+        (prepared.train, *wanted_pairs(prepared.plan, prepared.train))
+    ]
+    if prepared.heldout is not None:
+        rows = np.arange(len(prepared.heldout))
+        prompts, completions = heldout_pairs(config.train.seed, prepared.heldout)
+        lists.append((prepared.heldout, np.concatenate([rows, prompts]), np.concatenate([rows, completions])))
+    results: list[tuple[RefLogps, Outcome]] = []
+    with lazily(build) as engine:
+        for (examples, prompts, completions), title in zip(lists, ("training pairs", "held-out pairs"), strict=False):
+            with console.progress(f"reference: {title}") as progress:
+                results.append(
+                    reference_logps(
+                        examples,
+                        prompts,
+                        completions,
+                        store=store,
+                        engine=engine,
+                        max_length=prepared.cutting.max_length,
+                        prompt_limit=prepared.cutting.prompt_limit,
+                        tokens_per_batch=section.tokens_per_batch,
+                        packed=packed,
+                        budget=config.train.logits_mebibytes * 2**20,
+                        progress=progress,
+                    )
+                )
+    total = Outcome(
+        pairs=sum(outcome.pairs for _, outcome in results),
+        hits=sum(outcome.hits for _, outcome in results),
+        seconds=sum(outcome.seconds for _, outcome in results),
+    )
+    console.say(
+        f"reference: {total.pairs:,} pairs, {total.hits:,} from the store, {total.pairs - total.hits:,} scored "
+        f"in {total.seconds:.1f} s"
+    )
+    return Scores(
+        train=results[0][0], heldout=results[1][0] if len(results) > 1 else None, identity=identity, outcome=total
+    )
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a model given by folder or hub name (already in the hub's cache by now, or fetched)."""
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
+
+
+def counts(examples: Examples) -> dict[str, Any]:
+    up = int(examples.desirable.sum())
+    return {"rows": len(examples), "desirable": up, "undesirable": len(examples) - up}

@@ -1,0 +1,567 @@
+"""A run's record in MLflow: parameters, metrics by step, datasets, system load, artifacts, the model.
+
+In:  the config, tags, and then each step's metrics as plain floats.
+Out: one MLflow run, which a resumed training continues.
+
+The only importer of mlflow, and lazily: the import takes seconds. Only rank 0 tracks; other ranks, a run
+with `tracking.enabled=false` and one whose MLflow cannot be reached hold a `NullTracker`, so that the loop
+never asks. Training matters more than its record (`metrics.jsonl` and the report are complete without
+MLflow). So:
+
+1. trouble at the start is found within seconds and costs one warning and the tracking, not the run;
+2. metrics leave from a thread of their own, and wait there while MLflow is away;
+3. trouble later warns once, and `finish` says what MLflow lacks.
+"""
+
+import getpass
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from kto_dist.config import Config, flatten
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, LoggedModel, Metric, Run
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+# MLflow's own limits (mlflow/utils/validation.py); a longer value is cut, since its start is worth having.
+_PARAM_LENGTH, _TAG_LENGTH, _INPUT_TAG_LENGTH, _DIGEST_LENGTH = 6000, 8000, 500, 36
+_PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
+
+_SYSTEM_METRICS_SECONDS = 5.0  # 12 metrics a sample: 200,000 rows a day
+_SEND_SECONDS = 1.0
+_RETRY_SECONDS = 10.0
+_GOODBYE_SECONDS = 20.0  # longest that `finish` waits for each of its two threads
+_DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+
+
+class Unusable(OSError):
+    """A tracking URI that cannot work; the message is the reason."""
+
+
+class NullTracker:
+    """Tracks nothing. Keeps the id of the run that it stands in for, so that a later resume finds it."""
+
+    uri: str | None = None
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def log_dataset(self, name: str, context: str, digest: str, counts: dict[str, int], source: str) -> None: ...
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None: ...
+
+    def log_model(self, export_dir: str | Path) -> None: ...
+
+    def finish(self, status: Status) -> None: ...
+
+
+def start(
+    config: Config,
+    *,
+    run_id: str | None,  # of the interrupted run, None for a new one
+    tags: dict[str, str],
+    default_uri: str,  # used where neither `tracking.uri` nor MLFLOW_TRACKING_URI is set
+    warn: Callable[[str], None],
+) -> "Tracker | NullTracker":
+    """Opens (or continues) the MLflow run. Never raises for MLflow's sake: `warn`, and a `NullTracker`."""
+    if not config.tracking.enabled:
+        return NullTracker(run_id)
+    uri = _absolute(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri)
+    try:
+        _calm()
+        with _patience(retries=1, timeout=4):
+            _check(uri)
+            client, run = _open(config, uri, run_id, warn)
+            _describe(client, run, config, tags, warn)
+    except _errors() as error:
+        warn(
+            f"MLflow at {without_password(uri)} cannot be used: {_reason(error)}. The run goes on without it "
+            "(metrics.jsonl and report.html have everything). To track it, start that server or set "
+            "tracking.uri=sqlite:////path/to/mlflow.db; tracking.enabled=false silences this"
+        )
+        return NullTracker(run_id)
+    return Tracker(config, uri, client, run, resumed=run.info.run_id == run_id, warn=warn)
+
+
+class Tracker:
+    """One MLflow run. Its methods return soon, and never raise because of MLflow."""
+
+    def __init__(
+        self,
+        config: Config,
+        uri: str,
+        client: "MlflowClient",
+        run: "Run",
+        *,
+        resumed: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self.run_id: str = run.info.run_id
+        self.uri: str | None = without_password(uri)
+        self._experiment_id = run.info.experiment_id
+        self._settings = config.tracking
+        self._client = client
+        self._warn = warn
+        self._lacks: list[str] = []
+        self._troubled = False
+        self._finished = False
+        self._last_step = 0
+        self._sender = _Sender(client, self.run_id, self._trouble)
+        self._monitor = SystemMetricsMonitor(
+            self.run_id, sampling_interval=_SYSTEM_METRICS_SECONDS, resume_logging=resumed, tracking_uri=uri
+        )
+        self._monitor.start()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Queues the metrics of a step; a thread sends them."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._last_step = step
+        self._sender.add([Metric(name, float(value), now, step) for name, value in metrics.items()])
+
+    def log_dataset(self, name: str, context: str, digest: str, counts: dict[str, int], source: str) -> None:
+        """Records which rows a run read, what for (`context`: training, heldout), and rows per class."""
+        from mlflow.data.dataset_source_registry import resolve_dataset_source
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        with self._guarded(f"dataset {name}"):
+            with warnings.catch_warnings():
+                # It warns that a path could also be some other kind of source.
+                warnings.simplefilter("ignore")
+                described = MetaDataset(
+                    resolve_dataset_source(source), name=name, digest=digest[:_DIGEST_LENGTH]
+                ).to_dict()
+            # MetaDataset has no profile, the field where MLflow's UI shows counts.
+            dataset = Dataset(**{**described, "profile": json.dumps(counts)})
+            notes = {"mlflow.data.context": context, "digest": digest}
+            notes |= {key: str(value) for key, value in counts.items()}
+            labels = [InputTag(key, value[:_INPUT_TAG_LENGTH]) for key, value in notes.items()]
+            self._client.log_inputs(self.run_id, [DatasetInput(dataset, labels)])
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Uploads a file into `folder`, or a folder's content as `folder` (default: its own name)."""
+        path = Path(path)
+        with self._guarded(f"artifact {path.name}"):
+            if path.is_dir():
+                self._client.log_artifacts(self.run_id, str(path), folder or path.name)
+            else:
+                self._client.log_artifact(self.run_id, str(path), folder)
+
+    def log_model(self, export_dir: str | Path) -> None:
+        """Uploads and registers the exported model where `tracking.log_model` or `.register` asks for it."""
+        if not (self._settings.log_model or self._settings.register_as):
+            return
+        with self._guarded("model"):
+            model = self._upload_model(Path(export_dir))
+            if self._settings.register_as:
+                _register(self._client, self._settings.register_as, model)
+
+    def finish(self, status: Status) -> None:
+        """Sends what waits, stops the threads and closes the run. A second call does nothing."""
+        if self._finished:
+            return
+        self._finished = True
+        lost = self._sender.close()
+        if lost:
+            self._lacks.append(f"{lost} metric values")
+        # In a thread, because the monitor waits for a silent server without limit.
+        stopping = threading.Thread(target=self._stop_monitor, daemon=True)
+        stopping.start()
+        stopping.join(2 if self._troubled else _GOODBYE_SECONDS)
+        with self._guarded(f"status {status}"):
+            self._client.set_terminated(self.run_id, status)
+        if self._lacks:
+            lacks = "; ".join(self._lacks)
+            self._warn(f"MLflow run {self.run_id} lacks: {lacks}; the run's folder has all of it")
+
+    def _stop_monitor(self) -> None:
+        with self._guarded("system metrics"):
+            self._monitor.finish()
+            # The monitor drops what it has sampled since it last sent, which is all there is of a short run.
+            self._monitor.collect_metrics()
+            self._monitor.publish_metrics(self._monitor.aggregate_metrics())
+            self._monitor.mlflow_logger.flush()
+
+    def _upload_model(self, export: Path) -> "LoggedModel":
+        # mlflow.transformers.log_model would copy the weights once more, import every framework it knows, and
+        # fails with transformers 5 (`pipelines.check_task` changed); so the MLmodel file is written here.
+        from mlflow.entities import LoggedModelOutput
+
+        name = self._settings.run_name or "model"
+        model = self._client.create_logged_model(
+            self._experiment_id, name=re.sub(r"[/:.%\"']", "-", name), source_run_id=self.run_id
+        )
+        state = "FAILED"
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                _write_mlmodel(Path(folder), export, model.model_id, self.run_id, model.artifact_location)
+                self._client.log_model_artifacts(model.model_id, folder)
+            for entry in sorted(export.iterdir()):
+                if entry.is_file() and entry.suffix not in _WEIGHTS:
+                    self._client.log_model_artifact(model.model_id, str(entry), "components/tokenizer")
+            self._client.log_model_artifacts(model.model_id, str(export), "model")
+            state = "READY"
+        finally:
+            self._client.finalize_logged_model(model.model_id, state)
+        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=self._last_step)])
+        return model
+
+    def _trouble(self, what: str, error: Exception) -> None:
+        if not self._troubled:
+            self._troubled = True
+            self._warn(f"MLflow at {self.uri} failed ({what}): {_reason(error)}. Training goes on")
+
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        try:
+            with _patience(retries=0 if self._troubled else 2, timeout=10 if self._troubled else 120):
+                yield
+        except _errors() as error:
+            self._lacks.append(f"{what} ({_reason(error)})")
+            self._trouble(what, error)
+
+
+class _Sender:
+    """Sends metrics from a thread of its own; while MLflow is away they wait."""
+
+    def __init__(self, client: "MlflowClient", run_id: str, trouble: Callable[[str, Exception], None]) -> None:
+        self._client, self._run_id, self._trouble = client, run_id, trouble
+        self._waiting: list[Metric] = []
+        self._refused = 0
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mlflow-metrics", daemon=True)
+        self._thread.start()
+
+    def add(self, metrics: list["Metric"]) -> None:
+        with self._lock:
+            self._waiting += metrics
+
+    def close(self) -> int:
+        """Sends the rest and returns how many values never arrived."""
+        self._closing.set()
+        self._thread.join(_GOODBYE_SECONDS)
+        with self._lock:
+            return len(self._waiting) + self._refused
+
+    def _work(self) -> None:
+        pause = _SEND_SECONDS
+        while not self._closing.wait(pause):
+            pause = _SEND_SECONDS if self._send() else _RETRY_SECONDS
+        self._send()
+
+    def _send(self) -> bool:
+        while True:
+            with self._lock:
+                batch = self._waiting[:_METRICS_PER_BATCH]
+            if not batch:
+                return True
+            try:
+                with _patience(retries=0, timeout=10):
+                    self._client.log_batch(self._run_id, metrics=batch)
+            except _errors() as error:
+                self._trouble("metrics", error)
+                # A value that MLflow will never take must not hold up those behind it.
+                if getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":
+                    return False
+                self._refused += len(batch)
+            with self._lock:
+                del self._waiting[: len(batch)]
+
+
+def environment_tags() -> dict[str, str]:
+    """Commit and versions that a result depends on, read from package metadata: nothing heavy is imported."""
+    tags = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("kto_dist", "torch", "deepspeed", "transformers", "mlflow", "triton"):
+        version = _version(package)
+        if version:
+            tags[f"version.{package}"] = version
+    # The package's own checkout first: the working directory may belong to another project. An environment
+    # inside some repository is not tracked by it.
+    for folder, file in ((Path(__file__).resolve().parent, Path(__file__).name), (Path.cwd(), ".")):
+        commit = _git(folder, "rev-parse", "HEAD")
+        if commit and _git(folder, "ls-files", "--error-unmatch", file):
+            dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
+            return tags | {"git_commit": commit, "git_dirty": str(bool(dirty)).lower()}
+    return tags
+
+
+def ui_command(uri: str) -> str:
+    """The shell command that shows the runs of a tracking URI in a browser."""
+    if urlsplit(uri).scheme in ("http", "https"):
+        return f"python -m webbrowser {shlex.quote(without_password(uri))}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(_absolute(uri))}"
+
+
+def without_password(text: str) -> str:
+    """Masks the user and password of each URI in a text: reports, tags and warnings are passed around."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+
+
+def _open(config: Config, uri: str, run_id: str | None, warn: Callable[[str], None]) -> "tuple[MlflowClient, Run]":
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri)
+    if run_id is not None:
+        try:
+            run = client.get_run(run_id)
+            if run.info.lifecycle_stage == "active":
+                client.update_run(run_id, status="RUNNING")
+                return client, run
+            why = "it was deleted"
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            why = _reason(error)
+        warn(f"MLflow run {run_id} cannot be continued: {why}; a new run holds the steps from here on")
+    experiment = _experiment(client, config.tracking.experiment, _artifact_location(uri, config))
+    name = config.tracking.run_name or Path(config.train.output).resolve().name
+    return client, client.create_run(experiment.experiment_id, run_name=name)
+
+
+def _experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> "Experiment":
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            client.create_experiment(name, artifact_location=artifact_location)
+        except MlflowException as error:
+            # Another run may have created it since.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise Unusable(f"experiment {name} was created and is not there")
+    if experiment.lifecycle_stage != "active":
+        raise Unusable(
+            f"experiment {name} was deleted: `mlflow experiments restore -x {experiment.experiment_id}` "
+            "brings it back, or choose another tracking.experiment"
+        )
+    return experiment
+
+
+def _describe(
+    client: "MlflowClient", run: "Run", config: Config, tags: dict[str, str], warn: Callable[[str], None]
+) -> None:
+    """Tags and parameters. A parameter never changes in MLflow, so a resumed run's new values become tags."""
+    from mlflow.entities import Param, RunTag
+
+    params = {}
+    for section, key, value in flatten(config):
+        text = value if isinstance(value, str) else json.dumps(value)
+        params[f"{section}.{key}"] = without_password(text)[:_PARAM_LENGTH]
+    known = run.data.params
+    changed = {key: value for key, value in params.items() if key in known and known[key] != value}
+    if changed:
+        listed = ", ".join(f"{key} ({known[key]} -> {value})" for key, value in changed.items())
+        warn(f"the resumed MLflow run keeps its parameters; changed ones are tags `resumed.*`: {listed}")
+    notes = {"mlflow.source.type": "LOCAL", "mlflow.source.name": Path(sys.argv[0]).name or "python"}
+    with suppress(KeyError, OSError):  # a container's user may have no name
+        notes["mlflow.user"] = getpass.getuser()
+    if "git_commit" in tags:
+        notes["mlflow.source.git.commit"] = tags["git_commit"]
+    notes |= tags | {f"resumed.{key}": value for key, value in changed.items()}
+
+    new = [Param(key, value) for key, value in params.items() if key not in known]
+    for first in range(0, len(new), _PARAMS_PER_BATCH):
+        client.log_batch(run.info.run_id, params=new[first : first + _PARAMS_PER_BATCH])
+    labels = [RunTag(key, str(value)[:_TAG_LENGTH]) for key, value in notes.items()]
+    for first in range(0, len(labels), _PARAMS_PER_BATCH):
+        client.log_batch(run.info.run_id, tags=labels[first : first + _PARAMS_PER_BATCH])
+
+
+def _check(uri: str) -> None:
+    """Raises for a URI that cannot work, where MLflow would retry for minutes, or fail at a later step."""
+    url = urlsplit(uri)
+    scheme = url.scheme.partition("+")[0]
+    if scheme == "file" or ("://" not in uri and not uri.startswith(("databricks", "uc"))):
+        raise Unusable(
+            "a folder as the store cannot hold metrics such as loss beside loss/desirable, and MLflow has "
+            "deprecated it; use a SQLite file or a server"
+        )
+    database = _sqlite_path(uri)
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(database, timeout=20, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+    elif scheme in _DEFAULT_PORTS and url.hostname:
+        socket.create_connection((url.hostname, url.port or _DEFAULT_PORTS[scheme]), timeout=5).close()
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
+    return Path(match[1]).absolute() if match and match[1] != ":memory:" else None
+
+
+def _absolute(uri: str) -> str:
+    path = _sqlite_path(uri)
+    return uri if path is None else re.sub(r":///[^?]+", lambda _: f":///{path}", uri, count=1)
+
+
+def _artifact_location(uri: str, config: Config) -> str | None:
+    """Where a new experiment keeps its files: beside the database. A server decides for itself."""
+    path = _sqlite_path(uri)
+    if path is not None:
+        return (path.parent / "mlflow-artifacts").as_uri()
+    if urlsplit(uri).scheme.partition("+")[0] in _DEFAULT_PORTS:
+        return (Path(config.train.output).absolute().parent / "mlflow-artifacts").as_uri()
+    return None
+
+
+def _register(client: "MlflowClient", name: str, model: "LoggedModel") -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    # Not `models:/id`: a database store would look that up at the tracking URI of the process, not at ours.
+    client.create_model_version(
+        name, source=model.artifact_location, run_id=model.source_run_id, model_id=model.model_id
+    )
+
+
+def _write_mlmodel(folder: Path, export: Path, model_id: str, run_id: str, location: str) -> None:
+    """What `mlflow.transformers.load_model`, `mlflow.pyfunc` and `mlflow models serve` read."""
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    try:
+        architecture = json.loads((export / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, LookupError) as error:
+        raise Unusable(f"{export.name}/config.json does not name an architecture ({error!r})") from None
+    tokenizer = export / "tokenizer_config.json"
+    chat = (export / "chat_template.jinja").is_file() or (
+        tokenizer.is_file() and "chat_template" in tokenizer.read_text(encoding="utf-8")
+    )
+    model = Model(artifact_path=location, run_id=run_id, model_id=model_id)
+    model.add_flavor(
+        "transformers",
+        transformers_version=_version("transformers"),
+        code=None,
+        task="text-generation",
+        instance_type="TextGenerationPipeline",
+        pipeline_model_type=architecture,
+        source_model_name=export.name,
+        model_binary="model",
+        tokenizer_type="AutoTokenizer",
+        components=["tokenizer"],
+        torch_dtype=None,
+        **({"inference_task": "llm/v1/chat"} if chat else {}),
+    )
+    if chat:
+        model.metadata = {"task": "llm/v1/chat"}
+    pyfunc.add_to_model(model, loader_module="mlflow.transformers", python_env="python_env.yaml")
+    model.save(str(folder / "MLmodel"))
+    # "2.13.0+cpu" is a build that an index need not have.
+    packages = [(name, _version(name)) for name in ("mlflow", "torch", "transformers")]
+    needs = "".join(f"{name}=={version.partition('+')[0]}\n" for name, version in packages if version)
+    (folder / "requirements.txt").write_text(needs, encoding="utf-8")
+    (folder / "python_env.yaml").write_text(
+        f"python: {platform.python_version()}\nbuild_dependencies: []\ndependencies: [-r requirements.txt]\n",
+        encoding="utf-8",
+    )
+
+
+def _calm() -> None:
+    """Keeps MLflow's notices out of progress bars, and its usage statistics at home."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import mlflow  # noqa: F401  (its import sets the levels that are set again below)
+
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        # What it would report, `Tracker` reports once.
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    urllib3 = logging.getLogger("urllib3.connectionpool")
+    if _is_not_mlflow not in urllib3.filters:
+        urllib3.addFilter(_is_not_mlflow)
+
+
+def _is_not_mlflow(record: logging.LogRecord) -> bool:
+    return "/mlflow" not in record.getMessage()
+
+
+@contextmanager
+def _patience(*, retries: int, timeout: int) -> Iterator[None]:
+    """MLflow's own patience with a silent server is 7 retries of 120 s; the user's settings win over ours."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout)}
+    ours = {key: value for key, value in wanted.items() if key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            os.environ.pop(key, None)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What MLflow raises when it, its database, its server or its disk fails."""
+    known: list[type[Exception]] = [OSError, ImportError, sqlite3.Error]
+    try:
+        from alembic.util.exc import CommandError
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        known += [MlflowException, SQLAlchemyError, CommandError]
+    except ImportError:
+        pass  # then the ImportError above is what is being handled
+    return tuple(known)
+
+
+def _reason(error: Exception) -> str:
+    text = without_password(str(error)).strip() or type(error).__name__
+    # urllib3 buries the system's own words in a line of its objects.
+    system = re.search(
+        r"\[Errno -?\d+\] [^'\"):]+|Read timed out|[Cc]onnect(ion)? timed out|Failed to resolve '[^']+'", text
+    )
+    return system[0] if system else text.splitlines()[0][:300].rstrip(".")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

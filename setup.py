@@ -1,0 +1,36 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="kto_dist",
+    version="0.1.0",
+    description="Kahneman-Tversky Optimization of language models from thumbs feedback, from one machine to a cluster",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["kto_dist", "kto_dist.*"]), "kto_kernels"],
+    # a package called `kernels` would hide the one of that name on PyPI, which transformers imports
+    package_dir={"kto_kernels": "kernels/kto_kernels"},
+    package_data={"kto_dist": ["*.j2"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.20,<6",
+        "datasets>=5,<6",
+        "pyarrow>=20",
+        "mlflow>=3.10,<4",
+        "pydantic>=2.10,<3",
+        "PyYAML>=6",
+        "click>=8.1",
+        "rich>=13",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "psutil>=6",
+        "numpy>=2",
+    ],
+    extras_require={
+        "gguf": ["gguf>=0.17"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "trl==1.16.0", "gguf>=0.17"],
+    },
+    entry_points={"console_scripts": ["kto-dist=kto_dist.cli:main"]},
+)

@@ -1,0 +1,50 @@
+"""What the tests of whole runs share: a config for a tiny run, and running several of them on every rank."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from kto_dist import train
+from kto_dist.config import Config, build
+
+
+def tiny_config(folder: Path, model: Path, log: Path, **overrides: Any) -> Config:
+    """5 steps of 16 rows in fp32; `section__key=value` changes a setting."""
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"path": str(model)},
+        "reference": {"store": str(folder / "store"), "dtype": "fp32", "tokens_per_batch": 512},
+        "data": {"train": str(log), "max_length": 96, "cache": str(folder / "tokenised"), "workers": 1},
+        "train": {
+            "output": str(folder / "run"),
+            "global_batch": 16,
+            "max_steps": 5,
+            "tokens_per_microbatch": 256,
+            "dtype": "fp32",
+            "lr": 1e-3,
+            # Adam divides by the root of its second moment: where that is near 0, a gradient's rounding error
+            # becomes an update of full size, and the comparison would be one of noise
+            "eps": 1e-4,
+        },
+        "tracking": {"enabled": False},
+    }
+    for name, value in overrides.items():
+        section, key = name.split("__")
+        tree.setdefault(section, {})[key] = value
+    return build(tree)
+
+
+def metrics_of(config: Config) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(config.train.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.train.output) / "export" / "model.safetensors")
+
+
+def train_all(configs: list[Config]) -> None:
+    """On every rank: the runs one after the other, in one process."""
+    for config in configs:
+        train(config)

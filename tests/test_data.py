@@ -1,0 +1,438 @@
+"""Rows become the tokens that a model would see and generate, once, and whole or not at all."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+from kto_dist import data
+from kto_dist.config import DataConfig
+from kto_dist.data import check, fit, load, prepare, tokenizer_fingerprint
+from kto_dist.errors import UserError
+from tests.tiny import CHAT_TEMPLATE, thumbs, tiny_tokenizer, write_jsonl
+
+BOS, EOS = 0, 1
+CHAT = {
+    "prompt": [{"role": "user", "content": "hi"}],
+    "completion": [{"role": "assistant", "content": "yes"}],
+}
+CHAT_TEXT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+TEXT = {"prompt": "hi", "completion": "yes"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    """Rows -> the training split (and the held-out one), through files."""
+
+    def make(*rows, both=False, tokenizer=tokenizer, **settings):
+        labelled = [{"label": bool(number % 2), **row} for number, row in enumerate(rows)]
+        log = write_jsonl(tmp_path / "log.jsonl", labelled)
+        settings = {"cache": str(tmp_path / "cache"), "workers": 1, **settings}
+        folders = prepare(DataConfig(train=str(log), **settings), tokenizer)
+        return [folder and load(folder) for folder in folders] if both else load(folders[0])
+
+    return make
+
+
+def changed(template: str = CHAT_TEMPLATE, post: str | None = None):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    if post:
+        special = [("<|im_start|>", BOS), ("<|im_end|>", EOS)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=post, special_tokens=special)
+    return tokenizer
+
+
+def rows_of(examples) -> list[tuple]:
+    """Everything about the rows, comparable."""
+    return [
+        (
+            examples.prompt(row).tolist(),
+            examples.completion(row).tolist(),
+            bool(examples.desirable[row]),
+            float(examples.weights[row]),
+        )
+        for row in range(len(examples))
+    ]
+
+
+# Cutting.
+
+LENGTHS = st.integers(0, 60)
+LIMITS = st.integers(2, 50).flatmap(lambda longest: st.tuples(st.just(longest), st.integers(1, longest - 1)))
+
+
+@given(prompt=LENGTHS, completion=LENGTHS, limits=LIMITS)
+def test_a_cut_pair_fits_and_loses_no_more_than_it_must(prompt, completion, limits):
+    longest, prompt_limit = limits
+    p, c = fit(prompt, completion, longest, prompt_limit)
+    assert 0 <= p <= prompt and 0 <= c <= completion
+    assert p + c == min(prompt + completion, longest) or (p == min(prompt, prompt_limit) and p + c <= longest)
+    assert p >= min(prompt, prompt_limit)
+    assert c == completion or p == min(prompt, prompt_limit)
+    assert c > 0 or completion == 0
+
+
+@given(pairs=st.lists(st.tuples(LENGTHS, LENGTHS), max_size=9), limits=LIMITS)
+def test_cutting_arrays_is_cutting_each_pair(pairs, limits):
+    prompts, completions = np.array(pairs, np.int32).reshape(-1, 2).T
+    together = np.stack(fit(prompts, completions, *limits)).T.tolist()
+    assert together == [list(fit(*pair, *limits)) for pair in pairs]
+
+
+def test_a_long_row_keeps_its_prompts_end_and_its_completions_start(make, tokenizer):
+    row = {"prompt": "a" * 10 + "bcd", "completion": "efgh" + "z" * 10}
+    examples = make(row, row, max_length=7, max_prompt_length=3)
+    assert tokenizer.decode(examples.prompt(0)) == "bcd"
+    assert tokenizer.decode(examples.completion(0)) == "efgh"
+    assert examples.report.undesirable.prompts_cut == examples.report.desirable.completions_cut == 1
+
+
+def test_a_prompt_is_cut_only_as_far_as_the_completion_needs(make, tokenizer):
+    examples = make({"prompt": "abcdefgh", "completion": "12"}, max_length=8, max_prompt_length=2)
+    assert tokenizer.decode(examples.prompt(0)) == "defgh"
+    assert examples.completion(0)[-1] == EOS
+    assert examples.report.undesirable.completions_cut == 0
+
+
+# Tokens.
+
+
+def test_a_chat_prompt_has_the_tokens_that_the_model_sees_when_it_generates(make, tokenizer):
+    seen = tokenizer.apply_chat_template(CHAT["prompt"], add_generation_prompt=True)["input_ids"]
+    assert make(CHAT).prompt(0).tolist() == seen
+
+
+def test_a_chat_completion_ends_with_the_last_eos(make, tokenizer):
+    examples = make(CHAT)
+    assert tokenizer.decode(examples.completion(0)) == "yes<|im_end|>"
+    assert examples.report.shortened_headers == 0
+
+
+def test_a_completion_whose_template_writes_no_eos_is_kept_whole(make, tokenizer):
+    other = changed(CHAT_TEMPLATE.replace("<|im_end|>", "#"))
+    assert tokenizer.decode(make(CHAT, tokenizer=other).completion(0)) == "yes#\n"
+
+
+def test_text_is_not_templated_and_ends_with_one_eos(make, tokenizer):
+    examples = make(TEXT, {**TEXT, "completion": "yes<|im_end|>"})
+    for row in (0, 1):
+        assert tokenizer.decode(examples.prompt(row)) == "hi"
+        assert tokenizer.decode(examples.completion(row)) == "yes<|im_end|>"
+
+
+@pytest.mark.parametrize("post", ["<|im_start|> $A", "<|im_start|> $A <|im_end|>"])
+@pytest.mark.parametrize("prompt", ["hi", "<|im_start|>hi"])
+def test_a_text_prompt_has_one_bos_and_no_eos(make, tokenizer, post, prompt):
+    examples = make({**TEXT, "prompt": prompt}, tokenizer=changed(post=post))
+    assert tokenizer.decode(examples.prompt(0)) == "<|im_start|>hi"
+    assert tokenizer.decode(examples.completion(0)) == "yes<|im_end|>"
+
+
+def test_chat_text_gets_no_second_bos(make, tokenizer):
+    examples = make(CHAT, tokenizer=changed(post="<|im_start|> $A"))
+    assert tokenizer.decode(examples.prompt(0)) == CHAT_TEXT
+    assert tokenizer.decode(examples.completion(0)) == "yes<|im_end|>"
+
+
+def test_a_thought_that_only_new_answers_open_is_left_out_of_the_prompt_and_counted(make, tokenizer):
+    examples = make(CHAT, TEXT, tokenizer=changed(CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>")))
+    assert tokenizer.decode(examples.prompt(0)) == CHAT_TEXT
+    assert tokenizer.decode(examples.completion(0)) == "yes<|im_end|>"
+    assert examples.report.shortened_headers == 1
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_a_bad_row(make):
+    numbered = changed("{{ messages|length }}" + CHAT_TEMPLATE)
+    with pytest.raises(UserError, match=r"log\.jsonl:2: .*earlier turns differently"):
+        make(TEXT, CHAT, tokenizer=numbered)
+    examples = make(TEXT, CHAT, tokenizer=numbered, on_bad_row="skip")
+    assert len(examples) == 1
+    assert examples.report.skipped == {"refused by the chat template": 1}
+
+
+def test_what_the_template_refuses_is_said_with_its_place(make):
+    picky = changed("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match=r"log\.jsonl:1: .*roles must alternate"):
+        make(CHAT, tokenizer=picky)
+
+
+def test_messages_without_a_chat_template_are_an_error_with_a_remedy(make):
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(UserError, match="no chat template: use the instruction-tuned"):
+        make(CHAT, tokenizer=bare, on_bad_row="skip")
+
+
+def test_empty_completions_are_dropped_and_counted_by_class(make):
+    silent = {"prompt": CHAT["prompt"], "completion": [{"role": "assistant", "content": " "}], "label": True}
+    examples = make(TEXT, TEXT, {**TEXT, "completion": "", "label": False}, silent, {**silent, "label": True})
+    assert len(examples) == 2
+    assert (examples.report.undesirable.dropped, examples.report.desirable.dropped) == (1, 2)
+
+
+# What is on disk.
+
+
+def test_the_log_can_be_had_back(make):
+    examples = make(CHAT, {**TEXT, "weight": 0.5, "label": True}, max_length=2, max_prompt_length=1)
+    assert examples.original(0) == (tuple(CHAT["prompt"]), tuple(CHAT["completion"]))
+    assert examples.original(1) == ("hi", "yes")
+    assert [examples.prompt_text(row) for row in (0, 1)] == ["user: hi", "hi"]
+    assert [examples.completion_text(row) for row in (0, 1)] == ["yes", "yes"]
+    assert examples.weights.tolist() == [1.0, 0.5]
+    assert examples.desirable.tolist() == [False, True]
+
+
+def test_every_row_is_found_across_chunks(make, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "_CHUNK", 7)
+    log = thumbs(100, 10)
+    examples = make(*log)
+    assert len(examples) == 100
+    for i, row in enumerate(log):
+        assert tokenizer.decode(examples.prompt(i)) == row["prompt"]
+        assert tokenizer.decode(examples.completion(i)) == row["completion"] + "<|im_end|>"
+        assert examples.desirable[i] == row["label"]
+        assert (examples.prompt_lengths[i], examples.completion_lengths[i]) == (
+            len(examples.prompt(i)),
+            len(examples.completion(i)),
+        )
+    with pytest.raises(IndexError):
+        examples.prompt(100)
+
+
+def test_the_arrays_have_the_types_that_they_promise(make):
+    examples = make(*thumbs(20, 5))
+    assert examples.prompt(3).dtype == examples.completion(3).dtype == np.int32
+    assert examples.prompt_lengths.dtype == examples.completion_lengths.dtype == np.int32
+    assert (examples.desirable.dtype, examples.weights.dtype) == (np.bool_, np.float64)
+    assert examples.prompt_group.dtype == np.int64
+
+
+def test_tokens_are_views_into_the_file(make):
+    tokens = make(TEXT).prompt(0)
+    assert not tokens.flags.owndata and not tokens.flags.writeable
+
+
+def test_rows_share_a_group_exactly_when_their_prompts_are_equal(make):
+    examples = make(*thumbs(60, 9), CHAT, {**CHAT, "completion": "no"})
+    same_group = examples.prompt_group[:, None] == examples.prompt_group[None]
+    prompts = [examples.prompt(i).tolist() for i in range(len(examples))]
+    assert same_group.tolist() == [[one == other for other in prompts] for one in prompts]
+
+
+def test_the_report_counts_what_is_there(make, tmp_path):
+    examples = make(*thumbs(200, 20), max_length=24, max_prompt_length=8)
+    report = examples.report
+    for counts, mask in ((report.desirable, examples.desirable), (report.undesirable, ~examples.desirable)):
+        assert counts.kept == mask.sum()
+        assert counts.prompt_tokens == examples.prompt_lengths[mask].sum()
+        assert counts.completion_tokens == examples.completion_lengths[mask].sum()
+    assert report.rows_read == 200
+    assert report.completion_lengths["max"] == examples.completion_lengths.max()
+    assert report.prompt_lengths["p50"] == np.quantile(examples.prompt_lengths, 0.5, method="nearest")
+    assert data.DataReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_the_report_says_what_was_skipped(make):
+    examples = make(TEXT, {**TEXT, "label": "maybe"}, TEXT, on_bad_row="skip")
+    lines = "\n".join(examples.report.lines())
+    assert "2 rows read, 1 skipped" in lines
+    assert "unknown label: 1" in lines and "log.jsonl:2" in lines and "'maybe'" in lines
+
+
+def test_the_fingerprint_is_of_the_rows_and_not_of_the_files(make, monkeypatch):
+    log = thumbs(30, 6)
+    first = make(*log).fingerprint
+    monkeypatch.setattr(data, "_CHUNK", 4)
+    assert make(*log, {"prompt": "hi", "completion": ""}).fingerprint == first
+    for change in (
+        {"weight": 2},
+        {"label": not log[7]["label"]},
+        {"completion": "other"},
+        {"prompt": "other"},
+    ):
+        assert make(*log[:7], {**log[7], **change}, *log[8:]).fingerprint != first
+
+
+def test_processes_make_the_rows_that_one_process_makes(make, monkeypatch, tmp_path):
+    log = thumbs(60, 12)
+    alone = make(*log)
+    monkeypatch.setattr(data, "_CHUNK", 10)
+    monkeypatch.setattr(data, "_CHUNKS_BEFORE_PROCESSES", 1)
+    together = make(*log, workers=2, cache=str(tmp_path / "other"))
+    assert rows_of(together) == rows_of(alone)
+    assert (together.fingerprint, together.report) == (alone.fingerprint, alone.report)
+
+
+# The cache.
+
+
+def test_what_is_tokenised_is_not_tokenised_again(make, tmp_path, monkeypatch):
+    log = thumbs(20, 4)
+    before = make(*log, heldout=0.3)
+    monkeypatch.setattr(data, "_encode_chunk", lambda *_: pytest.fail("tokenised again"))
+    assert rows_of(make(*log, heldout=0.3)) == rows_of(before)
+
+
+def test_a_renamed_log_is_not_tokenised_again(tmp_path, tokenizer):
+    paths = [write_jsonl(tmp_path / name, thumbs(20, 4)) for name in ("a.jsonl", "b.jsonl")]
+    folders = [
+        prepare(DataConfig(train=str(path), cache=str(tmp_path / "c")), tokenizer)[0] for path in paths
+    ]
+    assert folders[0] == folders[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 1000, "max_prompt_length": 512},
+        {"max_prompt_length": 3},
+        {"on_bad_row": "skip"},
+        {"heldout": 0.5},
+        {"heldout": 0.4},
+    ],
+)
+def test_settings_that_change_rows_change_the_folder(tmp_path, tokenizer, settings):
+    path = write_jsonl(tmp_path / "log.jsonl", thumbs(40, 20))
+    base = {"train": str(path), "cache": str(tmp_path / "cache"), "heldout": 0.3}
+    first = prepare(DataConfig(**base), tokenizer)
+    assert prepare(DataConfig(**{**base, **settings}), tokenizer) != first
+    assert prepare(DataConfig(**base, workers=1), tokenizer) == first
+
+
+def test_another_tokenizer_or_more_rows_change_the_folder(tmp_path, tokenizer):
+    config = DataConfig(train=str(tmp_path / "log.jsonl"), cache=str(tmp_path / "cache"))
+    write_jsonl(tmp_path / "log.jsonl", thumbs(20, 4))
+    first = prepare(config, tokenizer)
+    assert prepare(config, changed(post="<|im_start|> $A")) != first
+    write_jsonl(tmp_path / "log.jsonl", thumbs(21, 4))
+    assert prepare(config, tokenizer) != first
+
+
+def test_a_damaged_folder_is_refused_and_made_again(make, tmp_path):
+    log = thumbs(20, 4)
+    whole = rows_of(make(*log))
+    [file] = tmp_path.glob("cache/*/rows/rows.arrow")
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    with pytest.raises(UserError, match="missing or damaged"):
+        load(file.parent)
+    assert rows_of(make(*log)) == whole
+    assert file.read_bytes() == content
+
+
+def test_a_failed_preparation_leaves_nothing_behind(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_CHUNK", 5)
+    with pytest.raises(UserError, match=r"log\.jsonl:21"):
+        make(*thumbs(20, 4), {**TEXT, "label": "maybe"})
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_of_two_that_prepare_the_same_the_slower_takes_what_is_there(make, tmp_path, monkeypatch):
+    log, replace, turns = thumbs(20, 4), os.replace, []
+
+    def other_is_faster(source, target):
+        if not turns:
+            turns.append("other")
+            make(*log)
+        replace(source, target)
+
+    monkeypatch.setattr(data.os, "replace", other_is_faster)
+    assert len(make(*log)) == 20
+    assert [path.name for path in tmp_path.glob("cache/*/*")] == ["rows"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+# Held-out rows.
+
+
+def test_no_prompt_is_on_both_sides_and_no_row_is_lost(make):
+    log = thumbs(300, 60)
+    train, heldout = make(*log, heldout=0.3, both=True)
+    assert not set(train.prompt_group) & set(heldout.prompt_group)
+    assert sorted(map(str, rows_of(train) + rows_of(heldout))) == sorted(map(str, rows_of(make(*log))))
+    assert train.report.rows_read == len(train) and heldout.report.rows_read == len(heldout)
+
+
+def test_the_fraction_is_of_the_prompts(make):
+    _, heldout = make(*thumbs(2000, 2000, seed=3), heldout=0.2, both=True)
+    prompts = {row["prompt"] for row in thumbs(2000, 2000, seed=3)}
+    held = {heldout.prompt_text(row) for row in range(len(heldout))}
+    assert abs(len(held) / len(prompts) - 0.2) < 0.04
+
+
+def test_a_row_stays_on_its_side_as_the_log_grows(make):
+    def sides(log):
+        return [{e.prompt_text(row) for row in range(len(e))} for e in make(*log, heldout=0.3, both=True)]
+
+    log = thumbs(200, 50)
+    train, heldout = sides(log[:100])
+    more_train, more_heldout = sides([*thumbs(40, 40, seed=9), *log[::-1]])
+    assert train <= more_train and heldout <= more_heldout
+
+
+def test_a_held_out_file_has_its_own_folder(make, tmp_path):
+    path = write_jsonl(tmp_path / "heldout.jsonl", thumbs(8, 4, seed=5))
+    train, heldout = make(*thumbs(20, 4), heldout=str(path), both=True)
+    assert (len(train), len(heldout)) == (20, 8)
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_a_fraction_that_empties_a_side_is_an_error(make, fraction):
+    with pytest.raises(
+        UserError, match=r"data\.heldout \(.*leaves (40 rows to train on and 0|0 .* and 40) held"
+    ):
+        make(*thumbs(40, 4), heldout=fraction)
+
+
+def test_a_log_of_empty_completions_is_an_error(make, tmp_path):
+    with pytest.raises(UserError, match="no row has a completion to train on"):
+        make({**TEXT, "completion": ""})
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+# What can train.
+
+
+@pytest.mark.parametrize("label, absent", [(True, "undesirable"), (False, "desirable")])
+def test_a_log_of_one_class_cannot_train(make, label, absent):
+    examples = make(*({**row, "label": label} for row in thumbs(10, 5)))
+    with pytest.raises(UserError, match=f"data.train has 10 rows and not one {absent}"):
+        check(examples, needs_pairs=False)
+
+
+def test_one_prompt_cannot_train_where_pairs_are_needed(make):
+    examples = make(TEXT, TEXT, {**TEXT, "completion": "no"})
+    with pytest.raises(UserError, match="one and the same prompt.*apo_zero_unpaired"):
+        check(examples, needs_pairs=True)
+    check(examples, needs_pairs=False)
+    check(make(TEXT, {**TEXT, "prompt": "there"}), needs_pairs=True)
+
+
+# The tokenizer's fingerprint.
+
+
+def test_a_tokenizer_is_known_by_its_content(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "copy")
+    copy = type(tokenizer).from_pretrained(tmp_path / "copy")
+    copy(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(tokenizer)
+
+
+def test_whatever_changes_tokens_changes_the_tokenizers_fingerprint(tokenizer):
+    longer = tiny_tokenizer()
+    longer.add_tokens(["word"])
+    other_end = tiny_tokenizer()
+    other_end.eos_token = "a"
+    others = [changed(CHAT_TEMPLATE + " "), changed(post="<|im_start|> $A"), longer, other_end]
+    assert len({tokenizer_fingerprint(one) for one in [tokenizer, *others]}) == 5

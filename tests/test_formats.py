@@ -1,0 +1,394 @@
+"""Logs in every layout become the same rows, and whatever is wrong with one is said with its place."""
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kto_dist.errors import UserError
+from kto_dist.formats import BadRows, Row, find_sources, read_rows
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+WORSE = {"role": "assistant", "content": "what"}
+GOOD = {"prompt": "hi", "completion": "hello", "label": True}
+
+
+def write(path: Path, *records: object) -> str:
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def read(*paths: object, on_bad_row: str = "error", bad: BadRows | None = None) -> list[Row]:
+    sources = find_sources([str(path) for path in paths])
+    return list(read_rows(sources, on_bad_row=on_bad_row, bad=bad or BadRows()))
+
+
+def content(rows: list[Row]) -> list[tuple]:
+    return [(row.prompt, row.completion, row.desirable, row.weight) for row in rows]
+
+
+TEXT_ROW = ("hi", "hello", True, 1.0)
+CHAT_ROW = ((USER,), (ANSWER,), True, 1.0)
+CHAT_PAIR = [CHAT_ROW, ((USER,), (WORSE,), False, 1.0)]
+TEXT_PAIR = [TEXT_ROW, ("hi", "what", False, 1.0)]
+SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+LAYOUTS = {
+    "TRL, text": (GOOD, [TEXT_ROW]),
+    "TRL, messages": ({"prompt": [USER], "completion": [ANSWER], "label": True}, [CHAT_ROW]),
+    "HALOs, binary": (
+        {
+            "prompt_id": 7,
+            "prompt": [USER],
+            "output": [ANSWER],
+            "label": 1,
+            "reward": 0.8,
+            "type": "binary_feedback",
+        },
+        [CHAT_ROW],
+    ),
+    "HALOs, text output": ({"prompt": [USER], "output": "hello", "label": 1}, [CHAT_ROW]),
+    "HALOs, pairwise": (
+        {"prompt": [USER], "output_A": [WORSE], "output_B": [ANSWER], "label": 0, "reward_A": 0.1},
+        [((USER,), (WORSE,), False, 1.0), CHAT_ROW],
+    ),
+    "NeMo-Aligner": ({"prompt": "hi", "response": "hello", "preference": "chosen"}, [TEXT_ROW]),
+    "LLaMA-Factory": ({"messages": [USER, ANSWER], "label": True}, [CHAT_ROW]),
+    "LLaMA-Factory, ShareGPT": ({"conversations": SHAREGPT, "kto_tag": True}, [CHAT_ROW]),
+    "LLaMA-Factory, alpaca": (
+        {
+            "instruction": "say",
+            "input": "hi",
+            "output": "hello",
+            "kto_tag": False,
+            "system": "be kind",
+            "history": [["a", "b"]],
+        },
+        [
+            (
+                (
+                    {"role": "system", "content": "be kind"},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "say\nhi"},
+                ),
+                (ANSWER,),
+                False,
+                1.0,
+            )
+        ],
+    ),
+    "pair, text": ({"prompt": "hi", "chosen": "hello", "rejected": "what"}, TEXT_PAIR),
+    "pair, messages": ({"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}, CHAT_PAIR),
+    "pair, ShareGPT": (
+        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "what"}},
+        CHAT_PAIR,
+    ),
+    "pair, whole conversations": ({"chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, CHAT_PAIR),
+    "pair, whole conversations and the prompt": (
+        {"prompt": "hi", "chosen": [USER, ANSWER], "rejected": [USER, WORSE], "messages": [USER, ANSWER]},
+        CHAT_PAIR,
+    ),
+    "pair, equal conversations": (
+        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]},
+        [CHAT_ROW, ((USER,), (ANSWER,), False, 1.0)],
+    ),
+    "pair, HH text": (
+        {"chosen": "\n\nHuman: hi\n\nAssistant: I can", "rejected": "\n\nHuman: hi\n\nAssistant: I cannot"},
+        [
+            ("\n\nHuman: hi\n\nAssistant:", " I can", True, 1.0),
+            ("\n\nHuman: hi\n\nAssistant:", " I cannot", False, 1.0),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("record, rows", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_becomes_the_same_rows(tmp_path, record, rows):
+    assert content(read(write(tmp_path / "log.jsonl", record))) == rows
+
+
+@pytest.mark.parametrize("record, rows", LAYOUTS.values(), ids=LAYOUTS)
+def test_parquet_gives_the_rows_that_json_lines_give(tmp_path, record, rows):
+    pyarrow.parquet.write_table(pa.Table.from_pylist([record]), tmp_path / "log.parquet")
+    assert content(read(tmp_path / "log.parquet")) == rows
+
+
+@pytest.mark.parametrize(
+    "label, desirable",
+    [
+        *(
+            (word, True)
+            for word in (True, 1, 1.0, "1", "+1", "chosen", "UP", "Thumbs up", "thumbs-up", "good", " Like ")
+        ),
+        *((word, True) for word in ("desirable", "TRUE", "👍", "👍🏽")),
+        *(
+            (word, False)
+            for word in (False, 0, -1, -1.0, "0", "-1", "Rejected", "down", "THUMBS_DOWN", "bad")
+        ),
+        *((word, False) for word in ("dislike", "undesirable", "false", "👎", "👎🏿")),
+    ],
+)
+def test_label_words_mean_what_people_mean(tmp_path, label, desirable):
+    [row] = read(write(tmp_path / "log.jsonl", {**GOOD, "label": label}))
+    assert row.desirable is desirable
+
+
+@pytest.mark.parametrize(
+    "record, reason, quoted",
+    [
+        ("{broken", "broken JSON", "{broken"),
+        ("[1, 2", "broken JSON", "[1, 2"),
+        ("17", "broken JSON", "17"),
+        ({"prompt": "hi", "label": True}, "missing field", "completion"),
+        ({**GOOD, "completion": None}, "missing field", "completion"),
+        ({**GOOD, "completion": 5}, "wrong type", "5"),
+        ({**GOOD, "completion": "\ud83d"}, "wrong type", "surrogate"),
+        ({**GOOD, "prompt": []}, "wrong type", "[]"),
+        ({**GOOD, "label": "maybe"}, "unknown label", "'maybe'"),
+        ({**GOOD, "label": 2}, "unknown label", "2"),
+        ({**GOOD, "label": None}, "missing field", "label"),
+        ({**GOOD, "prompt": " "}, "empty prompt", "' '"),
+        ({**GOOD, "prompt": [{"role": "user", "content": ""}]}, "empty prompt", "prompt"),
+        ({**GOOD, "prompt": [{"role": "wizard", "content": "hi"}]}, "unknown role", "'wizard'"),
+        ({**GOOD, "prompt": [{"content": "hi"}]}, "wrong type", "role"),
+        ({**GOOD, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "wrong type", "image"),
+        ({**GOOD, "prompt": [USER, ANSWER], "completion": [ANSWER]}, "wrong turn", "hello"),
+        ({**GOOD, "completion": [ANSWER, USER]}, "wrong turn", "hi"),
+        ({**GOOD, "weight": -1}, "bad weight", "-1"),
+        ({**GOOD, "weight": "heavy"}, "bad weight", "'heavy'"),
+        ('{"prompt": "hi", "completion": "hello", "label": true, "weight": NaN}', "bad weight", "nan"),
+    ],
+)
+def test_a_bad_row_is_named_or_counted(tmp_path, record, reason, quoted):
+    path = write(tmp_path / "log.jsonl", GOOD, "", record, GOOD)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert f"{path}:3: " in str(error.value)
+    assert quoted in str(error.value)
+    assert "skip" in str(error.value)
+
+    bad = BadRows()
+    rows = read(path, on_bad_row="skip", bad=bad)
+    assert [row.source for row in rows] == [f"{path}:1", f"{path}:4"]
+    assert bad.counts == {reason: 1}
+    assert len(bad.examples) == 1 and f"{path}:3" in bad.examples[0]
+
+
+@pytest.mark.parametrize("turns", [[USER], [USER, ANSWER, USER]])
+def test_a_conversation_must_end_with_the_rated_answer(tmp_path, turns):
+    path = write(tmp_path / "log.jsonl", {"messages": turns, "label": True})
+    with pytest.raises(
+        UserError, match=r"log\.jsonl:1: messages: the last turn .*hi.* must be the assistant's"
+    ):
+        read(path)
+
+
+def test_unknown_columns_are_listed_with_the_layouts_that_are_known(tmp_path):
+    path = write(tmp_path / "log.jsonl", {"question": "hi", "answer": "hello"})
+    with pytest.raises(UserError, match="question, answer.*prompt, completion and label"):
+        read(path)
+
+
+def test_a_missing_label_column_is_said_to_be_missing(tmp_path):
+    path = write(tmp_path / "log.jsonl", {"prompt": "hi", "completion": "hello"})
+    with pytest.raises(UserError, match="lack a label column"):
+        read(path)
+
+
+def test_a_long_value_is_shortened_in_the_message(tmp_path):
+    path = write(tmp_path / "log.jsonl", {**GOOD, "label": "x" * 5000})
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert len(str(error.value)) < 1000
+
+
+def test_an_empty_completion_is_a_row(tmp_path):
+    [row] = read(write(tmp_path / "log.jsonl", {**GOOD, "completion": ""}))
+    assert row.completion == ""
+
+
+def test_a_row_weight_is_kept_and_null_counts_as_one(tmp_path):
+    path = write(
+        tmp_path / "log.jsonl", {**GOOD, "weight": 0.25}, {**GOOD, "weight": None}, {**GOOD, "weight": 0}
+    )
+    assert [row.weight for row in read(path)] == [0.25, 1.0, 0.0]
+
+
+def test_both_rows_of_a_pair_have_its_weight_and_place(tmp_path):
+    path = write(tmp_path / "log.jsonl", {"prompt": "hi", "chosen": "a", "rejected": "b", "weight": 3})
+    assert [(row.weight, row.source) for row in read(path)] == [(3.0, f"{path}:1")] * 2
+
+
+def test_tool_and_system_turns_stay_in_the_prompt_and_tool_calls_in_their_message(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    turns = [
+        {"role": "system", "content": "s"},
+        USER,
+        call,
+        {"role": "tool", "content": "42", "name": None},
+        ANSWER,
+    ]
+    [row] = read(write(tmp_path / "log.jsonl", {"messages": turns, "label": 1}))
+    assert row.prompt == (turns[0], USER, {**call, "content": ""}, {"role": "tool", "content": "42"})
+    assert row.completion == (ANSWER,)
+
+
+def test_text_parts_of_a_message_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    [row] = read(write(tmp_path / "log.jsonl", {**GOOD, "prompt": [{"role": "user", "content": parts}]}))
+    assert row.prompt == (USER,)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@given(prompt=TEXT, completion=TEXT, label=st.booleans())
+def test_text_survives_the_file_exactly(tmp_path_factory, prompt, completion, label):
+    record = {"prompt": prompt, "completion": completion, "label": label}
+    path = write(tmp_path_factory.mktemp("text") / "log.jsonl", json.dumps(record, ensure_ascii=False))
+    assert content(read(path)) == [(prompt, completion, label, 1.0)]
+
+
+def test_a_json_array_has_the_rows_and_lines_of_its_elements(tmp_path):
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps([GOOD, {**GOOD, "prompt": "there"}], indent=2))
+    rows = read(path)
+    assert [(row.prompt, row.source) for row in rows] == [("hi", f"{path}:2"), ("there", f"{path}:7")]
+
+
+def test_a_cut_json_array_is_an_error_at_its_line(tmp_path):
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps([GOOD, GOOD], indent=2)[:-2])
+    with pytest.raises(UserError, match=r"log\.json:11: the JSON array is broken"):
+        read(path)
+
+
+def test_compressed_and_marked_files_read_like_plain_ones(tmp_path):
+    (tmp_path / "log.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())
+    names = ("log.jsonl.gz", "marked.jsonl", "marked.json")
+    assert content(read(*(tmp_path / name for name in names))) == [TEXT_ROW] * 3
+
+
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "log.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 99)[:-9])
+    (tmp_path / "log.parquet").write_bytes(b"PAR1 and nothing else")
+    for name in ("log.jsonl.gz", "log.parquet"):
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            read(tmp_path / name, on_bad_row="skip")
+
+
+def test_a_folder_and_a_pattern_have_the_rows_of_their_files_in_order_of_name(tmp_path):
+    write(tmp_path / "b.jsonl", {**GOOD, "prompt": "2"})
+    write(tmp_path / "a.jsonl", {**GOOD, "prompt": "1"})
+    write(tmp_path / "notes.json", {"no": "log"})
+    assert [row.prompt for row in read(tmp_path)] == ["1", "2"]
+    assert [row.prompt for row in read(tmp_path / "*.jsonl")] == ["1", "2"]
+
+
+def test_files_of_different_layouts_mix(tmp_path):
+    first = write(tmp_path / "a.jsonl", GOOD)
+    second = write(tmp_path / "b.jsonl", {"messages": [USER, ANSWER], "label": "down"})
+    assert content(read(first, second)) == [TEXT_ROW, ((USER,), (ANSWER,), False, 1.0)]
+
+
+def test_a_saved_dataset_reads_like_its_records(tmp_path):
+    datasets.Dataset.from_list([{"prompt": [USER], "completion": [ANSWER], "label": True}]).save_to_disk(
+        tmp_path / "d"
+    )
+    [row] = read(tmp_path / "d")
+    assert content([row]) == [CHAT_ROW]
+    assert row.source == f"{tmp_path / 'd'}:row 1"
+
+
+def test_a_saved_dataset_of_splits_gives_the_one_that_is_named(tmp_path):
+    splits = {name: datasets.Dataset.from_list([{**GOOD, "prompt": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
+    assert [row.prompt for row in read(tmp_path / "d", f"{tmp_path / 'd'}:test")] == ["train", "test"]
+    with pytest.raises(UserError, match="no split 'dev'.*train, test"):
+        read(f"{tmp_path / 'd'}:dev")
+
+
+def test_a_hub_name_is_loaded_with_its_split(tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = read("owner/thumbs", "owner/thumbs:test[:10]")
+    assert asked == [("owner/thumbs", "train"), ("owner/thumbs", "test[:10]")]
+    assert content(rows) == [TEXT_ROW] * 2
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch):
+    def load(name, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        UserError, match="neither a file nor a folder here.*hub dataset 'owner/thumbs'.*no network"
+    ):
+        find_sources(["owner/thumbs"])
+
+
+@pytest.mark.parametrize(
+    "name", ["data/log.jsonl", "./data/log", "../data", "log.parquet", "log", "data/*.jsonl"]
+)
+def test_a_missing_file_is_never_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path / "..")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match="does not exist|no file matches"):
+        find_sources([str(tmp_path / name) if name == "../data" else name])
+
+
+@pytest.mark.parametrize(
+    "name, text, match", [("log.csv", "a,b", "type of the file"), ("log.jsonl", "\n", "no rows")]
+)
+def test_a_file_that_cannot_hold_rows_is_an_error(tmp_path, name, text, match):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=match):
+        read(tmp_path / name, on_bad_row="skip")
+
+
+def test_a_folder_without_logs_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="holds no .parquet"):
+        find_sources([str(tmp_path)])
+
+
+def test_skipping_never_skips_a_whole_file(tmp_path):
+    path = write(tmp_path / "log.jsonl", {"text": "a"}, {"text": "b"})
+    with pytest.raises(UserError, match="not one of its 2 rows could be read; the first: .*log.jsonl:1"):
+        read(path, on_bad_row="skip")
+
+
+def test_rows_stream(tmp_path):
+    path = write(tmp_path / "log.jsonl", GOOD, "{broken")
+    rows = read_rows(find_sources([path]), on_bad_row="error", bad=BadRows())
+    assert content(list(itertools.islice(rows, 1))) == [TEXT_ROW]
+
+
+def test_a_digest_is_of_the_content_and_not_of_the_name(tmp_path):
+    paths = [write(tmp_path / name, GOOD) for name in ("a.jsonl", "b.jsonl")]
+    longer = write(tmp_path / "c.jsonl", GOOD, GOOD)
+    first, copy, other = (source.digest() for source in find_sources([*paths, longer]))
+    assert first == copy != other
+
+
+def test_slices_of_one_split_have_different_digests(tmp_path, monkeypatch):
+    datasets.Dataset.from_list([GOOD, GOOD]).save_to_disk(tmp_path / "d")
+    whole = datasets.load_from_disk(tmp_path / "d")
+    splits = {"train": whole, "train[:1]": whole.select([0])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: splits[split])
+    first, again, part = (s.digest() for s in find_sources(["a/b", "a/b:train", "a/b:train[:1]"]))
+    assert first == again != part

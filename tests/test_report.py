@@ -1,0 +1,217 @@
+"""The page and plots of a run's folder: complete, safe to open, and made of whatever is there."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from kto_dist import report
+from kto_dist.report import LIGHT, curve, read_steps, running_mean, show, write_report
+
+PNG = b"\x89PNG\r\n\x1a\n"
+EVIL = "<script>alert('x')</script>"
+
+
+def metrics(step: int) -> dict:
+    record = {
+        "step": step,
+        "loss": 0.5 - step / 1000,
+        "kl": 0.0,
+        "kl_raw": -0.1,
+        "grad_norm": 2.0,
+        "learning_rate": 1e-6,
+    }
+    record |= {
+        "rewards/desirable": step / 100,
+        "rewards/margin": step / 50,
+        "accuracy/all": 0.5,
+        "accuracy/desirable": 0.6,
+    }
+    return record | {"loss/desirable": 0.4, "tokens_per_second": 3000.0}
+
+
+def write_lines(path: Path, records: list) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def evaluation(step: int) -> dict:
+    return {"step": step, "loss": 0.5 - step / 1000, "accuracy/all": 0.5 + step / 500, "auc": 0.75, "rows": 64}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    run = tmp_path_factory.mktemp("runs") / "first"
+    run.mkdir()
+    write_lines(run / "metrics.jsonl", [metrics(step) for step in range(1, 101)])
+    write_lines(run / "heldout.jsonl", [evaluation(0), evaluation(100)])
+    (run / "config.yaml").write_text("tracking:\n  uri: http://me:secret@host/\n")
+    summary = {
+        "training": {"loss": 0.40012345},
+        "heldout": {"before": evaluation(0), "after": evaluation(100)},
+        "data": {"train": {"desirable": 9000, "undesirable": 30}},
+        "reference": {"fingerprint": "f00d", "scored": 12, "hits": 0},
+        "export": "runs/first/export",
+        "mlflow": {"uri": "http://me:secret@host/", "run_id": "r1"},
+        "samples": [
+            {"prompt": EVIL, "before": "No & never", "after": "Yes", "approved_before": False, "approved_after": True},
+            {"prompt": "bare", "after": None},
+        ],
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = write_report(run)
+    assert page == run / "report.html"
+    return run, page.read_text(encoding="utf-8")
+
+
+def test_every_plot_is_a_picture_in_the_folder_and_in_the_page(full: tuple[Path, str]) -> None:
+    run, page = full
+    names = {plot.name for plot in report.PLOTS}
+    assert {path.stem for path in (run / "plots").iterdir()} == names
+    assert all(path.read_bytes().startswith(PNG) for path in (run / "plots").iterdir())
+    assert page.count("data:image/png;base64,") == 2 * len(names)  # light and dark
+    assert all(plot.title in page for plot in report.PLOTS)
+    assert page.count("How to read this:") == len(names)
+
+
+def test_the_page_needs_nothing_from_elsewhere(full: tuple[Path, str]) -> None:
+    sources = re.findall(r"""(?:src|srcset|href|url)\s*[=(]\s*["']?([^"'>\s]{0,30})""", full[1])
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "<script" not in full[1] and "@import" not in full[1]
+
+
+def test_text_of_the_model_is_escaped(full: tuple[Path, str]) -> None:
+    assert EVIL not in full[1]
+    assert "&lt;script&gt;" in full[1] and "No &amp; never" in full[1]
+
+
+def test_passwords_are_masked(full: tuple[Path, str]) -> None:
+    assert "secret" not in full[1]
+    assert full[1].count("http://***@host/") == 2
+
+
+def test_heldout_figures_stand_before_after_and_change(full: tuple[Path, str]) -> None:
+    row = re.search(r"<th>accuracy/all</th>(.*?)</tr>", full[1], re.S)
+    assert row and re.findall(r">([^<>]+)</td>", row[1]) == ["0.5", "0.7", "+0.2"]
+
+
+def test_samples_stand_side_by_side_with_their_verdicts(full: tuple[Path, str]) -> None:
+    assert len(re.findall(r'class="card sample"', full[1])) == 2
+    assert full[1].count("✗ not approved") == 1
+    assert full[1].count("✓ approved") == 1
+
+
+def test_nested_facts_are_listed_by_dotted_name(full: tuple[Path, str]) -> None:
+    for key, value in (("train.desirable", "9,000"), ("fingerprint", "f00d"), ("loss", "0.4001")):
+        assert re.search(rf"<th>{key}</th><td[^>]*>{value}</td>", full[1])
+
+
+def test_an_empty_folder_makes_a_page(tmp_path: Path) -> None:
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "no recorded steps yet" in page
+    assert "<img" not in page
+
+
+def test_one_step_makes_plots(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [metrics(1)])
+    assert "1 recorded step," in write_report(tmp_path).read_text(encoding="utf-8")
+    assert len(list((tmp_path / "plots").iterdir())) == len(report.PLOTS)
+
+
+def test_a_metric_that_was_never_recorded_has_no_plot(tmp_path: Path) -> None:
+    # apo_zero_unpaired has no z0
+    records = [{"step": step, "loss": 0.5, "grad_norm": math.nan} for step in (1, 2)]
+    write_lines(tmp_path / "metrics.jsonl", records)
+    write_report(tmp_path)
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"]
+
+
+def test_evaluations_stand_in_for_a_summary_of_a_run_that_still_goes(tmp_path: Path) -> None:
+    write_lines(tmp_path / "heldout.jsonl", [evaluation(0), evaluation(50), evaluation(100)])
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert re.search(r"<th>accuracy/all</th><td[^>]*>0.5</td><td[^>]*>0.7</td>", page)
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        "not json",
+        "[1, 2]",
+        {"heldout": None, "samples": None, "data": []},
+        {"heldout": {"before": None, "after": {"loss": 0.1, "note": "text"}}},
+        {"heldout": {"loss": 0.2}, "samples": ["text", {"prompt": [{"role": "user", "content": "hi"}]}]},
+        {"training": {"loss": math.nan, "list": [1, {"a": 2}], "empty": {}}, "seconds": 12.5, "done": True},
+    ],
+)
+def test_an_odd_summary_still_makes_a_page(tmp_path: Path, summary: object) -> None:
+    (tmp_path / "summary.json").write_text(summary if isinstance(summary, str) else json.dumps(summary))
+    assert "</html>" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_repeated_step_counts_once_and_a_cut_off_line_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [{"step": 1, "loss": 9}, {"step": 2, "loss": 9}, {"step": 3, "loss": 3}, {"step": 2, "loss": 2}])
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [(record["step"], record["loss"]) for record in read_steps(path)] == [(1, 9), (2, 2), (3, 3)]
+
+
+def test_a_class_absent_from_a_step_leaves_a_gap_not_a_zero() -> None:
+    records = [
+        {"step": 1, "a": 0.5},
+        {"step": 2},
+        {"step": 3, "a": math.inf},
+        {"step": 4, "a": None},
+        {"step": 5, "a": 0},
+    ]
+    assert curve(records, "a") == ([1, 5], [0.5, 0.0])
+
+
+def test_many_points_are_drawn_faint_under_their_running_mean_and_few_with_markers() -> None:
+    def lines(count: int) -> list:
+        axes = Figure().subplots()
+        report._line(axes, [{"step": i, "a": i % 2} for i in range(count)], "a", "a", LIGHT.colours["all"])
+        return axes.get_lines()
+
+    (few,) = lines(10)
+    assert few.get_marker() == "o" and list(few.get_ydata()) == [0, 1] * 5
+    raw, mean = lines(200)
+    assert raw.get_alpha() < 0.5 and set(raw.get_ydata()) == {0, 1}
+    assert all(0.3 < value < 0.7 for value in mean.get_ydata()) and mean.get_marker() == ""
+
+
+def test_the_running_mean_is_the_mean_of_the_window_around_each_value() -> None:
+    assert running_mean([1.0, 2.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
+    assert running_mean([], 5) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "–"), (True, "yes"), (1234567, "1,234,567"), (0.000012345, "1.234e-05"), (12345.6, "12,346"), ("", "–")],
+)
+def test_values_are_shown_for_people(value: object, shown: str) -> None:
+    assert show(value) == shown
+
+
+def test_a_failed_write_leaves_the_last_page_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = write_report(tmp_path).read_bytes()
+    write_lines(tmp_path / "heldout.jsonl", [evaluation(0)])
+
+    def full_disk(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "heldout.jsonl", "plots"}
+
+
+def test_a_report_leaves_pyplot_and_mlflow_alone() -> None:
+    code = "import sys, kto_dist.report; print([n for n in ('matplotlib.pyplot', 'mlflow') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
