@@ -144,8 +144,8 @@ def to_universal(checkpoint: Path, found: State) -> Path | None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(
-                f"{checkpoint} was written by {found.world_size} ranks and could not be re-cut for {comm.world_size()}: "
-                f"{done.stderr.strip()[-500:]}; resume with {found.world_size} ranks"
+                f"{checkpoint} was written by {found.world_size} ranks and could not be re-cut for "
+                f"{comm.world_size()}: {done.stderr.strip()[-500:]}; resume with {found.world_size} ranks"
             )
 
     comm.on_main(convert)

@@ -242,8 +242,9 @@ class Config(Section):
     def _sections_agree(self) -> "Config":
         if self.kto.loss == "kto" and self.train.global_batch < 2:
             raise ValueError(
-                f"train.global_batch ({self.train.global_batch}) must be at least 2 with kto.loss kto: z0 is the mean over "
-                "mismatched pairs of the same batch, and one row has no partner; raise it, or use apo_zero_unpaired"
+                f"train.global_batch ({self.train.global_batch}) must be at least 2 with kto.loss kto: z0 is the mean "
+                "over mismatched pairs of the same batch, and one row has no partner; raise it, or use "
+                "apo_zero_unpaired"
             )
         pairs = self.kto.kl_pairs_per_step
         if pairs is not None and pairs > self.train.global_batch:

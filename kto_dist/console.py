@@ -44,15 +44,19 @@ class Console:
     @contextmanager
     def progress(self, title: str) -> Iterator[Callable[[int, int, float, float], None]]:
         """Yields a function of (done, total, items a second, tokens a second)."""
-        with self._bar() as bar:
-            task = bar.add_task(title, total=None, note="")
+        bar = self._bar()
+        task = bar.add_task(title, total=None, note="")
 
-            def update(done: int, total: int, rows_per_second: float, tokens_per_second: float) -> None:
-                note = f"{rows_per_second:,.1f} rows/s, {tokens_per_second:,.0f} tokens/s"
-                bar.update(task, completed=done, total=total, note=note)
+        def update(done: int, total: int, rows_per_second: float, tokens_per_second: float) -> None:
+            bar.start()  # only when there is something to show; a second start does nothing
+            note = f"{rows_per_second:,.1f} rows/s, {tokens_per_second:,.0f} tokens/s"
+            bar.update(task, completed=done, total=total, note=note)
 
+        try:
             yield update
-            bar.update(task, visible=bar.tasks[0].total is not None)
+        finally:
+            if bar.live.is_started:
+                bar.stop()
 
     @contextmanager
     def steps(self, title: str, done: int, total: int) -> Iterator[Callable[[int, str], None]]:

@@ -23,14 +23,16 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jinja2
@@ -50,7 +52,7 @@ Length = TypeVar("Length", int, np.ndarray)
 _VERSION = 1
 _CHUNK = 1000
 # Starting the processes takes about as long as it takes this one to tokenise so many chunks.
-_CHUNKS_BEFORE_PROCESSES = 40
+_CHUNKS_BEFORE_PROCESSES = 20
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _SCHEMA = pa.schema(
     {
@@ -132,9 +134,7 @@ class DataReport:
                 f"{counts.dropped:,} rows dropped (empty)"
             )
         for name, lengths in (("prompt", self.prompt_lengths), ("completion", self.completion_lengths)):
-            lines.append(
-                f"  {name} tokens: " + ", ".join(f"{key} {value:,}" for key, value in lengths.items())
-            )
+            lines.append(f"  {name} tokens: " + ", ".join(f"{key} {value:,}" for key, value in lengths.items()))
         if self.shortened_headers:
             lines.append(f"  {self.shortened_headers:,} prompts end before the template's answer header does")
         return lines
@@ -147,9 +147,7 @@ class _Ragged:
         self._offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
         self._values = [chunk.values.to_numpy() for chunk in column.chunks]
         self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
-        self.lengths = np.concatenate(
-            [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]
-        )
+        self.lengths = np.concatenate([np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)])
 
     def __getitem__(self, row: int) -> np.ndarray:
         if not 0 <= row < len(self.lengths):
@@ -206,18 +204,14 @@ class Examples:
     def completion_text(self, row: int) -> str:
         """The completion for people to read."""
         completion = self.original(row)[1]
-        return (
-            completion if isinstance(completion, str) else "\n\n".join(turn["content"] for turn in completion)
-        )
+        return completion if isinstance(completion, str) else "\n\n".join(turn["content"] for turn in completion)
 
 
 def load(folder: str | Path) -> Examples:
     """Opens a folder that `prepare` returned. Costs neither reading the tokens nor memory for them."""
     folder = Path(folder)
     if not _whole(folder):
-        raise UserError(
-            f"tokenised data {folder} is missing or damaged: delete the folder above it and run again"
-        )
+        raise UserError(f"tokenised data {folder} is missing or damaged: delete the folder above it and run again")
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
     return Examples(table, fingerprint=about["fingerprint"], report=DataReport.from_dict(about["report"]))
@@ -246,15 +240,11 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     if backend is not None:
         # Truncation and padding are left behind by whoever called the tokenizer last.
         rules = {
-            key: value
-            for key, value in json.loads(backend.to_str()).items()
-            if key not in ("truncation", "padding")
+            key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")
         }
     else:
         file = getattr(tokenizer, "vocab_file", None)
-        content = (
-            hashlib.blake2b(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
-        )
+        content = hashlib.blake2b(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "file": content}
     return _digest([rules, tokenizer.special_tokens_map, tokenizer.eos_token_id, tokenizer.chat_template])
 
@@ -277,9 +267,7 @@ def prepare(
     return _prepare(data, data.train, None, tokenizer, fingerprint) / "rows", heldout
 
 
-def _prepare(
-    data: DataConfig, paths: Sequence[str], fraction: float | None, tokenizer: Any, fingerprint: str
-) -> Path:
+def _prepare(data: DataConfig, paths: Sequence[str], fraction: float | None, tokenizer: Any, fingerprint: str) -> Path:
     sources = find_sources(paths)
     settings = [data.max_length, data.prompt_limit, data.on_bad_row, fraction]
     key = _digest([_VERSION, [source.digest() for source in sources], fingerprint, settings])
@@ -366,6 +354,26 @@ class _Encoder:
     fraction: float | None
 
 
+class _Process(SpawnProcess):
+    """Starts afresh, without the script that was run.
+
+    A fork is unsafe beside the threads of torch, NCCL and the tokenizer. A spawned process would first import the
+    script again: seconds for a training script, and a hang where the script has no `if __name__ == "__main__"`.
+    """
+
+    def start(self) -> None:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = script
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
 _worker_encoder: _Encoder | None = None
 
 
@@ -380,9 +388,7 @@ def _encode_in_worker(rows: list[Row]) -> tuple[list[_Part], BadRows]:
     return _encode_chunk(_worker_encoder, rows)
 
 
-def _encode_all(
-    encoder: _Encoder, rows: Iterable[Row], workers: int | None
-) -> Iterator[tuple[list[_Part], BadRows]]:
+def _encode_all(encoder: _Encoder, rows: Iterable[Row], workers: int | None) -> Iterator[tuple[list[_Part], BadRows]]:
     """Chunks in order: the first in this process, the rest in `workers` processes."""
     rows = iter(rows)
     chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
@@ -392,9 +398,7 @@ def _encode_all(
     following = next(chunks, None)
     if following is None:
         return
-    # Forking is unsafe beside the threads of torch, NCCL and the tokenizer, so the processes are started
-    # afresh.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder,)) as pool:
+    with ProcessPoolExecutor(workers, _Context(), _start_worker, (encoder,)) as pool:
         pending: deque[Any] = deque()
         try:
             for chunk in itertools.chain([following], chunks):
@@ -405,9 +409,8 @@ def _encode_all(
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                f"a process that tokenises ended early: memory ran out with data.workers ({workers}), or "
-                "the script that was started has no `if __name__ == '__main__':`; lower data.workers, 1 "
-                "starts no process"
+                "a process that tokenises ended early, most likely because memory ran out: "
+                f"lower data.workers ({workers}); 1 starts no process"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -464,7 +467,8 @@ def _texts(tokenizer: Any, row: Row) -> tuple[str, str, bool]:
     full = _render(tokenizer, row.prompt + row.completion, header=False)
     if full.startswith(prompt):
         return prompt, full[len(prompt) :], False
-    same = len(os.path.commonprefix([prompt, full]))
+    shorter = min(len(prompt), len(full))
+    same = next((place for place in range(shorter) if prompt[place] != full[place]), shorter)
     if same < len(_render(tokenizer, row.prompt, header=False)):
         raise _Untemplatable("it renders the earlier turns differently once the answer follows them")
     return prompt[:same], full[same:], True
@@ -477,13 +481,9 @@ def _encode(encoder: _Encoder, texts: list[tuple[Row, str, str, bool]]) -> _Part
     prompts = _prompt_ids(tokenizer, [prompt for _, prompt, _, _ in texts], plain)
     completions = _token_ids(tokenizer, [completion for _, _, completion, _ in texts], special=False)
     for index, row in enumerate(rows):
-        completions[index] = (
-            [] if _says_nothing(row) else _to_eos(completions[index], tokenizer, bool(plain[index]))
-        )
+        completions[index] = [] if _says_nothing(row) else _to_eos(completions[index], tokenizer, bool(plain[index]))
 
-    lengths = np.array([[len(ids) for ids in side] for side in (prompts, completions)], np.int64).reshape(
-        2, -1
-    )
+    lengths = np.array([[len(ids) for ids in side] for side in (prompts, completions)], np.int64).reshape(2, -1)
     prompt_kept, completion_kept = fit(*lengths, encoder.max_length, encoder.prompt_limit)
     kept = (completion_kept > 0) & (lengths[0] > 0)
     desirable = np.array([row.desirable for row in rows], bool)
@@ -515,35 +515,27 @@ def _encode(encoder: _Encoder, texts: list[tuple[Row, str, str, bool]]) -> _Part
     )
     digests = b"".join(
         hashlib.blake2b(
-            b"%d %d %r " % (len(prompt), rows[i].desirable, rows[i].weight)
-            + prompt.tobytes()
-            + completion.tobytes(),
+            b"%d %d %r " % (len(prompt), rows[i].desirable, rows[i].weight) + prompt.tobytes() + completion.tobytes(),
             digest_size=16,
         ).digest()
         for i, prompt, completion in zip(indices, prompt_ids, completion_ids, strict=True)
     )
     counts = np.stack([facts[:, ~desirable].sum(1), facts[:, desirable].sum(1)])
-    return _Part(
-        batch=batch, digests=digests, counts=counts, shortened_headers=sum(short for *_, short in texts)
-    )
+    return _Part(batch=batch, digests=digests, counts=counts, shortened_headers=sum(short for *_, short in texts))
 
 
 def _token_ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
     if not texts:
         return []
     # verbose=False: rows above the tokenizer's own length limit are cut here, not a reason to warn.
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _prompt_ids(tokenizer: Any, texts: list[str], plain: np.ndarray) -> list[list[int]]:
     prompts: list[list[int]] = [[]] * len(texts)
     for special in (False, True):
         places = np.flatnonzero(plain == special)
-        for place, ids in zip(
-            places, _token_ids(tokenizer, [texts[i] for i in places], special=special), strict=True
-        ):
+        for place, ids in zip(places, _token_ids(tokenizer, [texts[i] for i in places], special=special), strict=True):
             prompts[place] = ids
     if plain.any():
         eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -621,9 +613,7 @@ class _Split:
             "bytes": path.stat().st_size,
             "report": report.to_dict(),
         }
-        (self.folder / "about.json").write_text(
-            json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        (self.folder / "about.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
         for file in (path, self.folder / "about.json"):
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())

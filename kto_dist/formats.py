@@ -57,9 +57,7 @@ _COLUMNS = {
 }
 
 _UP = "1 +1 1.0 true up thumbs_up thumb_up good like chosen desirable positive yes upvote 👍"
-_DOWN = (
-    "0 -1 0.0 -1.0 false down thumbs_down thumb_down bad dislike rejected undesirable negative no downvote 👎"
-)
+_DOWN = "0 -1 0.0 -1.0 false down thumbs_down thumb_down bad dislike rejected undesirable negative no downvote 👎"
 _LABELS = dict.fromkeys(_UP.split(), True) | dict.fromkeys(_DOWN.split(), False)
 # Skin tones and the emoji variation selector change a thumb's look, not its meaning.
 _EMOJI_MODIFIERS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
@@ -156,9 +154,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     return [source for path in paths for source in _find(path)]
 
 
-def read_rows(
-    sources: Sequence[Source], *, on_bad_row: Literal["error", "skip"], bad: BadRows
-) -> Iterator[Row]:
+def read_rows(sources: Sequence[Source], *, on_bad_row: Literal["error", "skip"], bad: BadRows) -> Iterator[Row]:
     """Rows of all sources, in order. One that cannot be read stops with a `UserError`, or is added to `bad`.
 
     A file without one usable row is an error either way: it is the wrong file rather than a bad row.
@@ -184,9 +180,7 @@ def read_rows(
         if not records:
             raise UserError(f"{source.name} holds no rows: give a file with at least one rated answer")
         if not rows:
-            raise UserError(
-                f"{source.name}: not one of its {records} rows could be read; the first: {problem}"
-            )
+            raise UserError(f"{source.name}: not one of its {records} rows could be read; the first: {problem}")
 
 
 def _recognise(record: dict[str, Any]) -> Layout:
@@ -224,29 +218,19 @@ def _find(path: str) -> list[Source]:
     if here.is_dir():
         if (here / "dataset_info.json").exists() or (here / "dataset_dict.json").exists():
             return [_saved_dataset(path, None)]
-        files = sorted(
-            file for file in here.rglob("*") if file.name.endswith((".parquet", ".jsonl", ".jsonl.gz"))
-        )
+        files = sorted(file for file in here.rglob("*") if file.name.endswith((".parquet", ".jsonl", ".jsonl.gz")))
         if not files:
-            raise UserError(
-                f"folder {path} holds no .parquet, .jsonl or .jsonl.gz file and is no saved dataset"
-            )
+            raise UserError(f"folder {path} holds no .parquet, .jsonl or .jsonl.gz file and is no saved dataset")
         return [_file(file) for file in files]
     if glob.has_magic(path) and not _HUB_NAME.fullmatch(path):
         files = sorted(Path(match) for match in glob.glob(path, recursive=True) if Path(match).is_file())
         if not files:
-            raise UserError(
-                f"no file matches {path}: check the pattern and the working directory ({Path.cwd()})"
-            )
+            raise UserError(f"no file matches {path}: check the pattern and the working directory ({Path.cwd()})")
         return [_file(file) for file in files]
     folder, colon, split = path.rpartition(":")
     if colon and (Path(folder) / "dataset_dict.json").exists():
         return [_saved_dataset(folder, split)]
-    if (
-        _HUB_NAME.fullmatch(path)
-        and not path.startswith((".", "/"))
-        and not path.endswith((*_JSON_NAMES, ".parquet"))
-    ):
+    if _HUB_NAME.fullmatch(path) and not path.startswith((".", "/")) and not path.endswith((*_JSON_NAMES, ".parquet")):
         return [_hub_dataset(path)]
     raise UserError(f"{path} does not exist: check the path; relative ones start at {Path.cwd()}")
 
@@ -256,9 +240,7 @@ def _file(path: Path) -> Source:
         return Source(name=str(path), kind="parquet")
     if path.name.endswith(_JSON_NAMES):
         return Source(name=str(path), kind="json")
-    raise UserError(
-        f"{path}: the type of the file must be one of {', '.join((*_JSON_NAMES, '.parquet'))}; convert it"
-    )
+    raise UserError(f"{path}: the type of the file must be one of {', '.join((*_JSON_NAMES, '.parquet'))}; convert it")
 
 
 def _saved_dataset(path: str, split: str | None) -> Source:
@@ -269,13 +251,9 @@ def _saved_dataset(path: str, split: str | None) -> Source:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} is not readable as a saved dataset: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
-        chosen = split or (
-            "train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else "train"
-        )
+        chosen = split or ("train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else "train")
         if chosen not in loaded:
-            raise UserError(
-                f"{path} has no split {chosen!r}: write {path}:SPLIT with one of {', '.join(loaded)}"
-            )
+            raise UserError(f"{path} has no split {chosen!r}: write {path}:SPLIT with one of {', '.join(loaded)}")
         return Source(name=f"{path}:{chosen}", kind="dataset", dataset=loaded[chosen])
     return Source(name=path, kind="dataset", dataset=loaded)
 
@@ -319,14 +297,12 @@ def _records(source: Source) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
                 number += 1
                 yield f"{source.name}:row {number}", record
     except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
-        raise UserError(
-            f"{source.name} is damaged or not what its name says: {error}; write it again"
-        ) from None
+        raise UserError(f"{source.name} is damaged or not what its name says: {error}; write it again") from None
 
 
 def _json_records(path: str) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
-    opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
-    with opened as file:
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rb") as file:
         first = True
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -406,17 +382,11 @@ def _prompt(column: str, record: dict[str, Any]) -> str | Messages:
         # The layout puts the input below the instruction, and trainers render both through the chat template.
         asked = [text for text in (_text(value, column), _text(record.get("input") or "", "input")) if text]
         history = record.get("history") or []
-        if not isinstance(history, list) or not all(
-            isinstance(pair, list) and len(pair) == 2 for pair in history
-        ):
-            raise _BadRow(
-                "wrong type", f"history ({_short(history)}) must be a list of [question, answer] pairs"
-            )
-        prompt: str | Messages = tuple(
-            {"role": role, "content": _text(text, "history")}
-            for pair in history
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ) + ({"role": "user", "content": "\n".join(asked)},)
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise _BadRow("wrong type", f"history ({_short(history)}) must be a list of [question, answer] pairs")
+        turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
+        turns.append(("user", "\n".join(asked)))
+        prompt: str | Messages = tuple({"role": role, "content": _text(text, "history")} for role, text in turns)
     else:
         prompt = _text_or_turns(value, column)
     if column in _TURNS and isinstance(prompt, str):
@@ -446,9 +416,7 @@ def _split_conversations(chosen: str | Messages, rejected: str | Messages) -> tu
     return chosen[:cut], [chosen[cut:], rejected[cut:]]
 
 
-def _agree(
-    prompt: str | Messages, answer: str | Messages, layout: Layout
-) -> tuple[str | Messages, str | Messages]:
+def _agree(prompt: str | Messages, answer: str | Messages, layout: Layout) -> tuple[str | Messages, str | Messages]:
     """Both sides as text or both as messages, with the turns where they belong."""
     if isinstance(prompt, str) and not isinstance(answer, str):
         prompt = ({"role": "user", "content": prompt},) if prompt.strip() else ()
@@ -488,24 +456,16 @@ def _text_or_turns(value: Any, name: str) -> str | Messages:
 
 
 def _turn(turn: Any, name: str) -> dict[str, Any]:
-    role_key, content_key = (
-        ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
-    )
+    role_key, content_key = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
     if not isinstance(turn, dict) or role_key not in turn:
         raise _BadRow("wrong type", f"{name}: message {_short(turn)} must be an object with role and content")
     role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
-        raise _BadRow(
-            "unknown role", f"{name}: role ({_short(turn[role_key])}) must be one of {', '.join(_ROLES)}"
-        )
+        raise _BadRow("unknown role", f"{name}: role ({_short(turn[role_key])}) must be one of {', '.join(_ROLES)}")
     content = turn.get(content_key)
     # Arrow gives every message the keys of all; null ones were never there.
-    more = {
-        key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None
-    }
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    ):
+    more = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(_text(part.get("text"), f"{name}: content") for part in content)
     if content is None and more.get("tool_calls"):
         content = ""
@@ -518,9 +478,7 @@ def _text(value: Any, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _BadRow(
-            "wrong type", f"{name} ({_short(value)}) holds half of a surrogate pair: no valid text"
-        ) from None
+        raise _BadRow("wrong type", f"{name} ({_short(value)}) holds half of a surrogate pair: no valid text") from None
     return value
 
 
@@ -550,9 +508,7 @@ def _weight(record: dict[str, Any]) -> float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise _BadRow(
-            "bad weight", f"weight ({_short(value)}) must be a finite number, 0 or more; leave it out for 1"
-        )
+        raise _BadRow("bad weight", f"weight ({_short(value)}) must be a finite number, 0 or more; leave it out for 1")
     return float(value)
 
 

@@ -13,6 +13,7 @@ MLflow). So:
 3. trouble later warns once, and `finish` says what MLflow lacks.
 """
 
+import fcntl
 import getpass
 import importlib.metadata
 import json
@@ -93,8 +94,9 @@ def start(
     try:
         _calm()
         with _patience(retries=1, timeout=4):
-            _check(uri)
-            client, run = _open(config, uri, run_id, warn)
+            with _alone(uri):
+                _check(uri)
+                client, run = _open(config, uri, run_id, warn)
             _describe(client, run, config, tags, warn)
     except _errors() as error:
         warn(
@@ -410,12 +412,24 @@ def _check(uri: str) -> None:
         )
     database = _sqlite_path(uri)
     if database is not None:
-        database.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(database, timeout=20, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
     elif scheme in _DEFAULT_PORTS and url.hostname:
         socket.create_connection((url.hostname, url.port or _DEFAULT_PORTS[scheme]), timeout=5).close()
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: MLflow fails where two create the tables of the same new SQLite file."""
+    path = _sqlite_path(uri)
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _sqlite_path(uri: str) -> Path | None:

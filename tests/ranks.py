@@ -10,11 +10,15 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # One thread a rank: four ranks of a test share two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# The server finds modules by this alone; what it cannot import it passes over in silence.
+_folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_folders, os.environ.get("PYTHONPATH", "")])
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["ranks_preload"])

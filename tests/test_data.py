@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -274,6 +276,21 @@ def test_processes_make_the_rows_that_one_process_makes(make, monkeypatch, tmp_p
     assert (together.fingerprint, together.report) == (alone.fingerprint, alone.report)
 
 
+def test_a_script_without_a_main_guard_may_tokenise_in_processes(tmp_path):
+    write_jsonl(tmp_path / "log.jsonl", thumbs(40, 8))
+    (tmp_path / "script.py").write_text(
+        "from kto_dist import config, data\n"
+        "from tests.tiny import tiny_tokenizer\n"
+        "data._CHUNK, data._CHUNKS_BEFORE_PROCESSES = 10, 1\n"
+        "settings = config.DataConfig(train='log.jsonl', cache='cache', workers=2)\n"
+        "print(len(data.load(data.prepare(settings, tiny_tokenizer())[0])))\n"
+    )
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, [path or "." for path in sys.path]))}
+    command = [sys.executable, "script.py"]
+    ran = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, timeout=100)
+    assert ran.stdout == "40\n", ran.stderr
+
+
 # The cache.
 
 
@@ -286,9 +303,7 @@ def test_what_is_tokenised_is_not_tokenised_again(make, tmp_path, monkeypatch):
 
 def test_a_renamed_log_is_not_tokenised_again(tmp_path, tokenizer):
     paths = [write_jsonl(tmp_path / name, thumbs(20, 4)) for name in ("a.jsonl", "b.jsonl")]
-    folders = [
-        prepare(DataConfig(train=str(path), cache=str(tmp_path / "c")), tokenizer)[0] for path in paths
-    ]
+    folders = [prepare(DataConfig(train=str(path), cache=str(tmp_path / "c")), tokenizer)[0] for path in paths]
     assert folders[0] == folders[1]
 
 
@@ -389,9 +404,7 @@ def test_a_held_out_file_has_its_own_folder(make, tmp_path):
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_a_fraction_that_empties_a_side_is_an_error(make, fraction):
-    with pytest.raises(
-        UserError, match=r"data\.heldout \(.*leaves (40 rows to train on and 0|0 .* and 40) held"
-    ):
+    with pytest.raises(UserError, match=r"data\.heldout \(.*leaves (40 rows to train on and 0|0 .* and 40) held"):
         make(*thumbs(40, 4), heldout=fraction)
 
 
@@ -413,7 +426,7 @@ def test_a_log_of_one_class_cannot_train(make, label, absent):
 
 def test_one_prompt_cannot_train_where_pairs_are_needed(make):
     examples = make(TEXT, TEXT, {**TEXT, "completion": "no"})
-    with pytest.raises(UserError, match="one and the same prompt.*apo_zero_unpaired"):
+    with pytest.raises(UserError, match=r"one and the same prompt.*apo_zero_unpaired"):
         check(examples, needs_pairs=True)
     check(examples, needs_pairs=False)
     check(make(TEXT, {**TEXT, "prompt": "there"}), needs_pairs=True)

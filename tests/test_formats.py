@@ -129,10 +129,7 @@ def test_parquet_gives_the_rows_that_json_lines_give(tmp_path, record, rows):
             for word in (True, 1, 1.0, "1", "+1", "chosen", "UP", "Thumbs up", "thumbs-up", "good", " Like ")
         ),
         *((word, True) for word in ("desirable", "TRUE", "👍", "👍🏽")),
-        *(
-            (word, False)
-            for word in (False, 0, -1, -1.0, "0", "-1", "Rejected", "down", "THUMBS_DOWN", "bad")
-        ),
+        *((word, False) for word in (False, 0, -1, -1.0, "0", "-1", "Rejected", "down", "THUMBS_DOWN", "bad")),
         *((word, False) for word in ("dislike", "undesirable", "false", "👎", "👎🏿")),
     ],
 )
@@ -185,15 +182,13 @@ def test_a_bad_row_is_named_or_counted(tmp_path, record, reason, quoted):
 @pytest.mark.parametrize("turns", [[USER], [USER, ANSWER, USER]])
 def test_a_conversation_must_end_with_the_rated_answer(tmp_path, turns):
     path = write(tmp_path / "log.jsonl", {"messages": turns, "label": True})
-    with pytest.raises(
-        UserError, match=r"log\.jsonl:1: messages: the last turn .*hi.* must be the assistant's"
-    ):
+    with pytest.raises(UserError, match=r"log\.jsonl:1: messages: the last turn .*hi.* must be the assistant's"):
         read(path)
 
 
 def test_unknown_columns_are_listed_with_the_layouts_that_are_known(tmp_path):
     path = write(tmp_path / "log.jsonl", {"question": "hi", "answer": "hello"})
-    with pytest.raises(UserError, match="question, answer.*prompt, completion and label"):
+    with pytest.raises(UserError, match=r"question, answer.*prompt, completion and label"):
         read(path)
 
 
@@ -216,9 +211,7 @@ def test_an_empty_completion_is_a_row(tmp_path):
 
 
 def test_a_row_weight_is_kept_and_null_counts_as_one(tmp_path):
-    path = write(
-        tmp_path / "log.jsonl", {**GOOD, "weight": 0.25}, {**GOOD, "weight": None}, {**GOOD, "weight": 0}
-    )
+    path = write(tmp_path / "log.jsonl", {**GOOD, "weight": 0.25}, {**GOOD, "weight": None}, {**GOOD, "weight": 0})
     assert [row.weight for row in read(path)] == [0.25, 1.0, 0.0]
 
 
@@ -302,9 +295,7 @@ def test_files_of_different_layouts_mix(tmp_path):
 
 
 def test_a_saved_dataset_reads_like_its_records(tmp_path):
-    datasets.Dataset.from_list([{"prompt": [USER], "completion": [ANSWER], "label": True}]).save_to_disk(
-        tmp_path / "d"
-    )
+    datasets.Dataset.from_list([{"prompt": [USER], "completion": [ANSWER], "label": True}]).save_to_disk(tmp_path / "d")
     [row] = read(tmp_path / "d")
     assert content([row]) == [CHAT_ROW]
     assert row.source == f"{tmp_path / 'd'}:row 1"
@@ -314,7 +305,7 @@ def test_a_saved_dataset_of_splits_gives_the_one_that_is_named(tmp_path):
     splits = {name: datasets.Dataset.from_list([{**GOOD, "prompt": name}]) for name in ("train", "test")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
     assert [row.prompt for row in read(tmp_path / "d", f"{tmp_path / 'd'}:test")] == ["train", "test"]
-    with pytest.raises(UserError, match="no split 'dev'.*train, test"):
+    with pytest.raises(UserError, match=r"no split 'dev'.*train, test"):
         read(f"{tmp_path / 'd'}:dev")
 
 
@@ -336,25 +327,19 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(
-        UserError, match="neither a file nor a folder here.*hub dataset 'owner/thumbs'.*no network"
-    ):
+    with pytest.raises(UserError, match=r"neither a file nor a folder here.*hub dataset 'owner/thumbs'.*no network"):
         find_sources(["owner/thumbs"])
 
 
-@pytest.mark.parametrize(
-    "name", ["data/log.jsonl", "./data/log", "../data", "log.parquet", "log", "data/*.jsonl"]
-)
+@pytest.mark.parametrize("name", ["data/log.jsonl", "./data/log", "../data", "log.parquet", "log", "data/*.jsonl"])
 def test_a_missing_file_is_never_looked_for_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path / "..")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(UserError, match="does not exist|no file matches"):
+    with pytest.raises(UserError, match=r"does not exist|no file matches"):
         find_sources([str(tmp_path / name) if name == "../data" else name])
 
 
-@pytest.mark.parametrize(
-    "name, text, match", [("log.csv", "a,b", "type of the file"), ("log.jsonl", "\n", "no rows")]
-)
+@pytest.mark.parametrize("name, text, match", [("log.csv", "a,b", "type of the file"), ("log.jsonl", "\n", "no rows")])
 def test_a_file_that_cannot_hold_rows_is_an_error(tmp_path, name, text, match):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=match):
@@ -362,13 +347,13 @@ def test_a_file_that_cannot_hold_rows_is_an_error(tmp_path, name, text, match):
 
 
 def test_a_folder_without_logs_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="holds no .parquet"):
+    with pytest.raises(UserError, match=r"holds no \.parquet"):
         find_sources([str(tmp_path)])
 
 
 def test_skipping_never_skips_a_whole_file(tmp_path):
     path = write(tmp_path / "log.jsonl", {"text": "a"}, {"text": "b"})
-    with pytest.raises(UserError, match="not one of its 2 rows could be read; the first: .*log.jsonl:1"):
+    with pytest.raises(UserError, match=r"not one of its 2 rows could be read; the first: .*log.jsonl:1"):
         read(path, on_bad_row="skip")
 
 

@@ -1,14 +1,26 @@
 """The promises of the design, on whole runs: the batch decides, step 0, killed anywhere, completion rows only."""
 
+import hashlib
+import importlib
 import itertools
+import json
+import os
+import signal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_ranks
 from runs import metrics_of, tiny_config, train_all, weights_of
 
+from kto_dist.batch import step_kl_pairs, step_rows
 from kto_dist.config import Config
+from kto_dist.console import Console
+from kto_dist.errors import UserError
+from kto_dist.evaluate import cut_pairs
+from kto_dist.prepare import prepare
 
 WORLDS = (1, 2, 4)
 STAGES = (0, 2, 3)
@@ -52,3 +64,162 @@ def test_the_batch_decides_not_the_cluster(trajectories, world, stage, budget, p
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.norm(found[name] - tensor) <= TOLERANCE * torch.norm(tensor), name
+
+
+def test_a_micro_batch_is_never_cut_the_same_way_in_two_budgets(trajectories):
+    # otherwise the comparison above would compare a run with itself
+    tokens = {budget: _microbatches_of_first_step(trajectories[1, 0, budget, True]) for budget in BUDGETS}
+    assert len(set(tokens.values())) == len(BUDGETS)
+
+
+def _microbatches_of_first_step(config: Config) -> int:
+    prepared = prepare(config, Console())
+    rows = step_rows(prepared.plan, 0)
+    return len(cut_pairs(prepared.train, rows, rows, prepared.cutting))
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_before_the_first_update_the_policy_is_the_reference(trajectories, world):
+    first = metrics_of(trajectories[world, 2, 4096, False])[0]
+    weights = json.loads((Path(trajectories[world, 2, 4096, False].train.output) / "summary.json").read_text())
+    weights = weights["data"]["class_weights"]
+    expected = sum(weights[name] * 0.5 * first[f"rows/{name}"] for name in weights) / first["rows/all"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    assert first["kl_raw"] == pytest.approx(0, abs=1e-5)
+    for name in ("desirable", "undesirable"):
+        assert first[f"rewards/{name}"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_a_doctored_store_is_refused_before_the_first_update(tmp_path, tiny_model, tiny_log, world):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    run_ranks(train_all, 1, [config])
+    shards = sorted((tmp_path / "store").glob("*/*.parquet"))
+    assert shards
+    for shard in shards:
+        table = pq.read_table(shard)
+        # one value, and by less than a nat: what a store of a slightly different model would hold
+        wrong = table["logp"].to_numpy() - 0.5
+        data = pa.BufferOutputStream()
+        pq.write_table(table.set_column(1, table.field("logp"), pa.array(wrong)), data)
+        content = data.getvalue().to_pybytes()
+        shard.unlink()
+        (shard.parent / f"{hashlib.sha256(content).hexdigest()}.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"before the first update the policy must equal its reference.*delete"):
+        run_ranks(train_all, world, [config])
+
+
+def test_a_policy_with_dropout_is_refused_before_the_first_update(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    with pytest.raises(UserError, match="runs with dropout"):
+        run_ranks(_train_with_dropout, 1, config)
+
+
+def _train_with_dropout(config: Config) -> None:
+    models = importlib.import_module("kto_dist.models")
+    load = models.load_model
+
+    def leaky(**arguments):
+        lm = load(**arguments)
+        lm.lm_head.register_forward_pre_hook(
+            lambda module, inputs: (torch.nn.functional.dropout(inputs[0], 0.1, lm.training), *inputs[1:])
+        )
+        return lm
+
+    models.load_model = leaky
+    train_all([config])
+
+
+@pytest.mark.parametrize(("world", "stage", "dtype"), [(1, 0, "fp32"), (2, 2, "fp32"), (2, 3, "fp32"), (2, 2, "bf16")])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tiny_model, tiny_log, world, stage, dtype):
+    shared = {
+        "deepspeed__zero_stage": stage,
+        "train__dtype": dtype,
+        "reference__dtype": dtype,
+        "train__lr": 1e-4,
+        "train__max_steps": 8,
+    }
+    whole = tiny_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"), **shared)
+    broken = tiny_config(
+        tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "broken"), checkpoint__every_steps=3, **shared
+    )
+    run_ranks(train_all, world, [whole])
+    with pytest.raises(RuntimeError, match="died"):
+        run_ranks(_train_and_die_after, world, broken, 5)
+    assert len(metrics_of(broken)) == 5
+    run_ranks(train_all, world, [broken])
+    for expected, found in zip(metrics_of(whole), metrics_of(broken), strict=True):
+        for name in expected.keys() - TIMED:
+            assert found[name] == expected[name], (expected["step"], name)
+    for name, tensor in weights_of(whole).items():
+        assert torch.equal(weights_of(broken)[name], tensor), name
+
+
+TIMED = {"seconds", "tokens_per_second"}
+
+
+def _train_and_die_after(config: Config, steps: int) -> None:
+    """SIGKILL to every rank in the middle of a step: nothing gets to clean up."""
+    module = importlib.import_module("kto_dist.train")
+    step = module._step
+
+    def deadly(*arguments, **options):
+        if arguments[3] == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*arguments, **options)
+
+    module._step = deadly
+    train_all([config])
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, tiny_model, tiny_log):
+    shared = {"train__max_steps": 6, "deepspeed__zero_stage": 2}
+    whole = tiny_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"), **shared)
+    moved = tiny_config(
+        tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "moved"), checkpoint__every_steps=3, **shared
+    )
+    run_ranks(train_all, 1, [whole])
+    with pytest.raises(RuntimeError, match="died"):
+        run_ranks(_train_and_die_after, 2, moved, 4)
+    run_ranks(train_all, 1, [moved])
+    for expected, found in zip(metrics_of(whole), metrics_of(moved), strict=True):
+        for name in ("loss", "kl_raw", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=TOLERANCE, abs=1e-6)
+
+
+@pytest.mark.parametrize("packing", PACKING)
+def test_only_completion_rows_reach_the_head_and_padding_reaches_nothing_when_packed(
+    tmp_path, tiny_model, tiny_log, packing
+):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1, train__packing=packing)
+    (rows_at_head, positions), prepared = run_ranks(_count_rows, 1, config)[0], prepare(config, Console())
+    rows = step_rows(prepared.plan, 0)
+    prompts, completions = step_kl_pairs(prepared.plan, 0, rows, prepared.train.prompt_group)
+    examples = prepared.train
+    assert rows_at_head == examples.completion_lengths[rows].sum() + examples.completion_lengths[completions].sum()
+    tokens = (
+        examples.prompt_lengths[rows].sum()
+        + examples.completion_lengths[rows].sum()
+        + examples.prompt_lengths[prompts].sum()
+        + examples.completion_lengths[completions].sum()
+    )
+    assert (positions == tokens) if packing else (positions > tokens)
+
+
+def _count_rows(config: Config) -> tuple[int, int]:
+    """Rows that the policy's LM head sees and positions that its decoder sees, in one step of training."""
+    module = importlib.import_module("kto_dist.train")
+    seen = [0, 0]
+    step = module._step
+
+    def counting(prepared, scores, policy, number, **options):
+        lm = policy.model.lm
+        lm.lm_head.register_forward_pre_hook(lambda _, inputs: seen.__setitem__(0, seen[0] + inputs[0].shape[0]))
+        lm.model.layers[0].register_forward_pre_hook(
+            lambda _, inputs: seen.__setitem__(1, seen[1] + inputs[0].shape[:-1].numel())
+        )
+        return step(prepared, scores, policy, number, **options)
+
+    module._step = counting
+    train_all([config])
+    return seen[0], seen[1]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import socket
 import sqlite3
 import subprocess
@@ -322,7 +323,11 @@ def test_a_name_that_mlflow_refuses_does_not_hold_up_later_metrics(
         "nonsense://host",
     ],
 )
-def test_an_unusable_uri_costs_one_warning_and_seconds(tmp_path: Path, uri: str) -> None:
+def test_an_unusable_uri_costs_one_warning_and_seconds(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With this, MLflow takes a folder, and fails at the first metric below another's name.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     (tmp_path / "text.db").write_text("this is no database, " * 100)
     with socket.socket() as silent, socket.socket() as closed:
         for listener in (silent, closed):
@@ -387,8 +392,12 @@ def test_the_null_twin_has_the_same_methods() -> None:
 
 
 def test_a_new_store_is_made_in_silence_and_only_where_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)  # as the launcher's logging does, which lets alembic's notices through
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     config = Config(model={"path": "m"}, data={"train": "rows.jsonl"}, train={"output": "../runs/first"})
@@ -399,9 +408,21 @@ def test_a_new_store_is_made_in_silence_and_only_where_asked(
     tracker.log(1, {"loss": 1.0})
     tracker.finish("FINISHED")
     captured = capfd.readouterr()
-    assert (captured.out, captured.err, warnings) == ("", "", [])
+    assert (captured.out, captured.err, warnings, caplog.messages) == ("", "", [], [])
     assert list(Path().iterdir()) == []
     assert (tmp_path / "runs" / "mlflow.db").is_file()
+
+
+def test_runs_that_start_together_share_a_new_store(tmp_path: Path) -> None:
+    code = (
+        "import sys; from kto_dist import tracking; from kto_dist.config import Config;"
+        "config = Config(model={'path': 'm'}, data={'train': 'rows'}, train={'output': sys.argv[1]});"
+        "tracker = tracking.start(config, run_id=None, tags={}, default_uri=sys.argv[2], warn=print);"
+        "tracker.log(1, {'loss': 1.0}); tracker.finish('FINISHED')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run"), f"sqlite:///{tmp_path}/mlflow.db"]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [run.communicate(timeout=60)[0] for run in runs] == ["", ""]
 
 
 def test_importing_and_tagging_load_neither_mlflow_nor_deepspeed() -> None:
