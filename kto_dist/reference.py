@@ -1,6 +1,6 @@
 """The reference's log-prob of every pair that a run is going to meet.
 
-1. `wanted_pairs`   every row with itself, and the KL pairs of every step (training and held-out)
+1. `wanted_pairs`   the rows of every step, each with itself, and the step's KL pairs; rows no step takes cost nothing
 2. `RefLogps.of`    looks them up in the store; what some rank's store lacks is scored by all ranks together,
                     shard by shard, written by the rank that computed it, and exchanged over the process group
 3. the reference engine exists only inside 2, and is gone when it returns
@@ -32,12 +32,12 @@ Progress = Callable[[int, int, float, float], None]
 
 def wanted_pairs(plan: Plan, train: Examples) -> tuple[np.ndarray, np.ndarray]:
     """(P,) rows that give the prompt, (P,) rows that give the completion, without repeats."""
-    rows = np.arange(len(train))
-    prompts, completions = [rows], [rows]
+    prompts, completions = [], []
     for step in range(plan.steps):
-        kl_prompts, kl_completions = step_kl_pairs(plan, step, step_rows(plan, step), train.prompt_group)
-        prompts.append(kl_prompts)
-        completions.append(kl_completions)
+        rows = step_rows(plan, step)
+        kl_prompts, kl_completions = step_kl_pairs(plan, step, rows, train.prompt_group)
+        prompts += [rows, kl_prompts]
+        completions += [rows, kl_completions]
     both = np.unique(np.stack([np.concatenate(prompts), np.concatenate(completions)], axis=1), axis=0)
     return both[:, 0], both[:, 1]
 

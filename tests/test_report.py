@@ -199,7 +199,7 @@ def test_values_are_shown_for_people(value: object, shown: str) -> None:
 
 def test_a_failed_write_leaves_the_last_page_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = write_report(tmp_path).read_bytes()
-    write_lines(tmp_path / "heldout.jsonl", [evaluation(0)])
+    (tmp_path / "summary.json").write_text('{"done": true}')
 
     def full_disk(_: int) -> None:
         raise OSError("no space left")
@@ -208,7 +208,7 @@ def test_a_failed_write_leaves_the_last_page_whole(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="no space left"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "heldout.jsonl", "plots"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "summary.json", "plots"}
 
 
 def test_a_report_leaves_pyplot_and_mlflow_alone() -> None:

@@ -458,6 +458,12 @@ def test_the_commit_is_that_of_a_checkout_and_absent_outside_one(
     Path("config.yaml").write_text("a: 2")
     assert tracking.environment_tags()["git_dirty"] == "true"
 
+    # installed into an environment inside that checkout, which says nothing about the package
+    monkeypatch.setattr(tracking, "__file__", str(project / "tracking.py"))
+    monkeypatch.chdir(tmp_path)
+    (project / "tracking.py").touch()
+    assert "git_commit" not in tracking.environment_tags()
+
 
 def test_the_ui_command_quotes_the_path_and_hides_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")

@@ -1,0 +1,349 @@
+"""Completion log-probs are those of the model's own logits: for every family, packed or padded, without dropout."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny, tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kto_dist import causal_lm
+from kto_dist.batch import collate
+from kto_dist.causal_lm import (
+    ScoringModel,
+    check_context,
+    completion_logps,
+    load_config,
+    load_model,
+    load_tokenizer,
+    logit_transform,
+    pick_attention,
+    pick_dtype,
+    pick_packing,
+    score,
+)
+from kto_dist.errors import UserError
+
+CPU = torch.device("cpu")
+VOCABULARY = 99
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64}
+# name -> (model type, settings, attention); windows are shorter than the sequences below
+FAMILIES = {
+    "llama": ("llama", {}, "sdpa"),
+    "llama_eager": ("llama", {}, "eager"),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}, "sdpa"),
+    "gpt2": ("gpt2", GPT, "sdpa"),
+    "qwen2": ("qwen2", {}, "sdpa"),
+    "qwen3": ("qwen3", {"head_dim": 8}, "sdpa"),
+    "phi_with_bias": ("phi", {}, "sdpa"),
+    "mistral_window": ("mistral", {"sliding_window": 4}, "sdpa"),
+    "gemma2_softcap": (
+        "gemma2",
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0, "sliding_window": 4},
+        "eager",
+    ),
+    "gemma3_window": ("gemma3_text", {"head_dim": 8, "sliding_window": 4}, "sdpa"),
+    "granite_scaling": ("granite", {"logits_scaling": 3.0}, "sdpa"),
+    "cohere_scale": ("cohere", {"logit_scale": 0.3}, "sdpa"),
+    "cohere2_window": ("cohere2", {"logit_scale": 0.3, "sliding_window": 4}, "sdpa"),
+    "mixtral_experts": ("mixtral", {"num_local_experts": 4}, "sdpa"),
+    "nanochat_softcap": ("nanochat", {"final_logit_softcapping": 2.0}, "sdpa"),
+}
+FALCON_H1 = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "lm_head_multiplier": 0.4,
+}
+# Families whose state or mask runs on over a restart of the positions.
+UNPACKABLE = {
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, "sdpa"),
+    "falcon": ("falcon", {}, "sdpa"),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}, "eager"),
+    "mamba": ("mamba", {}, "eager"),
+    "falcon_h1": ("falcon_h1", FALCON_H1, "sdpa"),
+}
+HEADS = {
+    "falcon_h1": ("falcon_h1", FALCON_H1, "sdpa"),
+    "hyperclovax": ("hyperclovax", {"logits_scaling": 3.0}, "sdpa"),
+    "minicpm3": (
+        "minicpm3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "dim_model_base": 8,
+        },
+        "sdpa",
+    ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {"lru_width": 32, "attention_window_size": 4, "logits_soft_cap": 2.0},
+        "sdpa",
+    ),
+}
+
+
+def tiny(family):
+    kind, settings, attention = family
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**COMMON, **settings})
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def sequences(seed=0):
+    draw = np.random.default_rng(seed)
+    lengths = ((3, 5), (7, 2), (1, 9), (6, 6))
+    return [(draw.integers(3, VOCABULARY, p), draw.integers(3, VOCABULARY, c)) for p, c in lengths]
+
+
+@torch.no_grad()
+def from_own_logits(lm, pairs):
+    """(S,) each sequence alone through the untouched model."""
+    result = []
+    for prompt, completion in pairs:
+        logits = lm(input_ids=torch.tensor(np.concatenate([prompt, completion]))[None], use_cache=False).logits[0]
+        logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+        result.append(logps.gather(-1, torch.tensor(completion)[:, None]).sum())
+    return torch.stack(result)
+
+
+@torch.no_grad()
+def scored(model, pairs, packed):
+    batch = collate(pairs, np.arange(len(pairs)), packed=packed)
+    return completion_logps(model, batch, model.transform, 7 * VOCABULARY * 4)
+
+
+def same(found, wanted):
+    # a log-prob of some -60 nats in fp32: 2e-5 is five of its ulps
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_log_probs_are_those_of_the_models_own_logits(name, packed):
+    lm = tiny(FAMILIES[name])
+    wanted = from_own_logits(lm, sequences())
+    same(scored(ScoringModel(lm), sequences(), packed), wanted)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_whatever_a_family_does_to_its_logits_is_in_the_transform(name):
+    lm = tiny(HEADS[name])
+    wanted = from_own_logits(lm, sequences())
+    same(scored(ScoringModel(lm), sequences(), False), wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "wanted"),
+    [
+        ("llama", {}, (1.0, None)),
+        ("gemma2", {"final_logit_softcapping": 30.0}, (1.0, 30.0)),
+        ("gemma2", {"final_logit_softcapping": None}, (1.0, None)),
+        ("cohere", {"logit_scale": 0.0625}, (0.0625, None)),
+        ("granite", {"logits_scaling": 8.0}, (0.125, None)),
+        ("falcon_h1", {"lm_head_multiplier": 0.04}, (0.04, None)),
+    ],
+)
+def test_the_transform_is_read_from_the_config(kind, settings, wanted):
+    transform = logit_transform(AutoConfig.for_model(kind, **settings))
+    assert (transform.scale, transform.softcap, transform.temperature) == (*wanted, 1.0)
+
+
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_packing_is_refused_where_sequences_would_see_each_other(name):
+    model = ScoringModel(tiny(UNPACKABLE[name]))
+    causal_lm.check_scoring(model, model, packed=False)
+    with pytest.raises(UserError, match="train.packing"):
+        causal_lm.check_scoring(model, model, packed=True)
+
+
+def test_a_head_that_the_config_does_not_describe_is_refused():
+    lm = tiny(FAMILIES["llama"])
+    lm.register_forward_hook(lambda module, arguments, output: output.update(logits=2 * output.logits) or output)
+    model = ScoringModel(lm)
+    with pytest.raises(UserError, match="LM head"):
+        causal_lm.check_scoring(model, model, packed=False)
+
+
+@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+@pytest.mark.parametrize("name", ("llama", "llama_tied", "gpt2"))
+def test_gradients_are_those_of_the_models_own_logits(name, packed):
+    lm = tiny(FAMILIES[name]).double()
+    for prompt, completion in sequences():
+        logits = lm(input_ids=torch.tensor(np.concatenate([prompt, completion]))[None], use_cache=False).logits[0]
+        logps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        logps.gather(-1, torch.tensor(completion)[:, None]).sum().backward()
+    wanted = {parameter: value.grad.clone() for parameter, value in lm.named_parameters()}
+    lm.zero_grad()
+    model = ScoringModel(lm)
+    batch = collate(sequences(), np.arange(4), packed=packed)
+    completion_logps(model, batch, model.transform, 7 * VOCABULARY * 8).sum().backward()
+    for parameter, value in lm.named_parameters():
+        # norms and rotations are fp32 in some families even where the weights are fp64
+        assert (value.grad - wanted[parameter]).norm() <= 1e-6 * wanted[parameter].norm() + 1e-12, parameter
+
+
+def test_only_completion_rows_reach_the_head():
+    model = ScoringModel(tiny(FAMILIES["llama"]))
+    batch = collate(sequences(), np.arange(4), packed=False)
+    rows = score(model, batch, lambda hidden, weight, bias: hidden.shape[0])
+    assert rows == sum(len(completion) for _, completion in sequences())
+
+
+def test_an_empty_micro_batch_runs_the_model_and_has_no_log_probs():
+    model = ScoringModel(tiny(FAMILIES["llama"]))
+    model.lm.train()
+    batch = collate([], np.zeros(0, np.int64), packed=True)
+    logps = completion_logps(model, batch, model.transform, 1000)
+    logps.sum().backward()
+    assert logps.shape == (0,)
+    assert all(not p.grad.any() for p in model.parameters())  # every parameter has a gradient, and it is zero
+
+
+def test_without_a_head_the_model_gives_its_own_logits():
+    lm = tiny(FAMILIES["cohere_scale"])
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        wanted = lm(input_ids=ids).logits
+        found = ScoringModel(lm)(input_ids=ids, position_ids=torch.arange(6)[None], attention_mask=None)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_scored_model_still_generates():
+    lm = tiny(FAMILIES["llama"])
+    ids = torch.arange(3, 9)[None]
+    wanted = lm.generate(ids, max_new_tokens=4, do_sample=False)
+    assert ScoringModel(lm).lm.generate(ids, max_new_tokens=4, do_sample=False).tolist() == wanted.tolist()
+
+
+def test_a_model_without_a_linear_head_is_refused():
+    lm = tiny(FAMILIES["llama"])
+    lm.set_output_embeddings(torch.nn.Identity())
+    with pytest.raises(UserError, match="LlamaForCausalLM has no linear LM head"):
+        ScoringModel(lm)
+
+
+# Each family's sources of randomness in training mode.
+NOISY = {
+    "gpt2": ("gpt2", {**GPT, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
+    "llama": ("llama", {"attention_dropout": 0.5}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5, "attention_dropout": 0.5}),
+    "opt_layerdrop": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.5, "dropout": 0.0}),
+    "mixtral_jitter": ("mixtral", {"num_local_experts": 4, "router_jitter_noise": 0.3}),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_a_loaded_model_is_deterministic_in_training_mode(tmp_path, name):
+    kind, settings = NOISY[name]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, **settings})).save_pretrained(tmp_path)
+    lm = load_model(str(tmp_path), gguf_file=None, dtype=torch.float32, attention="eager").train()
+    ids = torch.arange(3, 40)[None]
+    passes = [lm(input_ids=ids).logits for _ in range(6)]
+    assert all(torch.equal(passes[0], other) for other in passes)
+
+
+def test_loading_leaves_the_given_config_as_it_was(tmp_path):
+    save_tiny(tmp_path, attention_dropout=0.5)
+    config = load_config(str(tmp_path))
+    load_model(str(tmp_path), gguf_file=None, dtype=torch.float32, attention="sdpa", config=config)
+    assert config.attention_dropout == 0.5  # the export writes it
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(tiny_model, dtype):
+    lm = load_model(str(tiny_model), gguf_file=None, dtype=dtype, attention="sdpa")
+    assert {parameter.dtype for parameter in lm.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ("model.path", "reference.path"))
+def test_a_folder_without_a_model_is_named_with_its_setting(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} .*nowhere.* holds no Hugging Face model.*config.json"):
+        load_config(str(tmp_path / "nowhere"), name=name)
+
+
+def test_a_broken_model_config_is_named_with_its_setting(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"model.path .* holds no Hugging Face model"):
+        load_config(str(tmp_path))
+
+
+def test_missing_weights_are_named(tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not load with attention sdpa"):
+        load_model(str(tmp_path), gguf_file=None, dtype=torch.float32, attention="sdpa")
+
+
+def test_an_attention_that_the_family_lacks_is_named(tmp_path):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **COMMON)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not load with attention sdpa"):
+        load_model(str(tmp_path), gguf_file=None, dtype=torch.float32, attention="sdpa")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"(?s)model.path .* no tokenizer that loads.*save_pretrained"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_eos_is_refused(tiny_model, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no EOS token.*set tokenizer.eos_token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_rows_longer_than_the_context_are_refused_with_both_numbers():
+    config = tiny_llama().config
+    check_context(config, 256)
+    with pytest.raises(UserError, match=r"data.max_length \(257\).*context of 256 tokens"):
+        check_context(config, 257)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_named_dtype_is_taken_as_it_is(name, dtype):
+    assert pick_dtype(name, CPU) == dtype
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_bf16_only_where_the_device_is_fast_at_it(monkeypatch, fast, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": fast}, raising=False)
+    assert pick_dtype("auto", CPU) == dtype
+
+
+def test_attention_on_the_cpu_is_sdpa_unless_another_is_named():
+    assert pick_attention("auto", CPU) == "sdpa"
+    assert pick_attention("eager", CPU) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("setting", "attention", "packed"),
+    [
+        ("auto", "flash_attention_2", True),
+        ("auto", "sdpa", False),
+        ("auto", "eager", False),
+        (True, "sdpa", True),
+        (False, "flash_attention_2", False),
+    ],
+)
+def test_packing_is_automatic_only_where_it_costs_nothing(setting, attention, packed):
+    assert pick_packing(setting, attention) is packed

@@ -1,0 +1,95 @@
+"""Each rule acts once, after `patience` steps beyond its limit, and says what to try."""
+
+import math
+
+import pytest
+
+from kto_dist.config import HealthConfig
+from kto_dist.health import CLAMPED_STEPS, Monitor
+
+FINE = {"loss": 0.5, "kl_raw": 1.0, "kl_clamped": 0.0}
+RUNAWAY = {**FINE, "kl_raw": 300.0}
+CLAMPED = {**FINE, "kl_raw": -1.0, "kl_clamped": 1.0}
+
+
+def acted(steps, **limits):
+    """The steps (from 1) at which something was said."""
+    monitor = Monitor(HealthConfig(**limits))
+    return [step for step, metrics in enumerate(steps, 1) if monitor.check(step, metrics)]
+
+
+def advice(metrics, repeat=1, **limits):
+    monitor = Monitor(HealthConfig(**limits))
+    return [monitor.check(step, metrics) for step in range(1, repeat + 1)][-1]
+
+
+def test_a_healthy_run_hears_nothing():
+    assert acted([FINE] * 200) == []
+
+
+@pytest.mark.parametrize("kl", (300.0, -300.0))
+def test_a_runaway_kl_acts_once_after_patience_in_either_direction(kl):
+    assert acted([{**FINE, "kl_raw": kl}] * 10, max_kl=200, patience=3) == [3]
+
+
+def test_a_step_within_the_limit_starts_the_count_again():
+    assert acted([RUNAWAY, RUNAWAY, FINE, RUNAWAY, RUNAWAY, RUNAWAY], patience=3) == [6]
+
+
+def test_a_rule_acts_again_after_it_was_over():
+    assert acted([RUNAWAY, FINE, RUNAWAY], patience=1) == [1, 3]
+
+
+def test_exactly_at_the_limit_is_within_it():
+    assert acted([{**FINE, "kl_raw": 200.0}] * 5, max_kl=200.0, patience=1) == []
+
+
+@pytest.mark.parametrize(("on_trouble", "stop"), [("stop", True), ("warn", False)])
+def test_on_trouble_decides_whether_a_runaway_stops_the_run(on_trouble, stop):
+    (item,) = advice(RUNAWAY, patience=1, on_trouble=on_trouble)
+    assert item.stop is stop
+
+
+def test_no_limit_means_no_rule():
+    assert acted([RUNAWAY] * 10, max_kl=None) == []
+
+
+def test_z0_stuck_at_zero_warns_once_and_never_stops():
+    assert acted([CLAMPED] * (2 * CLAMPED_STEPS)) == [CLAMPED_STEPS]
+    (item,) = advice(CLAMPED, repeat=CLAMPED_STEPS)
+    assert item.stop is False
+
+
+def test_one_positive_kl_starts_the_count_of_clamped_steps_again():
+    assert acted([CLAMPED] * (CLAMPED_STEPS - 1) + [FINE] + [CLAMPED] * (CLAMPED_STEPS - 1)) == []
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("on_trouble", ("stop", "warn"))
+def test_a_figure_that_is_not_finite_stops_at_once_whatever_is_set(value, on_trouble):
+    (item,) = advice({**FINE, "grad_norm": value}, on_trouble=on_trouble, patience=99)
+    assert item.stop and "grad_norm" in item.message
+
+
+def test_rules_count_apart_from_each_other():
+    both = {**RUNAWAY, "kl_raw": -300.0, "kl_clamped": 1.0}
+    steps = [both] * CLAMPED_STEPS
+    assert acted(steps, patience=2, on_trouble="warn") == [2, CLAMPED_STEPS]
+
+
+def test_a_loss_without_z0_has_no_kl_to_watch():
+    assert acted([{"loss": 0.5}] * 100) == []
+
+
+@pytest.mark.parametrize(
+    ("metrics", "repeat", "parts"),
+    [
+        (RUNAWAY, 3, ("step 3", "300.0", "200.0", "health.max_kl", "train.lr")),
+        (CLAMPED, CLAMPED_STEPS, (f"step {CLAMPED_STEPS}", "kl_raw", "apo_zero_unpaired")),
+        ({"loss": math.nan}, 1, ("step 1", "loss", "train.lr")),
+    ],
+    ids=("runaway", "clamped", "not_finite"),
+)
+def test_advice_gives_the_step_the_value_the_rule_and_a_remedy(metrics, repeat, parts):
+    (item,) = advice(metrics, repeat=repeat, max_kl=200.0, patience=3)
+    assert all(part in item.message for part in parts), item.message

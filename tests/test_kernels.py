@@ -1,0 +1,261 @@
+"""The chunked head against the definition, and the loss against its formula: values, gradients, memory, precision."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kto_kernels import LogitTransform, kto_loss, reference, sequence_logps, token_logps
+from torch.utils._python_dispatch import TorchDispatchMode
+
+INPUTS = ("hidden", "weight", "bias")
+TRANSFORMS = {
+    "none": LogitTransform(),
+    "scale": LogitTransform(scale=0.3),
+    "softcap": LogitTransform(softcap=2.0),
+    "temperature": LogitTransform(temperature=1.7),
+    "all": LogitTransform(scale=-1.9, softcap=3.0, temperature=0.6),
+}
+
+
+def case(rows, width, vocabulary, *, bias=True, dtype=torch.float64, seed=0, spread=1.0):
+    """hidden, weight, bias (or None), target and a gradient for each row's log-prob."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    hidden = spread * normal(rows, width)
+    weight = normal(vocabulary, width)
+    shift = normal(vocabulary) if bias else None
+    target = torch.randint(vocabulary, (rows,), generator=draw)
+    grad = normal(rows)
+    return [None if t is None else t.to(dtype) for t in (hidden, weight, shift)], target, grad
+
+
+def value_and_gradients(function, inputs, target, grad, **options):
+    """By name: the log-probs, and the gradient of their sum weighted by `grad` in each input that there is."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    logps = function(leaves[0], leaves[1], target, bias=leaves[2], **options)
+    (logps.double() * grad).sum().backward()
+    found = {name: leaf.grad for name, leaf in zip(INPUTS, leaves, strict=True) if leaf is not None}
+    return {"logps": logps.detach(), **found}
+
+
+def exact(inputs, target, grad, **options):
+    wide = [None if t is None else t.double() for t in inputs]
+    return value_and_gradients(reference.token_logps, wide, target, grad, **options)
+
+
+def error(found, wanted):
+    """Relative, by name, in the Euclidean norm."""
+    return {name: float((found[name].double() - wanted[name]).norm() / wanted[name].norm()) for name in wanted}
+
+
+def budget_of(rows_a_chunk, vocabulary, bytes_per_logit):
+    return rows_a_chunk * vocabulary * bytes_per_logit
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(0, 12),
+    width=st.integers(1, 9),
+    vocabulary=st.integers(1, 40).map(lambda half: 2 * half + 1),
+    budget=st.integers(1, 8000),
+    bias=st.booleans(),
+    transform=st.sampled_from(sorted(TRANSFORMS)),
+    seed=st.integers(0, 2**32),
+)
+def test_chunked_value_and_gradients_are_the_definitions_in_fp64(
+    rows, width, vocabulary, budget, bias, transform, seed
+):
+    inputs, target, grad = case(rows, width, vocabulary, bias=bias, seed=seed)
+    options = {"transform": TRANSFORMS[transform]}
+    wanted = exact(inputs, target, grad, **options)
+    found = value_and_gradients(token_logps, inputs, target, grad, budget=budget, **options)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("rows_a_chunk", (1, 7, 64, 1000))
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_fp32_errs_by_less_than_1e6th(transform, rows_a_chunk):
+    inputs, target, grad = case(100, 32, 333, dtype=torch.float32, spread=0.2)
+    options = {"transform": TRANSFORMS[transform]}
+    found = value_and_gradients(token_logps, inputs, target, grad, budget=budget_of(rows_a_chunk, 333, 4), **options)
+    errors = error(found, exact(inputs, target, grad, **options))
+    assert max(errors.values()) < 1e-6, errors
+
+
+@pytest.mark.parametrize("rows_a_chunk", (1, 7, 1000))
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_bf16_errs_at_most_twice_as_much_as_plain_pytorch_does(transform, rows_a_chunk):
+    inputs, target, grad = case(100, 32, 333, dtype=torch.bfloat16, spread=0.2)
+    options = {"transform": TRANSFORMS[transform]}
+
+    def plain(hidden, weight, target, *, bias, transform):
+        return transform((hidden @ weight.T + bias).float()).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+    wanted = exact(inputs, target, grad, **options)
+    peer = error(value_and_gradients(plain, inputs, target, grad, **options), wanted)
+    budget = budget_of(rows_a_chunk, 333, 4)
+    ours = error(value_and_gradients(token_logps, inputs, target, grad, budget=budget, **options), wanted)
+    assert all(ours[name] <= 2 * peer[name] for name in wanted), (ours, peer)
+
+
+class _LogitMemory(TorchDispatchMode):
+    """Bytes of (rows, V) tensors other than the weight's transpose: the largest, and the most alive at once."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.largest, self.peak, self.alive = weight, 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor) and result.dim() == 2 and result.shape[1] == self.weight.shape[0]:
+            storage = result.untyped_storage()
+            if storage.data_ptr() != self.weight.untyped_storage().data_ptr():
+                self.alive[storage.data_ptr()] = (storage.nbytes(), weakref.ref(result))
+                self.largest = max(self.largest, storage.nbytes())
+                self.alive = {key: entry for key, entry in self.alive.items() if entry[1]() is not None}
+                self.peak = max(self.peak, sum(size for size, _ in self.alive.values()))
+        return result
+
+
+def _measured(dtype, budget, rows=200, vocabulary=501):
+    (hidden, weight, _), target, grad = case(rows, 8, vocabulary, bias=False, dtype=dtype)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with _LogitMemory(weight) as memory:
+        logps = token_logps(hidden, weight, target, budget=budget, transform=TRANSFORMS["all"])
+        logps.backward(grad.to(logps.dtype))
+    return memory
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("budget", (40_000, 100_000, 401_000))
+def test_no_logits_exceed_the_budget_and_most_of_it_is_used(dtype, budget):
+    assert budget / 2 < _measured(dtype, budget).largest <= budget
+
+
+@pytest.mark.parametrize("rows", (200, 2000))
+def test_logits_of_four_chunks_at_most_are_alive_at_once(rows):
+    # logits, their gradient, and what an operation makes of either
+    assert _measured(torch.float32, 40_000, rows=rows).peak <= 4 * 40_000
+
+
+@pytest.mark.parametrize("trained", INPUTS)
+def test_a_frozen_input_gets_no_gradient_and_the_other_keeps_its_own(trained):
+    inputs, target, grad = case(9, 5, 21)
+    wanted = exact(inputs, target, grad)[trained]
+    for name, tensor in zip(INPUTS, inputs, strict=True):
+        tensor.requires_grad_(name == trained)
+    (token_logps(inputs[0], inputs[1], target, bias=inputs[2], budget=1) * grad).sum().backward()
+    found = dict(zip(INPUTS, (tensor.grad for tensor in inputs), strict=True))
+    torch.testing.assert_close(found.pop(trained), wanted, rtol=1e-12, atol=1e-12)
+    assert list(found.values()) == [None, None]
+
+
+def test_no_gradient_is_kept_when_nothing_is_trained():
+    inputs, target, _ = case(9, 5, 21)
+    assert not token_logps(inputs[0], inputs[1], target, bias=inputs[2]).requires_grad
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("size", (1e5, 1e30))
+def test_hopeless_targets_stay_finite(dtype, size):
+    # the target's logit is `size` below another, so exp underflows
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=dtype)
+    inputs = [torch.tensor([[size / 2, 0.0]], dtype=dtype), weight, None]
+    found = value_and_gradients(token_logps, inputs, torch.tensor([1]), torch.ones(1, dtype=torch.float64))
+    assert found["logps"].item() == pytest.approx(-size, rel=0.01)
+    assert all(bool(torch.isfinite(value).all()) for value in found.values())
+
+
+def test_many_bf16_chunks_add_up_as_exactly_as_one():
+    """Gradients of one sign, over 3,000 chunks of one row: a bf16 sum stops growing after some 256 of them."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = (1 + 0.1 * torch.randn(3000, 8, generator=draw)).bfloat16()
+    inputs = [hidden, (0.01 * torch.randn(11, 8, generator=draw)).bfloat16(), None]
+    target, grad = torch.zeros(3000, dtype=torch.int64), torch.ones(3000, dtype=torch.float64)
+    wanted = exact(inputs, target, grad)["weight"]
+
+    def err(rows_a_chunk):
+        options = {"budget": budget_of(rows_a_chunk, 11, 4)}
+        return float((value_and_gradients(token_logps, inputs, target, grad, **options)["weight"] - wanted).norm())
+
+    in_bf16 = torch.zeros(11, 8, dtype=torch.bfloat16)
+    for row in range(3000):
+        one = [inputs[0][row : row + 1], inputs[1], None]
+        in_bf16 += value_and_gradients(token_logps, one, target[:1], grad[:1])["weight"]
+    assert err(1) <= 2 * err(3000)
+    assert (in_bf16 - wanted).norm() > 20 * err(1)  # the case tells the two apart
+
+
+def test_no_rows_give_no_log_probs_and_zero_gradients():
+    inputs, target, grad = case(0, 5, 21)
+    found = value_and_gradients(token_logps, inputs, target, grad)
+    assert found["logps"].shape == (0,)
+    assert not found["weight"].any() and not found["bias"].any()
+
+
+@pytest.mark.parametrize("options", ({"temperature": 0.0}, {"temperature": -1.0}, {"softcap": 0.0}))
+def test_an_impossible_transform_raises(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        LogitTransform(**options)
+
+
+def test_a_long_sequence_is_summed_in_fp64():
+    tokens = torch.full((20_000,), -7.123456, dtype=torch.float32)
+    wanted = math.fsum(tokens.tolist())
+    found = sequence_logps(tokens, torch.tensor([20_000]))
+    narrow = torch.zeros(1).index_add(0, torch.zeros(20_000, dtype=torch.int64), tokens)
+    assert abs(narrow.item() - wanted) > 0.001  # what it would be in fp32
+    assert found.item() == pytest.approx(wanted, abs=1e-7)
+
+
+@given(lengths=st.lists(st.integers(0, 4), max_size=8))
+def test_every_sequence_keeps_its_place_even_an_empty_one(lengths):
+    tokens = torch.arange(1, sum(lengths) + 1, dtype=torch.float64)
+    found = sequence_logps(tokens, torch.tensor(lengths, dtype=torch.int64))
+    assert found.tolist() == [sum(part.tolist()) for part in tokens.split(lengths)]
+
+
+def test_every_token_gets_its_sequences_gradient():
+    tokens = torch.zeros(5, requires_grad=True)
+    (sequence_logps(tokens, torch.tensor([2, 0, 3])) * torch.tensor([10.0, 20.0, 30.0])).sum().backward()
+    assert tokens.grad.tolist() == [10, 10, 30, 30, 30]
+
+
+def _loss(log_ratio, sign, **options):
+    settings = {"z0": torch.tensor(0.0), "beta": 0.1, **options}
+    return kto_loss(torch.tensor(log_ratio), torch.zeros(len(log_ratio)), torch.tensor(sign), **settings)
+
+
+@pytest.mark.parametrize("loss", ("kto", "apo_zero_unpaired"))
+def test_the_loss_is_one_minus_the_value_of_the_paper(loss):
+    ratios, signs, z0, beta = [3.0, -8.0, 3.0, -8.0], [1.0, 1.0, -1.0, -1.0], 2.5, 0.3
+    anchor = z0 if loss == "kto" else 0.0
+    wanted = [1 - 1 / (1 + math.exp(-beta * s * (r - anchor))) for r, s in zip(ratios, signs, strict=True)]
+    found = _loss(ratios, signs, z0=torch.tensor(z0), beta=beta, loss=loss)
+    assert found.tolist() == pytest.approx(wanted, rel=1e-7)
+
+
+def test_a_nearly_satisfied_row_keeps_its_digits():
+    # 1 - sigmoid(50) would be exactly 0 in fp64
+    assert _loss([500.0], [1.0]).item() == pytest.approx(math.exp(-50), rel=1e-12)
+
+
+def test_no_gradient_flows_into_z0():
+    z0 = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    logps = torch.zeros(1, requires_grad=True)
+    kto_loss(logps, torch.zeros(1), torch.ones(1), z0=z0, beta=0.1).sum().backward()
+    assert logps.grad is not None and z0.grad is None
+
+
+def test_an_unknown_loss_raises_with_the_known_ones():
+    with pytest.raises(ValueError, match="'dpo'.*kto, apo_zero_unpaired"):
+        _loss([0.0], [1.0], loss="dpo")
