@@ -64,13 +64,14 @@ def _rank(sender: Any, environment: dict[str, Any], function: Callable[..., Any]
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     import torch
 
+    from kto_dist import comm
+
     torch.set_num_threads(1)
+    comm.init()
     try:
         sender.send(("returned", function(*arguments)))
     except BaseException as error:
         sender.send(("raised", (error, traceback.format_exc())))
     finally:
-        from kto_dist import comm
-
         sys.stdout.flush()
         comm.shutdown()

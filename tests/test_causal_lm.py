@@ -177,7 +177,7 @@ def test_packing_is_refused_where_sequences_would_see_each_other(name):
 
 def test_a_head_that_the_config_does_not_describe_is_refused():
     lm = tiny(FAMILIES["llama"])
-    lm.register_forward_hook(lambda module, arguments, output: output.update(logits=2 * output.logits) or output)
+    lm.register_forward_hook(lambda module, arguments, output: type(output)(logits=2 * output.logits))
     model = ScoringModel(lm)
     with pytest.raises(UserError, match="LM head"):
         causal_lm.check_scoring(model, model, packed=False)
