@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kto_dist.data import Examples, fit
+from kto_dist.examples import Examples, fit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -161,7 +161,7 @@ class TrainConfig(Section):
 class DeepspeedConfig(Section):
     """How ZeRO shards the policy."""
 
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what is sharded: 1 optimizer, 2 + gradients, 3 + weights")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what is sharded: 0 nothing (fp32 only; bf16 uses 1), 1 optimizer, 2 + gradients, 3 + weights")
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where optimizer states live")
     offload_parameters: Literal["none", "cpu", "nvme"] = Field("none", description="where ZeRO-3 keeps the weights")
     nvme_path: str | None = Field(None, description="fast local disk for offload to nvme")

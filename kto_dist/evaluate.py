@@ -12,7 +12,7 @@ import torch
 from kto_dist import comm, metrics
 from kto_dist.batch import kl_pairs, microbatches
 from kto_dist.causal_lm import Forward
-from kto_dist.data import Examples
+from kto_dist.examples import Examples
 from kto_dist.objective import Labels, Objective, kl_sums, loss_and_sums
 from kto_dist.reference import RefLogps
 

@@ -38,12 +38,19 @@ from kto_dist.errors import UserError  # noqa: E402
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def zero_stage(config: Config, dtype: torch.dtype) -> int:
+    """The stage that is used. In bf16 without ZeRO DeepSpeed would update bf16 weights directly and lose every update
+    below half an ulp, so stage 0 becomes 1 there: same results, fp32 master weights, less memory."""
+    asked = config.deepspeed.zero_stage
+    return 1 if asked == 0 and dtype == torch.bfloat16 else asked
+
+
 def deepspeed_options(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """What DeepSpeed is given: our own options, then the user's file merged in.
 
     Raises `UserError` where the file contradicts a setting of ours; its `"auto"` values mean ours.
     """
-    zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage}
+    zero: dict[str, Any] = {"stage": zero_stage(config, dtype)}
     for target, device in (
         ("offload_optimizer", config.deepspeed.offload_optimizer),
         ("offload_param", config.deepspeed.offload_parameters),
@@ -156,7 +163,6 @@ class Policy:
         lm.train()
         self.model = ScoringModel(lm)
         self._stage = options["zero_optimization"]["stage"]
-        self._dtype = dtype
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self.model,
             optimizer=_adamw(self.model, config.train, on_cpu=config.deepspeed.offload_optimizer != "none"),
@@ -176,8 +182,8 @@ class Policy:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         norm = None
-        if self._stage == 0 and self._dtype == torch.float32:
-            # the engine reports none for this case; gradients are reduced by now
+        if self._stage == 0:
+            # the engine reports none without ZeRO; gradients are reduced by now
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         self.engine.step()

@@ -27,9 +27,9 @@ from kto_dist.causal_lm import (
 )
 from kto_dist.config import Config
 from kto_dist.console import Console
-from kto_dist.data import Examples
 from kto_dist.errors import UserError
 from kto_dist.evaluate import Cutting, heldout_pairs
+from kto_dist.examples import Examples, check, load
 from kto_dist.models import Reference
 from kto_dist.objective import Objective
 from kto_dist.reference import Outcome, RefLogps, lazily, reference_logps, wanted_pairs
@@ -68,9 +68,9 @@ def prepare(config: Config, console: Console) -> Prepared:
     console.phase("data")
     print_name = data.tokenizer_fingerprint(tokenizer)
     folders = comm.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name))
-    train, heldout = (None if folder is None else data.load(folder) for folder in folders)
+    train, heldout = (None if folder is None else load(folder) for folder in folders)
     with_z0 = config.kto.loss == "kto"
-    data.check(train, needs_pairs=with_z0)
+    check(train, needs_pairs=with_z0)
     for name, examples in (("train", train), ("held-out", heldout)):
         for line in () if examples is None else examples.report.lines():
             console.say(f"{name}: {line}")

@@ -19,7 +19,7 @@ import torch
 from kto_dist import comm
 from kto_dist.batch import Plan, microbatches, pair_lengths, step_kl_pairs, step_rows
 from kto_dist.causal_lm import completion_logps
-from kto_dist.data import Examples
+from kto_dist.examples import Examples
 from kto_dist.models import Reference
 from kto_dist.store import Store, keys_array, pair_key
 

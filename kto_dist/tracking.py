@@ -56,10 +56,6 @@ _DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
-class Unusable(OSError):
-    """A tracking URI that cannot work; the message is the reason."""
-
-
 class NullTracker:
     """Tracks nothing. Keeps the id of the run that it stands in for, so that a later resume finds it."""
 
@@ -298,35 +294,6 @@ class _Sender:
                 del self._waiting[: len(batch)]
 
 
-def environment_tags() -> dict[str, str]:
-    """Commit and versions that a result depends on, read from package metadata: nothing heavy is imported."""
-    tags = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("kto_dist", "torch", "deepspeed", "transformers", "mlflow", "triton"):
-        version = _version(package)
-        if version:
-            tags[f"version.{package}"] = version
-    # The package's own checkout first: the working directory may belong to another project. An environment
-    # inside some repository is not tracked by it.
-    for folder, file in ((Path(__file__).resolve().parent, Path(__file__).name), (Path.cwd(), ".")):
-        commit = _git(folder, "rev-parse", "HEAD")
-        if commit and _git(folder, "ls-files", "--error-unmatch", file):
-            dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
-            return tags | {"git_commit": commit, "git_dirty": str(bool(dirty)).lower()}
-    return tags
-
-
-def ui_command(uri: str) -> str:
-    """The shell command that shows the runs of a tracking URI in a browser."""
-    if urlsplit(uri).scheme in ("http", "https"):
-        return f"python -m webbrowser {shlex.quote(without_password(uri))}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(_absolute(uri))}"
-
-
-def without_password(text: str) -> str:
-    """Masks the user and password of each URI in a text: reports, tags and warnings are passed around."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
-
-
 def _open(config: Config, uri: str, run_id: str | None, warn: Callable[[str], None]) -> "tuple[MlflowClient, Run]":
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -399,57 +366,6 @@ def _describe(
     labels = [RunTag(key, str(value)[:_TAG_LENGTH]) for key, value in notes.items()]
     for first in range(0, len(labels), _PARAMS_PER_BATCH):
         client.log_batch(run.info.run_id, tags=labels[first : first + _PARAMS_PER_BATCH])
-
-
-def _check(uri: str) -> None:
-    """Raises for a URI that cannot work, where MLflow would retry for minutes, or fail at a later step."""
-    url = urlsplit(uri)
-    scheme = url.scheme.partition("+")[0]
-    if scheme == "file" or ("://" not in uri and not uri.startswith(("databricks", "uc"))):
-        raise Unusable(
-            "a folder as the store cannot hold metrics such as loss beside loss/desirable, and MLflow has "
-            "deprecated it; use a SQLite file or a server"
-        )
-    database = _sqlite_path(uri)
-    if database is not None:
-        with closing(sqlite3.connect(database, timeout=20, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
-    elif scheme in _DEFAULT_PORTS and url.hostname:
-        socket.create_connection((url.hostname, url.port or _DEFAULT_PORTS[scheme]), timeout=5).close()
-
-
-@contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """One process at a time: MLflow fails where two create the tables of the same new SQLite file."""
-    path = _sqlite_path(uri)
-    if path is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
-    return Path(match[1]).absolute() if match and match[1] != ":memory:" else None
-
-
-def _absolute(uri: str) -> str:
-    path = _sqlite_path(uri)
-    return uri if path is None else re.sub(r":///[^?]+", lambda _: f":///{path}", uri, count=1)
-
-
-def _artifact_location(uri: str, config: Config) -> str | None:
-    """Where a new experiment keeps its files: beside the database. A server decides for itself."""
-    path = _sqlite_path(uri)
-    if path is not None:
-        return (path.parent / "mlflow-artifacts").as_uri()
-    if urlsplit(uri).scheme.partition("+")[0] in _DEFAULT_PORTS:
-        return (Path(config.train.output).absolute().parent / "mlflow-artifacts").as_uri()
-    return None
 
 
 def _register(client: "MlflowClient", name: str, model: "LoggedModel") -> None:
@@ -562,20 +478,3 @@ def _reason(error: Exception) -> str:
         r"\[Errno -?\d+\] [^'\"):]+|Read timed out|[Cc]onnect(ion)? timed out|Failed to resolve '[^']+'", text
     )
     return system[0] if system else text.splitlines()[0][:300].rstrip(".")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

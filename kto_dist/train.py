@@ -24,10 +24,11 @@ from kto_dist import checkpoint, comm, metrics, report, tracking
 from kto_dist.batch import step_kl_pairs, step_rows
 from kto_dist.config import Config, to_yaml
 from kto_dist.console import Console
+from kto_dist.environment import environment_tags
 from kto_dist.errors import UserError
 from kto_dist.evaluate import cut_pairs, evaluate_rows, labels_of
 from kto_dist.health import Monitor
-from kto_dist.models import Policy
+from kto_dist.models import Policy, zero_stage
 from kto_dist.objective import kl_sums, loss_and_sums
 from kto_dist.prepare import Prepared, Scores, counts, prepare, score_reference
 from kto_dist.store import write_whole
@@ -94,7 +95,7 @@ def _start(prepared: Prepared, scores: Scores, console: Console) -> Run:
     output = Path(config.train.output)
     identity = checkpoint.identity(config, data=prepared.train.fingerprint, policy=scores.identity.weights)
     state = checkpoint.State(
-        step=0, world_size=comm.world_size(), zero_stage=config.deepspeed.zero_stage, identity=identity, mlflow_run=None
+        step=0, world_size=comm.world_size(), zero_stage=zero_stage(config, prepared.dtype), identity=identity, mlflow_run=None
     )
     found = checkpoint.find(output, console.warn)
     if found is not None:
@@ -119,7 +120,7 @@ def _start(prepared: Prepared, scores: Scores, console: Console) -> Run:
             config,
             run_id=state.mlflow_run,
             tags={
-                **tracking.environment_tags(),
+                **environment_tags(),
                 "reference_fingerprint": scores.identity.digest,
                 "world_size": str(comm.world_size()),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -137,6 +138,8 @@ def _start(prepared: Prepared, scores: Scores, console: Console) -> Run:
 def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> dict[str, Any]:
     config, plan, objective = prepared.config, prepared.plan, prepared.objective
     console.phase("policy")
+    if zero_stage(config, prepared.dtype) != config.deepspeed.zero_stage:
+        console.say("deepspeed.zero_stage 0 becomes 1 in bf16: it keeps the fp32 master weights that stage 0 lacks")
     universal = checkpoint.to_universal(run.found, run.state) if run.found else None
     policy = Policy(
         config,
@@ -156,7 +159,7 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
         state = checkpoint.State(
             step=step,
             world_size=comm.world_size(),
-            zero_stage=config.deepspeed.zero_stage,
+            zero_stage=zero_stage(config, prepared.dtype),
             identity=run.state.identity,
             mlflow_run=mlflow_run,
         )
@@ -253,7 +256,7 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
         "precision": str(prepared.dtype).removeprefix("torch."),
         "attention": prepared.attention,
         "packing": prepared.cutting.packed,
-        "versions": tracking.environment_tags(),
+        "versions": environment_tags(),
         "tokens": tokens_seen,
         "seconds": console.seconds,
         "export": str(run.output / "export"),

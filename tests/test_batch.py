@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kto_dist.batch import Plan, collate, cut, kl_pairs, microbatches, pair_lengths, step_kl_pairs, step_rows
-from kto_dist.data import Examples
+from kto_dist.examples import Examples
 
 
 def plan_of(rows=80, global_batch=16, seed=0, **changes):
@@ -165,23 +166,26 @@ def test_another_seed_gives_other_pairs():
     assert len({tuple(pairs((seed,), np.arange(20))) for seed in range(50)}) == 50
 
 
-def test_every_other_row_is_an_equally_likely_partner():
-    times, size = 5000, 6
-    count = np.zeros((size, size))
-    for seed in range(times):
-        for prompt, completion in pairs((seed,), np.arange(size)):
-            count[prompt, completion] += 1
-    chance = 1 / (size - 1)
-    deviation = (count - times * chance) / np.sqrt(times * chance * (1 - chance))
-    assert np.abs(deviation[~np.eye(size, dtype=bool)]).max() < 4
+def assert_even(counts, times, chance):
+    """Every count lies within 4 standard deviations of what chance gives."""
+    counts = np.array(counts)
+    assert (np.abs(counts - times * chance) < 4 * np.sqrt(times * chance * (1 - chance))).all(), counts
 
 
-def test_a_limited_choice_prefers_no_row():
-    times, size, limit = 3000, 8, 2
-    count = Counter(prompt for seed in range(times) for prompt, _ in pairs((seed,), np.arange(size), limit))
-    chance = limit / size
-    spread = np.sqrt(times * chance * (1 - chance))
-    assert all(abs(count[row] - times * chance) < 4 * spread for row in range(size))
+@pytest.mark.parametrize("group", ([0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1]), ids=("alone", "in_groups"))
+def test_every_row_of_another_prompt_is_an_equally_likely_partner(group):
+    times, group = 4000, np.array(group)
+    count = Counter(pair for seed in range(times) for pair in pairs((seed,), group))
+    others = [(j, k) for j in range(6) for k in range(6) if group[j] != group[k]]
+    assert set(count) == set(others)
+    assert_even([count[pair] for pair in others], times, 6 / len(others))
+
+
+@pytest.mark.parametrize("group", ([0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]), ids=("alone", "in_groups"))
+def test_a_limited_choice_prefers_no_row(group):
+    times = 3000
+    count = Counter(prompt for seed in range(times) for prompt, _ in pairs((seed,), np.array(group), 2))
+    assert_even([count[row] for row in range(6)], times, 2 / 6)
 
 
 def test_a_steps_pairs_are_of_its_rows_and_differ_from_step_to_step():
@@ -242,6 +246,17 @@ def test_packed_micro_batches_of_one_turn_differ_by_one_row_at_most(lengths, ran
     for turn in zip(*cut_all(lengths, ranks, True), strict=True):
         tokens = [int(lengths[share].sum()) for share in turn]
         assert max(tokens) - min(tokens) <= lengths.max(initial=0)
+
+
+@given(**cuts)
+def test_micro_batches_of_like_cost_meet_at_the_same_turn(lengths, ranks, packed):
+    """So that no rank waits long for another: a turn's cheapest is no cheaper than the next turn's costliest."""
+
+    def cost(share):
+        return lengths[share].sum() if packed else lengths[share].max(initial=0) * share.size
+
+    turns = [[cost(share) for share in turn] for turn in zip(*cut_all(lengths, ranks, packed), strict=True)]
+    assert all(min(turn) >= max(after) for turn, after in pairwise(turns))
 
 
 @given(count=st.integers(1, 60), length=st.integers(1, BUDGET), ranks=st.integers(1, 4), packed=st.booleans())

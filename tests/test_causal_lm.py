@@ -105,7 +105,11 @@ def tiny(family):
     kind, settings, attention = family
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**COMMON, **settings})
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+    bias = lm.get_output_embeddings().bias
+    if bias is not None:
+        torch.nn.init.normal_(bias)  # it starts at zero, where it would not be missed
+    return lm
 
 
 def sequences(seed=0):

@@ -17,7 +17,7 @@ from kto_dist import metrics
 from kto_dist.batch import Plan, microbatches, step_kl_pairs, step_rows
 from kto_dist.causal_lm import ScoringModel
 from kto_dist.config import build
-from kto_dist.data import Examples
+from kto_dist.examples import Examples
 from kto_dist.evaluate import Cutting
 from kto_dist.objective import Labels, Objective, kl_sums, loss_and_sums
 from kto_dist.reference import RefLogps

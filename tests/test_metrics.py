@@ -69,10 +69,10 @@ def test_no_figure_is_ever_nan():
 
 
 def test_the_loss_is_the_weighted_losses_over_the_number_of_rows():
-    rows = rows_of(3, losses=[0.5, 0.2, 0.9], weight=[2.0, 1.0, 0.0], sign=[1, -1, 1])
+    rows = rows_of(3, losses=[0.5, 0.2, 0.9], weight=[2.0, 1.0, 0.5], sign=[1, -1, 1])
     found = figures(rows)
-    assert found["loss"] == pytest.approx((1.0 + 0.2 + 0.0) / 3)
-    assert found["loss/desirable"] == pytest.approx(1.0 / 2)
+    assert found["loss"] == pytest.approx((1.0 + 0.2 + 0.45) / 3)
+    assert found["loss/desirable"] == pytest.approx((1.0 + 0.45) / 2)
     assert found["loss/undesirable"] == pytest.approx(0.2)
 
 

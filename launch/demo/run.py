@@ -23,10 +23,12 @@ from rich.progress import Progress
 from rich.table import Table
 from wish import approves, measure
 
-from kto_dist import UserError, data, launcher, report, tracking
+from kto_dist import UserError, data, launcher, report
 from kto_dist.causal_lm import load_model, load_tokenizer
 from kto_dist.config import Config
+from kto_dist.examples import load
 from kto_dist.store import write_whole
+from kto_dist.tracking_uri import ui_command
 
 CONFIG = "launch/demo/demo.yaml"
 out = Console(highlight=False, soft_wrap=True)
@@ -58,7 +60,7 @@ def main(overrides: list[str]) -> int:
     out.print(f"\nThe aligned model:  {run / 'export'}  (AutoModelForCausalLM.from_pretrained loads it)")
     out.print(f"The run's report:   {run / 'report.html'}")
     if summary["mlflow"]["uri"]:
-        out.print(f"The run in MLflow:  {Path(sys.executable).parent}/{tracking.ui_command(summary['mlflow']['uri'])}")
+        out.print(f"The run in MLflow:  {Path(sys.executable).parent}/{ui_command(summary['mlflow']['uri'])}")
     out.print(f"Everything took {time.monotonic() - started:.0f} s.")
     return 0
 
@@ -85,7 +87,7 @@ def unpack(target: Path) -> None:
 def heldout_questions(config: Config) -> list[str]:
     """The prompts that training never saw, each once."""
     _, folder = data.prepare(config.data, load_tokenizer(config.model.path))
-    rows = data.load(folder)
+    rows = load(folder)
     return sorted({rows.original(row)[0][-1]["content"] for row in range(len(rows))})
 
 

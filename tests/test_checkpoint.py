@@ -1,0 +1,179 @@
+"""Checkpoints are whole or absent, belong to one run, and are found again; the export loads anywhere."""
+
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import metrics_of, tiny_config, train_all, weights_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kto_dist import checkpoint, comm
+from kto_dist.config import Config
+from kto_dist.errors import UserError
+
+
+def names(config: Config) -> list[str]:
+    # DeepSpeed leaves scripts of its own beside them
+    return sorted(path.name for path in checkpoint.folder(config.train.output).iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_model, tiny_log) -> Config:
+    """Five steps with a checkpoint after each, of which two stay."""
+    config = tiny_config(tmp_path, tiny_model, tiny_log, checkpoint__every_steps=1)
+    run_ranks(train_all, 1, [config])
+    return config
+
+
+def test_only_the_newest_checkpoints_stay(trained):
+    assert names(trained) == ["step-00000004", "step-00000005"]
+
+
+def test_a_truncated_checkpoint_is_passed_over_with_a_warning(trained):
+    newest = checkpoint.folder(trained.train.output) / "step-00000005"
+    largest = max(newest.iterdir(), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    warnings: list[str] = []
+    assert checkpoint.find(trained.train.output, warnings.append).name == "step-00000004"
+    assert len(warnings) == 1 and "step-00000005" in warnings[0]
+
+
+def test_a_checkpoint_that_was_never_finished_is_not_found(trained):
+    root = checkpoint.folder(trained.train.output)
+    (root / "step-00000005" / "state.json").unlink()
+    (root / "step-00000004").rename(root / ".partial-step-00000004")
+    assert checkpoint.find(trained.train.output, lambda _: None) is None
+
+
+def _die_while_saving(config: Config) -> None:
+    """Killed after the engine has written its files, before the checkpoint gets its name."""
+    module = importlib.import_module("kto_dist.checkpoint")
+    replace, finished = module.os.replace, []
+
+    def deadly(source, target):
+        if str(target).endswith("step-00000004"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        finished.append(target)
+        replace(source, target)
+
+    module.os.replace = deadly
+    train_all([config])
+
+
+def test_killed_while_saving_the_run_goes_on_from_the_checkpoint_before(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, checkpoint__every_steps=2)
+    with pytest.raises(RuntimeError, match="died"):
+        run_ranks(_die_while_saving, 1, config)
+    assert names(config) == [".partial-step-00000004", "step-00000002"]
+    assert checkpoint.find(config.train.output, pytest.fail).name == "step-00000002"
+    run_ranks(train_all, 1, [config])
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train__seed": 1}, r"train.seed was 0 and is 1"),
+        ({"kto__beta": 0.2}, r"kto.beta was 0.1 and is 0.2"),
+        ({"train__global_batch": 8}, r"train.global_batch was 16 and is 8"),
+        ({"data__max_length": 16}, r"data was .* and is"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused_with_the_difference_and_the_remedy(
+    tmp_path, tiny_model, tiny_log, trained, change, message
+):
+    changed = tiny_config(tmp_path, tiny_model, tiny_log, **change)
+    with pytest.raises(UserError, match=rf"belongs to another run: {message}.*Give another train.output"):
+        run_ranks(train_all, 1, [changed])
+
+
+def test_resume_true_insists_on_a_checkpoint(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, checkpoint__resume=True)
+    with pytest.raises(UserError, match=r"resume is true and train.output .* holds no whole checkpoint: use auto"):
+        run_ranks(train_all, 1, [config])
+
+
+def test_resume_false_never_overwrites_a_checkpointed_run(tmp_path, tiny_model, tiny_log, trained):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, checkpoint__resume=False)
+    with pytest.raises(UserError, match=r"holds checkpoints and checkpoint.resume is false: give another folder"):
+        run_ranks(train_all, 1, [config])
+
+
+def _signalled_at(config: Config, step_of_signal: int, rank: int) -> int:
+    """SIGTERM to one rank during a step: all of them stop after it."""
+    module = importlib.import_module("kto_dist.train")
+    step = module._step
+
+    def signalling(*arguments, **options):
+        if arguments[3] == step_of_signal and comm.rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments, **options)
+
+    module._step = signalling
+    try:
+        train_all([config])
+    except module.Stopped as stop:
+        return stop.exit_code
+    return 0
+
+
+def test_sigterm_to_any_rank_saves_and_the_run_goes_on_from_there(tmp_path, tiny_model, tiny_log):
+    whole = tiny_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"))
+    config = tiny_config(tmp_path, tiny_model, tiny_log)
+    run_ranks(train_all, 2, [whole])
+    assert run_ranks(_signalled_at, 2, config, 2, 1) == [143, 143]
+    assert names(config) == ["step-00000003"]
+    run_ranks(train_all, 2, [config])
+    for name, tensor in weights_of(whole).items():
+        assert torch.equal(weights_of(config)[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+@pytest.mark.parametrize("tied", (False, True))
+def test_the_export_of_every_stage_loads_in_transformers_with_the_trained_weights(
+    tmp_path, tiny_log, stage, dtype, tied
+):
+    from tiny import save_tiny
+
+    model = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
+    config = tiny_config(
+        tmp_path,
+        model,
+        tiny_log,
+        deepspeed__zero_stage=stage,
+        train__dtype=dtype,
+        reference__dtype=dtype,
+        train__max_steps=2,
+    )
+    run_ranks(train_all, 2, [config])
+    export = Path(config.train.output) / "export"
+    loaded = AutoModelForCausalLM.from_pretrained(export)
+    start = AutoModelForCausalLM.from_pretrained(model, dtype=loaded.dtype)
+    assert loaded.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    changed = [
+        not torch.equal(weight, start.state_dict()[name])
+        for name, weight in loaded.state_dict().items()
+        if weight.dim() > 1
+    ]
+    assert all(changed)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], add_generation_prompt=True)
+    assert ids
+    assert (export / "README.md").read_text().startswith("---\nbase_model:")
+    assert not list(export.parent.glob(".partial*"))
+
+
+def test_the_summary_names_what_a_reader_asks_for(trained):
+    summary = json.loads((Path(trained.train.output) / "summary.json").read_text())
+    assert summary["steps"] == 5
+    assert summary["data"]["train"]["rows"] == 80
+    assert summary["reference"]["scored"] + summary["reference"]["from_store"] == summary["reference"]["pairs"]
+    assert set(summary["seconds"]) >= {"data", "reference", "policy", "training", "checkpoint"}
+    assert summary["training"]["step"] == 5
