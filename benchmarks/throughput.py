@@ -56,6 +56,7 @@ class Job:
     tokens_per_microbatch: int
     dtype: str
     # bf16 or fp32
+    attention: str
     threads: int
     trl_batch: int
     trl_reference_batch: int
@@ -215,7 +216,7 @@ def run_trl(job: Job, output: Path, *, weights: str) -> dict[str, Any]:
         max_length=job.max_length,
         max_steps=job.all_steps,
         bf16=job.dtype == "bf16",
-        model_init_kwargs={"dtype": weights, "attn_implementation": _attention()},
+        model_init_kwargs={"dtype": weights, "attn_implementation": job.attention},
         gradient_checkpointing=False,
         learning_rate=5e-6,
         lr_scheduler_type="constant",
@@ -299,12 +300,6 @@ def run_bare(job: Job, output: Path) -> dict[str, Any]:
     return clock.result(losses, pairs=len(pairs[0]))
 
 
-def _attention() -> str:
-    from kto_dist.causal_lm import pick_attention
-
-    return pick_attention("auto", _device())
-
-
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -363,16 +358,16 @@ class Workload:
 
 def write_rows(log: str, job: Job, folder: Path) -> Workload:
     """Writes ROWS and ORDERED. Raises `ClickException` when the log has too few rows for the job."""
-    from kto_dist import data
+    from kto_dist import data, examples
     from kto_dist.batch import Plan, step_rows
     from kto_dist.causal_lm import load_tokenizer
     from kto_dist.config import DataConfig
 
     tokenizer = load_tokenizer(job.model)
 
-    def load(path: str, max_length: int) -> data.Examples:
+    def load(path: str, max_length: int) -> examples.Examples:
         section = DataConfig(train=path, max_length=max_length, cache=str(folder / "tokenised"), workers=1)
-        return data.load(data.prepare(section, tokenizer)[0])
+        return examples.load(data.prepare(section, tokenizer)[0])
 
     wanted = job.all_steps * job.global_batch
     # long enough to cut nothing: the two cut long rows at different ends
@@ -445,9 +440,7 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def pick_trl_batches(job: Job, say: Any) -> Job:
     """TRL's fastest rows a device for each phase, from a run of one timed step with each."""
-    sizes = [size for size in (4, 8, 16, 32) if job.global_batch % size == 0] or [job.global_batch]
-    if len(sizes) == 1:
-        return replace(job, trl_batch=sizes[0], trl_reference_batch=sizes[0])
+    sizes = [size for size in (4, 8, 16) if job.global_batch % size == 0] or [job.global_batch]
     training, reference = {}, {}
     for size in sizes:
         found = start("trl", replace(job, steps=1, trl_batch=size, trl_reference_batch=size))
@@ -524,9 +517,7 @@ def _cores() -> int:
 
 
 @click.command()
-@click.option(
-    "--model", default="runs/demo/model", show_default=True, help="Hugging Face folder (`make demo` makes it)"
-)
+@click.option("--model", default="runs/demo/model", show_default=True, help="Hugging Face folder (see `make demo`)")
 @click.option("--log", default="launch/demo/thumbs.jsonl", show_default=True, help="rows to train on")
 @click.option("--steps", default=4, show_default=True, help="timed optimizer steps of a run, after one to warm up")
 @click.option("--global-batch", default=16, show_default=True, help="rows of a step")
@@ -555,12 +546,10 @@ def main(
     """Measures KTO's throughput with kto_dist, TRL and a bare loop on the same rows."""
     from rich.console import Console
 
-    from kto_dist.causal_lm import DTYPES, pick_dtype
+    from kto_dist.causal_lm import DTYPES, pick_attention, pick_dtype
 
     if not Path(model, "config.json").exists():
-        raise click.UsageError(
-            f"--model ({model}) holds no config.json: run `make demo` once, or name a model's folder"
-        )
+        raise click.UsageError(f"--model ({model}) holds no model: run `make demo` once, or name a folder")
     if trl_batch is not None and (trl_batch < 2 or global_batch % trl_batch):
         raise click.UsageError(f"--trl-batch ({trl_batch}) must be above 1 and divide --global-batch ({global_batch})")
     console = Console(highlight=False, soft_wrap=True)
@@ -577,6 +566,7 @@ def main(
             max_length=max_length,
             tokens_per_microbatch=tokens_per_microbatch,
             dtype=dtype,
+            attention=pick_attention("auto", _device()),
             threads=threads,
             trl_batch=trl_batch or 0,
             trl_reference_batch=trl_batch or 0,

@@ -41,7 +41,7 @@ class Plan:
     def steps_per_epoch(self) -> int:
         full, rest = divmod(self.rows, self.global_batch)
         # one row alone would have no KL partner, so it joins the step before
-        return max(1, full + (rest > 1 or (rest == 1 and self.global_batch == 1)))
+        return max(1, full + (rest > 1))
 
     @property
     def steps(self) -> int:
@@ -62,7 +62,9 @@ def step_rows(plan: Plan, step: int) -> np.ndarray:  # (B,) int64
 
 @lru_cache(maxsize=2)
 def _shuffle(seed: int, epoch: int, rows: int) -> np.ndarray:
-    return np.random.default_rng([seed, 0, epoch]).permutation(rows)
+    order = np.random.default_rng([seed, 0, epoch]).permutation(rows)
+    order.setflags(write=False)  # the cache hands out the same array again
+    return order
 
 
 def kl_pairs(
@@ -79,10 +81,7 @@ def kl_pairs(
     """
     rng = np.random.default_rng(seed)
     _, member, size = np.unique(group, return_inverse=True, return_counts=True)
-    place = rng.permutation(size.size)
-    # the largest group goes first, where the wrap-around can only hurt itself
-    place = np.lexsort((place, -size)).argsort()
-    order = np.lexsort((rng.random(rows.size), place[member]))
+    order = np.lexsort((rng.random(rows.size), rng.permutation(size.size)[member]))
     partner = np.roll(order, -int(size.max()))
     valid = group[order] != group[partner]
     prompts, completions = rows[order[valid]], rows[partner[valid]]
@@ -112,7 +111,7 @@ def cut(
     ranks: int,
     packed: bool,
 ) -> list[list[np.ndarray]]:  # [rank][micro-batch] -> positions into `lengths`; all ranks have equally many
-    """Micro-batches within the token budget, as few as possible, of nearly equal cost at the same turn of all ranks.
+    """Few micro-batches, each within the token budget, of nearly equal cost at the same turn of all ranks.
 
     Packed: longest first into the emptiest bin that has room. Padded: neighbours in length share a micro-batch.
     Some micro-batches may be empty. Raises `ValueError` where one row alone exceeds the budget.

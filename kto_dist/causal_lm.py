@@ -7,17 +7,19 @@ The head runs *inside* `lm_head.forward`, so that whatever hooks a sharding engi
 weight for it and release it after, in forward and in backward. Nothing here knows about ranks or DeepSpeed.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from kto_kernels import LogitTransform, sequence_logps, token_logps
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from kto_dist.batch import MicroBatch
+from kto_dist.batch import MicroBatch, collate
 from kto_dist.errors import UserError
 
 Head = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -80,9 +82,11 @@ def load_model(
     path: str, *, gguf_file: str | None, dtype: torch.dtype, attention: str, config: PretrainedConfig | None = None
 ) -> nn.Module:
     """The model in `dtype` with dropout off, since the policy must equal its reference before the first step."""
-    config = config or load_config(path, gguf_file)
+    # a copy: the export writes the given one
+    config = copy.deepcopy(config) if config else load_config(path, gguf_file)
     for key, value in config.to_dict().items():
-        if isinstance(value, float) and value > 0 and ("dropout" in key or key.endswith("pdrop")):
+        # dropout, layerdrop, resid_pdrop, router_jitter_noise
+        if isinstance(value, float) and value > 0 and ("drop" in key or "jitter" in key):
             setattr(config, key, 0.0)
     extra = _gguf(gguf_file)
     if gguf_file:
@@ -114,8 +118,10 @@ def check_context(config: PretrainedConfig, max_length: int) -> None:
 _MULTIPLIERS = {
     "logit_scale": ("cohere", "cohere2", "cohere2_moe", "cohere_compass"),
     "lm_head_multiplier": ("falcon_h1",),
+    "logits_scaling": ("hyperclovax",),
 }
-_DIVISORS = ("logits_scaling",)  # the Granite families
+_DIVISORS = ("logits_scaling",)  # the Granite families, minicpm3
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
@@ -125,9 +131,10 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
         if text.model_type in families and getattr(text, name, None) is not None:
             scale *= float(getattr(text, name))
     for name in _DIVISORS:
-        if getattr(text, name, None):
+        if getattr(text, name, None) and text.model_type not in _MULTIPLIERS.get(name, ()):
             scale /= float(getattr(text, name))
-    return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None))
+    softcaps = [getattr(text, name) for name in _SOFTCAPS if getattr(text, name, None)]
+    return LogitTransform(scale=scale, softcap=softcaps[0] if softcaps else None)
 
 
 class ScoringModel(nn.Module):
@@ -190,3 +197,47 @@ def completion_logps(forward: Forward, batch: MicroBatch, transform: LogitTransf
         return sequence_logps(logps, batch.lengths)
 
     return score(forward, batch, head)
+
+
+# Largest |difference| / sqrt(tokens) that rounding explains between two ways of scoring the same tokens: errors of
+# single tokens add up like a random walk.
+ROUNDING = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+
+
+@torch.no_grad()
+def check_scoring(forward: Forward, model: ScoringModel, device: torch.device, *, packed: bool) -> None:
+    """Scores a few tokens as training does, and compares with the model's own logits on each sequence alone.
+
+    Collective where weights are sharded. Raises `UserError` where the head's result differs (the family changes its
+    logits in a way that `logit_transform` does not know), or where packed sequences see each other (a state or a mask
+    that runs on over a restart of the positions): neither shows at step 0, since the reference would be wrong too.
+    """
+    dtype = next(model.parameters()).dtype
+    vocabulary = model.lm.config.get_text_config().vocab_size
+    draw = np.random.default_rng(0)
+    pairs = [
+        (draw.integers(vocabulary, size=p), draw.integers(vocabulary, size=c)) for p, c in ((3, 9), (2, 6), (4, 8))
+    ]
+
+    def scored(*chosen: tuple[np.ndarray, np.ndarray], packed: bool) -> Tensor:
+        batch = collate(list(chosen), np.arange(len(chosen)), packed=packed).to(device)
+        return completion_logps(forward, batch, model.transform, 2**28)
+
+    own = []
+    for prompt, completion in pairs:
+        batch = collate([(prompt, completion)], np.zeros(1), packed=False).to(device)
+        logits = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None)[0]
+        logps = logits.index_select(0, batch.gather).double().log_softmax(-1)
+        own.append(logps.gather(-1, batch.target[:, None]).sum())
+    tokens = torch.tensor([len(completion) for _, completion in pairs], device=device)
+    limit = ROUNDING[dtype] * tokens.sqrt()
+    alone = torch.cat([scored(pair, packed=False) for pair in pairs])
+    if ((alone - torch.stack(own)).abs() > limit).any():
+        raise UserError(
+            f"{type(model.lm).__name__} changes the logits after its LM head in a way that kto_dist does not know, so "
+            "log-probs would be wrong: see logit_transform in causal_lm.py for the families that are known"
+        )
+    if packed and ((scored(*pairs, packed=True) - alone).abs() > limit).any():
+        raise UserError(
+            f"packed sequences see each other in {type(model.lm).__name__}: set train.packing=false, which pads instead"
+        )

@@ -59,7 +59,8 @@ def show_config(config: Path, overrides: tuple[str, ...]) -> None:
         fields = Config.model_fields[section].annotation.model_fields
         meaning = next(field.description for name, field in fields.items() if key in (name, field.alias))
         table.add_row(f"{section}.{key}", str(value), origin[f"{section}.{key}"], meaning)
-    Terminal(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    # piped output is for grep: one line a setting, however long
+    Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
 
 
 @main.command()
@@ -86,3 +87,7 @@ def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | Non
 
     Config.load(config, overrides)  # a mistake shows at once, not once the ranks have started
     raise SystemExit(launcher.run(job, [str(config), *overrides], ranks))
+
+
+if __name__ == "__main__":
+    main()

@@ -22,9 +22,22 @@ from kto_dist.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 _EXPONENT = re.compile(r"[+-]?\d+[eE][+-]?\d+")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A key that is written twice is an error: plain YAML silently drops the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is written twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _one_path_as_list(value: Any) -> Any:
@@ -147,7 +160,7 @@ class TrainConfig(Section):
     lr: PositiveFloat = Field(5e-6, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up; ends at 0")
     warmup: NonNegativeFloat = Field(0.1, description="below 1: a share of all steps; else: a number of steps")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decay rates")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decay rates")
     eps: PositiveFloat = Field(1e-8, description="AdamW's denominator term")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's decoupled decay; norms and biases are exempt")
     clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0: no clipping")
@@ -161,7 +174,9 @@ class TrainConfig(Section):
 class DeepspeedConfig(Section):
     """How ZeRO shards the policy."""
 
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what is sharded: 0 nothing (fp32 only; bf16 uses 1), 1 optimizer, 2 + gradients, 3 + weights")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="what is sharded: 0 nothing (fp32 only; bf16 uses 1), 1 optimizer, 2 + gradients, 3 + weights"
+    )
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where optimizer states live")
     offload_parameters: Literal["none", "cpu", "nvme"] = Field("none", description="where ZeRO-3 keeps the weights")
     nvme_path: str | None = Field(None, description="fast local disk for offload to nvme")
@@ -276,7 +291,7 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tu
     """The config, and for each `section.key` its origin: `default`, the file's name, or `override`."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist: give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
@@ -292,7 +307,12 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tu
         section, dot, key = dotted.partition(".")
         if not (separator and dot and section and key):
             raise UserError(f"override {override!r} must read section.key=value, for example train.lr=1e-6")
-        tree.setdefault(section, {})[key] = yaml.safe_load(text)
+        try:
+            tree.setdefault(section, {})[key] = yaml.load(text, _StrictLoader)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"override {override!r} is not readable as YAML: {error}; quote the value, as in \"{dotted}='...'\""
+            ) from None
         origin[dotted] = "override"
 
     config = build(tree, where=str(path))
@@ -356,6 +376,10 @@ def _explain(problem: Any, where: str) -> str:
         return f"{where}: unknown {kind} {'.'.join(location)}: {hint}"
     # A union's error names the branch that failed after the field; section.key is what the user wrote.
     name = ".".join(location[:2])
+    if problem["type"] == "missing" and len(location) == 1:
+        fields = Config.model_fields[name].annotation.model_fields
+        wanted = [f"{name}.{key} ({field.description})" for key, field in fields.items() if field.is_required()]
+        return f"{where}: {name} is required: give {', '.join(wanted)}"
     if problem["type"] == "missing":
         return f"{where}: {name} is required: {_description(location)}"
     message = problem["msg"].removeprefix("Value error, ")

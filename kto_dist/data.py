@@ -1,7 +1,7 @@
 """Rows of a thumbs log -> tokens on disk, made once and memory-mapped by every rank.
 
 In:  `DataConfig` and the policy's tokenizer.
-Out: a folder a split (`prepare`, one process a file system), opened as `Examples` (`load`, every rank).
+Out: a folder a split (`prepare`, one process a file system), which every rank opens with `examples.load`.
 
 1. `formats.read_rows`  files -> rows
 2. `_encode_chunk`      1,000 rows -> prompt and completion tokens, cut to length, held-out rows apart
@@ -29,19 +29,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kto_dist.config import DataConfig
 from kto_dist.errors import UserError
-from kto_dist.formats import BadRows, Messages, Row, find_sources, read_rows
+from kto_dist.examples import ClassReport, DataReport, fit, is_whole
+from kto_dist.formats import BadRows, Messages, Row, read_rows
+from kto_dist.sources import find_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +106,11 @@ def _prepare(data: DataConfig, paths: Sequence[str], fraction: float | None, tok
     settings = [data.max_length, data.prompt_limit, data.on_bad_row, fraction]
     key = _digest([_VERSION, [source.digest() for source in sources], fingerprint, settings])
     final, names = Path(data.cache) / key, ("rows",) if fraction is None else ("rows", "heldout")
-    if all(_whole(final / name) for name in names):
+
+    def is_made() -> bool:
+        return all(is_whole(final / name) for name in names)
+
+    if is_made():
         return final
     temporary = final.with_name(f".{key}.{uuid.uuid4().hex}")
     bad = BadRows()
@@ -119,13 +126,13 @@ def _prepare(data: DataConfig, paths: Sequence[str], fraction: float | None, tok
             split.close(bad)
         if not all(split.rows for split in splits):
             raise UserError(_why_empty(paths, fraction, [split.rows for split in splits], bad))
-        if final.exists() and not all(_whole(final / name) for name in names):
+        if final.exists() and not is_made():
             shutil.rmtree(final)
         try:
             os.replace(temporary, final)
         except OSError:
             # A folder cannot replace one that has files: another process finished the same content first.
-            if not all(_whole(final / name) for name in names):
+            if not is_made():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -428,8 +435,8 @@ class _Split:
             shortened_headers=self._shortened_headers,
             desirable=desirable,
             undesirable=undesirable,
-            prompt_lengths=_quantiles(_Ragged(table["prompt_ids"]).lengths),
-            completion_lengths=_quantiles(_Ragged(table["completion_ids"]).lengths),
+            prompt_lengths=_quantiles(table["prompt_ids"]),
+            completion_lengths=_quantiles(table["completion_ids"]),
         )
         about = {
             "fingerprint": self._content.hexdigest(),
@@ -442,8 +449,9 @@ class _Split:
                 os.fsync(opened.fileno())
 
 
-def _quantiles(lengths: np.ndarray) -> dict[str, int]:
-    if not len(lengths):
+def _quantiles(column: pa.ChunkedArray) -> dict[str, int]:
+    if not len(column):
         return {}
+    lengths = pc.list_value_length(column).to_numpy()
     values = np.quantile(lengths, list(_QUANTILES.values()), method="nearest")
     return dict(zip(_QUANTILES, map(int, values), strict=True))

@@ -11,9 +11,8 @@ def environment_tags() -> dict[str, str]:
     """Commit and versions that a result depends on, read from package metadata: nothing heavy is imported."""
     tags = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("kto_dist", "torch", "deepspeed", "transformers", "mlflow", "triton"):
-        version = _version(package)
-        if version:
-            tags[f"version.{package}"] = version
+        with suppress(importlib.metadata.PackageNotFoundError):
+            tags[f"version.{package}"] = importlib.metadata.version(package)
     # The package's own checkout first: the working directory may belong to another project. An environment
     # inside some repository is not tracked by it.
     for folder, file in ((Path(__file__).resolve().parent, Path(__file__).name), (Path.cwd(), ".")):
@@ -22,13 +21,6 @@ def environment_tags() -> dict[str, str]:
             dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
             return tags | {"git_commit": commit, "git_dirty": str(bool(dirty)).lower()}
     return tags
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -56,7 +56,7 @@ class DataReport:
     # log
     skipped_examples: list[str]
     shortened_headers: int
-    # rows whose prompt ends before the template's answer header does (see the module's docstring)
+    # rows whose prompt ends before the template's answer header does (see data.py)
     desirable: ClassReport
     undesirable: ClassReport
     prompt_lengths: dict[str, int]
@@ -96,11 +96,9 @@ class Examples:
     """The tokenised rows of one split (N of them), read-only, as `load` opens them."""
 
     def __init__(self, table: pa.Table, *, fingerprint: str, report: DataReport) -> None:
-        self._prompts = _Ragged(table["prompt_ids"])
-        self._completions = _Ragged(table["completion_ids"])
-        self._prompt_json, self._completion_json = table["prompt"], table["completion"]
-        self.prompt_lengths: np.ndarray = self._prompts.lengths
-        self.completion_lengths: np.ndarray = self._completions.lengths
+        self._table = table
+        self.prompt_lengths: np.ndarray = pc.list_value_length(table["prompt_ids"]).to_numpy()
+        self.completion_lengths: np.ndarray = pc.list_value_length(table["completion_ids"]).to_numpy()
         # (N,) int32 each, tokens after cutting; completions have at least one
         self.desirable: np.ndarray = table["desirable"].to_numpy()
         # (N,) bool
@@ -117,15 +115,15 @@ class Examples:
 
     def prompt(self, row: int) -> np.ndarray:
         """(P,) int32"""
-        return self._prompts[row]
+        return self._table["prompt_ids"][row].values.to_numpy()
 
     def completion(self, row: int) -> np.ndarray:
         """(C,) int32"""
-        return self._completions[row]
+        return self._table["completion_ids"][row].values.to_numpy()
 
     def original(self, row: int) -> tuple[str | Messages, str | Messages]:
         """Prompt and completion as they were in the log, uncut: text, or messages."""
-        sides = (json.loads(column[row].as_py()) for column in (self._prompt_json, self._completion_json))
+        sides = (json.loads(self._table[name][row].as_py()) for name in ("prompt", "completion"))
         prompt, completion = (side if isinstance(side, str) else tuple(side) for side in sides)
         return prompt, completion
 
@@ -143,9 +141,9 @@ class Examples:
 
 
 def load(folder: str | Path) -> Examples:
-    """Opens a folder that `prepare` returned. Costs neither reading the tokens nor memory for them."""
+    """Opens a folder that `data.prepare` returned. Costs neither reading the tokens nor memory for them."""
     folder = Path(folder)
-    if not _whole(folder):
+    if not is_whole(folder):
         raise UserError(f"tokenised data {folder} is missing or damaged: delete the folder above it and run again")
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
@@ -169,7 +167,8 @@ def check(examples: Examples, *, needs_pairs: bool, name: str = "data.train") ->
         )
 
 
-def _whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether the folder has all of its rows; what a crash or a full disk left behind has not."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         return (folder / "rows.arrow").stat().st_size == about["bytes"]

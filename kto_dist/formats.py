@@ -1,6 +1,6 @@
 """Thumbs logs in the layouts that people have -> canonical rows.
 
-In:  files, folders, globs or hub names; one layout a file, recognised from its columns.
+In:  `Source`s; one layout a source, recognised from its columns.
 Out: `Row`s in file order, streamed; or, for what cannot be read, a `UserError` or a count in `BadRows`.
 
 | columns                                             | known from                      | becomes          |
@@ -19,23 +19,15 @@ it is, without a chat template; where one side is messages and the other text, t
 counts as 1. Other columns are ignored, `tools` too: a prompt that lists tools must hold them in its text.
 """
 
-import glob
-import gzip
-import hashlib
-import json
 import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet
-
 from kto_dist.errors import UserError
+from kto_dist.sources import BadRecord, Source, read_records, short
 
 Messages = tuple[dict[str, Any], ...]
 
@@ -43,18 +35,8 @@ _TURNS = ("messages", "conversations")
 _PROMPTS = ("prompt", "instruction", *_TURNS)
 _ANSWERS = ("completion", "response", "output")
 _LABEL_COLUMNS = ("label", "kto_tag", "preference")
-_PAIRS = (("chosen", "rejected"), ("output_A", "output_B"))
-_COLUMNS = {
-    *_PROMPTS,
-    *_ANSWERS,
-    *_LABEL_COLUMNS,
-    *_PAIRS[0],
-    *_PAIRS[1],
-    "input",
-    "system",
-    "history",
-    "weight",
-}
+_PAIRS = ("chosen", "rejected", "output_A", "output_B")
+_COLUMNS = {*_PROMPTS, *_ANSWERS, *_LABEL_COLUMNS, *_PAIRS, "input", "system", "history", "weight"}
 
 _UP = "1 +1 1.0 true up thumbs_up thumb_up good like chosen desirable positive yes upvote 👍"
 _DOWN = "0 -1 0.0 -1.0 false down thumbs_down thumb_down bad dislike rejected undesirable negative no downvote 👎"
@@ -122,14 +104,14 @@ def read_rows(sources: Sequence[Source], *, on_bad_row: Literal["error", "skip"]
     """
     for source in sources:
         layout, records, rows, problem = None, 0, 0, ""
-        for where, record in _records(source):
+        for where, record in read_records(source, _COLUMNS):
             records += 1
             try:
-                if isinstance(record, _BadRow):
+                if isinstance(record, BadRecord):
                     raise record
                 layout = layout or _recognise(record)
                 converted = list(_convert(layout, record, where))
-            except _BadRow as error:
+            except BadRecord as error:
                 message = f"{where}: {error}"
                 if on_bad_row == "error":
                     raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)") from None
@@ -162,14 +144,11 @@ def _recognise(record: dict[str, Any]) -> Layout:
         missing = f"lack a label column ({', '.join(_LABEL_COLUMNS)})"
     else:
         missing = "belong to no layout that is known"
-    raise _BadRow(
+    raise BadRecord(
         "unknown layout",
-        f"its columns ({_short(', '.join(record))}) {missing}: rename them to prompt, completion and label, "
+        f"its columns ({short(', '.join(record))}) {missing}: rename them to prompt, completion and label, "
         "to messages and label, or to prompt, chosen and rejected",
     )
-
-
-# From a record to rows.
 
 
 def _convert(layout: Layout, record: dict[str, Any], source: str) -> Iterator[Row]:
@@ -178,9 +157,9 @@ def _convert(layout: Layout, record: dict[str, Any], source: str) -> Iterator[Ro
     answers = [_text_or_turns(_required(record, name), name) for name in layout.answers]
     if not answers:
         if prompt[-1]["role"] != "assistant":
-            raise _BadRow(
+            raise BadRecord(
                 "no answer",
-                f"{layout.prompt}: the last turn ({_short(prompt[-1])}) must be the assistant's, the answer "
+                f"{layout.prompt}: the last turn ({short(prompt[-1])}) must be the assistant's, the answer "
                 "that was rated; leave out what follows it",
             )
         sides = [(prompt[:-1], prompt[-1:], _label(record, layout.label))]
@@ -204,14 +183,14 @@ def _prompt(column: str, record: dict[str, Any]) -> str | Messages:
         asked = [text for text in (_text(value, column), _text(record.get("input") or "", "input")) if text]
         history = record.get("history") or []
         if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-            raise _BadRow("wrong type", f"history ({_short(history)}) must be a list of [question, answer] pairs")
+            raise BadRecord("wrong type", f"history ({short(history)}) must be a list of [question, answer] pairs")
         turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
         turns.append(("user", "\n".join(asked)))
         prompt: str | Messages = tuple({"role": role, "content": _text(text, "history")} for role, text in turns)
     else:
         prompt = _text_or_turns(value, column)
     if column in _TURNS and isinstance(prompt, str):
-        raise _BadRow("wrong type", f"{column} ({_short(value)}) must be a list of messages, not text")
+        raise BadRecord("wrong type", f"{column} ({short(value)}) must be a list of messages, not text")
     system = record.get("system")
     if system and not isinstance(prompt, str) and prompt[0]["role"] != "system":
         prompt = ({"role": "system", "content": _text(system, "system")}, *prompt)
@@ -220,7 +199,7 @@ def _prompt(column: str, record: dict[str, Any]) -> str | Messages:
 
 def _split_conversations(chosen: str | Messages, rejected: str | Messages) -> tuple[Any, list[Any]]:
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise _BadRow("wrong type", "chosen and rejected must be both text or both messages")
+        raise BadRecord("wrong type", "chosen and rejected must be both text or both messages")
     limit = min(len(chosen), len(rejected)) - (not isinstance(chosen, str))
     cut = next((place for place in range(limit) if chosen[place] != rejected[place]), limit)
     if isinstance(chosen, str):
@@ -229,9 +208,9 @@ def _split_conversations(chosen: str | Messages, rejected: str | Messages) -> tu
         marker = chosen.rfind("\n\nAssistant:", 0, cut)
         cut = marker + len("\n\nAssistant:") if marker >= 0 else chosen.rfind(" ", 0, cut) + 1
     if cut <= 0:
-        raise _BadRow(
+        raise BadRecord(
             "empty prompt",
-            f"chosen ({_short(chosen)}) and rejected ({_short(rejected)}) without a prompt must be whole "
+            f"chosen ({short(chosen)}) and rejected ({short(rejected)}) without a prompt must be whole "
             "conversations with the same start: add a prompt column",
         )
     return chosen[:cut], [chosen[cut:], rejected[cut:]]
@@ -244,25 +223,24 @@ def _agree(prompt: str | Messages, answer: str | Messages, layout: Layout) -> tu
     elif isinstance(answer, str) and not isinstance(prompt, str):
         answer = ({"role": "assistant", "content": answer},)
     if not (prompt.strip() if isinstance(prompt, str) else any(turn["content"].strip() for turn in prompt)):
-        raise _BadRow(
+        raise BadRecord(
             "empty prompt",
-            f"{layout.prompt or 'prompt'} ({_short(prompt)}) must not be empty: an answer's first token "
-            "needs a context",
+            f"{layout.prompt or 'prompt'} ({short(prompt)}) must not be empty: an answer's first token needs a context",
         )
     if isinstance(prompt, str):
         return prompt, answer
     if prompt[-1]["role"] == "assistant":
-        raise _BadRow(
+        raise BadRecord(
             "wrong turn",
-            f"{layout.prompt or 'prompt'}: the turn before the rated answer ({_short(prompt[-1])}) must not "
+            f"{layout.prompt or 'prompt'}: the turn before the rated answer ({short(prompt[-1])}) must not "
             "be the assistant's; join the two",
         )
     other = next((turn for turn in answer if turn["role"] != "assistant"), None)
     if other is not None:
-        raise _BadRow(
+        raise BadRecord(
             "wrong turn",
             f"{' or '.join(layout.answers)}: a rated answer has turns of the assistant only, not "
-            f"{_short(other)}; move what comes before the last answer into the prompt",
+            f"{short(other)}; move what comes before the last answer into the prompt",
         )
     return prompt, answer
 
@@ -272,17 +250,17 @@ def _text_or_turns(value: Any, name: str) -> str | Messages:
         return _text(value, name)
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list) or not turns:
-        raise _BadRow("wrong type", f"{name} ({_short(value)}) must be text or a non-empty list of messages")
+        raise BadRecord("wrong type", f"{name} ({short(value)}) must be text or a non-empty list of messages")
     return tuple(_turn(turn, name) for turn in turns)
 
 
 def _turn(turn: Any, name: str) -> dict[str, Any]:
     role_key, content_key = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
     if not isinstance(turn, dict) or role_key not in turn:
-        raise _BadRow("wrong type", f"{name}: message {_short(turn)} must be an object with role and content")
+        raise BadRecord("wrong type", f"{name}: message {short(turn)} must be an object with role and content")
     role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
-        raise _BadRow("unknown role", f"{name}: role ({_short(turn[role_key])}) must be one of {', '.join(_ROLES)}")
+        raise BadRecord("unknown role", f"{name}: role ({short(turn[role_key])}) must be one of {', '.join(_ROLES)}")
     content = turn.get(content_key)
     # Arrow gives every message the keys of all; null ones were never there.
     more = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
@@ -295,17 +273,19 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _BadRow("wrong type", f"{name} ({_short(value)}) must be text")
+        raise BadRecord("wrong type", f"{name} ({short(value)}) must be text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _BadRow("wrong type", f"{name} ({_short(value)}) holds half of a surrogate pair: no valid text") from None
+        raise BadRecord(
+            "wrong type", f"{name} ({short(value)}) holds half of a surrogate pair: no valid text"
+        ) from None
     return value
 
 
 def _required(record: dict[str, Any], name: str) -> Any:
     if record.get(name) is None:
-        raise _BadRow(
+        raise BadRecord(
             "missing field",
             f"{name} is missing or null; the first row has it, so every row of this file needs it",
         )
@@ -317,9 +297,9 @@ def _label(record: dict[str, Any], name: str) -> bool:
     word = _EMOJI_MODIFIERS.sub("", str(value)).strip().casefold()
     desirable = _LABELS.get(word, _LABELS.get(re.sub(r"[\s-]+", "_", word)))
     if desirable is None or not isinstance(value, bool | int | float | str):
-        raise _BadRow(
+        raise BadRecord(
             "unknown label",
-            f"{name} ({_short(value)}) must be true or false, or one of {_UP.split()} or {_DOWN.split()}",
+            f"{name} ({short(value)}) must be true or false, or one of {_UP.split()} or {_DOWN.split()}",
         )
     return desirable
 
@@ -329,5 +309,5 @@ def _weight(record: dict[str, Any]) -> float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise _BadRow("bad weight", f"weight ({_short(value)}) must be a finite number, 0 or more; leave it out for 1")
+        raise BadRecord("bad weight", f"weight ({short(value)}) must be a finite number, 0 or more; leave it out for 1")
     return float(value)

@@ -32,7 +32,7 @@ class Monitor:
             advice.append(
                 Advice(
                     stop=True,
-                    message=f"step {step}: {', '.join(broken)} is not a finite number: lower train.lr, or train in fp32",
+                    message=f"step {step}: {', '.join(broken)} is not a finite number: lower train.lr, or use fp32",
                 )
             )
         kl = metrics.get("kl_raw", 0.0)

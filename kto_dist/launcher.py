@@ -4,6 +4,7 @@
 form one process group of their own: a signal reaches all of them, and the group is waited for.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -62,10 +63,8 @@ def _free_port() -> int:
 
 
 def _signal_group(group: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # everyone has ended
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass  # everyone has ended
 
 
 def _wait_for_group(group: int, seconds: float) -> None:

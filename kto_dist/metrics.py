@@ -58,7 +58,7 @@ def step_metrics(
     kl_sum, kl_count = kl.tolist()
     if kl_count:
         result |= {
-            "kl": max(0.0, kl_sum / kl_count),
+            "kl": max(kl_sum / kl_count, 0.0),  # in this order a NaN stays one
             "kl_raw": kl_sum / kl_count,
             "kl_clamped": float(kl_sum < 0),
             "kl_pairs": kl_count,

@@ -14,6 +14,8 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,32 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# its import alone prints several lines on every rank
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+from kto_dist import comm
+from kto_dist.causal_lm import ScoringModel, load_model
+from kto_dist.config import Config, ReferenceConfig, TrainConfig, read_deepspeed_json
+from kto_dist.errors import UserError
 
-import deepspeed  # noqa: E402
-from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator  # noqa: E402
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402
 
-from kto_dist import comm  # noqa: E402
-from kto_dist.causal_lm import ScoringModel, load_model  # noqa: E402
-from kto_dist.config import Config, ReferenceConfig, TrainConfig, read_deepspeed_json  # noqa: E402
-from kto_dist.errors import UserError  # noqa: E402
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """DeepSpeed's import probes for compilers and libraries, and lets their complaints through on every rank."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+with _quiet_import():
+    import deepspeed
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 # Its shared-memory collective leaves a segment of 66 MB a rank in /dev/shm after every run, and needs a compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -49,7 +49,8 @@ class Plot:
     draw: Callable[[Figure, list[Record], list[Record], Theme], bool]  # False: nothing to draw
 
 
-def _render(plot: Plot, metrics: list[Record], heldout: list[Record], theme: Theme) -> bytes | None:
+def render(plot: Plot, metrics: list[Record], heldout: list[Record], theme: Theme) -> bytes | None:
+    """The picture as PNG, None where there is nothing to draw."""
     # 5.6 inches with 11-point text and up: at a phone's 360 pixels, that text is still 10 pixels tall.
     figure = Figure(figsize=(5.6, 3.5), dpi=160, layout="constrained", facecolor=theme.paper)
     if not plot.draw(figure, metrics, heldout, theme):
@@ -61,7 +62,7 @@ def _render(plot: Plot, metrics: list[Record], heldout: list[Record], theme: The
 
 def curve(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric, where it is a finite number: a step without the class has no such key."""
-    points = [(record["step"], record[key]) for record in records if _finite(record.get(key))]
+    points = [(record["step"], record[key]) for record in records if is_finite(record.get(key))]
     return [step for step, _ in points], [float(value) for _, value in points]
 
 
@@ -76,7 +77,8 @@ def running_mean(values: list[float], window: int) -> list[float]:
     return [(sums[high] - sums[low]) / (high - low) for low, high in bounds]
 
 
-def _finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a record's value is a number that can be drawn or subtracted."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -18,6 +18,7 @@ from kto_dist import comm, data
 from kto_dist.batch import Plan
 from kto_dist.causal_lm import (
     check_context,
+    check_scoring,
     load_config,
     load_tokenizer,
     logit_transform,
@@ -185,9 +186,11 @@ def score_reference(prepared: Prepared, console: Console) -> Scores:
 
     def build() -> Reference:
         console.say(f"loading the reference ({path}, {identity.dtype})")
-        return Reference(
+        reference = Reference(
             section, path=path, gguf_file=gguf_file, model_config=model_config, dtype=dtype, attention=attention
         )
+        check_scoring(reference.forward, reference.model, comm.device(), packed=packed)
+        return reference
 
     lists: list[tuple[Examples, np.ndarray, np.ndarray]] = [
         (prepared.train, *wanted_pairs(prepared.plan, prepared.train))

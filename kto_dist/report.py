@@ -1,32 +1,26 @@
-"""A run's folder -> plots and one self-contained page that says how the run went.
+"""A run's folder -> one self-contained page that says how the run went, and its plots as files.
 
 In:  `config.yaml`, `metrics.jsonl`, `heldout.jsonl`, `summary.json`; any may be missing, short, or cut off.
 Out: `plots/*.png` (light) and `report.html` with every plot inside it, in a light and a dark rendering.
 
 It reads files only, so that a report can be made of a run that still goes, was killed, or ran elsewhere.
 
-1. records:  JSON lines, the last one of a step wins (a resumed run repeats steps);
-2. plots:    one `Plot` each, with the sentence that tells how to read it;
-3. page:     report.html.j2, autoescaped: prompts and completions are other people's text.
+The page is report.html.j2, autoescaped: prompts and completions are other people's text.
 """
 
 import base64
-import io
 import json
 import math
-import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from kto_dist.plots import DARK, LIGHT, PLOTS, Record, curve, is_finite, render
+from kto_dist.store import write_whole
 from kto_dist.tracking_uri import without_password
 
-Record = dict[str, Any]
 
 def write_report(run: str | Path) -> Path:
     """Writes the plots and `report.html` of a run's folder; returns the page's path. Raises `OSError`."""
@@ -38,10 +32,10 @@ def write_report(run: str | Path) -> Path:
     plots = []
     (run / "plots").mkdir(parents=True, exist_ok=True)
     for plot in PLOTS:
-        light, dark = (_render(plot, metrics, heldout, theme) for theme in (LIGHT, DARK))
+        light, dark = (render(plot, metrics, heldout, theme) for theme in (LIGHT, DARK))
         if light is None or dark is None:
             continue
-        _replace(run / "plots" / f"{plot.name}.png", light)
+        write_whole(run / "plots" / f"{plot.name}.png", light)
         plots.append({"plot": plot, "light": _data_uri(light), "dark": _data_uri(dark)})
 
     environment = Environment(
@@ -64,7 +58,7 @@ def write_report(run: str | Path) -> Path:
         sections=_sections(summary),
         config=without_password(config.read_text(encoding="utf-8")) if config.is_file() else None,
     )
-    _replace(run / "report.html", page.encode("utf-8"))
+    write_whole(run / "report.html", page.encode("utf-8"))
     return run / "report.html"
 
 
@@ -130,7 +124,7 @@ def _comparison(summary: Record, heldout: list[Record]) -> list[tuple[str, Any, 
     rows = []
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key), after.get(key)
-        rows.append((key, old, new, new - old if _finite(old) and _finite(new) else None))
+        rows.append((key, old, new, new - old if is_finite(old) and is_finite(new) else None))
     return rows
 
 
@@ -170,16 +164,3 @@ def _read_json(path: Path) -> Record:
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all, also to a browser that reloads meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

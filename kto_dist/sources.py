@@ -8,6 +8,7 @@ Out: `Source`s, and a stream of (place, record); the place is "file:line" or "fi
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import zlib
@@ -26,7 +27,9 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%+-]+)?")
 _BATCH = 1024
 
 
-class _BadRow(Exception):
+class BadRecord(Exception):
+    """A record that cannot become rows: `reason` is the kind to count, the message is for people."""
+
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
@@ -42,18 +45,16 @@ class Source:
 
     def digest(self) -> str:
         """Hash of the content, so that a renamed copy has the same one and an appended row another."""
-        if self.dataset is None:
-            paths = [self.name]
-        else:
-            paths = [entry["filename"] for entry in self.dataset.cache_files]
+        paths, part = [self.name], ""
+        if self.dataset is not None:
+            # A slice of a split has the files of the whole split.
+            paths, part = [entry["filename"] for entry in self.dataset.cache_files], self.dataset._fingerprint
         content = hashlib.blake2b(digest_size=16)
         for path in paths:
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     content.update(block)
-        # A slice of a split has the files of the whole split.
-        count = "" if self.dataset is None else f"{len(self.dataset)} {self.dataset._fingerprint}"
-        return f"{self.kind} {content.hexdigest()} {count}"
+        return f"{self.kind} {content.hexdigest()} {part}"
 
 
 def find_sources(paths: Sequence[str]) -> list[Source]:
@@ -101,7 +102,7 @@ def _saved_dataset(path: str, split: str | None) -> Source:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} is not readable as a saved dataset: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
-        chosen = split or ("train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else "train")
+        chosen = split or (next(iter(loaded)) if len(loaded) == 1 else "train")
         if chosen not in loaded:
             raise UserError(f"{path} has no split {chosen!r}: write {path}:SPLIT with one of {', '.join(loaded)}")
         return Source(name=f"{path}:{chosen}", kind="dataset", dataset=loaded[chosen])
@@ -123,7 +124,11 @@ def _hub_dataset(path: str) -> Source:
     return Source(name=path, kind="dataset", dataset=loaded)
 
 
-def _records(source: Source) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
+def read_records(source: Source, columns: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
+    """Records of a source with their places, in order. Of parquet and datasets, only `columns` are read.
+
+    Raises `UserError` for a damaged file.
+    """
     try:
         if source.kind == "json":
             yield from _json_records(source.name)
@@ -132,25 +137,20 @@ def _records(source: Source) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
             parquet = pyarrow.parquet.ParquetFile(source.name)
             # Other columns (embeddings, images) may be large. With no known one, all are read, for the error
             # to list.
-            known = [name for name in parquet.schema_arrow.names if name in _COLUMNS] or None
-            batches = (batch.to_pylist() for batch in parquet.iter_batches(_BATCH, columns=known))
+            known = [name for name in parquet.schema_arrow.names if name in columns] or None
+            batches = parquet.iter_batches(_BATCH, columns=known)
         else:
             names = source.dataset.column_names
-            dataset = source.dataset.select_columns([name for name in names if name in _COLUMNS] or names)
-            batches = (
-                [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-                for batch in dataset.iter(_BATCH)
-            )
-        number = 0
-        for batch in batches:
-            for record in batch:
-                number += 1
-                yield f"{source.name}:row {number}", record
+            dataset = source.dataset.select_columns([name for name in names if name in columns] or names)
+            batches = dataset.with_format("arrow").iter(_BATCH)
+        records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, record in enumerate(records, 1):
+            yield f"{source.name}:row {number}", record
     except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{source.name} is damaged or not what its name says: {error}; write it again") from None
 
 
-def _json_records(path: str) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
+def _json_records(path: str) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
     opener = gzip.open if path.endswith(".gz") else open
     with opener(path, "rb") as file:
         first = True
@@ -166,15 +166,15 @@ def _json_records(path: str) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
             try:
                 record = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                record = _BadRow(
-                    "broken JSON", f"the line {_short(line.decode(errors='replace'))} is not JSON: {error}"
+                record = BadRecord(
+                    "broken JSON", f"the line {short(line.decode(errors='replace'))} is not JSON: {error}"
                 )
-            if not isinstance(record, dict | _BadRow):
-                record = _BadRow("broken JSON", f"{_short(record)} must be a JSON object: one object a line")
+            if not isinstance(record, dict | BadRecord):
+                record = BadRecord("broken JSON", f"{short(record)} must be a JSON object: one object a line")
             yield f"{path}:{number}", record
 
 
-def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, dict[str, Any] | _BadRow]]:
+def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
     # The whole array is in memory, since JSON gives no place to go on after a broken element.
     decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
     try:
@@ -188,7 +188,7 @@ def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, dic
                 return
             record, position = decoder.raw_decode(text, start)
             if not isinstance(record, dict):
-                record = _BadRow("broken JSON", f"{_short(record)} must be a JSON object")
+                record = BadRecord("broken JSON", f"{short(record)} must be a JSON object")
             yield f"{path}:{line}", record
             line += text.count("\n", start, position)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -198,6 +198,7 @@ def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, dic
         ) from None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as a message quotes it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,30 +13,24 @@ MLflow). So:
 3. trouble later warns once, and `finish` says what MLflow lacks.
 """
 
-import fcntl
 import getpass
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import re
-import shlex
-import socket
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import urlsplit
 
 from kto_dist.config import Config, flatten
+from kto_dist.mlmodel import write_mlmodel
+from kto_dist.tracking_uri import Unusable, absolute, alone, artifact_location, check, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,14 +39,12 @@ if TYPE_CHECKING:
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 # MLflow's own limits (mlflow/utils/validation.py); a longer value is cut, since its start is worth having.
-_PARAM_LENGTH, _TAG_LENGTH, _INPUT_TAG_LENGTH, _DIGEST_LENGTH = 6000, 8000, 500, 36
-_PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
+_PARAM_LENGTH, _DIGEST_LENGTH, _METRICS_PER_BATCH = 6000, 36, 1000
 
 _SYSTEM_METRICS_SECONDS = 5.0  # 12 metrics a sample: 200,000 rows a day
 _SEND_SECONDS = 1.0
 _RETRY_SECONDS = 10.0
 _GOODBYE_SECONDS = 20.0  # longest that `finish` waits for each of its two threads
-_DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
@@ -86,12 +78,12 @@ def start(
     """Opens (or continues) the MLflow run. Never raises for MLflow's sake: `warn`, and a `NullTracker`."""
     if not config.tracking.enabled:
         return NullTracker(run_id)
-    uri = _absolute(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri)
+    uri = absolute(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri)
     try:
         _calm()
         with _patience(retries=1, timeout=4):
-            with _alone(uri):
-                _check(uri)
+            with alone(uri):
+                check(uri)
                 client, run = _open(config, uri, run_id, warn)
             _describe(client, run, config, tags, warn)
     except _errors() as error:
@@ -145,22 +137,15 @@ class Tracker:
 
     def log_dataset(self, name: str, context: str, digest: str, counts: dict[str, int], source: str) -> None:
         """Records which rows a run read, what for (`context`: training, heldout), and rows per class."""
-        from mlflow.data.dataset_source_registry import resolve_dataset_source
-        from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
+        # `mlflow.data`'s classes know no counts; the UI shows those of `profile`.
+        dataset = Dataset(
+            name, digest[:_DIGEST_LENGTH], "local", json.dumps({"uri": source}), profile=json.dumps(counts)
+        )
+        notes = {"mlflow.data.context": context, "digest": digest, **counts}
+        labels = [InputTag(key, str(value)) for key, value in notes.items()]
         with self._guarded(f"dataset {name}"):
-            with warnings.catch_warnings():
-                # It warns that a path could also be some other kind of source.
-                warnings.simplefilter("ignore")
-                described = MetaDataset(
-                    resolve_dataset_source(source), name=name, digest=digest[:_DIGEST_LENGTH]
-                ).to_dict()
-            # MetaDataset has no profile, the field where MLflow's UI shows counts.
-            dataset = Dataset(**{**described, "profile": json.dumps(counts)})
-            notes = {"mlflow.data.context": context, "digest": digest}
-            notes |= {key: str(value) for key, value in counts.items()}
-            labels = [InputTag(key, value[:_INPUT_TAG_LENGTH]) for key, value in notes.items()]
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, labels)])
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
@@ -174,12 +159,16 @@ class Tracker:
 
     def log_model(self, export_dir: str | Path) -> None:
         """Uploads and registers the exported model where `tracking.log_model` or `.register` asks for it."""
-        if not (self._settings.log_model or self._settings.register_as):
+        name = self._settings.register_as
+        if not (self._settings.log_model or name):
             return
         with self._guarded("model"):
             model = self._upload_model(Path(export_dir))
-            if self._settings.register_as:
-                _register(self._client, self._settings.register_as, model)
+            if name:
+                with _unless_it_exists():
+                    self._client.create_registered_model(name)
+                # Not `models:/id`: a database store looks that up at the tracking URI of the process, not at ours.
+                self._client.create_model_version(name, model.artifact_location, self.run_id, model_id=model.model_id)
 
     def finish(self, status: Status) -> None:
         """Sends what waits, stops the threads and closes the run. A second call does nothing."""
@@ -208,8 +197,6 @@ class Tracker:
             self._monitor.mlflow_logger.flush()
 
     def _upload_model(self, export: Path) -> "LoggedModel":
-        # mlflow.transformers.log_model would copy the weights once more, import every framework it knows, and
-        # fails with transformers 5 (`pipelines.check_task` changed); so the MLmodel file is written here.
         from mlflow.entities import LoggedModelOutput
 
         name = self._settings.run_name or "model"
@@ -219,7 +206,7 @@ class Tracker:
         state = "FAILED"
         try:
             with tempfile.TemporaryDirectory() as folder:
-                _write_mlmodel(Path(folder), export, model.model_id, self.run_id, model.artifact_location)
+                write_mlmodel(Path(folder), export, model.model_id, self.run_id, model.artifact_location)
                 self._client.log_model_artifacts(model.model_id, folder)
             for entry in sorted(export.iterdir()):
                 if entry.is_file() and entry.suffix not in _WEIGHTS:
@@ -311,25 +298,17 @@ def _open(config: Config, uri: str, run_id: str | None, warn: Callable[[str], No
                 raise
             why = _reason(error)
         warn(f"MLflow run {run_id} cannot be continued: {why}; a new run holds the steps from here on")
-    experiment = _experiment(client, config.tracking.experiment, _artifact_location(uri, config))
-    name = config.tracking.run_name or Path(config.train.output).resolve().name
-    return client, client.create_run(experiment.experiment_id, run_name=name)
+    output = Path(config.train.output).resolve()
+    experiment = _experiment(client, config.tracking.experiment, artifact_location(uri, output.parent))
+    return client, client.create_run(experiment.experiment_id, run_name=config.tracking.run_name or output.name)
 
 
-def _experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> "Experiment":
-    from mlflow.exceptions import MlflowException
-
+def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> "Experiment":
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        try:
-            client.create_experiment(name, artifact_location=artifact_location)
-        except MlflowException as error:
-            # Another run may have created it since.
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+        with _unless_it_exists():  # another run may have created it since
+            client.create_experiment(name, artifact_location=artifacts)
         experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            raise Unusable(f"experiment {name} was created and is not there")
     if experiment.lifecycle_stage != "active":
         raise Unusable(
             f"experiment {name} was deleted: `mlflow experiments restore -x {experiment.experiment_id}` "
@@ -359,69 +338,20 @@ def _describe(
     if "git_commit" in tags:
         notes["mlflow.source.git.commit"] = tags["git_commit"]
     notes |= tags | {f"resumed.{key}": value for key, value in changed.items()}
-
+    # One request holds 100 of each; the config has some 60 keys.
     new = [Param(key, value) for key, value in params.items() if key not in known]
-    for first in range(0, len(new), _PARAMS_PER_BATCH):
-        client.log_batch(run.info.run_id, params=new[first : first + _PARAMS_PER_BATCH])
-    labels = [RunTag(key, str(value)[:_TAG_LENGTH]) for key, value in notes.items()]
-    for first in range(0, len(labels), _PARAMS_PER_BATCH):
-        client.log_batch(run.info.run_id, tags=labels[first : first + _PARAMS_PER_BATCH])
+    client.log_batch(run.info.run_id, params=new, tags=[RunTag(key, value) for key, value in notes.items()])
 
 
-def _register(client: "MlflowClient", name: str, model: "LoggedModel") -> None:
+@contextmanager
+def _unless_it_exists() -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name)
+        yield
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # Not `models:/id`: a database store would look that up at the tracking URI of the process, not at ours.
-    client.create_model_version(
-        name, source=model.artifact_location, run_id=model.source_run_id, model_id=model.model_id
-    )
-
-
-def _write_mlmodel(folder: Path, export: Path, model_id: str, run_id: str, location: str) -> None:
-    """What `mlflow.transformers.load_model`, `mlflow.pyfunc` and `mlflow models serve` read."""
-    from mlflow import pyfunc
-    from mlflow.models import Model
-
-    try:
-        architecture = json.loads((export / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    except (OSError, ValueError, LookupError) as error:
-        raise Unusable(f"{export.name}/config.json does not name an architecture ({error!r})") from None
-    tokenizer = export / "tokenizer_config.json"
-    chat = (export / "chat_template.jinja").is_file() or (
-        tokenizer.is_file() and "chat_template" in tokenizer.read_text(encoding="utf-8")
-    )
-    model = Model(artifact_path=location, run_id=run_id, model_id=model_id)
-    model.add_flavor(
-        "transformers",
-        transformers_version=_version("transformers"),
-        code=None,
-        task="text-generation",
-        instance_type="TextGenerationPipeline",
-        pipeline_model_type=architecture,
-        source_model_name=export.name,
-        model_binary="model",
-        tokenizer_type="AutoTokenizer",
-        components=["tokenizer"],
-        torch_dtype=None,
-        **({"inference_task": "llm/v1/chat"} if chat else {}),
-    )
-    if chat:
-        model.metadata = {"task": "llm/v1/chat"}
-    pyfunc.add_to_model(model, loader_module="mlflow.transformers", python_env="python_env.yaml")
-    model.save(str(folder / "MLmodel"))
-    # "2.13.0+cpu" is a build that an index need not have.
-    packages = [(name, _version(name)) for name in ("mlflow", "torch", "transformers")]
-    needs = "".join(f"{name}=={version.partition('+')[0]}\n" for name, version in packages if version)
-    (folder / "requirements.txt").write_text(needs, encoding="utf-8")
-    (folder / "python_env.yaml").write_text(
-        f"python: {platform.python_version()}\nbuild_dependencies: []\ndependencies: [-r requirements.txt]\n",
-        encoding="utf-8",
-    )
 
 
 def _calm() -> None:

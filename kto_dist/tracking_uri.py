@@ -14,14 +14,14 @@ _DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 class Unusable(OSError):
-    """A tracking URI that cannot work; the message is the reason."""
+    """What a tracking URI leads to cannot work; the message is the reason."""
 
 
 def ui_command(uri: str) -> str:
     """The shell command that shows the runs of a tracking URI in a browser."""
     if urlsplit(uri).scheme in ("http", "https"):
         return f"python -m webbrowser {shlex.quote(without_password(uri))}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(_absolute(uri))}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(absolute(uri))}"
 
 
 def without_password(text: str) -> str:
@@ -29,7 +29,7 @@ def without_password(text: str) -> str:
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
 
 
-def _check(uri: str) -> None:
+def check(uri: str) -> None:
     """Raises for a URI that cannot work, where MLflow would retry for minutes, or fail at a later step."""
     url = urlsplit(uri)
     scheme = url.scheme.partition("+")[0]
@@ -48,7 +48,7 @@ def _check(uri: str) -> None:
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
+def alone(uri: str) -> Iterator[None]:
     """One process at a time: MLflow fails where two create the tables of the same new SQLite file."""
     path = _sqlite_path(uri)
     if path is None:
@@ -65,16 +65,17 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(match[1]).absolute() if match and match[1] != ":memory:" else None
 
 
-def _absolute(uri: str) -> str:
+def absolute(uri: str) -> str:
+    """The same store from any working directory."""
     path = _sqlite_path(uri)
     return uri if path is None else re.sub(r":///[^?]+", lambda _: f":///{path}", uri, count=1)
 
 
-def _artifact_location(uri: str, config: Config) -> str | None:
-    """Where a new experiment keeps its files: beside the database. A server decides for itself."""
+def artifact_location(uri: str, runs: Path) -> str | None:
+    """Where a new experiment keeps its files: beside the database file, or in `runs`. A server decides for itself."""
     path = _sqlite_path(uri)
     if path is not None:
         return (path.parent / "mlflow-artifacts").as_uri()
     if urlsplit(uri).scheme.partition("+")[0] in _DEFAULT_PORTS:
-        return (Path(config.train.output).absolute().parent / "mlflow-artifacts").as_uri()
+        return (runs.absolute() / "mlflow-artifacts").as_uri()
     return None

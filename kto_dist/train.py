@@ -22,6 +22,7 @@ import torch
 
 from kto_dist import checkpoint, comm, metrics, report, tracking
 from kto_dist.batch import step_kl_pairs, step_rows
+from kto_dist.causal_lm import ROUNDING, check_scoring
 from kto_dist.config import Config, to_yaml
 from kto_dist.console import Console
 from kto_dist.environment import environment_tags
@@ -95,7 +96,11 @@ def _start(prepared: Prepared, scores: Scores, console: Console) -> Run:
     output = Path(config.train.output)
     identity = checkpoint.identity(config, data=prepared.train.fingerprint, policy=scores.identity.weights)
     state = checkpoint.State(
-        step=0, world_size=comm.world_size(), zero_stage=zero_stage(config, prepared.dtype), identity=identity, mlflow_run=None
+        step=0,
+        world_size=comm.world_size(),
+        zero_stage=zero_stage(config, prepared.dtype),
+        identity=identity,
+        mlflow_run=None,
     )
     found = checkpoint.find(output, console.warn)
     if found is not None:
@@ -148,6 +153,7 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
         attention=prepared.attention,
         universal=universal is not None,
     )
+    check_scoring(policy.forward, policy.model, comm.device(), packed=prepared.cutting.packed)
     if run.found:
         checkpoint.load(policy, run.found, universal)
         if universal and comm.is_main():
@@ -299,14 +305,10 @@ def _step(prepared: Prepared, scores: Scores, policy: Policy, step: int, *, chec
     return sums, kl, int(tokens[0]), policy.step(lr), lr
 
 
-# Largest |log pi - log pi_ref| / sqrt(tokens) that rounding explains: per-token errors add up like a random walk.
-START_LIMIT = {torch.float32: 2e-3, torch.bfloat16: 0.5}
-
-
 def _refuse_unless_reference(worst_of_ranks: list[float], dtype: torch.dtype, config: Config) -> None:
     """Before the first update every reward is 0; anything else means a wrong reference, template or precision."""
     mixed = config.reference.dtype not in ("auto", config.train.dtype)
-    limit = START_LIMIT[torch.bfloat16 if mixed else dtype]
+    limit = ROUNDING[torch.bfloat16 if mixed else dtype]
     worst = max(worst_of_ranks)
     if not worst <= limit:
         raise UserError(
@@ -345,7 +347,8 @@ def _model_card(config: Config, summary: dict[str, Any]) -> str:
         f"# {Path(config.train.output).name}\n\n"
         f"{config.model.path} aligned by Kahneman-Tversky Optimization (arXiv 2402.01306, loss `{config.kto.loss}`, "
         f"beta {config.kto.beta}) from {rows['desirable']:,} desirable and {rows['undesirable']:,} undesirable "
-        f"answers, {summary['steps']} steps of {config.train.global_batch} rows, peak learning rate {config.train.lr}.\n\n"
+        f"answers, {summary['steps']} steps of {config.train.global_batch} rows, peak learning rate "
+        f"{config.train.lr}.\n\n"
         f"| {'held-out' if summary['heldout']['after'] else 'last step'} | value |\n|---|---|\n{table}\n"
     )
 

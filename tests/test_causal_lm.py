@@ -174,9 +174,9 @@ def test_the_transform_is_read_from_the_config(kind, settings, wanted):
 @pytest.mark.parametrize("name", UNPACKABLE)
 def test_packing_is_refused_where_sequences_would_see_each_other(name):
     model = ScoringModel(tiny(UNPACKABLE[name]))
-    causal_lm.check_scoring(model, model, packed=False)
+    causal_lm.check_scoring(model, model, CPU, packed=False)
     with pytest.raises(UserError, match="train.packing"):
-        causal_lm.check_scoring(model, model, packed=True)
+        causal_lm.check_scoring(model, model, CPU, packed=True)
 
 
 def test_a_head_that_the_config_does_not_describe_is_refused():
@@ -184,7 +184,7 @@ def test_a_head_that_the_config_does_not_describe_is_refused():
     lm.register_forward_hook(lambda module, arguments, output: type(output)(logits=2 * output.logits))
     model = ScoringModel(lm)
     with pytest.raises(UserError, match="LM head"):
-        causal_lm.check_scoring(model, model, packed=False)
+        causal_lm.check_scoring(model, model, CPU, packed=False)
 
 
 @pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))

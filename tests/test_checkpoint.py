@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from runs import metrics_of, tiny_config, train_all, weights_of
+from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kto_dist import checkpoint, comm

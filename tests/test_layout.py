@@ -17,7 +17,8 @@ LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
 # is held by the other rules alone.
 LAYERS = (
     {"errors", "config"},
-    {"comm", "formats", "data", "batch", "feedback", "console"},
+    {"comm", "sources", "formats", "examples", "data", "batch", "feedback", "console"},
+    {"environment", "tracking_uri", "mlmodel", "plots"},
     {"causal_lm", "metrics", "objective", "models", "store", "reference", "checkpoint", "tracking", "health", "report"},
     {"evaluate", "compare", "plan", "prepare", "precompute", "train"},
     {"launcher", "entry", "cli"},

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_ranks
-from runs import metrics_of, tiny_config, train_all, weights_of
+from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 
 from kto_dist.batch import step_kl_pairs, step_rows
 from kto_dist.config import Config

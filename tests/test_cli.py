@@ -1,0 +1,231 @@
+"""The commands as a user types them: runs under the launcher, exit statuses, messages, and what is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from tiny_runs import tiny_config
+from transformers import AutoModelForCausalLM
+
+from kto_dist.config import to_yaml
+
+ROOT = Path(__file__).parents[1]
+KTO_DIST = [sys.executable, "-m", "kto_dist.cli"]
+
+
+def write_config(folder: Path, model: Path, log: Path, **changes: object) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(to_yaml(tiny_config(folder, model, log, **changes)))
+    return path
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **options)
+
+
+def shared_memory() -> set[str]:
+    folder = Path("/dev/shm")
+    return {path.name for path in folder.glob("deepspeed*")} if folder.exists() else set()
+
+
+def ranks_of(config: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(config) in (process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def test_every_command_explains_itself():
+    overview = run(*KTO_DIST, "--help")
+    assert overview.returncode == 0
+    for command in ("train", "precompute", "config"):
+        assert command in overview.stdout
+        page = run(*KTO_DIST, command, "--help")
+        assert page.returncode == 0 and "CONFIG" in page.stdout
+
+
+def test_config_shows_each_value_with_its_origin(tmp_path, tiny_model, tiny_log):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({"model": {"path": str(tiny_model)}, "data": {"train": str(tiny_log)}}))
+    shown = run(*KTO_DIST, "config", config, "train.lr=1e-6")
+    assert shown.returncode == 0
+    lines = {line.split()[0]: line for line in shown.stdout.splitlines() if line}
+    assert "1e-06" in lines["train.lr"] and "override" in lines["train.lr"]
+    assert "default" in lines["train.seed"]
+    assert str(config)[-20:] in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.lrr=1"], "unknown key train.lrr: did you mean lr?"),
+        (["train.global_batch=1"], "train.global_batch (1) must be at least 2"),
+        (["train"], "override 'train' must read section.key=value"),
+    ],
+)
+def test_a_mistake_in_the_config_is_told_before_anything_starts(tmp_path, tiny_model, tiny_log, overrides, message):
+    done = run(*KTO_DIST, "train", write_config(tmp_path, tiny_model, tiny_log), *overrides)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_config_is_a_mistake(tmp_path):
+    done = run(*KTO_DIST, "train", tmp_path / "nowhere.yaml")
+    assert done.returncode == 2 and "does not exist: give the path of a YAML file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "message"),
+    [
+        ({}, '{"prompt": "a", "completion": "b", "label": "maybe"}', "label"),
+        (
+            {"data__max_length": 512, "reference__tokens_per_batch": 512, "train__tokens_per_microbatch": 512},
+            None,
+            "data.max_length (512) must be at most the model's context of 256 tokens",
+        ),
+        ({"model__path": "/nowhere/model"}, None, "model.path (/nowhere/model) holds no Hugging Face model"),
+        ({"data__train": "/nowhere/log.jsonl"}, None, "/nowhere/log.jsonl"),
+        ({}, '{"prompt": "a", "completion": "b", "label": true}', "not one undesirable among them"),
+        (
+            {},
+            '{"prompt": "a", "completion": "b", "label": true}\n{"prompt": "a", "completion": "c", "label": false}',
+            "one and the same prompt",
+        ),
+    ],
+)
+def test_what_the_ranks_find_wrong_ends_as_one_message_and_status_2(
+    tmp_path, tiny_model, tiny_log, changes, rows, message
+):
+    log = tiny_log
+    if rows is not None:
+        log = tmp_path / "bad.jsonl"
+        log.write_text(rows + "\n")
+    config = write_config(tmp_path, tiny_model, log, **changes)
+    done = run(sys.executable, "-m", "kto_dist.entry", "train", config)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_under_the_launcher_leaves_everything_that_it_promises_and_nothing_else(tmp_path, tiny_model, tiny_log):
+    config = write_config(
+        tmp_path, tiny_model, tiny_log, tracking__enabled=True, data__heldout=0.3, tracking__register="tiny"
+    )
+    before = shared_memory()
+    done = run(*KTO_DIST, "train", config, "--ranks", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = tmp_path / "run"
+    expected = {
+        "config.yaml", "metrics.jsonl", "heldout.jsonl", "export", "summary.json", "report.html", "plots",
+    }  # fmt: skip
+    assert {path.name for path in output.iterdir()} == expected
+    AutoModelForCausalLM.from_pretrained(output / "export")
+    assert shared_memory() == before
+    assert not ranks_of(config)
+
+    import mlflow
+
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["mlflow"]["uri"] == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(summary["mlflow"]["uri"])
+    logged = client.get_run(summary["mlflow"]["run_id"])
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["train.global_batch"] == "16"
+    assert logged.data.tags["reference_fingerprint"] == summary["reference"]["fingerprint"]
+    losses = client.get_metric_history(logged.info.run_id, "loss")
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert {(point.step, point.value) for point in losses} == {(line["step"], line["loss"]) for line in lines}
+    assert {dataset.dataset.name for dataset in logged.inputs.dataset_inputs} == {"training", "heldout"}
+    artifacts = {item.path for item in client.list_artifacts(logged.info.run_id)}
+    assert {"config.yaml", "summary.json", "report.html", "plots"} <= artifacts
+    assert client.get_model_version("tiny", "1").run_id == logged.info.run_id
+
+
+def test_the_clusters_command_runs_and_reports_like_ours(tmp_path, tiny_model, tiny_log):
+    config = write_config(tmp_path, tiny_model, tiny_log)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29613]
+    done = run(*launcher, ROOT / "launch" / "train.py", config, "train.max_steps=2", env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    done = run(*launcher, ROOT / "launch" / "train.py", config, "train.clip=-1", env=environment, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1 and "train.clip" in done.stderr
+
+
+def test_sigterm_saves_leaves_no_rank_behind_and_the_same_command_goes_on(tmp_path, tiny_model, tiny_log):
+    config = write_config(tmp_path, tiny_model, tiny_log, train__max_steps=400)
+    command = [*KTO_DIST, "train", str(config), "--ranks", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 143, said
+    assert "the same command goes on from there" in said
+    assert not ranks_of(config)
+
+    steps = metrics.read_text().count("\n")
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert saved.name == f"step-{steps:08d}"
+    done = run(*KTO_DIST, "train", config, f"train.max_steps={steps + 2}", "--ranks", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on from {saved.name}" in done.stdout
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, steps + 3))
+
+
+def test_precompute_fills_the_store_and_train_then_scores_nothing(tmp_path, tiny_model, tiny_log):
+    config = write_config(tmp_path, tiny_model, tiny_log)
+    done = run(sys.executable, "-m", "kto_dist.entry", "precompute", config)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "store").glob("*/*.parquet")) and not (tmp_path / "run").exists()
+    done = run(sys.executable, "-m", "kto_dist.entry", "train", config)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["reference"]["scored"] == 0
+
+
+def test_the_public_function_trains_in_the_callers_own_process(tmp_path, tiny_model, tiny_log):
+    config = write_config(tmp_path, tiny_model, tiny_log)
+    code = (
+        "import sys, kto_dist.train, kto_dist\n"
+        "config = kto_dist.Config.load(sys.argv[1])\n"
+        "print(kto_dist.train(config)['steps'])\n"
+    )
+    done = run(sys.executable, "-c", code, config)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "5"
+
+
+def test_without_a_device_the_default_is_two_ranks_at_most():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from kto_dist import launcher
+
+    seen = []
+
+    class Spy(subprocess.Popen):
+        def __init__(self, command, **options):
+            seen.append(command)
+            super().__init__([sys.executable, "-c", "pass"], **options)
+
+    original = launcher.subprocess.Popen
+    launcher.subprocess.Popen = Spy
+    try:
+        assert launcher.run("train", ["x.yaml"]) == 0
+    finally:
+        launcher.subprocess.Popen = original
+    command = seen[0]
+    assert int(command[command.index("--num_gpus") + 1]) == min(2, os.cpu_count() or 1)

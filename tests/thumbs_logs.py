@@ -1,0 +1,30 @@
+"""Logs of thumbs as files, and the rows that they hold."""
+
+import json
+from pathlib import Path
+
+from kto_dist.formats import BadRows, Row, read_rows
+from kto_dist.sources import find_sources
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+WORSE = {"role": "assistant", "content": "what"}
+GOOD = {"prompt": "hi", "completion": "hello", "label": True}
+
+
+def write(path: Path, *records: object) -> str:
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def read(*paths: object, on_bad_row: str = "error", bad: BadRows | None = None) -> list[Row]:
+    sources = find_sources([str(path) for path in paths])
+    return list(read_rows(sources, on_bad_row=on_bad_row, bad=bad or BadRows()))
+
+
+def content(rows: list[Row]) -> list[tuple]:
+    return [(row.prompt, row.completion, row.desirable, row.weight) for row in rows]
+
+
+TEXT_ROW = ("hi", "hello", True, 1.0)
+CHAT_ROW = ((USER,), (ANSWER,), True, 1.0)
