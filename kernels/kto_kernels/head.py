@@ -49,6 +49,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logi
     return transform(logits)
 
 
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """total + left @ right; in `dtype` where nothing is added any more, else in fp32 (fp64 for fp64)."""
+    if left.dtype == torch.bfloat16 and left.is_cuda:
+        product = torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        product = torch.mm(left, right)
+    if total is not None:
+        return total.add_(product)
+    return product.to(dtype or torch.promote_types(product.dtype, torch.float32))
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, transform, rows):
@@ -69,15 +80,16 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, target, normaliser = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype) if wants_weight else None
+        grad_weight = None
         grad_bias = torch.zeros_like(bias, dtype=normaliser.dtype) if wants_bias else None
         for start in range(0, hidden.shape[0], ctx.rows):
             chunk = slice(start, start + ctx.rows)
             logits = _logits(hidden[chunk], weight, bias, ctx.transform)
-            # d logp / d logits = onehot(target) - softmax
-            grad = torch.exp(logits - normaliser[chunk, None]).neg_()
-            grad.scatter_add_(1, target[chunk, None], torch.ones_like(grad[:, :1]))
-            grad.mul_(grad_logps[chunk, None])
+            # The derivative of a softcap needs the logits; else they become their own gradient, in place.
+            grad = logits.clone() if ctx.transform.softcap is not None else logits
+            # d logp / d logits = onehot(target) - softmax, times the gradient that comes in
+            scale = grad_logps[chunk, None]
+            grad.sub_(normaliser[chunk, None]).exp_().mul_(-scale).scatter_add_(1, target[chunk, None], scale)
             grad = ctx.transform.derivative_(grad, logits)
             del logits
             if wants_bias:
@@ -86,11 +98,10 @@ class _TokenLogps(torch.autograd.Function):
             if wants_hidden:
                 torch.mm(grad, weight, out=grad_hidden[chunk])
             if wants_weight:
-                if hidden.dtype == torch.bfloat16 and hidden.is_cuda:
-                    grad_weight += torch.mm(grad.T, hidden[chunk], out_dtype=torch.float32)
-                else:
-                    grad_weight += torch.mm(grad.T, hidden[chunk])
+                one_chunk = ctx.rows >= hidden.shape[0]
+                grad_weight = _add_product(grad_weight, grad.T, hidden[chunk], weight.dtype if one_chunk else None)
             del grad
-        grad_weight = grad_weight.to(weight.dtype) if wants_weight else None
+        if wants_weight:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
         return grad_hidden, grad_weight, grad_bias, None, None, None
