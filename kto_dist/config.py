@@ -233,7 +233,7 @@ class HealthConfig(Section):
     """When a run is stopped, or its user is warned."""
 
     max_kl: PositiveFloat | None = Field(
-        200.0, description="nats: stop when |kl_raw| stays above it for `patience` steps; null: never"
+        200.0, description="nats: stop when the size of kl_raw stays above it for `patience` steps; null: never"
     )
     patience: Positive = Field(3, description="consecutive steps beyond a limit before the rule acts")
     on_trouble: Literal["stop", "warn"] = Field("stop", description="stop (with a checkpoint) or only warn")

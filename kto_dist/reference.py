@@ -124,10 +124,13 @@ def reference_logps(
                     )
                 own.append(window[batch.position.numpy()])
                 values.append(scored.cpu().numpy())
+                # the others' shares are about as large; the end of the window says it exactly
                 done += batch.lengths.numel() * comm.world_size()
                 tokens += batch.tokens * comm.world_size()
                 seconds = time.monotonic() - started
-                progress(min(done, missing.size), missing.size, done / seconds, tokens / seconds)
+                progress(min(done, start + window.size), missing.size, done / seconds, tokens / seconds)
+            done = start + window.size
+            progress(done, missing.size, done / seconds, tokens / seconds)
             places, scored_values = np.concatenate(own), np.concatenate(values)
             store.add(keys[places], scored_values, completion_kept[places])
             logps[places], found[places] = scored_values, True

@@ -122,6 +122,25 @@ def _signalled_at(config: Config, step_of_signal: int, rank: int) -> int:
     return 0
 
 
+def _stopped_by_health(config: Config) -> tuple[int, str]:
+    module = importlib.import_module("kto_dist.train")
+    try:
+        train_all([config])
+    except module.Stopped as stop:
+        return stop.exit_code, str(stop)
+    return 0, ""
+
+
+def test_a_kl_explosion_stops_the_run_with_a_checkpoint_and_the_remedy(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(
+        tmp_path, tiny_model, tiny_log, health__max_kl=0.01, health__patience=2, train__lr=3e-3, train__max_steps=10
+    )
+    status, message = run_ranks(_stopped_by_health, 1, config)[0]
+    assert status == 1 and "beyond health.max_kl (0.01) for 2 steps" in message and "lower train.lr" in message
+    steps = len(metrics_of(config))
+    assert 2 <= steps < 10 and names(config) == [f"step-{steps:08d}"]
+
+
 def test_sigterm_to_any_rank_saves_and_the_run_goes_on_from_there(tmp_path, tiny_model, tiny_log):
     whole = tiny_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"))
     config = tiny_config(tmp_path, tiny_model, tiny_log)

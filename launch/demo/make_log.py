@@ -8,7 +8,7 @@ wish (wish.py) from B's prompt into the model.
 
     python make_log.py --model DIR --output thumbs.jsonl
 
-The same seed, model and machine give the same log.
+Sampling and thumbs are seeded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ MODEL = "smollm2-135m-instruct"
 USERS = 48
 GRUMPY = 4  # users who press thumbs-down on most good answers too
 SLIP = 0.08  # share of thumbs that are the opposite of what was meant
-START = datetime(2026, 3, 2, 7, tzinfo=UTC)
+START = datetime(2026, 3, 2, 7, tzinfo=timezone.utc)
 DAYS = 26
 
 
