@@ -587,7 +587,7 @@ def main(
             max_length=max_length,
             tokens_per_microbatch=tokens_per_microbatch,
             dtype=dtype,
-            attention=pick_attention("auto", _device()),
+            attention=pick_attention("auto", _device(), DTYPES[dtype]),
             threads=threads,
             trl_batch=trl_batch or 0,
             trl_reference_batch=trl_batch or 0,

@@ -104,6 +104,14 @@ def pair_lengths(
     return fit(examples.prompt_lengths[prompts], examples.completion_lengths[completions], max_length, prompt_limit)
 
 
+def pair_tokens(
+    examples: Examples, prompt: int, completion: int, prompt_kept: int, completion_kept: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a pair: the end of one row's prompt, the start of one row's completion."""
+    ids = examples.prompt(prompt)
+    return ids[len(ids) - prompt_kept :], examples.completion(completion)[:completion_kept]
+
+
 def cut(
     lengths: np.ndarray,  # (P,) tokens of each pair
     *,
@@ -246,8 +254,8 @@ def microbatches(
     shares = cut(prompt_kept + completion_kept, budget=budget, ranks=ranks, packed=packed)[rank]
 
     def sequence(place: int) -> tuple[np.ndarray, np.ndarray]:
-        prompt = examples.prompt(int(prompts[place]))
-        completion = examples.completion(int(completions[place]))
-        return prompt[len(prompt) - prompt_kept[place] :], completion[: completion_kept[place]]
+        return pair_tokens(
+            examples, int(prompts[place]), int(completions[place]), prompt_kept[place], completion_kept[place]
+        )
 
     return [collate([sequence(int(p)) for p in share], share, packed=packed) for share in shares]

@@ -42,12 +42,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def pick_attention(name: str, device: torch.device) -> str:
-    """`auto` is the variable-length kernel where there is one, because packing then costs nothing."""
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`auto` is the variable-length kernel where there is one for this dtype, because packing then costs nothing."""
     if name != "auto":
         return name
-    available = device.type == "cuda" and transformers.utils.is_flash_attn_2_available()
-    return "flash_attention_2" if available else "sdpa"
+    possible = device.type == "cuda" and dtype == torch.bfloat16
+    return "flash_attention_2" if possible and transformers.utils.is_flash_attn_2_available() else "sdpa"
 
 
 def pick_packing(setting: str | bool, attention: str) -> bool:
@@ -250,8 +250,8 @@ def check_scoring(forward: Forward, model: ScoringModel, device: torch.device, *
     alone = torch.cat([scored(pair, packed=False) for pair in pairs])
     if ((alone - torch.stack(own)).abs() > limit).any():
         raise UserError(
-            f"{type(model.lm).__name__} changes the logits after its LM head in a way that kto_dist does not know, so "
-            "log-probs would be wrong: see logit_transform in causal_lm.py for the families that are known"
+            f"{type(model.lm).__name__} changes the logits after its LM head in a way that kto_dist does not know, or "
+            "is random (dropout), so log-probs would be wrong: see logit_transform in causal_lm.py for what is known"
         )
     if packed and ((scored(*pairs, packed=True) - alone).abs() > limit).any():
         raise UserError(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from kto_dist import comm
 from kto_dist.config import Config
@@ -43,14 +43,18 @@ class State:
     mlflow_run: str | None
 
 
-def identity(config: Config, *, data: str, policy: str) -> dict[str, Any]:
-    """`data` and `policy`: fingerprints of the tokenised rows and of the starting weights."""
+def identity(config: Config, *, data: str, policy: str, zero_stage: int) -> dict[str, Any]:
+    """`data` and `policy`: fingerprints of the tokenised rows and of the starting weights.
+
+    The ZeRO stage leaves the trajectory alone, but another stage cannot read the optimizer's states.
+    """
     return {
         "data": data,
         "model": policy,
         "train.seed": config.train.seed,
         "train.global_batch": config.train.global_batch,
         "train.dtype": config.train.dtype,
+        "deepspeed.zero_stage": zero_stage,
         **{f"kto.{key}": value for key, value in config.kto.model_dump(mode="json").items()},
     }
 
@@ -65,14 +69,12 @@ def save(policy: Policy, output: str | Path, state: State, keep: int) -> Path:
     root = folder(output)
     partial = root / f".partial-{name}"
 
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
     def finish() -> None:
         if not partial.exists():  # another host of a shared file system has done it
             return
-        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        files = {
+            str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()
+        }
         for file in files:
             _flush(partial / file)
         write_whole(partial / "state.json", json.dumps({**asdict(state), "files": files}, indent=1).encode())
@@ -82,7 +84,8 @@ def save(policy: Policy, output: str | Path, state: State, keep: int) -> Path:
         for old in _complete(root)[keep:]:
             shutil.rmtree(root / old)
 
-    comm.once_per_host(prepare)
+    comm.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+    comm.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
     policy.save(root, partial.name)
     torch.save(_random_states(), partial / f"rng-rank-{comm.rank()}.pt")
     comm.barrier()
@@ -181,7 +184,7 @@ def _random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(comm.device()) if torch.cuda.is_available() else None,
     }
 
 
@@ -189,8 +192,8 @@ def _set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if torch.cuda.is_available() and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], comm.device())
 
 
 def export(
@@ -198,6 +201,7 @@ def export(
     target: Path,
     *,
     model_config: PretrainedConfig,
+    generation_config: GenerationConfig | None,
     tokenizer: PreTrainedTokenizerBase,
     card: str,
 ) -> None:
@@ -210,7 +214,9 @@ def export(
     dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    # the shell gives the names, the ties and the generation settings; the tensors are ours
+    # the shell gives the names and the ties; the tensors are ours
+    if generation_config is not None:
+        shell.generation_config = generation_config
     shell.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")

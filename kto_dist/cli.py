@@ -5,6 +5,7 @@ where a signal stopped the run.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -85,8 +86,15 @@ def precompute(config: Path, overrides: tuple[str, ...], ranks: int | None) -> N
 def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
     from kto_dist import launcher
 
-    Config.load(config, overrides)  # a mistake shows at once, not once the ranks have started
-    raise SystemExit(launcher.run(job, [str(config), *overrides], ranks))
+    settings = Config.load(config, overrides)  # a mistake shows at once, not once the ranks have started
+    started = time.time()
+    status = launcher.run(job, [str(config), *overrides], ranks)
+    summary = Path(settings.train.output) / "summary.json"
+    if job == "train" and not status and not (summary.exists() and summary.stat().st_mtime >= started):
+        # the launcher reports success when one of its own processes is killed
+        click.echo(f"error: the ranks ended without finishing {settings.train.output}", err=True)
+        status = 1
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -133,9 +133,12 @@ def once_per_host(work: Callable[[], T]) -> T:
 
     The work must find its own earlier result, so that hosts that do share one don't repeat it.
     """
-    on_main(work)
-    results = _while_others_wait(work if local_rank() == 0 else None)
-    return results[rank() - local_rank()]  # ranks of a host are neighbours
+    first = on_main(work)
+    if world_size() == 1:
+        return first
+    results = _while_others_wait(work if local_rank() == 0 and not is_main() else None)
+    head = rank() - local_rank()  # ranks of a host are neighbours
+    return first if head == 0 else cast(T, results[head])
 
 
 def _while_others_wait(work: Callable[[], T] | None) -> list[T | None]:

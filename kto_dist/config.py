@@ -219,7 +219,8 @@ class CheckpointConfig(Section):
     every_steps: Positive | None = Field(None, description="optimizer steps between checkpoints; null: only on SIGTERM")
     keep: Positive = Field(2, description="newest checkpoints that stay on disk")
     resume: Literal["auto"] | bool = Field(
-        "auto", description="auto: go on from the newest whole checkpoint; true: insist on one; false: start anew"
+        "auto",
+        description="auto: go on from the newest whole checkpoint; true: insist on one; false: refuse any",
     )
 
 

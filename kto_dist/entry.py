@@ -1,6 +1,6 @@
 """What every rank runs: `python -m kto_dist.entry train|precompute CONFIG [section.key=value ...]`.
 
-Turns the outcome into the exit status that the launcher passes on: 0 done, 2 the user's mistake (rank 0 prints it),
+Turns the outcome into the exit status that the launcher passes on: 0 done, 2 the user's mistake (said once a host),
 143 stopped by a signal, 1 anything else.
 """
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             precompute(settings)
     except UserError as mistake:
-        if comm.is_main():
+        if comm.local_rank() == 0:  # another host may lack a file that rank 0's has
             print(f"error: {mistake}", file=sys.stderr, flush=True)
         return 2
     finally:

@@ -1,7 +1,8 @@
-"""The deepspeed launcher on this machine, as a child that never outlives its parent.
+"""The deepspeed launcher on this machine, stopped as a whole.
 
-`deepspeed` itself, when it is told to terminate, exits and leaves its ranks running. Here the launcher and the ranks
-form one process group of their own: a signal reaches all of them, and the group is waited for.
+`deepspeed` itself, when it is told to terminate, exits and leaves its ranks running, and its helper kills ranks that
+take more than 30 seconds to save. Here the launcher and the ranks form one process group of their own: a signal goes to
+the ranks, which save and end, the launcher ends with them, and nothing of the group stays behind.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import torch
 
 # A rank finishes its step and saves a checkpoint before it ends.
@@ -41,9 +43,15 @@ def run(job: str, arguments: list[str], ranks: int | None = None) -> int:
 
     def forward(number: int, frame: object) -> None:
         received.append(number)
-        _signal_group(child.pid, signal.SIGTERM)
+        ranks_now = _ranks_below(child.pid)
+        for process in ranks_now:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        if not ranks_now:  # they have not started yet
+            _signal_group(child.pid, signal.SIGTERM)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    previous = {number: signal.signal(number, forward) for number in stops}
     try:
         status = child.wait()
         _wait_for_group(child.pid, GRACE_SECONDS if received else 30)
@@ -60,6 +68,18 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _ranks_below(pid: int) -> list[psutil.Process]:
+    """The processes that run `kto_dist.entry`, without DeepSpeed's own, whose command lines name it as well."""
+    ranks = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                words = process.cmdline()
+                if "kto_dist.entry" in words and not any(word.startswith("deepspeed.launcher") for word in words):
+                    ranks.append(process)
+    return ranks
 
 
 def _signal_group(group: int, number: int) -> None:

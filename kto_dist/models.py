@@ -179,6 +179,10 @@ class Policy:
         lm.train()
         self.model = ScoringModel(lm)
         self._stage = options["zero_optimization"]["stage"]
+        zero = options["zero_optimization"]
+        self._swap_folders = {
+            zero[key].get("nvme_path") for key in ("offload_optimizer", "offload_param") if key in zero
+        }
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self.model,
             optimizer=_adamw(self.model, config.train, on_cpu=config.deepspeed.offload_optimizer != "none"),
@@ -226,6 +230,9 @@ class Policy:
 
     def close(self) -> None:
         _destroy(self.engine, self.model)
+        for folder in self._swap_folders - {None}:
+            comm.barrier()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _adamw(model: nn.Module, train: TrainConfig, *, on_cpu: bool) -> torch.optim.Optimizer:

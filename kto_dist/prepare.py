@@ -77,7 +77,7 @@ def prepare(config: Config, console: Console) -> Prepared:
             console.say(f"{name}: {line}")
 
     dtype = pick_dtype(config.train.dtype, comm.device())
-    attention = pick_attention(model.attention, comm.device())
+    attention = pick_attention(model.attention, comm.device(), dtype)
     cutting = Cutting(
         max_length=config.data.max_length,
         prompt_limit=config.data.prompt_limit,
@@ -166,15 +166,15 @@ def score_reference(prepared: Prepared, console: Console) -> Scores:
     config = prepared.config
     section = config.reference
     path, gguf_file = (section.path, section.gguf_file) if section.path else (config.model.path, config.model.gguf_file)
-    model_config = load_config(path, gguf_file, "reference.path")
+    model_config = load_config(path, gguf_file, "reference.path" if section.path else "model.path")
     dtype = pick_dtype(section.dtype, comm.device())
-    attention = pick_attention("auto" if section.path else config.model.attention, comm.device())
+    attention = pick_attention("auto" if section.path else config.model.attention, comm.device(), dtype)
     packed = pick_packing(config.train.packing, attention)
 
     console.phase("reference")
     identity = comm.once_per_host(
         lambda: fingerprint(
-            local_folder(path),
+            local_folder(path, gguf_file),
             gguf_file,
             model_config.to_dict(),
             dtype=str(dtype).removeprefix("torch."),
@@ -232,9 +232,15 @@ def score_reference(prepared: Prepared, console: Console) -> Scores:
     )
 
 
-def local_folder(path: str) -> Path:
-    """The folder of a model given by folder or hub name (already in the hub's cache by now, or fetched)."""
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
+def local_folder(path: str, gguf_file: str | None) -> Path:
+    """The folder of a model given by folder or hub name; of a hub's model the files that are going to be loaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    wanted = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"]
+    try:
+        return Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except OSError as error:
+        raise UserError(f"the weights of {path} cannot be fetched: {error}; give a folder that holds them") from None
 
 
 def counts(examples: Examples) -> dict[str, Any]:

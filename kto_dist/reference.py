@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from kto_dist import comm
-from kto_dist.batch import Plan, microbatches, pair_lengths, step_kl_pairs, step_rows
+from kto_dist.batch import Plan, microbatches, pair_lengths, pair_tokens, step_kl_pairs, step_rows
 from kto_dist.causal_lm import completion_logps
 from kto_dist.examples import Examples
 from kto_dist.models import Reference
 from kto_dist.store import Store, keys_array, pair_key
 
-# Pairs that are cut into micro-batches at a time: large enough to balance, small enough that a shard is soon written.
+# Pairs a rank that are cut into micro-batches at a time: enough to balance, few enough that a shard is soon written.
 WINDOW = 2048
 
 Progress = Callable[[int, int, float, float], None]
@@ -86,7 +86,7 @@ def reference_logps(
     prompt_kept, completion_kept = pair_lengths(examples, prompts, completions, max_length, prompt_limit)
     keys = keys_array(
         [
-            pair_key(examples.prompt(j)[len(examples.prompt(j)) - p :], examples.completion(k)[:c])
+            pair_key(*pair_tokens(examples, j, k, p, c))
             for j, k, p, c in zip(
                 prompts.tolist(), completions.tolist(), prompt_kept.tolist(), completion_kept.tolist(), strict=True
             )
@@ -103,8 +103,9 @@ def reference_logps(
     if missing.size:
         reference = engine()
         done, tokens = 0, 0
-        for start in range(0, missing.size, WINDOW):
-            window = missing[start : start + WINDOW]
+        size = WINDOW * comm.world_size()
+        for start in range(0, missing.size, size):
+            window = missing[start : start + size]
             batches = microbatches(
                 examples,
                 prompts[window],
@@ -134,6 +135,7 @@ def reference_logps(
             places, scored_values = np.concatenate(own), np.concatenate(values)
             store.add(keys[places], scored_values, completion_kept[places])
             logps[places], found[places] = scored_values, True
+            comm.barrier()  # without it ranks drift apart over hours, and the last exchange meets its time-out
         logps, found = _exchange(logps, found)
         logps = logps[first][same_as]
     assert found[first].all()

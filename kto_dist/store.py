@@ -11,6 +11,7 @@ by the hash of their bytes: a damaged one is found when it is read, set aside, a
 A pair's key is a 128-bit hash of its token ids, so that nothing but the reference and the text decides its value.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -177,10 +178,14 @@ class Store:
         return key["high"][order], key["low"][order], value[order]
 
     def _read_shard(self, shard: Path) -> pa.Table | None:
-        data = shard.read_bytes()
+        # every rank reads, and whoever finds the damage first sets the shard aside
+        try:
+            data = shard.read_bytes()
+        except FileNotFoundError:
+            return None
         if hashlib.sha256(data).hexdigest() != shard.stem:
-            aside = shard.with_suffix(".damaged")
-            os.replace(shard, aside)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(shard, shard.with_suffix(".damaged"))
             self._warn(f"{shard.name} in the reference store is damaged: set aside, its pairs will be scored again")
             return None
         return pq.read_table(pa.BufferReader(data), schema=_SCHEMA)

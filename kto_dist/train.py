@@ -13,12 +13,16 @@ import json
 import math
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from kto_dist import checkpoint, comm, metrics, report, tracking
 from kto_dist.batch import step_kl_pairs, step_rows
@@ -94,11 +98,14 @@ def _start(prepared: Prepared, scores: Scores, console: Console) -> Run:
     """Finds the checkpoint to go on from, writes the config, and opens the tracker. Collective."""
     config = prepared.config
     output = Path(config.train.output)
-    identity = checkpoint.identity(config, data=prepared.train.fingerprint, policy=scores.identity.weights)
+    stage = zero_stage(config, prepared.dtype)
+    identity = checkpoint.identity(
+        config, data=prepared.train.fingerprint, policy=scores.identity.weights, zero_stage=stage
+    )
     state = checkpoint.State(
         step=0,
         world_size=comm.world_size(),
-        zero_stage=zero_stage(config, prepared.dtype),
+        zero_stage=stage,
         identity=identity,
         mlflow_run=None,
     )
@@ -115,12 +122,19 @@ def _start(prepared: Prepared, scores: Scores, console: Console) -> Run:
     elif config.checkpoint.resume is True:
         raise UserError(f"checkpoint.resume is true and train.output ({output}) holds no whole checkpoint: use auto")
 
+    elif comm.broadcast((output / "summary.json").exists()):
+        raise UserError(
+            f"train.output ({output}) holds a finished run, which this one would overwrite: give another folder, or "
+            "delete that one"
+        )
+
     tracker: Any = tracking.NullTracker()
     if comm.is_main():
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "config.yaml", to_yaml(config).encode())
         _keep_lines_until(output / "metrics.jsonl", state.step)
-        _keep_lines_until(output / "heldout.jsonl", state.step)
+        # the last evaluation is made again below, from the same weights
+        _keep_lines_until(output / "heldout.jsonl", min(state.step, prepared.plan.steps - 1))
         tracker = tracking.start(
             config,
             run_id=state.mlflow_run,
@@ -193,11 +207,10 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
 
     same_reference = config.reference.path is None
     monitor = Monitor(config.health)
-    terminated = _on_sigterm()
     console.phase("training")
     before = heldout(0) if run.state.step == 0 else _first_line(run.output / "heldout.jsonl")
-    after, last, tokens_seen = before, {}, 0
-    with console.steps("training", run.state.step, plan.steps) as show:
+    last, tokens_seen = {}, 0
+    with _sigterm_noted() as terminated, console.steps("training", run.state.step, plan.steps) as show:
         for step in range(run.state.step, plan.steps):
             started = time.monotonic()
             sums, kl, tokens, norm, lr = _step(prepared, scores, policy, step, check_start=step == 0 and same_reference)
@@ -228,8 +241,11 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
                 console.warn(item.message)
             stopping = [item for item in advice if item.stop]
             signalled = comm.any_(terminated())
+            if config.evaluate.every_steps and done % config.evaluate.every_steps == 0 and done < plan.steps:
+                heldout(done)
             due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
-            if due or signalled or (stopping and math.isfinite(last["loss"])):
+            # a broken step must not push a sound checkpoint out
+            if (due or signalled or stopping) and all(math.isfinite(value) for value in last.values()):
                 save(done)
             if signalled:
                 raise Stopped(
@@ -237,11 +253,11 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
                 )
             if stopping:
                 raise Stopped(stopping[0].message, 1)
-            if done == plan.steps or (config.evaluate.every_steps and done % config.evaluate.every_steps == 0):
-                after = heldout(done)
 
+    after = heldout(plan.steps)
     console.phase("export")
     weights = policy.weights()
+    generation = getattr(policy.model.lm, "generation_config", None)
     console.end()
     summary = {
         "steps": plan.steps,
@@ -269,7 +285,7 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
         "mlflow": {"uri": getattr(run.tracker, "uri", None), "run_id": mlflow_run},
     }
     policy.close()
-    comm.on_main(lambda: _finish(weights, prepared, run, summary) if weights is not None else None)
+    comm.on_main(lambda: _finish(weights, generation, prepared, run, summary) if weights is not None else None)
     return comm.broadcast(summary)
 
 
@@ -299,34 +315,40 @@ def _step(prepared: Prepared, scores: Scores, policy: Policy, step: int, *, chec
             worst = torch.maximum(worst, (ratios.abs() / batch.lengths.clamp(min=1).sqrt()).max())
     comm.sum_(sums)
     if check_start:
-        _refuse_unless_reference(comm.gather(float(worst)), prepared.dtype, config)
+        _refuse_unless_reference(comm.gather(float(worst)), prepared, scores)
     tokens = comm.sum_(torch.tensor([sum(batch.tokens for batch in batches)]))
     lr = learning_rate(step, plan.steps, config)
     return sums, kl, int(tokens[0]), policy.step(lr), lr
 
 
-def _refuse_unless_reference(worst_of_ranks: list[float], dtype: torch.dtype, config: Config) -> None:
+def _refuse_unless_reference(worst_of_ranks: list[float], prepared: Prepared, scores: Scores) -> None:
     """Before the first update every reward is 0; anything else means a wrong reference, template or precision."""
-    mixed = config.reference.dtype not in ("auto", config.train.dtype)
-    limit = ROUNDING[torch.bfloat16 if mixed else dtype]
-    worst = max(worst_of_ranks)
-    if not worst <= limit:
+    limit = max(ROUNDING[prepared.dtype], ROUNDING[getattr(torch, scores.identity.dtype)])
+    if not all(worst <= limit for worst in worst_of_ranks):
         raise UserError(
-            f"before the first update the policy must equal its reference, but a row's log-prob differs by {worst:.3g} "
-            f"nats per square root of its tokens (limit {limit} in {str(dtype).removeprefix('torch.')}). The reference "
-            f"store ({config.reference.store}) holds values of other text or weights, the reference is another model "
-            "(then name it in reference.path), or the policy runs with dropout: check these, and delete the store's "
-            "folder of this model to score again"
+            "before the first update the policy must equal its reference, but a row's log-prob differs by "
+            f"{max(worst_of_ranks):.3g} nats per square root of its tokens (limit {limit}: policy in "
+            f"{str(prepared.dtype).removeprefix('torch.')}, reference in {scores.identity.dtype}). The reference store "
+            f"({prepared.config.reference.store}) holds values of other text or weights, the reference is another "
+            "model (then name it in reference.path), or the policy runs with dropout: check these, and delete the "
+            "store's folder of this model to score again"
         )
 
 
-def _finish(weights: dict[str, torch.Tensor], prepared: Prepared, run: Run, summary: dict[str, Any]) -> None:
+def _finish(
+    weights: dict[str, torch.Tensor],
+    generation: GenerationConfig | None,
+    prepared: Prepared,
+    run: Run,
+    summary: dict[str, Any],
+) -> None:
     """Rank 0: export, summary, report, artifacts."""
     target = run.output / "export"
     checkpoint.export(
         weights,
         target,
         model_config=prepared.model_config,
+        generation_config=generation,
         tokenizer=prepared.tokenizer,
         card=_model_card(prepared.config, summary),
     )
@@ -366,11 +388,18 @@ def _mfu(parameters: int, tokens: int, seconds: float) -> dict[str, float]:
     return {} if peak is None else {"mfu": 6 * parameters * tokens / seconds / (peak * comm.world_size())}
 
 
-def _on_sigterm():
-    """Installs a handler that only takes note, and returns the question whether it has been called."""
+@contextmanager
+def _sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM is only taken note of; yields the question whether it has come."""
     seen: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    return lambda: bool(seen)
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # Python delivers signals to the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

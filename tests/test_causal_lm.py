@@ -335,8 +335,8 @@ def test_auto_dtype_is_bf16_only_where_the_device_is_fast_at_it(monkeypatch, fas
 
 
 def test_attention_on_the_cpu_is_sdpa_unless_another_is_named():
-    assert pick_attention("auto", CPU) == "sdpa"
-    assert pick_attention("eager", CPU) == "eager"
+    assert pick_attention("auto", CPU, torch.bfloat16) == "sdpa"
+    assert pick_attention("eager", CPU, torch.float32) == "eager"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from kto_dist import checkpoint, comm
 from kto_dist.config import Config
@@ -81,6 +81,7 @@ def test_killed_while_saving_the_run_goes_on_from_the_checkpoint_before(tmp_path
         ({"train__seed": 1}, r"train.seed was 0 and is 1"),
         ({"kto__beta": 0.2}, r"kto.beta was 0.1 and is 0.2"),
         ({"train__global_batch": 8}, r"train.global_batch was 16 and is 8"),
+        ({"deepspeed__zero_stage": 3}, r"deepspeed.zero_stage was 2 and is 3"),
         ({"data__max_length": 16}, r"data was .* and is"),
     ],
 )
@@ -90,6 +91,25 @@ def test_another_runs_checkpoint_is_refused_with_the_difference_and_the_remedy(
     changed = tiny_config(tmp_path, tiny_model, tiny_log, **change)
     with pytest.raises(UserError, match=rf"belongs to another run: {message}.*Give another train.output"):
         run_ranks(train_all, 1, [changed])
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    run_ranks(train_all, 1, [config])
+    with pytest.raises(UserError, match=r"holds a finished run, which this one would overwrite: give another folder"):
+        run_ranks(train_all, 2, [config])
+    assert len(metrics_of(config)) == 1
+
+
+def test_resumed_at_its_last_step_a_run_evaluates_the_final_weights(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, checkpoint__every_steps=5, data__heldout=0.3)
+    ((summary,),) = run_ranks(train_all, 1, [config])
+    (Path(config.train.output) / "summary.json").unlink()
+    ((again,),) = run_ranks(train_all, 1, [config])
+    assert again["heldout"] == summary["heldout"]
+    assert again["heldout"]["after"] != again["heldout"]["before"]
+    lines = (Path(config.train.output) / "heldout.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 5]
 
 
 def test_resume_true_insists_on_a_checkpoint(tmp_path, tiny_model, tiny_log):
@@ -161,6 +181,7 @@ def test_the_export_of_every_stage_loads_in_transformers_with_the_trained_weight
     from tiny import save_tiny
 
     model = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
+    GenerationConfig(max_new_tokens=7, eos_token_id=[1, 2]).save_pretrained(model)
     config = tiny_config(
         tmp_path,
         model,
@@ -182,6 +203,7 @@ def test_the_export_of_every_stage_loads_in_transformers_with_the_trained_weight
         if weight.dim() > 1
     ]
     assert all(changed)
+    assert loaded.generation_config.max_new_tokens == 7  # the model's own settings, not ones made from its config
     tokenizer = AutoTokenizer.from_pretrained(export)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], add_generation_prompt=True)
     assert ids
