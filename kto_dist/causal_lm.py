@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from kto_dist.batch import MicroBatch, collate
+from kto_dist.config import check_model_path
 from kto_dist.errors import UserError
 
 Head = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -57,6 +58,7 @@ def pick_packing(setting: str | bool, attention: str) -> bool:
 
 def load_config(path: str, gguf_file: str | None = None, name: str = "model.path") -> PretrainedConfig:
     """Raises `UserError` where there is no model to load."""
+    check_model_path(name, path)
     try:
         return AutoConfig.from_pretrained(path, **_gguf(gguf_file))
     except (OSError, ValueError, json.JSONDecodeError) as error:

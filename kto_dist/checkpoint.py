@@ -221,6 +221,11 @@ def export(
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
 
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in partial.iterdir():  # safetensors writes for the owner alone
+        file.chmod(0o666 & ~mask)
+
     loaded = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype).state_dict()
     wrong = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
     if wrong:

@@ -15,7 +15,7 @@ import click
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from kto_dist.config import Config, flatten, resolve
+from kto_dist.config import Config, check_model_path, flatten, resolve
 from kto_dist.errors import UserError
 
 
@@ -87,6 +87,7 @@ def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | Non
     from kto_dist import launcher
 
     settings = Config.load(config, overrides)  # a mistake shows at once, not once the ranks have started
+    check_model_path("model.path", settings.model.path)
     started = time.time()
     status = launcher.run(job, [str(config), *overrides], ranks)
     summary = Path(settings.train.output) / "summary.json"

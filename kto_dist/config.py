@@ -11,6 +11,7 @@ Paths are kept as written: relative ones are relative to the working directory, 
 import difflib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -316,18 +317,24 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tu
             ) from None
         origin[dotted] = "override"
 
-    config = build(tree, where=str(path))
+    overridden = {name for name, source in origin.items() if source == "override"}
+    config = build(tree, where=str(path), overridden=overridden)
     for name, key, _ in flatten(config):
         origin.setdefault(f"{name}.{key}", "default")
     return config, origin
 
 
-def build(tree: dict[str, dict[str, Any]], where: str = "config") -> Config:
-    """`Config` from nested plain values. Raises `UserError` that lists every problem at once."""
+def build(tree: dict[str, dict[str, Any]], where: str = "config", overridden: Collection[str] = ()) -> Config:
+    """`Config` from nested plain values. Raises `UserError` that lists every problem at once.
+
+    `where` and `overridden` (`section.key`s) say in messages where a value stands.
+    """
     try:
         return Config.model_validate(_floats_from_text(tree))
     except ValidationError as error:
-        raise UserError("\n".join(_explain(problem, where) for problem in error.errors())) from None
+        problems = error.errors()
+        places = ["override" if ".".join(map(str, p["loc"][:2])) in overridden else where for p in problems]
+        raise UserError("\n".join(_explain(p, place) for p, place in zip(problems, places, strict=True))) from None
 
 
 def flatten(config: Config) -> list[tuple[str, str, Any]]:
@@ -338,6 +345,12 @@ def flatten(config: Config) -> list[tuple[str, str, Any]]:
 
 def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def check_model_path(name: str, path: str) -> None:
+    """Raises `UserError` for what can only be a folder, and is none: a hub's name has one slash at the most."""
+    if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not Path(path).exists():
+        raise UserError(f"{name} ({path}) does not exist: check the path; relative ones start at {Path.cwd()}")
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
@@ -364,6 +377,22 @@ def _floats_from_text(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# What the settings are called in transformers and TRL.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip",
+    "num_train_epochs": "epochs",
+    "output_dir": "output",
+    "per_device_train_batch_size": "tokens_per_microbatch",
+    "bf16": "dtype",
+    "save_steps": "every_steps",
+    "loss_type": "loss",
+}
+
+
 def _explain(problem: Any, where: str) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
@@ -372,7 +401,7 @@ def _explain(problem: Any, where: str) -> str:
         else:
             section = Config.model_fields[location[0]].annotation
             known, kind = [field.alias or name for name, field in section.model_fields.items()], "key"
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(_ELSEWHERE.get(location[-1], location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         return f"{where}: unknown {kind} {'.'.join(location)}: {hint}"
     # A union's error names the branch that failed after the field; section.key is what the user wrote.

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kto_dist import comm
 
+SECONDS_BETWEEN_LINES = 10
+
 
 class Console:
     def __init__(self) -> None:
@@ -46,10 +48,14 @@ class Console:
         """Yields a function of (done, total, items a second, tokens a second)."""
         bar = self._bar()
         task = bar.add_task(title, total=None, note="")
+        line = self._line(title)
 
         def update(done: int, total: int, rows_per_second: float, tokens_per_second: float) -> None:
-            bar.start()  # only when there is something to show; a second start does nothing
             note = f"{rows_per_second:,.1f} rows/s, {tokens_per_second:,.0f} tokens/s"
+            if not self._out.is_terminal:
+                line(done, total, note)
+                return
+            bar.start()  # only when there is something to show; a second start does nothing
             bar.update(task, completed=done, total=total, note=note)
 
         try:
@@ -61,9 +67,25 @@ class Console:
     @contextmanager
     def steps(self, title: str, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
         """Yields a function of (steps done, what to say beside the bar)."""
+        if not self._out.is_terminal:
+            line = self._line(title)
+            yield lambda step, note: line(step, total, note)
+            return
         with self._bar() as bar:
             task = bar.add_task(title, total=total, completed=done, note="")
             yield lambda step, note: bar.update(task, completed=step, note=note)
+
+    def _line(self, title: str) -> Callable[[int, int, str], None]:
+        """For a log file, where a bar would appear only when it is complete: a line now and then."""
+        said = [0.0]
+
+        def say(done: int, total: int, note: str) -> None:
+            now = time.monotonic()
+            if done == total or now - said[0] >= SECONDS_BETWEEN_LINES:
+                said[0] = now
+                self.say(f"{title}: {done:,} of {total:,}  {note}")
+
+        return say
 
     def _bar(self) -> Progress:
         return Progress(

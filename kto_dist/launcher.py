@@ -26,7 +26,7 @@ def run(job: str, arguments: list[str], ranks: int | None = None) -> int:
     `ranks`: processes; None is one a GPU, or without GPUs one a core up to two.
     """
     environment = dict(os.environ)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
     if not torch.cuda.is_available():
         # without GPUs: one a core, but two at the most, since more ranks only split the same cores
         ranks = ranks or min(2, os.cpu_count() or 1)

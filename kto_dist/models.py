@@ -222,10 +222,13 @@ class Policy:
     def weights(self) -> dict[str, Tensor] | None:
         """Collective. The whole model in its training dtype on rank 0's CPU, None elsewhere."""
         state: dict[str, Tensor] = {}
+        copies: dict[int, Tensor] = {}  # tied weights stay one tensor, and are saved once
         for name, tensor in self.model.lm.state_dict(keep_vars=True).items():
             with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 if comm.is_main():
-                    state[name] = tensor.detach().to("cpu", copy=True)
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                    state[name] = copies[id(tensor)]
         return state if comm.is_main() else None
 
     def close(self) -> None:

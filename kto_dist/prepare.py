@@ -76,6 +76,11 @@ def prepare(config: Config, console: Console) -> Prepared:
         for line in () if examples is None else examples.report.lines():
             console.say(f"{name}: {line}")
 
+    if tokenizer.chat_template and isinstance(train.original(0)[0], str):
+        console.warn(
+            "the rows are plain text, which is taken as it is, but the tokenizer has a chat template: if the model is "
+            'going to be asked through it, write prompts as messages ([{"role": "user", "content": ...}])'
+        )
     dtype = pick_dtype(config.train.dtype, comm.device())
     attention = pick_attention(model.attention, comm.device(), dtype)
     cutting = Cutting(

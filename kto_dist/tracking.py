@@ -96,6 +96,15 @@ def start(
     return Tracker(config, uri, client, run, resumed=run.info.run_id == run_id, warn=warn)
 
 
+def attach(uri: str, run_id: str, paths: list[Path]) -> None:
+    """Adds files to a run that has ended, in place of earlier ones of the same name."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    for path in paths:
+        client.log_artifact(run_id, str(path))
+
+
 class Tracker:
     """One MLflow run. Its methods return soon, and never raise because of MLflow."""
 

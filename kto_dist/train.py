@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from kto_dist import checkpoint, comm, metrics, report, tracking
+from kto_dist import checkpoint, comm, metrics, report, tracking, tracking_uri
 from kto_dist.batch import step_kl_pairs, step_rows
 from kto_dist.causal_lm import ROUNDING, check_scoring
 from kto_dist.config import Config, to_yaml
@@ -54,9 +54,10 @@ def train(config: Config) -> dict[str, Any]:
     """
     comm.init()
     console = Console()
+    found = _find_checkpoint(config, console)
     prepared = prepare(config, console)
     scores = score_reference(prepared, console)
-    run = _start(prepared, scores, console)
+    run = _start(prepared, scores, found, console)
     status = "FAILED"
     try:
         summary = _train(prepared, scores, run, console)
@@ -94,8 +95,27 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return section.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _start(prepared: Prepared, scores: Scores, console: Console) -> Run:
-    """Finds the checkpoint to go on from, writes the config, and opens the tracker. Collective."""
+def _find_checkpoint(config: Config, console: Console) -> Path | None:
+    """Collective. The checkpoint to go on from. Raises `UserError` where the output folder must not be used."""
+    output = Path(config.train.output)
+    found = checkpoint.find(output, console.warn)
+    if found is not None and config.checkpoint.resume is False:
+        raise UserError(
+            f"train.output ({output}) holds checkpoints and checkpoint.resume is false: give another folder, "
+            "delete its checkpoints, or let the run go on from them (checkpoint.resume: auto)"
+        )
+    if found is None and config.checkpoint.resume is True:
+        raise UserError(f"checkpoint.resume is true and train.output ({output}) holds no whole checkpoint: use auto")
+    if found is None and comm.broadcast((output / "summary.json").exists()):
+        raise UserError(
+            f"train.output ({output}) holds a finished run, which this one would overwrite: give another folder, or "
+            "delete that one"
+        )
+    return found
+
+
+def _start(prepared: Prepared, scores: Scores, found: Path | None, console: Console) -> Run:
+    """Checks the checkpoint to go on from, writes the config, and opens the tracker. Collective."""
     config = prepared.config
     output = Path(config.train.output)
     stage = zero_stage(config, prepared.dtype)
@@ -109,24 +129,10 @@ def _start(prepared: Prepared, scores: Scores, console: Console) -> Run:
         identity=identity,
         mlflow_run=None,
     )
-    found = checkpoint.find(output, console.warn)
     if found is not None:
-        if config.checkpoint.resume is False:
-            raise UserError(
-                f"train.output ({output}) holds checkpoints and checkpoint.resume is false: give another folder, "
-                "delete its checkpoints, or let the run go on from them (checkpoint.resume: auto)"
-            )
         state = checkpoint.read_state(found)
         checkpoint.check_same_run(state, identity, str(output))
         console.say(f"going on from {found.name} of {prepared.plan.steps} steps")
-    elif config.checkpoint.resume is True:
-        raise UserError(f"checkpoint.resume is true and train.output ({output}) holds no whole checkpoint: use auto")
-
-    elif comm.broadcast((output / "summary.json").exists()):
-        raise UserError(
-            f"train.output ({output}) holds a finished run, which this one would overwrite: give another folder, or "
-            "delete that one"
-        )
 
     tracker: Any = tracking.NullTracker()
     if comm.is_main():
@@ -149,7 +155,8 @@ def _start(prepared: Prepared, scores: Scores, console: Console) -> Run:
         )
         for name, examples in (("training", prepared.train), ("heldout", prepared.heldout)):
             if examples is not None:
-                source = ", ".join(config.data.train) if name == "training" else str(config.data.heldout)
+                apart = name == "heldout" and isinstance(config.data.heldout, str)
+                source = str(config.data.heldout) if apart else ", ".join(config.data.train)
                 tracker.log_dataset(name, name, examples.fingerprint, counts(examples), source)
     return Run(output=output, tracker=tracker, state=state, found=found)
 
@@ -232,7 +239,7 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
                 run.tracker.log(step + 1, {name: value for name, value in last.items() if name != "step"})
             show(
                 step + 1,
-                f"loss {last['loss']:.4f}  kl {last.get('kl_raw', 0.0):+.2f}  {tokens / seconds:,.0f} tokens/s",
+                f"loss {last['loss']:.4f}  kl_raw {last.get('kl_raw', 0.0):+.2f}  {tokens / seconds:,.0f} tokens/s",
             )
 
             done = step + 1
@@ -286,6 +293,7 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
     }
     policy.close()
     comm.on_main(lambda: _finish(weights, generation, prepared, run, summary) if weights is not None else None)
+    _say_outcome(summary, run.output, console)
     return comm.broadcast(summary)
 
 
@@ -358,6 +366,19 @@ def _finish(
         run.tracker.log_artifact(path)
     if prepared.config.tracking.log_model or prepared.config.tracking.register_as:
         run.tracker.log_model(target)
+
+
+def _say_outcome(summary: dict[str, Any], output: Path, console: Console) -> None:
+    """The held-out figures that matter most, and where everything lies."""
+    before, after = summary["heldout"]["before"], summary["heldout"]["after"]
+    if before and after:
+        for name in ("accuracy/all", "auc", "rewards/desirable", "rewards/undesirable", "kl_raw"):
+            if name in before and name in after:
+                console.say(f"held-out {name}: {before[name]:.3f} before, {after[name]:.3f} after")
+    console.say(f"model:  {summary['export']}")
+    console.say(f"report: {output / 'report.html'}")
+    if summary["mlflow"]["uri"]:
+        console.say(f"MLflow: {tracking_uri.ui_command(summary['mlflow']['uri'])}")
 
 
 def _model_card(config: Config, summary: dict[str, Any]) -> str:

@@ -279,7 +279,14 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(tiny_model, dtype):
 
 
 @pytest.mark.parametrize("name", ("model.path", "reference.path"))
+def test_a_folder_that_does_not_exist_is_named_with_its_setting(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} .*nowhere.* does not exist: check the path"):
+        load_config(str(tmp_path / "nowhere"), name=name)
+
+
+@pytest.mark.parametrize("name", ("model.path", "reference.path"))
 def test_a_folder_without_a_model_is_named_with_its_setting(tmp_path, name):
+    (tmp_path / "nowhere").mkdir()
     with pytest.raises(UserError, match=f"{name} .*nowhere.* holds no Hugging Face model.*config.json"):
         load_config(str(tmp_path / "nowhere"), name=name)
 

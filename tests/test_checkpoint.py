@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from safetensors.torch import load_file
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -197,6 +198,9 @@ def test_the_export_of_every_stage_loads_in_transformers_with_the_trained_weight
     start = AutoModelForCausalLM.from_pretrained(model, dtype=loaded.dtype)
     assert loaded.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert ("lm_head.weight" in load_file(export / "model.safetensors")) != tied
+    readable = {file.name: file.stat().st_mode & 0o044 for file in export.iterdir()}
+    assert set(readable.values()) == {0o044}
     changed = [
         not torch.equal(weight, start.state_dict()[name])
         for name, weight in loaded.state_dict().items()

@@ -93,7 +93,7 @@ def test_a_missing_config_is_a_mistake(tmp_path):
             None,
             "data.max_length (512) must be at most the model's context of 256 tokens",
         ),
-        ({"model__path": "/nowhere/model"}, None, "model.path (/nowhere/model) holds no Hugging Face model"),
+        ({"model__path": "/nowhere/model"}, None, "model.path (/nowhere/model) does not exist: check the path"),
         ({"data__train": "/nowhere/log.jsonl"}, None, "/nowhere/log.jsonl"),
         ({}, '{"prompt": "a", "completion": "b", "label": true}', "not one undesirable among them"),
         (

@@ -24,7 +24,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from wish import approves, measure
 
-from kto_dist import UserError, data, launcher, report
+from kto_dist import UserError, data, launcher, report, tracking
 from kto_dist.causal_lm import load_model, load_tokenizer
 from kto_dist.config import Config
 from kto_dist.examples import load
@@ -57,6 +57,10 @@ def main(overrides: list[str]) -> int:
             task = bar.add_task(f"answers {name} training", total=len(questions))
             answers[name] = generate(folder, questions, progress=partial(_advance, bar, task))
     summary = add_answers(run, questions, answers)
+    if summary["mlflow"]["run_id"]:
+        tracking.attach(
+            summary["mlflow"]["uri"], summary["mlflow"]["run_id"], [run / "summary.json", run / "report.html"]
+        )
     show(summary, questions, answers)
     out.print(f"\nThe aligned model:  {run / 'export'}  (AutoModelForCausalLM.from_pretrained loads it)")
     out.print(f"The run's report:   {run / 'report.html'}")
@@ -134,7 +138,9 @@ def show(summary: dict, questions: list[str], answers: dict[str, list[str]]) -> 
         figures.add_row(f"answers: {name.replace('_', ' ')}", *(f"{value:.3f}" for value in values))
     out.print(figures)
 
-    samples = Table("question", "before", "after", title="Some answers", show_lines=True)
+    samples = Table(
+        "question", "before", "after", title="Some answers (👍 approved by the wish, 👎 not)", show_lines=True
+    )
     for place in range(0, len(questions), max(1, len(questions) // 8)):
         question, first, second = questions[place], answers["before"][place], answers["after"][place]
         short = first if len(first) < 160 else first[:160] + "…"
