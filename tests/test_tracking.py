@@ -424,3 +424,17 @@ def test_runs_that_start_together_share_a_new_store(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "run"), f"sqlite:///{tmp_path}/mlflow.db"]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [run.communicate(timeout=60)[0] for run in runs] == ["", ""]
+
+
+def test_files_are_added_to_a_run_that_has_ended(tmp_path):
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("late", artifact_location=(tmp_path / "artifacts").as_uri())
+    run = client.create_run(experiment)
+    client.set_terminated(run.info.run_id)
+    (tmp_path / "report.html").write_text("late")
+    tracking.attach(uri, run.info.run_id, [tmp_path / "report.html"])
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["report.html"]
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"

@@ -1,0 +1,37 @@
+"""What a log file gets instead of bars, and the seconds of each phase."""
+
+import pytest
+
+from kto_dist import console as module
+from kto_dist.console import Console
+
+
+def test_a_log_file_gets_lines_while_the_work_goes_on_not_one_bar_at_its_end(capsys, monkeypatch):
+    now = iter([100.0, 103.0, 111.0, 112.0, 113.0])
+    console = Console()
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    with console.steps("training", 0, 5) as show:
+        for step in range(1, 6):
+            show(step, f"loss {step}")
+    # the first, the one 11 seconds later, and the last
+    assert capsys.readouterr().out.splitlines() == [
+        "training: 1 of 5  loss 1",
+        "training: 3 of 5  loss 3",
+        "training: 5 of 5  loss 5",
+    ]
+
+
+def test_work_that_is_never_needed_shows_nothing(capsys):
+    with Console().progress("reference"):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_the_seconds_of_a_phase_add_up_over_its_visits(monkeypatch):
+    now = iter([0.0, 0.0, 5.0, 5.0, 7.0, 7.0, 8.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    console = Console()
+    for name in ("training", "evaluation", "training"):
+        console.phase(name)
+    console.end()
+    assert console.seconds == {"training": pytest.approx(6.0), "evaluation": pytest.approx(2.0)}
