@@ -4,9 +4,13 @@ Turns the outcome into the exit status that the launcher passes on: 0 done, 2 th
 143 stopped by a signal, 1 anything else.
 """
 
+import atexit
 import logging
+import os
 import sys
+import traceback
 import warnings
+from typing import NoReturn
 
 from kto_dist import comm
 from kto_dist.config import Config
@@ -55,6 +59,25 @@ def _quiet() -> None:
         logging.disable(logging.WARNING)
 
 
+def run_and_leave(arguments: list[str] | None = None) -> NoReturn:
+    """Runs `main` and ends this process with its status, without taking the interpreter down.
+
+    Gloo's worker threads outlive `destroy_process_group` (DeepSpeed keeps groups of its own), and may hold the last
+    collective's tensors. One that lets go of them while the interpreter goes down aborts the process, and a run that
+    has succeeded would end with status 250.
+    """
+    try:
+        status = main(arguments)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def usage(job: str) -> str:
     return f"usage: deepspeed launch/{job}.py CONFIG [section.key=value ...]\n"
 
@@ -65,8 +88,8 @@ def script(job: str) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(job), file=sys.stderr)
         sys.exit(0 if arguments else 2)
-    sys.exit(main([job, *arguments]))
+    run_and_leave([job, *arguments])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave()

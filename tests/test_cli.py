@@ -197,6 +197,25 @@ def test_precompute_fills_the_store_and_train_then_scores_nothing(tmp_path, tiny
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["reference"]["scored"] == 0
 
 
+@pytest.mark.parametrize(("outcome", "status"), [("return 0", 0), ("return 143", 143), ("raise ValueError", 1)])
+def test_a_ranks_exit_status_does_not_depend_on_how_the_interpreter_goes_down(outcome, status):
+    code = (
+        "import atexit, os, sys\n"
+        "from kto_dist import entry\n"
+        "class Bomb:\n"
+        "    def __del__(self, abort=os.abort): abort()\n"
+        "sys.kept = Bomb()\n"
+        "atexit.register(print, 'exit hooks ran')\n"
+        f"def main(arguments): {outcome}\n"
+        "entry.main = main\n"
+        "entry.run_and_leave()\n"
+    )
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == "exit hooks ran\n"
+    assert ("ValueError" in done.stderr) == (status == 1)
+
+
 def test_the_public_function_trains_in_the_callers_own_process(tmp_path, tiny_model, tiny_log):
     config = write_config(tmp_path, tiny_model, tiny_log)
     code = (
