@@ -183,7 +183,7 @@ class MicroBatch:
     target: Tensor
     # (N,) int64, the completion tokens, sequence after sequence
     lengths: Tensor
-    # (S,) int64, completion tokens of each sequence, sum N
+    # (S,) int64, completion tokens of each sequence, sum N; stays on the CPU, where the LM head's rows are cut by it
     position: Tensor
     # (S,) int64 into the list of pairs that was cut
     tokens: int
@@ -192,7 +192,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "gather", "target", "lengths", "position")
+            for name in ("input_ids", "position_ids", "gather", "target", "position")
         }
         mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
         return replace(self, attention_mask=mask, **moved)

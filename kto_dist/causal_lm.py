@@ -43,6 +43,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def pick_logits(setting: str, name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """None, the kernels' own choice, for `auto`. Raises `UserError` for a precision that the matmul cannot give."""
+    if name == "auto":
+        return None
+    if DTYPES[name] != dtype and not (device.type == "cuda" and name == "fp32"):
+        raise UserError(
+            f"{setting} ({name}) cannot be had from a {str(dtype).removeprefix('torch.')} model on {device.type}: its "
+            "matmul returns what it is given, and only CUDA can return fp32 from bf16; use auto"
+        )
+    return DTYPES[name]
+
+
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """`auto` is the variable-length kernel where there is one for this dtype, because packing then costs nothing."""
     if name != "auto":
@@ -149,6 +161,11 @@ class ScoringModel(nn.Module):
         self.lm = lm
         self.transform = logit_transform(lm.config)
         lm_head = lm.get_output_embeddings()
+        if hasattr(lm_head, "base_layer"):  # what peft puts in a layer's place
+            raise UserError(
+                f"{type(lm).__name__}'s LM head is adapted ({type(lm_head).__name__}): the fused head multiplies by "
+                "one weight and makes the gradient of all of it; leave lm_head out of the adapter's target_modules"
+            )
         if not isinstance(lm_head, nn.Linear):
             raise UserError(
                 f"{type(lm).__name__} has no linear LM head ({type(lm_head).__name__}): it cannot be trained here"
@@ -207,11 +224,19 @@ def score(forward: Forward, batch: MicroBatch, head: Head) -> Any:
     )
 
 
-def completion_logps(forward: Forward, batch: MicroBatch, transform: LogitTransform, budget: int) -> Tensor:
+def completion_logps(
+    forward: Forward,
+    batch: MicroBatch,
+    transform: LogitTransform,
+    budget: int | None,
+    logits_dtype: torch.dtype | None = None,
+) -> Tensor:
     """(S,) fp64: the log-prob of every completion of a micro-batch. `budget`: bytes of logits at a time."""
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logps = token_logps(hidden, weight, batch.target, bias=bias, transform=transform, budget=budget)
+        logps = token_logps(
+            hidden, weight, batch.target, bias=bias, transform=transform, budget=budget, logits_dtype=logits_dtype
+        )
         return sequence_logps(logps, batch.lengths)
 
     return score(forward, batch, head)

@@ -168,7 +168,12 @@ class TrainConfig(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16 keeps fp32 master weights; auto: bf16 where the device does it well"
     )
-    logits_mebibytes: Positive = Field(256, description="most memory that the LM head's logits take at a time")
+    logits_mebibytes: Positive | None = Field(
+        None, description="most memory that the LM head's logits take at a time; null: 512 on the CPU, 2048 on a GPU"
+    )
+    logits_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: fp32, but bf16 for a bf16 model on the CPU, whose matmul gives nothing else"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="row order and KL pairs are a function of it")
 
 

@@ -5,13 +5,11 @@ up over micro-batches and ranks; only `step_metrics` divides. A class without ro
 """
 
 import torch
+from kto_kernels import SATURATED_SLOPE
 from torch import Tensor
 
 QUANTITIES = ("rows", "weight", "loss", "reward", "logps", "ref_logps", "correct", "saturated", "tokens")
 CLASSES = ("undesirable", "desirable")
-
-# Below this slope of the sigmoid (its largest is 1/4) a row hardly moves the policy any more.
-SATURATED_SLOPE = 0.01
 
 
 def empty_sums(device: torch.device) -> Tensor:  # (2, Q) fp64

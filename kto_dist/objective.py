@@ -7,12 +7,12 @@ adds up over ranks and divides.
 from dataclasses import dataclass
 
 import torch
-from kto_kernels import LogitTransform, kto_loss
+from kto_kernels import LogitTransform, kto_head
 from torch import Tensor
 
 from kto_dist import metrics
 from kto_dist.batch import MicroBatch
-from kto_dist.causal_lm import Forward, completion_logps
+from kto_dist.causal_lm import Forward, completion_logps, score
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +23,10 @@ class Objective:
     # "kto" or "apo_zero_unpaired"
     beta: float
     transform: LogitTransform
-    budget: int
-    # bytes that the LM head's logits may take at a time
+    budget: int | None
+    # bytes that the LM head's logits may take at a time; None: by the device
+    logits_dtype: torch.dtype | None
+    # None: fp32 where the device's matmul gives it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,7 @@ def kl_sums(forward: Forward, batches: list[MicroBatch], ref_logps: Tensor, obje
     total = torch.zeros(2, dtype=torch.float64, device=ref_logps.device)
     for batch in batches:
         batch = batch.to(ref_logps.device)
-        logps = completion_logps(forward, batch, objective.transform, objective.budget)
+        logps = completion_logps(forward, batch, objective.transform, objective.budget, objective.logits_dtype)
         total[0] += (logps - ref_logps[batch.position]).sum()
         total[1] += logps.numel()
     return total
@@ -59,18 +61,38 @@ def loss_and_sums(
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor]:  # () sum of weighted losses, (2, Q) sums, (S,) log-ratios without gradient
     """One micro-batch's share of the step's loss: divide the sum over all of them by the rows of the step."""
-    logps = completion_logps(forward, batch, objective.transform, objective.budget)
     ref_logps, sign, weight = (getattr(labels, name)[batch.position] for name in ("ref_logps", "sign", "weight"))
-    losses = kto_loss(logps, ref_logps, sign, z0=z0, beta=objective.beta, loss=objective.loss)
+
+    def head(hidden: Tensor, lm_head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        result = kto_head(
+            hidden,
+            lm_head,
+            batch.target,
+            batch.lengths,
+            ref_logps=ref_logps,
+            sign=sign,
+            row_weight=weight,
+            z0=z0,
+            beta=objective.beta,
+            loss=objective.loss,
+            bias=bias,
+            transform=objective.transform,
+            budget=objective.budget,
+            logits_dtype=objective.logits_dtype,
+        )
+        # plain tensors: ZeRO-3 hooks into whatever a module returns
+        return result.loss, result.logps, result.losses
+
+    loss, logps, losses = score(forward, batch, head)
     anchor = z0 if objective.loss == "kto" else torch.zeros_like(z0)
     sums = metrics.row_sums(
-        losses=losses.detach(),
+        losses=losses,
         weight=weight,
-        logps=logps.detach(),
+        logps=logps,
         ref_logps=ref_logps,
         sign=sign,
         z0=anchor,
         beta=objective.beta,
-        tokens=batch.lengths,
+        tokens=batch.lengths.to(weight.device, non_blocking=True),
     )
-    return (weight * losses).sum(), sums, (logps - ref_logps).detach()
+    return loss, sums, logps - ref_logps

@@ -24,6 +24,7 @@ from kto_dist.causal_lm import (
     logit_transform,
     pick_attention,
     pick_dtype,
+    pick_logits,
     pick_packing,
 )
 from kto_dist.config import Config
@@ -119,9 +120,14 @@ def prepare(config: Config, console: Console) -> Prepared:
             loss=config.kto.loss,
             beta=config.kto.beta,
             transform=transform,
-            budget=config.train.logits_mebibytes * 2**20,
+            budget=bytes_of(config.train.logits_mebibytes),
+            logits_dtype=pick_logits("train.logits_dtype", config.train.logits_dtype, dtype, comm.device()),
         ),
     )
+
+
+def bytes_of(mebibytes: int | None) -> int | None:
+    return None if mebibytes is None else mebibytes * 2**20
 
 
 # Eq. 8 of arXiv 2402.01306: w_D n_D / (w_U n_U) should lie in this range.
@@ -219,7 +225,7 @@ def score_reference(prepared: Prepared, console: Console) -> Scores:
                         prompt_limit=prepared.cutting.prompt_limit,
                         tokens_per_batch=section.tokens_per_batch,
                         packed=packed,
-                        budget=config.train.logits_mebibytes * 2**20,
+                        budget=bytes_of(config.train.logits_mebibytes),
                         progress=progress,
                     )
                 )

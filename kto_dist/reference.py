@@ -78,7 +78,7 @@ def reference_logps(
     prompt_limit: int,
     tokens_per_batch: int,
     packed: bool,
-    budget: int,
+    budget: int | None,
     progress: Progress,
 ) -> tuple[RefLogps, Outcome]:
     """Collective. `engine` is called (on every rank) only when something is missing: see `lazily`."""

@@ -320,7 +320,7 @@ def _step(prepared: Prepared, scores: Scores, policy: Policy, step: int, *, chec
         policy.backward(loss / rows.size, last=number == len(batches) - 1)
         sums += batch_sums
         if check_start and ratios.numel():
-            worst = torch.maximum(worst, (ratios.abs() / batch.lengths.clamp(min=1).sqrt()).max())
+            worst = torch.maximum(worst, (ratios.abs() / batch.lengths.to(device).clamp(min=1).sqrt()).max())
     comm.sum_(sums)
     if check_start:
         _refuse_unless_reference(comm.gather(float(worst)), prepared, scores)

@@ -1,9 +1,15 @@
 """Fixtures that several files share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before the first import of triton: without a GPU its kernels run in Python, on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tiny import save_tiny, thumbs, write_jsonl
 
 torch.set_num_threads(1)

@@ -177,7 +177,9 @@ def through_the_trainer(models, examples, *, loss, packed, tokens, class_weights
     prepared = SimpleNamespace(
         config=build({"model": {"path": "-"}, "data": {"train": "-"}}),
         plan=plan,
-        objective=Objective(loss=loss, beta=beta, transform=policy.forward.transform, budget=BUDGET_OF_LOGITS),
+        objective=Objective(
+            loss=loss, beta=beta, transform=policy.forward.transform, budget=BUDGET_OF_LOGITS, logits_dtype=None
+        ),
         train=examples,
         cutting=Cutting(max_length=MAX_LENGTH, prompt_limit=PROMPT_LIMIT, budget=tokens, packed=packed),
         class_weights=class_weights,
@@ -252,13 +254,13 @@ def test_the_three_ops_in_a_row_are_the_definition_of_the_whole_head(loss):
     ref_logps = torch.tensor([-9.0, 0.0, -14.0], dtype=torch.float64)
     sign, row_weight = torch.tensor([1.0, -1.0, -1.0]), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     options = {"z0": torch.tensor(0.4), "beta": 0.2, "loss": loss}
-    total, logps = definition.kto_head(
+    wanted = definition.kto_head(
         hidden, weight, target, lengths, ref_logps=ref_logps, sign=sign, row_weight=row_weight, **options
     )
     found = sequence_logps(token_logps(hidden, weight, target, budget=1), lengths)
-    torch.testing.assert_close(found, logps, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, wanted.logps, rtol=1e-12, atol=1e-12)
     losses = kto_loss(found, ref_logps, sign, **options)
-    torch.testing.assert_close((row_weight * losses).sum(), total, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((row_weight * losses).sum(), wanted.loss, rtol=1e-12, atol=1e-12)
 
 
 # ---- TRL ----
@@ -316,7 +318,7 @@ def ours_on_trls_rows(policy, reference, rows, loss):
     )
     model = ScoringModel(copy.deepcopy(policy))
     other = ScoringModel(copy.deepcopy(reference))
-    objective = Objective(loss=loss, beta=0.3, transform=model.transform, budget=2**20)
+    objective = Objective(loss=loss, beta=0.3, transform=model.transform, budget=2**20, logits_dtype=None)
     own = np.arange(size)
 
     def batches(prompts, completions):

@@ -1,107 +1,195 @@
-"""LM head and log-softmax gather over chunks of rows, so that logits never exceed a fixed memory budget.
+"""The fused head: LM head, log-softmax gather and KTO loss, with gradients made on the way forward.
 
-In:  hidden states of the completion rows, the head's weight, the targets.
-Out: log pi(target | prefix) of each row, differentiable in hidden, weight and bias.
+In:  hidden states of the completion rows, the head's weight, the targets, and what is known of each sequence.
+Out: `HeadOutput`: the weighted loss, differentiable in hidden, weight and bias, and each sequence's log-prob.
 
-Backward makes each chunk's logits again: four N*H*V matmuls in all, one without gradients. The gradient of the
-weight is summed over chunks in fp32 whatever the weight's dtype, and leaves in one piece, so that tied embeddings and
-ZeRO see one dense gradient.
+Every token of a sequence shares one coefficient, the loss's slope at the sequence's log-prob, and z0 is known before.
+So a chunk's logits become their own gradient while they are at hand:
+
+1. logits = h W^T, for as many rows as the budget allows, cut between sequences where they fit   (matmul 1)
+2. one pass a row: log-softmax, gather, then G = softmax - onehot in the logits' place, unscaled
+3. dH = G W, unscaled                                                                            (matmul 2)
+4. the sequences of the chunk are complete, so their slopes c are known: dW += G^T (c h), in fp32 (matmul 3);
+   a sequence longer than a chunk sums its own unscaled dW first, which is scaled and added at its end
+5. backward only scales: dH by c and by the gradient that comes in, dW by the latter
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from kto_kernels.chunks import cut
+from kto_kernels.kto_loss import SATURATED_SLOPE, check_loss
+from kto_kernels.matmul import LogitBuffers, add_product, logits_of, pick_logits_dtype, rows_per_chunk, weighted_sum
+from kto_kernels.rows import pick_backend, row_pass
+from kto_kernels.sequences import Terms, sequence_pass
 from kto_kernels.transform import IDENTITY, LogitTransform
 
-DEFAULT_BUDGET = 256 * 2**20
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadOutput:
+    """What a batch of S sequences comes to. Only `loss` carries a gradient."""
+
+    loss: Tensor
+    # () fp64, sum over sequences of row weight times loss
+    logps: Tensor
+    # (S,) fp64, log-prob of each completion
+    losses: Tensor
+    # (S,) fp64, unweighted: 1 - v
+    entropy: Tensor | None
+    # (S,) fp64, sum over the completion's tokens of the entropy of their distribution, where asked for
+
+    @property
+    def count(self) -> int:
+        return self.losses.numel()
+
+    @property
+    def saturated(self) -> Tensor:  # (S,) bool
+        """Sequences whose sigmoid is so flat that they hardly move the policy any more."""
+        return self.losses * (1 - self.losses) < SATURATED_SLOPE
 
 
-def token_logps(
-    hidden: Tensor,  # (N, H) fp64, fp32 or bf16
+def kto_head(
+    hidden: Tensor,  # (N, H) fp64, fp32 or bf16, the rows of S sequences, one sequence after the other
     weight: Tensor,  # (V, H) same dtype
     target: Tensor,  # (N,) int64
+    lengths: Tensor,  # (S,) int64, rows of each sequence, sum N; 0 is allowed. On the CPU: the host cuts by it
     *,
+    ref_logps: Tensor,  # (S,) log-prob of each completion under the reference
+    sign: Tensor,  # (S,) +1 desirable, -1 undesirable
+    row_weight: Tensor,  # (S,) class weight times row weight
+    z0: Tensor,  # () the step's KL estimate, clamped at 0; no gradient flows into it
+    beta: float,
+    loss: str = "kto",
     bias: Tensor | None = None,  # (V,)
     transform: LogitTransform = IDENTITY,
-    budget: int = DEFAULT_BUDGET,  # bytes that one chunk's logits may take
-) -> Tensor:  # (N,) fp32 (fp64 for fp64 input), log pi(target | prefix)
-    """Same value as `kto_kernels.reference.token_logps`, in bounded memory; N = 0 gives an empty result.
+    entropy: bool = False,
+    budget: int | None = None,  # bytes that one chunk's logits and their gradient may take; None: by the device
+    logits_dtype: torch.dtype | None = None,  # None: fp32, but bf16 for bf16 on the CPU
+    backend: str = "auto",  # "torch" or "triton"; auto: triton on CUDA where it is installed
+) -> HeadOutput:
+    """Same value as `kto_kernels.reference.kto_head`; the loss is Eq. 7 and 8 of arXiv 2402.01306.
 
-    Logits are fp32, except for bf16 inputs on the CPU, whose matmul rounds them to bf16; the target's logit and the
-    log-sum-exp always come from the same logits.
+    Costs three N*H*V matmuls with gradients (two where hidden or weight is frozen), one without. Memory beyond inputs,
+    outputs and gradients: `budget`, and a (V, H) fp32 sum (two, when a sequence is longer than a chunk).
+
+    `lengths` on a GPU is read back, which waits for the device. From one id a row: `sequence_lengths`.
+    Raises `ValueError` for lengths that do not add up to N, another `loss`, or a `logits_dtype` or `backend` that
+    cannot be had. A second backward through the same result raises `RuntimeError`: gradients are scaled in place.
     """
-    return _TokenLogps.apply(hidden, weight, bias, target, transform, _rows_per_chunk(hidden, weight, budget))
+    check_loss(loss)
+    sizes = lengths.tolist()
+    if sum(sizes) != len(hidden) or len(target) != len(hidden):
+        raise ValueError(
+            f"lengths sum to {sum(sizes)} and there are {len(target)} targets, but hidden has {len(hidden)} rows: give "
+            "the completion rows of every sequence, one sequence after the other"
+        )
+    logits_dtype = pick_logits_dtype(logits_dtype, hidden)
+    rows = rows_per_chunk(hidden, weight, logits_dtype, budget)
+    backend = pick_backend(backend, hidden.device)
+    anchor = z0 if loss == "kto" else torch.zeros_like(z0)
+    terms = Terms(ref_logps=ref_logps, sign=sign, row_weight=row_weight, z0=anchor, beta=beta)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    value, logps, losses, entropies = _Head.apply(
+        hidden, weight, bias, target, sizes, terms, transform, rows, logits_dtype, backend, entropy, differentiable
+    )
+    return HeadOutput(loss=value, logps=logps, losses=losses, entropy=entropies if entropy else None)
 
 
-def _rows_per_chunk(hidden: Tensor, weight: Tensor, budget: int) -> int:
-    bytes_per_logit = max(hidden.element_size(), 4)
-    return max(1, budget // (weight.shape[0] * bytes_per_logit))
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    if hidden.dtype == torch.bfloat16 and hidden.is_cuda:
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    else:
-        logits = torch.mm(hidden, weight.T)
-        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    if bias is not None:
-        logits.add_(bias)
-    return transform(logits)
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """total + left @ right; in `dtype` where nothing is added any more, else in fp32 (fp64 for fp64)."""
-    if left.dtype == torch.bfloat16 and left.is_cuda:
-        product = torch.mm(left, right, out_dtype=torch.float32)
-    else:
-        product = torch.mm(left, right)
-    if total is not None:
-        return total.add_(product)
-    return product.to(dtype or torch.promote_types(product.dtype, torch.float32))
-
-
-class _TokenLogps(torch.autograd.Function):
+class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, transform, rows):
-        normaliser = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
-        logps = torch.empty_like(normaliser)
-        for start in range(0, hidden.shape[0], rows):
-            chunk = slice(start, start + rows)
-            logits = _logits(hidden[chunk], weight, bias, transform)
-            normaliser[chunk] = logits.logsumexp(-1)
-            logps[chunk] = logits.gather(-1, target[chunk, None])[:, 0] - normaliser[chunk]
-            del logits  # before the next chunk's are made, or two chunks are alive at once
-        ctx.save_for_backward(hidden, weight, bias, target, normaliser)
-        ctx.transform, ctx.rows = transform, rows
-        return logps
-
-    @staticmethod
-    def backward(ctx, grad_logps):
-        hidden, weight, bias, target, normaliser = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    def forward(
+        ctx, hidden, weight, bias, target, sizes, terms, transform, rows, logits_dtype, backend, entropy, differentiable
+    ):
+        wants_hidden, wants_weight, wants_bias = (differentiable and wants for wants in ctx.needs_input_grad[:3])
+        chunks = list(cut(sizes, rows))
+        largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+        buffers = LogitBuffers(hidden, weight, largest, logits_dtype, with_gradient=differentiable)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        token_logps = hidden.new_empty(len(hidden), dtype=wide)
+        entropies = torch.empty_like(token_logps) if entropy else None
+        slope = torch.empty_like(token_logps)  # of each row: its sequence's
+        sequences = terms.prepare(sizes, hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = None
-        grad_bias = torch.zeros_like(bias, dtype=normaliser.dtype) if wants_bias else None
-        for start in range(0, hidden.shape[0], ctx.rows):
-            chunk = slice(start, start + ctx.rows)
-            logits = _logits(hidden[chunk], weight, bias, ctx.transform)
-            # The derivative of a softcap needs the logits; else they become their own gradient, in place.
-            grad = logits.clone() if ctx.transform.softcap is not None else logits
-            # d logp / d logits = onehot(target) - softmax, times the gradient that comes in
-            scale = grad_logps[chunk, None]
-            grad.sub_(normaliser[chunk, None]).exp_().mul_(-scale).scatter_add_(1, target[chunk, None], scale)
-            grad = ctx.transform.derivative_(grad, logits)
-            del logits
-            if wants_bias:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            if wants_hidden:
-                torch.mm(grad, weight, out=grad_hidden[chunk])
-            if wants_weight:
-                one_chunk = ctx.rows >= hidden.shape[0]
-                grad_weight = _add_product(grad_weight, grad.T, hidden[chunk], weight.dtype if one_chunk else None)
-            del grad
-        if wants_weight:
-            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        grad_weight: Tensor | None = None  # finished sequences, scaled
+        own_weight: Tensor | None = None  # of a sequence longer than a chunk, unscaled so far
+        grad_bias = hidden.new_zeros(len(weight), dtype=wide) if wants_bias else None
+        own_bias = torch.zeros_like(grad_bias) if wants_bias else None
+        for chunk in chunks:
+            span = slice(chunk.start, chunk.stop)
+            if chunk.start < chunk.stop:
+                logits, gradient = buffers.take(chunk.stop - chunk.start)
+                logits_of(hidden[span], weight, logits)
+                found = row_pass(
+                    logits,
+                    target[span],
+                    bias=bias,
+                    transform=transform,
+                    gradient=gradient if differentiable else None,
+                    entropy=entropy,
+                    backend=backend,
+                )
+                token_logps[span] = found.logps
+                if entropy:
+                    entropies[span] = found.entropy
+                if wants_hidden:
+                    torch.mm(gradient, weight, out=grad_hidden[span])
+            if chunk.complete:
+                sequence_pass(sequences, chunk.first, chunk.last, token_logps, slope, backend)
+            if chunk.start == chunk.stop:
+                continue
+            if chunk.piece:
+                if wants_weight:
+                    own_weight = add_product(own_weight, gradient.T, hidden[span])
+                if wants_bias:
+                    own_bias += gradient.sum(0, dtype=wide)
+                if chunk.complete:
+                    own_slope = slope[chunk.stop - 1]
+                    if wants_weight:
+                        if grad_weight is None:
+                            grad_weight = own_weight.mul_(own_slope)
+                        else:
+                            grad_weight = grad_weight.to(wide).addcmul_(own_weight, own_slope)
+                        own_weight = None
+                    if wants_bias:
+                        grad_bias.addcmul_(own_bias, own_slope)
+                        own_bias.zero_()
+            else:
+                if wants_weight:
+                    scaled = (hidden[span] * slope[span, None]).to(hidden.dtype)
+                    grad_weight = add_product(grad_weight, gradient.T, scaled)
+                if wants_bias:
+                    grad_bias += weighted_sum(gradient, slope[span])
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=wide)
+        ctx.save_for_backward(slope if wants_hidden else None)
+        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        entropies = sequences.sums(entropies) if entropy else None
+        outputs = (sequences.logps, sequences.losses) + ((entropies,) if entropy else ())
+        ctx.mark_non_differentiable(*outputs)
+        return sequences.weighted_loss(), sequences.logps, sequences.losses, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("kto_head's gradients are scaled in place, once: call it again instead of retain_graph")
+        (slope,) = ctx.saved_tensors
+        (grad_hidden, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
+        if grad_hidden is not None:
+            grad_hidden.mul_((slope * grad_loss.to(slope.dtype))[:, None])
+        grad_weight, grad_bias = (
+            None if grad is None else _scaled(grad, grad_loss, dtype)
+            for grad, dtype in zip((grad_weight, grad_bias), ctx.dtypes[1:], strict=True)
+        )
+        return grad_hidden, grad_weight, grad_bias, *[None] * 9
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    factor = factor.to(grad.dtype)
+    return (
+        grad.mul_(factor) if grad.dtype == dtype else torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    )

@@ -7,6 +7,7 @@ in fp32, or in fp64 where the inputs are fp64. No chunking: the whole (N, V) is 
 import torch
 from torch import Tensor
 
+from kto_kernels.head import HeadOutput
 from kto_kernels.kto_loss import kto_loss, sequence_logps
 from kto_kernels.transform import IDENTITY, LogitTransform
 
@@ -19,11 +20,14 @@ def token_logps(
     bias: Tensor | None = None,  # (V,)
     transform: LogitTransform = IDENTITY,
 ) -> Tensor:  # (N,) fp32 or fp64, log pi(target | prefix)
+    logits = _logits(hidden, weight, bias, transform)
+    return logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:  # (N, V)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    return transform(logits).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    return transform(logits if bias is None else logits + bias.to(dtype))
 
 
 def kto_head(
@@ -40,7 +44,13 @@ def kto_head(
     loss: str = "kto",
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
-) -> tuple[Tensor, Tensor]:  # () fp64 sum of weighted losses, (S,) fp64 log-probs
+    entropy: bool = False,
+) -> HeadOutput:
     logps = sequence_logps(token_logps(hidden, weight, target, bias=bias, transform=transform), lengths)
     losses = kto_loss(logps, ref_logps, sign, z0=z0, beta=beta, loss=loss)
-    return (row_weight * losses).sum(), logps
+    entropies = None
+    if entropy:
+        logps_of_all = _logits(hidden, weight, bias, transform).log_softmax(-1)
+        entropies = sequence_logps(-(logps_of_all.exp() * logps_of_all).sum(-1), lengths).detach()
+    loss_sum = (row_weight * losses).sum()
+    return HeadOutput(loss=loss_sum, logps=logps.detach(), losses=losses.detach(), entropy=entropies)

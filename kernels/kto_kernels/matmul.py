@@ -1,0 +1,83 @@
+"""The three matrix products of an LM head, each the vendor's, with the precision that its result needs.
+
+n rows, H hidden size, V vocabulary size. `torch.mm` of bf16 matrices rounds its result to bf16; on CUDA it can be
+asked for fp32, which costs nothing but the bytes that are written.
+"""
+
+import torch
+from torch import Tensor
+
+DEFAULT_BUDGET = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
+
+
+def pick_logits_dtype(asked: torch.dtype | None, hidden: Tensor) -> torch.dtype:
+    """None: fp32 (fp64 for fp64), but bf16 for bf16 on the CPU, whose product of bf16 matrices is bf16.
+
+    Raises `ValueError` for a precision that the matmul cannot give.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    possible = (wide, hidden.dtype) if hidden.is_cuda else (hidden.dtype,)
+    if asked is None:
+        return possible[0]
+    if asked not in possible:
+        raise ValueError(
+            f"logits_dtype ({asked}) must be {' or '.join(str(dtype) for dtype in dict.fromkeys(possible))} for "
+            f"{hidden.dtype} hidden states on {hidden.device.type}: leave it out, or pass wider tensors"
+        )
+    return asked
+
+
+def rows_per_chunk(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype, budget: int | None) -> int:
+    """Rows whose logits, and their gradient where that has memory of its own, fit into `budget` bytes; at least 1."""
+    if budget is None:
+        budget = DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cuda"])
+    bytes_per_logit = logits_dtype.itemsize
+    if logits_dtype != hidden.dtype:
+        bytes_per_logit += hidden.element_size()
+    return max(1, budget // (weight.shape[0] * bytes_per_logit))
+
+
+def logits_of(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:  # (n, H), (V, H), (n, V) -> out
+    if out.dtype == hidden.dtype:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+
+
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:  # (V, H) + (V, n) @ (n, H)
+    """The sum over chunks, in fp32 at least, changed in place; `total` None is 0.
+
+    On the CPU a first product of bf16 matrices, which comes rounded, stays bf16 until something is added to it.
+    """
+    wide = torch.promote_types(left.dtype, torch.float32)
+    if left.dtype == wide:
+        return torch.mm(left, right) if total is None else total.addmm_(left, right)
+    if left.is_cuda:
+        if total is None:
+            return torch.mm(left, right, out_dtype=wide)
+        return torch.addmm(total, left, right, out_dtype=wide, out=total)
+    product = torch.mm(left, right)
+    return product if total is None else total.to(wide).add_(product)
+
+
+def weighted_sum(rows: Tensor, scale: Tensor) -> Tensor:  # (n, V), (n,) fp32 or fp64 -> (V,) like scale
+    """scale @ rows, what a bias's gradient takes; narrow rows are widened a few at a time."""
+    if rows.dtype == scale.dtype:
+        return scale @ rows
+    total = scale.new_zeros(rows.shape[1])
+    for start in range(0, len(rows), 64):
+        total += scale[start : start + 64] @ rows[start : start + 64].to(scale.dtype)
+    return total
+
+
+class LogitBuffers:
+    """One chunk's logits and their gradient, used by every chunk in turn."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: int, dtype: torch.dtype, *, with_gradient: bool):
+        self._logits = hidden.new_empty(rows, weight.shape[0], dtype=dtype)
+        # the gradient takes the logits' place where the next matmul can read it there
+        apart = with_gradient and dtype != hidden.dtype
+        self._gradient = torch.empty_like(self._logits, dtype=hidden.dtype) if apart else self._logits
+
+    def take(self, rows: int) -> tuple[Tensor, Tensor]:
+        """(rows, V) each; what they hold is overwritten."""
+        return self._logits[:rows], self._gradient[:rows]

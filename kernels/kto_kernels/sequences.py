@@ -1,0 +1,97 @@
+"""From the log-probs of tokens to each sequence's loss and slope, as soon as a chunk has completed the sequence.
+
+Two implementations of one contract: a few torch operations, and a Triton kernel that takes one launch a chunk.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kto_kernels.kto_loss import kto_loss, kto_slope, sequence_logps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What is known of S sequences before the forward."""
+
+    ref_logps: Tensor
+    # (S,)
+    sign: Tensor
+    # (S,) +1 or -1
+    row_weight: Tensor
+    # (S,)
+    z0: Tensor
+    # () 0 for losses without it
+    beta: float
+
+    def prepare(self, sizes: Sequence[int], device: torch.device) -> "Sequences":
+        def wide(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, torch.float64, non_blocking=True)
+
+        starts = torch.zeros(len(sizes) + 1, dtype=torch.int64)
+        torch.cumsum(torch.tensor(sizes, dtype=torch.int64), 0, out=starts[1:])
+        return Sequences(
+            terms=Terms(
+                ref_logps=wide(self.ref_logps),
+                sign=wide(self.sign),
+                row_weight=wide(self.row_weight),
+                z0=wide(self.z0),
+                beta=self.beta,
+            ),
+            sizes=sizes,
+            starts=starts,
+            starts_there=starts.to(device, non_blocking=True),
+            logps=torch.zeros(len(sizes), dtype=torch.float64, device=device),
+            losses=torch.zeros(len(sizes), dtype=torch.float64, device=device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """The same, and what has been found out so far; everything fp64 and on the hidden states' device."""
+
+    terms: Terms
+    sizes: Sequence[int]
+    starts: Tensor
+    # (S + 1,) int64 on the CPU, the row where each sequence begins
+    starts_there: Tensor
+    # the same on the device
+    logps: Tensor
+    # (S,) filled in as sequences are completed
+    losses: Tensor
+    # (S,) likewise, unweighted
+
+    def weighted_loss(self) -> Tensor:  # ()
+        return (self.terms.row_weight * self.losses).sum()
+
+    def sums(self, tokens: Tensor) -> Tensor:  # (N,) -> (S,) fp64
+        return sequence_logps(tokens, self.starts.diff())
+
+
+def sequence_pass(
+    sequences: Sequences,
+    first: int,
+    last: int,
+    token_logps: Tensor,  # (N,)
+    slope: Tensor,  # (N,) of token_logps's dtype
+    backend: str,
+) -> None:
+    """Fills `logps` and `losses` of sequences first..last-1, whose rows are all known, and `slope` of those rows:
+    row weight times minus dloss/dlogp, the factor of d(-logp)."""
+    if backend == "triton":
+        from kto_kernels.triton_sequences import sequence_pass as triton_sequence_pass
+
+        triton_sequence_pass(sequences, first, last, token_logps, slope)
+        return
+    terms, own = sequences.terms, slice(first, last)
+    lengths = sequences.starts[first : last + 1].diff()
+    rows = slice(int(sequences.starts[first]), int(sequences.starts[last]))
+    logps = sequence_logps(token_logps[rows], lengths)
+    losses = kto_loss(logps, terms.ref_logps[own], terms.sign[own], z0=terms.z0, beta=terms.beta)
+    slopes = terms.row_weight[own] * kto_slope(losses, terms.sign[own], beta=terms.beta)
+    sequences.logps[own], sequences.losses[own] = logps, losses
+    slope[rows] = torch.repeat_interleave(slopes, lengths.to(slopes.device), output_size=rows.stop - rows.start).to(
+        slope.dtype
+    )

@@ -1,0 +1,61 @@
+"""Segment sum, KTO value and slope as one Triton kernel: a program a sequence, sums in row order, so they repeat."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kto_kernels.sequences import Sequences
+
+
+@triton.jit(do_not_specialize=["first"])
+def _sequence_kernel(
+    token_logps,  # (N,)
+    starts,  # (S + 1,) int64
+    ref_logps,  # (S,) fp64, and so are those below
+    sign,
+    row_weight,
+    z0,  # ()
+    logps,
+    losses,
+    slope,  # (N,)
+    first,
+    BETA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sequence = first + tl.program_id(0)
+    begin = tl.load(starts + sequence)
+    end = tl.load(starts + sequence + 1)
+    rows = tl.arange(0, BLOCK)
+    logp = tl.full((), 0.0, tl.float64)
+    for start in range(begin, end, BLOCK):
+        logp += tl.sum(tl.load(token_logps + start + rows, mask=start + rows < end, other=0.0).to(tl.float64), axis=0)
+    d = tl.load(sign + sequence)
+    margin = d * (logp - tl.load(ref_logps + sequence) - tl.load(z0))
+    # 1 - sigmoid(beta * margin), which keeps its digits where the sigmoid is near 1
+    loss = 1.0 / (1.0 + tl.exp(margin * BETA))
+    tl.store(logps + sequence, logp)
+    tl.store(losses + sequence, loss)
+    weighted = tl.load(row_weight + sequence) * d * loss * (1.0 - loss) * BETA
+    for start in range(begin, end, BLOCK):
+        tl.store(slope + start + rows, weighted.to(slope.dtype.element_ty), mask=start + rows < end)
+
+
+def sequence_pass(sequences: Sequences, first: int, last: int, token_logps: Tensor, slope: Tensor) -> None:
+    """The contract of `sequences.sequence_pass`."""
+    terms = sequences.terms
+    if last > first:
+        _sequence_kernel[(last - first,)](
+            token_logps,
+            sequences.starts_there,
+            terms.ref_logps,
+            terms.sign,
+            terms.row_weight,
+            terms.z0,
+            sequences.logps,
+            sequences.losses,
+            slope,
+            first,
+            BETA=terms.beta,
+            BLOCK=1024,
+            num_warps=4,
+        )
