@@ -19,6 +19,7 @@ soak: setup
 	$(BIN)/python -m pytest -m soak
 
 bench: setup
+	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/throughput.py
 
 lint: setup

@@ -32,7 +32,14 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf>=0.17"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", 'trl==1.16.0; python_version >= "3.11"', "gguf>=0.17"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.14",
+            'trl==1.16.0; python_version >= "3.11"',
+            "gguf>=0.17",
+            "peft>=0.17",
+        ],
     },
     entry_points={"console_scripts": ["kto-dist=kto_dist.cli:main"]},
 )

@@ -245,6 +245,26 @@ def test_a_model_without_a_linear_head_is_refused():
         ScoringModel(lm)
 
 
+def adapted(*targets):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(tiny(FAMILIES["llama"]), LoraConfig(r=2, target_modules=list(targets))).base_model.model
+
+
+def test_an_adapter_on_the_head_is_refused_with_the_reason():
+    with pytest.raises(UserError, match=r"LM head is adapted.*one weight.*leave lm_head out of.*target_modules"):
+        ScoringModel(adapted("q_proj", "lm_head"))
+
+
+def test_an_adapter_below_a_frozen_head_gets_its_gradient():
+    lm = adapted("q_proj")
+    model = ScoringModel(lm)
+    batch = collate([(np.arange(3, 9), np.arange(2, 7))], np.zeros(1), packed=False)
+    completion_logps(model, batch, model.transform, 1000).sum().backward()
+    assert lm.lm_head.weight.grad is None
+    assert all(p.grad is not None for name, p in lm.named_parameters() if "lora_B" in name)
+
+
 # Each family's sources of randomness in training mode.
 NOISY = {
     "gpt2": ("gpt2", {**GPT, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),

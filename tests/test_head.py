@@ -271,6 +271,17 @@ def test_a_second_backward_is_refused_since_gradients_are_scaled_in_place():
         loss.backward()
 
 
+def test_under_autocast_it_is_the_head_of_the_cast_tensors():
+    leaves, others = case([4, 3], bias=False, dtype=torch.float32)
+    narrow = {name: None if t is None else t.detach().bfloat16().requires_grad_() for name, t in leaves.items()}
+    wanted = run(kto_head, narrow, others)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(kto_head, leaves, others)
+    assert found["logps"].equal(wanted["logps"])
+    assert found["weight.grad"].dtype == torch.float32
+    torch.testing.assert_close(found["weight.grad"], wanted["weight.grad"].float())
+
+
 def test_only_the_loss_carries_a_gradient():
     leaves, others = case([2, 3])
     arguments = {**leaves, **others}
@@ -298,6 +309,7 @@ def test_a_sequence_is_saturated_where_its_sigmoid_is_flat():
         ({"target": torch.zeros(4, dtype=torch.int64)}, "4 targets.*5 rows"),
         ({"loss": "dpo"}, "'dpo'.*kto, apo_zero_unpaired"),
         ({"backend": "cuda"}, "'cuda'.*auto, torch, triton"),
+        ({"weight": torch.zeros(53, 6)}, "float64.*float32.*one dtype"),
         ({"logits_dtype": torch.float16}, "float16.*float64"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -251,3 +251,12 @@ def test_no_gradient_flows_into_z0():
 def test_an_unknown_loss_raises_with_the_known_ones():
     with pytest.raises(ValueError, match="'dpo'.*kto, apo_zero_unpaired"):
         _loss([0.0], [1.0], loss="dpo")
+
+
+def test_under_autocast_log_probs_are_those_of_the_cast_tensors():
+    (hidden, weight, _), target, grad = case(9, 5, 21, bias=False, dtype=torch.float32)
+    narrow = value_and_gradients(token_logps, [hidden.bfloat16(), weight.bfloat16(), None], target, grad, budget=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradients(token_logps, [hidden, weight, None], target, grad, budget=1)
+    assert found["logps"].equal(narrow["logps"])
+    torch.testing.assert_close(found["weight"], narrow["weight"].float())

@@ -50,3 +50,32 @@ def test_every_dependency_of_setup_py_is_pinned():
     wanted = re.findall(r'^\s+"([A-Za-z0-9_-]+)[<>=]', (ROOT / "setup.py").read_text(), flags=re.MULTILINE)
     assert len(wanted) > 10
     assert {name.lower() for name in wanted} <= pins
+
+
+@pytest.fixture(scope="module")
+def kernels_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but kto_kernels, as pip installs it from `kernels/`."""
+    folder = tmp_path_factory.mktemp("kernels")
+    shutil.copytree(ROOT / "kernels", folder / "source", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"]
+    done = subprocess.run([*command, folder / "site", folder / "source"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+@pytest.mark.parametrize("without", ("kto_dist", "triton"))
+def test_the_kernels_install_and_work_alone_with_and_without_triton(kernels_alone, without):
+    code = (
+        f"import sys; sys.path.insert(0, {str(kernels_alone)!r}); sys.modules[{without!r}] = None\n"
+        "import torch, kto_kernels\n"
+        "hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)\n"
+        "given = dict(ref_logps=torch.zeros(2), sign=torch.tensor([1., -1.]), row_weight=torch.ones(2))\n"
+        "head = kto_kernels.kto_head(hidden, weight, torch.tensor([1, 2, 3]), torch.tensor([2, 1]), **given,\n"
+        "                            z0=torch.tensor(0.), beta=0.1)\n"
+        "head.loss.backward()\n"
+        "print(kto_kernels.__file__, weight.grad.shape, sorted(m for m in sys.modules if m.startswith('kto_dist')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=kernels_alone)
+    assert done.returncode == 0, done.stderr
+    loaded = " ['kto_dist']" if without == "kto_dist" else " []"
+    assert done.stdout.strip() == f"{kernels_alone / 'kto_kernels' / '__init__.py'} torch.Size([9, 4]){loaded}"

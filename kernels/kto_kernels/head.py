@@ -22,7 +22,15 @@ from torch.autograd.function import once_differentiable
 
 from kto_kernels.chunks import cut
 from kto_kernels.kto_loss import SATURATED_SLOPE, check_loss
-from kto_kernels.matmul import LogitBuffers, add_product, logits_of, pick_logits_dtype, rows_per_chunk, weighted_sum
+from kto_kernels.matmul import (
+    LogitBuffers,
+    add_product,
+    logits_of,
+    one_dtype,
+    pick_logits_dtype,
+    rows_per_chunk,
+    weighted_sum,
+)
 from kto_kernels.rows import pick_backend, row_pass
 from kto_kernels.sequences import Terms, sequence_pass
 from kto_kernels.transform import IDENTITY, LogitTransform
@@ -76,8 +84,10 @@ def kto_head(
     outputs and gradients: `budget`, and a (V, H) fp32 sum (two, when a sequence is longer than a chunk).
 
     `lengths` on a GPU is read back, which waits for the device. From one id a row: `sequence_lengths`.
-    Raises `ValueError` for lengths that do not add up to N, another `loss`, or a `logits_dtype` or `backend` that
-    cannot be had. A second backward through the same result raises `RuntimeError`: gradients are scaled in place.
+    Under autocast hidden and weight are cast as a matmul would. Targets must lie in 0..V-1: a GPU does not check.
+    Raises `ValueError` for lengths that do not add up to N, two dtypes, another `loss`, or a `logits_dtype` or
+    `backend` that cannot be had. A second backward through the same result raises `RuntimeError`: gradients are
+    scaled in place.
     """
     check_loss(loss)
     sizes = lengths.tolist()
@@ -86,15 +96,17 @@ def kto_head(
             f"lengths sum to {sum(sizes)} and there are {len(target)} targets, but hidden has {len(hidden)} rows: give "
             "the completion rows of every sequence, one sequence after the other"
         )
+    hidden, weight = one_dtype(hidden, weight)
     logits_dtype = pick_logits_dtype(logits_dtype, hidden)
     rows = rows_per_chunk(hidden, weight, logits_dtype, budget)
     backend = pick_backend(backend, hidden.device)
     anchor = z0 if loss == "kto" else torch.zeros_like(z0)
     terms = Terms(ref_logps=ref_logps, sign=sign, row_weight=row_weight, z0=anchor, beta=beta)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    value, logps, losses, entropies = _Head.apply(
-        hidden, weight, bias, target, sizes, terms, transform, rows, logits_dtype, backend, entropy, differentiable
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        value, logps, losses, entropies = _Head.apply(
+            hidden, weight, bias, target, sizes, terms, transform, rows, logits_dtype, backend, entropy, differentiable
+        )
     return HeadOutput(loss=value, logps=logps, losses=losses, entropy=entropies if entropy else None)
 
 

@@ -10,6 +10,23 @@ from torch import Tensor
 DEFAULT_BUDGET = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 
 
+def one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype where it is on, as a plain matmul would take them; else as they are.
+
+    Raises `ValueError` where they differ.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden states ({hidden.dtype}) and weight ({weight.dtype}) must have one dtype: convert one, or use "
+            "torch.autocast"
+        )
+    return hidden, weight
+
+
 def pick_logits_dtype(asked: torch.dtype | None, hidden: Tensor) -> torch.dtype:
     """None: fp32 (fp64 for fp64), but bf16 for bf16 on the CPU, whose product of bf16 matrices is bf16.
 

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kto_kernels.matmul import LogitBuffers, add_product, logits_of, pick_logits_dtype, rows_per_chunk, weighted_sum
+from kto_kernels.matmul import (
+    LogitBuffers,
+    add_product,
+    logits_of,
+    one_dtype,
+    pick_logits_dtype,
+    rows_per_chunk,
+    weighted_sum,
+)
 from kto_kernels.rows import pick_backend, row_pass
 from kto_kernels.transform import IDENTITY, LogitTransform
 
@@ -30,14 +38,17 @@ def token_logps(
 ) -> Tensor:  # (N,) fp32 (fp64 for fp64 input), log pi(target | prefix)
     """Same value as `kto_kernels.reference.token_logps`, in bounded memory; N = 0 gives an empty result.
 
-    The target's logit and the log-sum-exp always come from the same logits. Raises `ValueError` for a `logits_dtype`
-    or a `backend` that cannot be had.
+    The target's logit and the log-sum-exp always come from the same logits. Under autocast hidden and weight are cast
+    as a matmul would. Targets must lie in 0..V-1: a GPU does not check. Raises `ValueError` for two dtypes, and for a
+    `logits_dtype` or a `backend` that cannot be had.
     """
+    hidden, weight = one_dtype(hidden, weight)
     logits_dtype = pick_logits_dtype(logits_dtype, hidden)
     backend = pick_backend(backend, hidden.device)
     rows = rows_per_chunk(hidden, weight, logits_dtype, budget)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    return _TokenLogps.apply(hidden, weight, bias, target, transform, rows, logits_dtype, backend, any(wanted))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLogps.apply(hidden, weight, bias, target, transform, rows, logits_dtype, backend, any(wanted))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -74,6 +85,11 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps):
+        with torch.autocast(grad_logps.device.type, enabled=False):
+            return _TokenLogps._gradients(ctx, grad_logps)
+
+    @staticmethod
+    def _gradients(ctx, grad_logps):
         hidden, weight, bias, target, unscaled, kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         transform, logits_dtype, backend = ctx.settings
