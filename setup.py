@@ -20,6 +20,7 @@ setup(
         "transformers>=5.20,<6",
         "datasets>=5,<6",
         "pyarrow>=20",
+        "fsspec>=2025.3",
         "mlflow>=3.10,<4",
         "pydantic>=2.10,<3",
         "PyYAML>=6",

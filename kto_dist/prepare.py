@@ -31,10 +31,11 @@ from kto_dist.console import Console
 from kto_dist.errors import UserError
 from kto_dist.evaluate import Cutting, heldout_pairs
 from kto_dist.examples import Examples, check, load
+from kto_dist.fingerprint import Fingerprint, fingerprint
 from kto_dist.models import Reference
 from kto_dist.objective import Objective
 from kto_dist.reference import Outcome, RefLogps, lazily, reference_logps, wanted_pairs
-from kto_dist.store import Fingerprint, Store, fingerprint
+from kto_dist.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from kto_dist.batch import Plan, microbatches, pair_lengths, pair_tokens, step_k
 from kto_dist.causal_lm import completion_logps
 from kto_dist.examples import Examples
 from kto_dist.models import Reference
-from kto_dist.store import Store, keys_array, pair_key
+from kto_dist.shards import keys_array, pair_key
+from kto_dist.store import Store
 
 # Pairs a rank that are cut into micro-batches at a time: enough to balance, few enough that a shard is soon written.
 WINDOW = 2048

@@ -36,7 +36,7 @@ from kto_dist.health import Monitor
 from kto_dist.models import Policy, zero_stage
 from kto_dist.objective import kl_sums, loss_and_sums
 from kto_dist.prepare import Prepared, Scores, counts, prepare, score_reference
-from kto_dist.store import write_whole
+from kto_dist.storage import write_whole
 
 
 class Stopped(RuntimeError):

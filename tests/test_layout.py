@@ -18,7 +18,7 @@ LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
 LAYERS = (
     {"errors", "config"},
     {"comm", "sources", "formats", "examples", "data", "batch", "feedback", "console"},
-    {"environment", "tracking_uri", "mlmodel", "plots"},
+    {"environment", "tracking_uri", "mlmodel", "plots", "storage", "hashes", "shards", "fingerprint"},
     {"causal_lm", "metrics", "objective", "models", "store", "reference", "checkpoint", "tracking", "health", "report"},
     {"evaluate", "compare", "plan", "prepare", "precompute", "train"},
     {"launcher", "entry", "cli"},

@@ -1,14 +1,12 @@
 """The reference pass and its store: right values, computed once, whole shards, memory given back."""
 
 import importlib
-import json
 import os
 import signal
 from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_ranks
@@ -18,12 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from kto_dist.config import Config
 from kto_dist.console import Console
-from kto_dist.errors import UserError
 from kto_dist.prepare import prepare, score_reference
 from kto_dist.reference import wanted_pairs
-from kto_dist.store import Fingerprint, Store, keys_array, pair_key
-
-IDENTITY = Fingerprint(weights="w", config="c", dtype="float32", logits="float32", attention="sdpa")
 
 
 def scored_and_found(config: Config) -> tuple[int, int]:
@@ -199,51 +193,3 @@ def _memory_of_second_pass(warm_up: Config, config: Config) -> dict[str, int]:
     """The first pass of a process leaves behind what libraries load on first use; the second shows the model alone."""
     scored_and_found(warm_up)
     return _memory(config)
-
-
-def test_a_store_that_cannot_be_written_is_refused_with_its_path(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"reference.store \(.*file/store\) cannot be written.*give a folder"):
-        Store(tmp_path / "file" / "store", IDENTITY)
-
-
-def test_a_manifest_of_another_reference_is_refused(tmp_path):
-    store = Store(tmp_path, IDENTITY)
-    manifest = store.folder / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "weights": "other"}))
-    with pytest.raises(UserError, match="belongs to another reference .they differ in weights"):
-        Store(tmp_path, IDENTITY)
-
-
-def test_what_was_added_is_found_and_nothing_else(tmp_path):
-    rng = np.random.default_rng(0)
-    keys = keys_array([pair_key(rng.integers(0, 9, 3), rng.integers(0, 9, 4)) for _ in range(1000)])
-    values = rng.normal(size=1000)
-    store = Store(tmp_path, IDENTITY)
-    store.add(keys[:300], values[:300], np.full(300, 4))
-    store.add(keys[300:500], values[300:500], np.full(200, 4))
-    logps, found = Store(tmp_path, IDENTITY).lookup(keys)
-    assert found.tolist() == [True] * 500 + [False] * 500
-    assert (logps[:500] == values[:500]).all() and not logps[500:].any()
-
-
-def test_keys_that_agree_in_their_first_half_are_told_apart(tmp_path):
-    keys = np.zeros(3, dtype=keys_array([b"\0" * 16]).dtype)
-    keys["high"], keys["low"] = 7, [5, 3, 9]
-    store = Store(tmp_path, IDENTITY)
-    store.add(keys[:2], np.array([0.5, 0.25]), np.array([1, 1]))
-    logps, found = Store(tmp_path, IDENTITY).lookup(keys)
-    assert logps.tolist() == [0.5, 0.25, 0.0] and found.tolist() == [True, True, False]
-
-
-def test_the_boundary_between_prompt_and_completion_is_part_of_the_key():
-    tokens = np.array([1, 2, 3, 4])
-    assert pair_key(tokens[:1], tokens[1:]) != pair_key(tokens[:2], tokens[2:])
-
-
-def test_a_shard_holds_what_its_columns_say(tmp_path):
-    store = Store(tmp_path, IDENTITY)
-    key = pair_key(np.array([1]), np.array([2, 3]))
-    store.add(keys_array([key]), np.array([-1.5]), np.array([2]))
-    (shard,) = store.folder.glob("*.parquet")
-    assert pq.read_table(shard).to_pylist() == [{"key": key, "logp": -1.5, "tokens": 2}]
