@@ -33,7 +33,16 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf>=0.17"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", 'trl==1.16.0; python_version >= "3.11"', "gguf>=0.17"],
+        "s3": ["s3fs>=2025.3"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.14",
+            'trl==1.16.0; python_version >= "3.11"',
+            "gguf>=0.17",
+            "s3fs>=2025.3",
+            "moto[s3]>=5.1",  # an S3 server for tests
+        ],
     },
     entry_points={"console_scripts": ["kto-dist=kto_dist.cli:main"]},
 )
