@@ -158,6 +158,8 @@ def _start(prepared: Prepared, scores: Scores, found: Path | None, console: Cons
                 apart = name == "heldout" and isinstance(config.data.heldout, str)
                 source = str(config.data.heldout) if apart else ", ".join(config.data.train)
                 tracker.log_dataset(name, name, examples.fingerprint, counts(examples), source)
+        if found is None:
+            tracker.log(0, scores.outcome.figures())
     return Run(output=output, tracker=tracker, state=state, found=found)
 
 
