@@ -20,6 +20,7 @@ setup(
         "transformers>=5.20,<6",
         "datasets>=5,<6",
         "pyarrow>=20",
+        "fsspec>=2025.3",
         "mlflow>=3.10,<4",
         "pydantic>=2.10,<3",
         "PyYAML>=6",
@@ -32,6 +33,7 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf>=0.17"],
+        "s3": ["s3fs>=2025.3"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6.100",
@@ -39,6 +41,8 @@ setup(
             'trl==1.16.0; python_version >= "3.11"',
             "gguf>=0.17",
             "peft>=0.17",
+            "s3fs>=2025.3",
+            "moto[s3]>=5.1",  # an S3 server for tests
         ],
     },
     entry_points={"console_scripts": ["kto-dist=kto_dist.cli:main"]},

@@ -248,7 +248,9 @@ ROUNDING = {torch.float32: 2e-3, torch.bfloat16: 0.5}
 
 
 @torch.no_grad()
-def check_scoring(forward: Forward, model: ScoringModel, device: torch.device, *, packed: bool) -> None:
+def check_scoring(
+    forward: Forward, model: ScoringModel, device: torch.device, *, packed: bool, setting: str = "train.packing"
+) -> None:
     """Scores a few tokens as training does, and compares with the model's own logits on each sequence alone.
 
     Collective where weights are sharded. Raises `UserError` where the head's result differs (the family changes its
@@ -282,5 +284,5 @@ def check_scoring(forward: Forward, model: ScoringModel, device: torch.device, *
         )
     if packed and ((scored(*pairs, packed=True) - alone).abs() > limit).any():
         raise UserError(
-            f"packed sequences see each other in {type(model.lm).__name__}: set train.packing=false, which pads instead"
+            f"packed sequences see each other in {type(model.lm).__name__}: set {setting}=false, which pads instead"
         )

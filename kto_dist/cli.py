@@ -7,7 +7,6 @@ where a signal stopped the run.
 import sys
 import time
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,24 @@ from rich.table import Table
 
 from kto_dist.config import Config, check_model_path, flatten, resolve
 from kto_dist.errors import UserError
+from kto_dist.store_cli import store
 
 
-def _command(job: Callable[..., Any]) -> Callable[..., Any]:
-    """CONFIG and overrides as arguments, and mistakes as messages."""
+class _Commands(click.Group):
+    """Mistakes become messages, whichever command they are made in."""
 
-    @wraps(job)
-    def wrapped(**options: Any) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            return job(**options)
+            return super().invoke(ctx)
         except UserError as mistake:
             click.echo(f"error: {mistake}", err=True)
             raise SystemExit(2) from None
 
-    wrapped = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")(wrapped)
-    return click.argument("config", type=click.Path(path_type=Path))(wrapped)
+
+def _command(job: Callable[..., Any]) -> Callable[..., Any]:
+    """CONFIG and overrides as arguments."""
+    job = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")(job)
+    return click.argument("config", type=click.Path(path_type=Path))(job)
 
 
 _ranks = click.option(
@@ -39,7 +41,7 @@ _ranks = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kto_dist")
 def main() -> None:
     """Align a language model from thumbs-up/thumbs-down feedback (KTO), on one machine or a cluster.
@@ -97,6 +99,8 @@ def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | Non
         status = 1
     raise SystemExit(status)
 
+
+main.add_command(store)
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ Phases are timed here as well, since where a run's seconds went is the first thi
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -44,16 +45,18 @@ class Console:
         self._out.print(renderable)
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Callable[[int, int, float, float], None]]:
-        """Yields a function of (done, total, items a second, tokens a second)."""
+    def progress(self, title: str) -> Iterator[Callable[[int, int, float, float, float], None]]:
+        """Yields a function of (done, total, rows a second, tokens a second, seconds left)."""
         bar = self._bar()
         task = bar.add_task(title, total=None, note="")
         line = self._line(title)
 
-        def update(done: int, total: int, rows_per_second: float, tokens_per_second: float) -> None:
+        def update(
+            done: int, total: int, rows_per_second: float, tokens_per_second: float, seconds_left: float
+        ) -> None:
             note = f"{rows_per_second:,.1f} rows/s, {tokens_per_second:,.0f} tokens/s"
             if not self._out.is_terminal:
-                line(done, total, note)
+                line(done, total, f"{note}, {timedelta(seconds=round(seconds_left))} left")
                 return
             bar.start()  # only when there is something to show; a second start does nothing
             bar.update(task, completed=done, total=total, note=note)

@@ -5,6 +5,7 @@ Out: `Examples`: tokens as views into the file, and what an estimate of z0 or a 
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,6 +121,14 @@ class Examples:
     def completion(self, row: int) -> np.ndarray:
         """(C,) int32"""
         return self._table["completion_ids"][row].values.to_numpy()
+
+    def token_chunks(self, side: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each stretch of rows (n of them): (n + 1,) int64 offsets, and the (T,) int32 tokens that they cut.
+
+        `side`: prompt or completion. For passes over all rows, where a look-up a row would take most of the time.
+        """
+        for chunk in self._table[f"{side}_ids"].chunks:
+            yield chunk.offsets.to_numpy().astype(np.int64), chunk.values.to_numpy()
 
     def original(self, row: int) -> tuple[str | Messages, str | Messages]:
         """Prompt and completion as they were in the log, uncut: text, or messages."""

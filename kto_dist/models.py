@@ -252,6 +252,20 @@ def _adamw(model: nn.Module, train: TrainConfig, *, on_cpu: bool) -> torch.optim
     return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
+def reference_device(section: ReferenceConfig) -> torch.device:
+    """Where the reference runs. Raises `UserError` where that is not possible."""
+    if section.device == "auto":
+        return comm.device()
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("reference.device (cuda) needs a GPU, and torch finds none here: use auto or cpu")
+    if section.device == "cpu" and torch.cuda.is_available() and (section.zero_stage == 3 or section.offload != "none"):
+        raise UserError(
+            "reference.device (cpu) holds a whole copy a rank, and DeepSpeed shards over the GPUs that it finds here: "
+            "with reference.zero_stage 3 or reference.offload leave reference.device on auto"
+        )
+    return comm.device() if section.device == "cuda" else torch.device("cpu")
+
+
 class Reference:
     """The frozen model, in memory only while pairs are scored."""
 
@@ -264,6 +278,7 @@ class Reference:
         model_config: PretrainedConfig,
         dtype: torch.dtype,
         attention: str,
+        device: torch.device,
     ):
         sharded = section.zero_stage == 3 or section.offload != "none"
         options: dict[str, Any] = {
@@ -284,7 +299,7 @@ class Reference:
             self._engine.eval()
             self._swap_folder = options["zero_optimization"].get("offload_param", {}).get("nvme_path")
         else:
-            self.model.to(comm.device())
+            self.model.to(device)
         self.forward = self._engine or self.model
 
     def close(self) -> None:

@@ -3,8 +3,10 @@
 In:  the config. Out: `Prepared`, and from it `Scores`: the reference's log-prob of every pair the run will meet.
 """
 
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from kto_dist import comm, data
 from kto_dist.batch import Plan
 from kto_dist.causal_lm import (
+    ROUNDING,
     check_context,
     check_scoring,
     load_config,
@@ -27,15 +30,28 @@ from kto_dist.causal_lm import (
     pick_logits,
     pick_packing,
 )
-from kto_dist.config import Config
+from kto_dist.config import Config, ReferenceConfig
 from kto_dist.console import Console
 from kto_dist.errors import UserError
 from kto_dist.evaluate import Cutting, heldout_pairs
 from kto_dist.examples import Examples, check, load
-from kto_dist.models import Reference
+from kto_dist.fingerprint import Fingerprint, fingerprint
+from kto_dist.models import Reference, reference_device
 from kto_dist.objective import Objective
-from kto_dist.reference import Outcome, RefLogps, lazily, reference_logps, wanted_pairs
-from kto_dist.store import Fingerprint, Store, fingerprint
+from kto_dist.prefix import T0_OVER_HIDDEN, can_share, sharing_is_exact
+from kto_dist.reference import (
+    Outcome,
+    Progress,
+    RefLogps,
+    Scorer,
+    Scoring,
+    Watch,
+    lazily,
+    reference_logps,
+    together,
+    wanted_pairs,
+)
+from kto_dist.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,15 +188,21 @@ class Scores:
     outcome: Outcome
 
 
-def score_reference(prepared: Prepared, console: Console) -> Scores:
-    """Collective. Looks every pair up in the store and scores what is missing; no model is left in memory after."""
+def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda progress: None) -> Scores:
+    """Collective. Looks every pair up in the store and scores what is missing; no model is left in memory after.
+
+    Nothing of the policy's settings reaches it but which rows and pairs the run takes. Raises `UserError`.
+    """
     config = prepared.config
     section = config.reference
     path, gguf_file = (section.path, section.gguf_file) if section.path else (config.model.path, config.model.gguf_file)
     model_config = load_config(path, gguf_file, "reference.path" if section.path else "model.path")
-    dtype = pick_dtype(section.dtype, comm.device())
-    attention = pick_attention("auto" if section.path else config.model.attention, comm.device(), dtype)
-    packed = pick_packing(config.train.packing, attention)
+    device = reference_device(section)
+    dtype = pick_dtype(section.dtype, device)
+    attention = pick_attention(section.attention, device, dtype)
+    packed = pick_packing(section.packing, attention)
+    logits_dtype = pick_logits("reference.logits_dtype", section.logits_dtype, dtype, device)
+    share = _may_share(section, model_config, attention, device, packed, config.data.max_length)
 
     console.phase("reference")
     identity = comm.once_per_host(
@@ -189,19 +211,32 @@ def score_reference(prepared: Prepared, console: Console) -> Scores:
             gguf_file,
             model_config.to_dict(),
             dtype=str(dtype).removeprefix("torch."),
-            logits="float32" if comm.device().type == "cuda" else str(dtype).removeprefix("torch."),
+            logits=str(logits_dtype or (torch.float32 if device.type == "cuda" else dtype)).removeprefix("torch."),
             attention=attention,
         )
     )
-    store = Store(section.store, identity, warn=console.warn)
 
-    def build() -> Reference:
+    def build() -> Scorer:
         console.say(f"loading the reference ({path}, {identity.dtype})")
         reference = Reference(
-            section, path=path, gguf_file=gguf_file, model_config=model_config, dtype=dtype, attention=attention
+            section,
+            path=path,
+            gguf_file=gguf_file,
+            model_config=model_config,
+            dtype=dtype,
+            attention=attention,
+            device=device,
         )
-        check_scoring(reference.forward, reference.model, comm.device(), packed=packed)
-        return reference
+        check_scoring(reference.forward, reference.model, device, packed=packed, setting="reference.packing")
+        shares = share
+        if share is not False and not sharing_is_exact(reference.forward, reference.model, device, ROUNDING[dtype]):
+            if share:
+                raise UserError(
+                    f"reference.share_prefixes is true, but completions of one prompt see each other in "
+                    f"{type(reference.model.lm).__name__}: use auto or false, which score them one by one"
+                )
+            shares = False
+        return Scorer(reference=reference, share_prefixes=shares)
 
     lists: list[tuple[Examples, np.ndarray, np.ndarray]] = [
         (prepared.train, *wanted_pairs(prepared.plan, prepared.train))
@@ -210,37 +245,61 @@ def score_reference(prepared: Prepared, console: Console) -> Scores:
         rows = np.arange(len(prepared.heldout))
         prompts, completions = heldout_pairs(config.train.seed, prepared.heldout)
         lists.append((prepared.heldout, np.concatenate([rows, prompts]), np.concatenate([rows, completions])))
+    scoring = Scoring(
+        max_length=prepared.cutting.max_length,
+        prompt_limit=prepared.cutting.prompt_limit,
+        tokens_per_batch=section.tokens_per_batch,
+        packed=packed,
+        logits_bytes=bytes_of(section.logits_mebibytes),
+        logits_dtype=logits_dtype,
+        t0=T0_OVER_HIDDEN * model_config.get_text_config().hidden_size,
+        device=device,
+    )
     results: list[tuple[RefLogps, Outcome]] = []
-    with lazily(build) as engine:
+    store = together(lambda: Store(section.store, identity, warn=console.warn, model=path))
+    with store, lazily(build) as engine:
         for (examples, prompts, completions), title in zip(lists, ("training pairs", "held-out pairs"), strict=False):
-            with console.progress(f"reference: {title}") as progress:
+            with console.progress(f"reference: {title}") as show:
+
+                def both(progress: Progress, show: Callable[..., None] = show) -> None:
+                    show(*astuple(progress))
+                    watch(progress)
+
                 results.append(
                     reference_logps(
-                        examples,
-                        prompts,
-                        completions,
-                        store=store,
-                        engine=engine,
-                        max_length=prepared.cutting.max_length,
-                        prompt_limit=prepared.cutting.prompt_limit,
-                        tokens_per_batch=section.tokens_per_batch,
-                        packed=packed,
-                        budget=bytes_of(config.train.logits_mebibytes),
-                        progress=progress,
+                        examples, prompts, completions, store=store, engine=engine, scoring=scoring, watch=both
                     )
                 )
-    total = Outcome(
-        pairs=sum(outcome.pairs for _, outcome in results),
-        hits=sum(outcome.hits for _, outcome in results),
-        seconds=sum(outcome.seconds for _, outcome in results),
-    )
-    console.say(
-        f"reference: {total.pairs:,} pairs, {total.hits:,} from the store, {total.pairs - total.hits:,} scored "
-        f"in {total.seconds:.1f} s"
-    )
+    total = reduce(operator.add, (outcome for _, outcome in results))
+    scored = f"{total.pairs - total.hits:,} scored" + (" with shared prompts" if total.shared else "")
+    console.say(f"reference: {total.pairs:,} pairs, {total.hits:,} from the store, {scored} in {total.seconds:.1f} s")
     return Scores(
         train=results[0][0], heldout=results[1][0] if len(results) > 1 else None, identity=identity, outcome=total
     )
+
+
+def _may_share(
+    section: ReferenceConfig,
+    model_config: PretrainedConfig,
+    attention: str,
+    device: torch.device,
+    packed: bool,
+    max_length: int,
+) -> bool | None:
+    """`Scorer.share_prefixes` as far as it is known before the model is loaded. Raises `UserError`.
+
+    `auto` is for the CPU alone: there sharing was measured to be faster.
+    """
+    if section.share_prefixes is False:
+        return False
+    if section.share_prefixes == "auto" and (packed or device.type != "cpu"):
+        return False
+    reason = can_share(model_config, attention, max_length)
+    if reason and section.share_prefixes is True:
+        raise UserError(f"reference.share_prefixes is true, but {reason}; use auto or false")
+    if reason:
+        return False
+    return True if section.share_prefixes is True else None
 
 
 def local_folder(path: str, gguf_file: str | None) -> Path:

@@ -1,55 +1,132 @@
 """The reference's log-prob of every pair that a run is going to meet.
 
-1. `wanted_pairs`   the rows of every step, each with itself, and the step's KL pairs; rows no step takes cost nothing
-2. `RefLogps.of`    looks them up in the store; what some rank's store lacks is scored by all ranks together,
-                    shard by shard, written by the rank that computed it, and exchanged over the process group
-3. the reference engine exists only inside 2, and is gone when it returns
+1. `wanted_pairs`     the rows of every step, each with itself, and the step's KL pairs; rows no step takes cost nothing
+2. `reference_logps`  looks them up in the store; what some rank's store lacks is scored by all ranks together,
+                      shard by shard, written by the rank that computed it, and exchanged over the process group
+3. the reference engine exists only inside 2, and is gone when it returns (`lazily`)
 
 Hit or miss is decided once for all ranks, so hosts without a shared file system may hold different shards.
+
+A shard is what a rank scores in about a minute: that much is lost when a pass is killed. How pairs are cut into
+shards and micro-batches changes no key, so a pass goes on with another world size or token budget as well.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from kto_dist import comm
-from kto_dist.batch import Plan, microbatches, pair_lengths, pair_tokens, step_kl_pairs, step_rows
+from kto_dist.batch import MicroBatch, Plan, collate, cut, pair_lengths, pair_tokens, step_kl_pairs, step_rows
 from kto_dist.causal_lm import completion_logps
+from kto_dist.errors import UserError
 from kto_dist.examples import Examples
+from kto_dist.keys import pair_keys
 from kto_dist.models import Reference
-from kto_dist.store import Store, keys_array, pair_key
+from kto_dist.prefix import Trees, cost, grow, lay_out
+from kto_dist.store import Store
 
-# Pairs a rank that are cut into micro-batches at a time: enough to balance, few enough that a shard is soon written.
-WINDOW = 2048
+# What a killed pass loses at most, on every rank.
+SHARD_SECONDS = 60.0
+# Pairs a rank between two writes: the first, before a rate is known, and the limits.
+FIRST_SHARD, LARGEST_SHARD = 256, 65536
 
-Progress = Callable[[int, int, float, float], None]
-# (pairs done, pairs in all, pairs a second, tokens a second)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a pass is, over all ranks. Tokens are those of the pairs, however often the model reads them."""
+
+    done: int
+    total: int
+    # pairs
+    rows_per_second: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+Watch = Callable[[Progress], None]
 
 
 def wanted_pairs(plan: Plan, train: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """(P,) rows that give the prompt, (P,) rows that give the completion, without repeats."""
-    prompts, completions = [], []
+    """Collective. (P,) rows that give the prompt, (P,) rows that give the completion, sorted, without repeats.
+
+    A million rows are a second or two of drawing KL pairs, so every rank draws those of its share of the steps.
+    """
+    seen = np.zeros(plan.rows, dtype=bool)
+    codes = [np.zeros(0, np.int64)]
     for step in range(plan.steps):
         rows = step_rows(plan, step)
-        kl_prompts, kl_completions = step_kl_pairs(plan, step, rows, train.prompt_group)
-        prompts += [rows, kl_prompts]
-        completions += [rows, kl_completions]
-    both = np.unique(np.stack([np.concatenate(prompts), np.concatenate(completions)], axis=1), axis=0)
-    return both[:, 0], both[:, 1]
+        seen[rows] = True
+        if step % comm.world_size() == comm.rank():
+            prompts, completions = step_kl_pairs(plan, step, rows, train.prompt_group)
+            codes.append(prompts * plan.rows + completions)
+    own = np.flatnonzero(seen)
+    code = np.concatenate([own * plan.rows + own, *comm.gather(np.concatenate(codes))])
+    code.sort()
+    code = code[np.insert(code[1:] != code[:-1], 0, True)]
+    return code // plan.rows, code % plan.rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scoring:
+    """How pairs are cut and scored: the reference's own settings."""
+
+    max_length: int
+    prompt_limit: int
+    tokens_per_batch: int
+    packed: bool
+    logits_bytes: int | None
+    # most memory of the LM head's logits at a time; None: by the device
+    logits_dtype: torch.dtype | None
+    # None: fp32 where the device's matmul gives it
+    t0: float
+    # see prefix.py
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scorer:
+    """A loaded reference, and what was found out about it."""
+
+    reference: Reference
+    share_prefixes: bool | None
+    # None: where the cost model says that it pays
+
+
+# Sharing has to save this much by the cost model: what the model leaves out (masks, gathers) is of that order.
+WORTH_SHARING = 1.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a pass over one list of pairs did."""
+    """What a pass did."""
 
     pairs: int
     hits: int
-    # found in the store; the others were scored
+    # found in the store; the others were scored, those with equal tokens once
+    scored_tokens: int
+    # of the pairs that were scored, prompts and completions
+    scoring_seconds: float
+    # from a loaded engine to the last shard
     seconds: float
+    shared: bool
+    # whether prompts were shared
+
+    def __add__(self, other: "Outcome") -> "Outcome":
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__ if name != "shared"}
+        return Outcome(**sums, shared=self.shared or other.shared)
+
+    def figures(self) -> dict[str, float]:
+        """For the record of a run."""
+        scored = self.pairs - self.hits
+        figures = {"pairs": self.pairs, "from_store": self.hits, "scored": scored, "seconds": self.seconds}
+        if scored:
+            seconds = max(self.scoring_seconds, 1e-9)
+            figures |= {"rows_per_second": scored / seconds, "tokens_per_second": self.scored_tokens / seconds}
+        return {f"reference/{name}": float(value) for name, value in figures.items()}
 
 
 class RefLogps:
@@ -57,7 +134,7 @@ class RefLogps:
 
     def __init__(self, examples: Examples, prompts: np.ndarray, completions: np.ndarray, logps: np.ndarray):
         code = prompts.astype(np.int64) * len(examples) + completions
-        order = np.argsort(code)
+        order = np.argsort(code, kind="stable")  # of sorted pairs (`wanted_pairs`) a stable sort is one pass
         self._rows, self._code, self._logps = len(examples), code[order], logps[order]
 
     def __call__(self, prompts: np.ndarray, completions: np.ndarray) -> np.ndarray:  # (P,) fp64
@@ -69,78 +146,224 @@ class RefLogps:
 
 def reference_logps(
     examples: Examples,
-    prompts: np.ndarray,
-    completions: np.ndarray,
+    prompts: np.ndarray,  # (P,) rows
+    completions: np.ndarray,  # (P,) rows
     *,
     store: Store,
-    engine: Callable[[], Reference],
-    max_length: int,
-    prompt_limit: int,
-    tokens_per_batch: int,
-    packed: bool,
-    budget: int | None,
-    progress: Progress,
+    engine: Callable[[], Scorer],
+    scoring: Scoring,
+    watch: Watch,
 ) -> tuple[RefLogps, Outcome]:
-    """Collective. `engine` is called (on every rank) only when something is missing: see `lazily`."""
-    started = time.monotonic()
-    prompt_kept, completion_kept = pair_lengths(examples, prompts, completions, max_length, prompt_limit)
-    keys = keys_array(
-        [
-            pair_key(*pair_tokens(examples, j, k, p, c))
-            for j, k, p, c in zip(
-                prompts.tolist(), completions.tolist(), prompt_kept.tolist(), completion_kept.tolist(), strict=True
-            )
-        ]
-    )
-    logps, found = _exchange(*store.lookup(keys))
-    hits = int(found.sum())
+    """Collective. `engine` is called (on every rank) only when something is missing: see `lazily`.
 
-    # Rows with equal text share a key: the first of them is scored for all.
-    _, first, same_as = np.unique(keys, return_index=True, return_inverse=True)
-    missing = first[~found[first]]
-    # longest first: the estimate of the time that is left then errs on the safe side, and memory peaks at the start
-    missing = missing[np.argsort(-(prompt_kept + completion_kept)[missing], kind="stable")]
+    Raises `UserError`, on all ranks alike, when the store cannot take what was scored.
+    """
+    started = time.monotonic()
+    kept = pair_lengths(examples, prompts, completions, scoring.max_length, scoring.prompt_limit)
+    hashed = pair_keys(examples, prompts, completions, *kept)
+    logps, found = _exchange(*together(lambda: store.lookup(hashed.keys)))
+    # decided before anything is scored, and on all ranks
+    missing = np.flatnonzero(~found)
+    outcome = Outcome(
+        pairs=prompts.size,
+        hits=prompts.size - missing.size,
+        scored_tokens=0,
+        scoring_seconds=0.0,
+        seconds=0.0,
+        shared=False,
+    )
     if missing.size:
-        reference = engine()
-        done, tokens = 0, 0
-        size = WINDOW * comm.world_size()
-        for start in range(0, missing.size, size):
-            window = missing[start : start + size]
-            batches = microbatches(
-                examples,
-                prompts[window],
-                completions[window],
-                max_length=max_length,
-                prompt_limit=prompt_limit,
-                budget=tokens_per_batch,
-                packed=packed,
-                rank=comm.rank(),
-                ranks=comm.world_size(),
+        # Rows with equal text share a key: one of them is scored for all.
+        first, same_as = _distinct(hashed.keys[missing])
+        todo = missing[first]
+        together(lambda: store.begin(todo.size))
+        work = Work(
+            examples=examples,
+            prompts=prompts[todo],
+            completions=completions[todo],
+            prompt_kept=kept[0][todo],
+            completion_kept=kept[1][todo],
+            keys=hashed.keys[todo],
+            prompt_group=_distinct(hashed.prompts[todo])[1],
+        )
+        scorer = engine()
+        loaded = time.monotonic()
+        trees = work.trees(scoring, scorer.share_prefixes)
+        scored = _score(work, trees, scoring, scorer.reference, store, watch)
+        logps[missing] = scored[same_as]
+        outcome = replace(
+            outcome,
+            scored_tokens=int(work.tokens.sum()),
+            scoring_seconds=time.monotonic() - loaded,
+            shared=trees is not None,
+        )
+    return RefLogps(examples, prompts, completions, logps), replace(outcome, seconds=time.monotonic() - started)
+
+
+def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(U,) where each key stands first, and (P,) which of these every key is. (`np.unique` compares records slowly.)"""
+    order = np.lexsort((keys["low"], keys["high"]))
+    ordered = keys[order]
+    new = np.ones(keys.size, dtype=bool)
+    new[1:] = (ordered["high"][1:] != ordered["high"][:-1]) | (ordered["low"][1:] != ordered["low"][:-1])
+    same_as = np.empty(keys.size, np.int64)
+    same_as[order] = np.cumsum(new) - 1
+    return order[new], same_as
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """P pairs that have to be scored."""
+
+    examples: Examples
+    prompts: np.ndarray
+    completions: np.ndarray
+    # (P,) rows
+    prompt_kept: np.ndarray
+    completion_kept: np.ndarray
+    # (P,) tokens
+    keys: np.ndarray
+    # (P,) KEY
+    prompt_group: np.ndarray
+    # (P,) int64, equal where the prompt's tokens are
+
+    @property
+    def tokens(self) -> np.ndarray:  # (P,)
+        return self.prompt_kept + self.completion_kept
+
+    def trees(self, scoring: Scoring, share: bool | None) -> Trees | None:
+        """The pairs with shared prompts, or None where they are better scored one by one."""
+        if share is False:
+            return None
+        trees = grow(
+            self.prompt_group,
+            self.prompt_kept,
+            self.completion_kept,
+            budget=scoring.tokens_per_batch,
+            t0=scoring.t0,
+        )
+        pays = cost(self.tokens, scoring.t0) >= WORTH_SHARING * cost(trees.tokens, scoring.t0)
+        return trees if share or pays else None
+
+    def pair(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        return pair_tokens(
+            self.examples,
+            int(self.prompts[place]),
+            int(self.completions[place]),
+            int(self.prompt_kept[place]),
+            int(self.completion_kept[place]),
+        )
+
+
+def _score(
+    work: Work, trees: Trees | None, scoring: Scoring, reference: Reference, store: Store, watch: Watch
+) -> np.ndarray:  # (P,) fp64
+    """Collective. All values, on every rank; each was written to the store by the rank that computed it."""
+    units = work.tokens if trees is None else trees.tokens
+    sizes = np.ones(units.size, np.int64) if trees is None else np.diff(trees.starts)
+    # Longest first: the estimate of the time that is left then errs on the safe side, memory peaks at the start, and
+    # what lies side by side is of a length.
+    order = np.argsort(-units, kind="stable")
+    pairs_before = np.insert(np.cumsum(sizes[order]), 0, 0)
+    logps, found = np.zeros(work.keys.size), np.zeros(work.keys.size, dtype=bool)
+    meter = _Meter(work.tokens, watch)
+    start, ranks = 0, comm.world_size()
+    wanted = FIRST_SHARD * ranks
+    while start < units.size:
+        began = time.monotonic()
+        stop = max(start + 1, int(np.searchsorted(pairs_before, pairs_before[start] + wanted, "right")) - 1)
+        own, values = [np.zeros(0, np.int64)], [np.zeros(0)]
+        for batch in _batches(work, trees, scoring, order[start:stop]):
+            with torch.no_grad():
+                scored = completion_logps(
+                    reference.forward,
+                    batch.to(scoring.device),
+                    reference.model.transform,
+                    scoring.logits_bytes,
+                    scoring.logits_dtype,
+                )
+            own.append(batch.position.numpy())
+            values.append(scored.cpu().numpy())
+            meter.add(own[-1])
+        places, scored_values = np.concatenate(own), np.concatenate(values)
+        # The others learn of a full disk here. It is also where ranks meet: without that they would drift apart over
+        # hours, until the last exchange meets its time-out.
+        together(lambda p=places, v=scored_values: store.add(work.keys[p], v, work.completion_kept[p]))
+        logps[places], found[places] = scored_values, True
+        pairs = int(pairs_before[stop] - pairs_before[start])
+        meter.meet(pairs)
+        rate = pairs / max(time.monotonic() - began, 1e-9)
+        wanted = comm.broadcast(int(np.clip(rate * SHARD_SECONDS, FIRST_SHARD * ranks, LARGEST_SHARD * ranks)))
+        start = stop
+    logps, found = _exchange(logps, found)
+    assert found.all()
+    return logps
+
+
+def _batches(work: Work, trees: Trees | None, scoring: Scoring, window: np.ndarray) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of some pairs or trees, equally many on every rank, made as they are needed."""
+    lengths = (work.tokens if trees is None else trees.tokens)[window]
+    packed = scoring.packed and trees is None
+    shares = cut(lengths, budget=scoring.tokens_per_batch, ranks=comm.world_size(), packed=packed)[comm.rank()]
+    for share in shares:
+        chosen = window[share]
+        if trees is None:
+            yield collate([work.pair(place) for place in chosen], chosen, packed=packed)
+        else:
+            members = [trees[tree] for tree in chosen]
+            read = [[work.pair(place) for place in tree] for tree in members]
+            grown = [(pairs[0][0], [completion for _, completion in pairs]) for pairs in read]
+            yield lay_out(grown, np.concatenate(members) if members else chosen)
+
+
+class _Meter:
+    """Rates and the time that is left. Between two meetings the other ranks are taken to be as far as this one."""
+
+    def __init__(self, tokens: np.ndarray, watch: Watch):
+        self._tokens, self._watch = tokens, watch
+        self._all = int(tokens.sum())
+        self._rows = self._read = 0
+        # of all ranks until they last met
+        self._own = np.zeros(2, np.int64)
+        # this rank's rows and tokens since then
+        self._started = time.monotonic()
+
+    def add(self, places: np.ndarray) -> None:
+        self._own += (places.size, self._tokens[places].sum())
+        self._tell(*(self._own * comm.world_size()))
+
+    def meet(self, rows: int) -> None:
+        """Collective, at the end of a window of so many rows."""
+        self._rows += rows
+        self._read += int(comm.sum_(torch.from_numpy(self._own))[1])
+        self._own = np.zeros(2, np.int64)
+        self._tell(0, 0)
+
+    def _tell(self, rows: int, tokens: int) -> None:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rows, read = min(self._rows + int(rows), self._tokens.size), min(self._read + int(tokens), self._all)
+        self._watch(
+            Progress(
+                done=rows,
+                total=self._tokens.size,
+                rows_per_second=rows / seconds,
+                tokens_per_second=read / seconds,
+                seconds_left=seconds * (self._all - read) / max(read, 1),
             )
-            own, values = [np.zeros(0, np.int64)], [np.zeros(0)]
-            for batch in batches:
-                with torch.no_grad():
-                    scored = completion_logps(
-                        reference.forward, batch.to(comm.device()), reference.model.transform, budget
-                    )
-                own.append(window[batch.position.numpy()])
-                values.append(scored.cpu().numpy())
-                # the others' shares are about as large; the end of the window says it exactly
-                done += batch.lengths.numel() * comm.world_size()
-                tokens += batch.tokens * comm.world_size()
-                seconds = time.monotonic() - started
-                progress(min(done, start + window.size), missing.size, done / seconds, tokens / seconds)
-            done = start + window.size
-            progress(done, missing.size, done / seconds, tokens / seconds)
-            places, scored_values = np.concatenate(own), np.concatenate(values)
-            store.add(keys[places], scored_values, completion_kept[places])
-            logps[places], found[places] = scored_values, True
-            comm.barrier()  # without it ranks drift apart over hours, and the last exchange meets its time-out
-        logps, found = _exchange(logps, found)
-        logps = logps[first][same_as]
-    assert found[first].all()
-    outcome = Outcome(pairs=keys.size, hits=hits, seconds=time.monotonic() - started)
-    return RefLogps(examples, prompts, completions, logps), outcome
+        )
+
+
+def together(work: Callable[[], object]) -> object:
+    """Collective. Does the work, and raises a `UserError` of any rank on all of them."""
+    result, failure = None, None
+    try:
+        result = work()
+    except UserError as error:
+        failure = str(error)
+    failures = [text for text in comm.gather(failure) if text]
+    if failures:
+        raise UserError(failures[0])
+    return result
 
 
 def _exchange(logps: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -154,17 +377,17 @@ def _exchange(logps: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 @contextmanager
-def lazily(build: Callable[[], Reference]) -> Iterator[Callable[[], Reference]]:
+def lazily(build: Callable[[], Scorer]) -> Iterator[Callable[[], Scorer]]:
     """An engine that is built on first use, shared by several passes, and freed at the end."""
-    engines: list[Reference] = []
+    scorers: list[Scorer] = []
 
-    def get() -> Reference:
-        if not engines:
-            engines.append(build())
-        return engines[0]
+    def get() -> Scorer:
+        if not scorers:
+            scorers.append(build())
+        return scorers[0]
 
     try:
         yield get
     finally:
-        while engines:
-            engines.pop().close()
+        while scorers:
+            scorers.pop().reference.close()

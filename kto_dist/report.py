@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kto_dist.plots import DARK, LIGHT, PLOTS, Record, curve, is_finite, render
-from kto_dist.store import write_whole
+from kto_dist.storage import write_whole
 from kto_dist.tracking_uri import without_password
 
 

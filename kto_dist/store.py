@@ -1,209 +1,282 @@
-"""The reference's log-probs on disk: a value a pair, computed once, ever.
+"""The reference's log-probs on disk or in an object store: a value a pair, computed once, ever.
 
-A store is a folder; every reference model has a sub-folder of its own, named by the model's fingerprint:
+A store is a folder (or a URL); every reference model has a sub-folder of its own, named by the model's fingerprint:
 
-    <store>/<fingerprint>/manifest.json           what was scored: the whole fingerprint and what went into it
-    <store>/<fingerprint>/<sha256>.parquet        a shard: key (16 bytes), logp (fp64), tokens (int32)
+    <store>/<fingerprint>/manifest.json           what was scored: the fingerprint, what went into it, and facts to read
+    <store>/<fingerprint>/<sha256>.parquet        a shard of pairs (see shards.py), never changed once it is there
+    <store>/<fingerprint>/used.json               when it was last used, to the hour
+    <store>/<fingerprint>/use-<id>.json           a job is at work here: `kto-dist store gc` leaves the folder alone
+    <store>/<fingerprint>/<name>.damaged          set aside: not what its name says
 
-Shards are written whole or not at all (temporary name, fsync, rename), by whichever rank computed them, and are named
-by the hash of their bytes: a damaged one is found when it is read, set aside, and its pairs are computed again.
-
-A pair's key is a 128-bit hash of its token ids, so that nothing but the reference and the text decides its value.
+Any number of jobs read and write at the same time without locks: a shard appears whole or not at all, under a name of
+its own, and two values of one pair are settled by a rule (`shards.merge`). Whoever reads checks every byte; a shard
+that is not what it should be is set aside, and its pairs are computed again.
 """
 
 import contextlib
-import hashlib
+import errno
 import json
 import os
+import platform
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kto_dist.errors import UserError
+from kto_dist.fingerprint import Fingerprint
+from kto_dist.shards import BYTES_A_PAIR, NAME, BadShard, Pairs, decode, encode, merge
+from kto_dist.storage import Storage, open_storage
 
-KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
-FORMAT = 1
-_SEPARATOR = b"\xff\xff\xff\xff"  # no token has the id -1
-_SCHEMA = pa.schema([("key", pa.binary(16)), ("logp", pa.float64()), ("tokens", pa.int32())])
-
-
-def pair_key(prompt: np.ndarray, completion: np.ndarray) -> bytes:
-    """16 bytes from the token ids (int32) of a prompt and a completion."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(np.ascontiguousarray(prompt, dtype="<i4"))
-    digest.update(_SEPARATOR)
-    digest.update(np.ascontiguousarray(completion, dtype="<i4"))
-    return digest.digest()
-
-
-def keys_array(keys: list[bytes]) -> np.ndarray:  # (P,) KEY
-    return np.frombuffer(b"".join(keys), dtype=KEY)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fingerprint:
-    """What decides the reference's log-probs: never a path, never parameters in memory."""
-
-    weights: str
-    # sha256 over the hashes of the weight files
-    config: str
-    # sha256 of the model's configuration
-    dtype: str
-    logits: str
-    # precision of the logits, which depends on the device
-    attention: str
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
-
-    def to_dict(self) -> dict[str, str]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-# What names a file or a tool, not the function that the model computes.
-_IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config"}
-
-
-def fingerprint(
-    folder: Path, gguf_file: str | None, model_config: dict[str, Any], *, dtype: str, logits: str, attention: str
-) -> Fingerprint:
-    """Hashes the weight files of a model folder, several at a time. Raises `UserError` where there are none."""
-    if gguf_file:
-        files = [folder / gguf_file]
-    else:
-        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise UserError(f"the reference's folder ({folder}) holds no *.safetensors or pytorch_model*.bin to score with")
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        hashes = list(pool.map(_sha256, files))
-    kept = {key: value for key, value in model_config.items() if key not in _IRRELEVANT}
-    return Fingerprint(
-        weights=hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest(),
-        config=hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest(),
-        dtype=dtype,
-        logits=logits,
-        attention=attention,
-    )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_old(file)
-
-
-def _sha256_old(file: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
+FORMAT = 2
+MANIFEST, USED = "manifest.json", "used.json"
+FOLDER_DIGITS = 32
+# of a fingerprint's 64, in the folder's name
+MANY_SHARDS = 2000
+# beyond which a listing is longer than it needs to be
+_RENEWED_AFTER = 3600.0
+LEASE_SECONDS = 24 * 3600.0
+# A use that was not renewed for so long, by another machine, has ended without saying so.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Store:
-    """The log-probs of one reference. Cheap to open; `lookup` reads the shards once."""
+    """The log-probs of one reference. Cheap to open; the first `lookup` reads and checks the shards.
 
-    def __init__(self, root: str | Path, identity: Fingerprint, warn: Callable[[str], None] = print):
-        """Creates the folder if needed. Raises `UserError` when it belongs to another model or can't be written."""
-        self.folder = Path(root) / identity.digest[:32]
-        self._warn = warn
-        manifest = self.folder / "manifest.json"
-        content = {"format": FORMAT, "fingerprint": identity.digest, **identity.to_dict()}
+    Reading needs no permission to write. `begin` asks for it ahead of the first `add`, and `close` ends the use.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        identity: Fingerprint,
+        warn: Callable[[str], None] = print,
+        model: str = "",
+    ):
+        """`model`: what people call it, for `kto-dist store ls`; it decides nothing.
+
+        Creates the folder if needed. Raises `UserError` when it belongs to another model, or isn't there and can't be
+        created.
+        """
+        self._root, self._digest, self._warn = root, identity.digest, warn
+        self.folder = open_storage(root) / self._digest[:FOLDER_DIGITS]
+        self._settle_manifest(identity, model)
+        with contextlib.suppress(OSError):  # a store that cannot be written can be read all the same
+            _note_use(self.folder)
+        self._known: Pairs | None = None
+        self._fresh: list[Pairs] = []
+        self._lease: str | None = None
+        self._renewed = 0.0
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _settle_manifest(self, identity: Fingerprint, model: str) -> None:
+        content = {"format": FORMAT, "fingerprint": self._digest, **identity.to_dict()}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not manifest.exists():
-                write_whole(manifest, json.dumps(content, indent=1).encode())
-            found = json.loads(manifest.read_text())
+            found = read_manifest(self.folder)
+            if not found:
+                # each shard names its reference as well, so a lost or damaged manifest costs nothing
+                if found is not None:
+                    self._warn(f"{MANIFEST} in the reference store ({self.folder}) is damaged: it is written again")
+                facts = {"model": model, "created": _timestamp(), "platform": platform.platform()}
+                self.folder.write(MANIFEST, json.dumps({**content, **facts}, indent=1).encode())
+                found = content
         except OSError as error:
-            raise UserError(
-                f"reference.store ({root}) cannot be written: {error}; give a folder that this user may write to"
-            ) from None
-        except json.JSONDecodeError:
-            raise UserError(f"{manifest} is damaged: delete {self.folder}, and its pairs are scored again") from None
-        if found != content:
+            raise self._refusal(error, "cannot be opened or created") from None
+        if any(found.get(key) != value for key, value in content.items()):
             differing = sorted(key for key in content if found.get(key) != content[key])
             raise UserError(
                 f"{self.folder} belongs to another reference (they differ in {', '.join(differing)}): "
                 "delete it, or give another reference.store"
             )
-        self._known: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def lookup(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (P,) KEY -> (P,) fp64, (P,) bool
         """Values and whether each was found; a value that was not found is 0."""
         if self._known is None:
             self._known = self._read()
-        high, low, value = self._known
-        logps, found = np.zeros(keys.size), np.zeros(keys.size, dtype=bool)
-        place = np.searchsorted(high, keys["high"])
-        # the same first half with another second half is one in 2^64; walk over such neighbours all the same
-        pending = np.flatnonzero(place < high.size)
-        while pending.size:
-            here = place[pending]
-            same_high = high[here] == keys["high"][pending]
-            hit = same_high & (low[here] == keys["low"][pending])
-            logps[pending[hit]], found[pending[hit]] = value[here[hit]], True
-            pending = pending[same_high & ~hit]
-            place[pending] += 1
-            pending = pending[place[pending] < high.size]
+        if self._fresh:
+            self._known, self._fresh = merge([self._known, *self._fresh]), []
+        rows = self._known.find(keys)
+        found = rows >= 0
+        logps = np.zeros(keys.size)
+        logps[found] = self._known.logps[rows[found]]
         return logps, found
 
+    def begin(self, pairs: int = 0) -> None:
+        """To be called ahead of long work: raises `UserError` unless `pairs` more can be written, and says that this
+        process is at work here."""
+        free = self.folder.free()
+        if free is not None and free < pairs * (BYTES_A_PAIR + 1):
+            raise UserError(
+                f"reference.store ({self._root}) has {free:,} bytes left, but lacks {pairs:,} pairs, which take "
+                f"{pairs * (BYTES_A_PAIR + 1):,}: make room, or give another reference.store"
+            )
+        self._lease = self._lease or f"use-{uuid.uuid4().hex}.json"
+        try:
+            self._renew()
+        except OSError as error:
+            raise self._refusal(error, "lacks pairs of this run, but cannot be written") from None
+
     def add(self, keys: np.ndarray, logps: np.ndarray, tokens: np.ndarray) -> None:
-        """Writes one shard; it is found by the next `Store` on this folder."""
+        """Writes one shard, which is there for good when this returns.
+
+        Raises `UserError` when a value is not finite, or the store is full or cannot be written.
+        """
         if not keys.size:
             return
-        packed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), keys.size, [None, pa.py_buffer(keys.tobytes())])
-        table = pa.table([packed, pa.array(logps), pa.array(tokens, pa.int32())], schema=_SCHEMA)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="none", use_dictionary=False)
-        data = sink.getvalue().to_pybytes()
-        write_whole(self.folder / f"{hashlib.sha256(data).hexdigest()}.parquet", data)
-
-    def _read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        keys, values = [np.zeros(0, KEY)], [np.zeros(0)]
-        for shard in sorted(self.folder.glob("*.parquet")):
-            table = self._read_shard(shard)
-            if table is not None:
-                column = table["key"].combine_chunks()
-                start = column.offset * KEY.itemsize
-                keys.append(np.frombuffer(column.buffers()[1], KEY, count=len(column), offset=start))
-                values.append(table["logp"].to_numpy())
-        key, value = np.concatenate(keys), np.concatenate(values)
-        order = np.argsort(key["high"], kind="stable")
-        return key["high"][order], key["low"][order], value[order]
-
-    def _read_shard(self, shard: Path) -> pa.Table | None:
-        # every rank reads, and whoever finds the damage first sets the shard aside
+        broken = int(np.count_nonzero(~np.isfinite(logps)))
+        if broken:
+            raise UserError(
+                f"the reference gives {broken:,} of {keys.size:,} pairs a log-prob that is no finite number: its "
+                "weights are damaged, or overflow in reference.dtype; try fp32"
+            )
+        name, data = encode(keys, logps, tokens, self._digest)
         try:
-            data = shard.read_bytes()
-        except FileNotFoundError:
-            return None
-        if hashlib.sha256(data).hexdigest() != shard.stem:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(shard, shard.with_suffix(".damaged"))
-            self._warn(f"{shard.name} in the reference store is damaged: set aside, its pairs will be scored again")
-            return None
-        return pq.read_table(pa.BufferReader(data), schema=_SCHEMA)
+            self.folder.write(name, data)
+            if self._lease and time.monotonic() - self._renewed > _RENEWED_AFTER:
+                self._renew()
+        except OSError as error:
+            raise self._refusal(error, f"cannot take {keys.size:,} more pairs") from None
+        self._fresh.append(merge([decode(name, data, self._digest)]))
+
+    def close(self) -> None:
+        """Ends the use; what was read stays usable."""
+        if self._lease:
+            with contextlib.suppress(OSError):  # it will count as ended when this process has
+                self.folder.remove(self._lease)
+            self._lease = None
+
+    def _renew(self) -> None:
+        assert self._lease
+        self.folder.write(self._lease, json.dumps({"time": time.time(), **_whereabouts()}).encode())
+        self._renewed = time.monotonic()
+
+    def _read(self) -> Pairs:
+        read: dict[str, Pairs] = {}
+        # Merging shards replaces many by one, perhaps while they are read: then the listing is made again.
+        for attempt in range(10):
+            try:
+                names = [file.name for file in self.folder.files() if NAME.fullmatch(file.name)]
+                wanted = [name for name in names if name not in read]
+                with ThreadPoolExecutor(max_workers=self.folder.concurrency) as pool:
+                    results = list(pool.map(self._read_shard, wanted))
+            except OSError as error:
+                raise self._refusal(error, "cannot be read") from None
+            read |= {name: result for name, result in zip(wanted, results, strict=True) if isinstance(result, Pairs)}
+            if not any(isinstance(result, FileNotFoundError) for result in results):
+                break
+            time.sleep(0.05 * attempt)
+        for name, result in zip(wanted, results, strict=True):
+            if isinstance(result, BadShard):
+                self._warn(f"{name} in the reference store {result}: set aside, its pairs will be scored again")
+        if len(names) > MANY_SHARDS:
+            self._warn(
+                f"the reference store has {len(names):,} shards for this model, and opens faster with few: "
+                f"`kto-dist store gc {self._root}` merges them"
+            )
+        return merge(list(read.values()))
+
+    def _read_shard(self, name: str) -> Pairs | BadShard | FileNotFoundError:
+        try:
+            data = self.folder.read(name)
+        except FileNotFoundError as gone:
+            return gone
+        try:
+            return decode(name, data, self._digest)
+        except BadShard as bad:
+            # every rank reads, and whoever finds the damage first sets the shard aside
+            with contextlib.suppress(OSError):
+                self.folder.rename(name, name.removesuffix(".parquet") + ".damaged")
+            return bad
+
+    def _refusal(self, error: OSError, what: str) -> UserError:
+        if error.errno in _FULL:
+            remedy = "is full: make room; what has been scored so far is kept"
+        elif error.errno in _READ_ONLY or isinstance(error, PermissionError):
+            remedy = "give a folder that this user may write to, or one that holds every pair already"
+        else:
+            remedy = "give a folder that this user may write to, or check the connection and the credentials of a URL"
+        return UserError(f"reference.store ({self._root}) {what}: {error}; {remedy}")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """The file appears with all of its bytes or not at all, also when the machine stops in between."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def read_manifest(folder: Storage) -> dict[str, Any] | None:
+    """None where there is none, nothing in it where it is damaged. Raises `OSError`."""
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+        found = json.loads(folder.read(MANIFEST))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def last_used(folder: Storage) -> float | None:
+    """Seconds since 1970, to the hour."""
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        return float(json.loads(folder.read(USED))["time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _note_use(folder: Storage) -> None:
+    now, before = time.time(), last_used(folder)
+    if before is None or not 0 <= now - before <= _RENEWED_AFTER:
+        folder.write(USED, json.dumps({"time": now}).encode())
+
+
+def in_use(folder: Storage) -> list[str]:
+    """Who is at work there, a line each: jobs of this machine while they live, others while they renew their word."""
+    lines = []
+    for file in folder.files():
+        if is_lease(file.name):
+            try:
+                use = json.loads(folder.read(file.name))
+                who, age = {key: use[key] for key in _whereabouts()}, time.time() - use["time"]
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                continue
+            here = all(who[key] == _whereabouts()[key] for key in ("host", "boot", "namespace"))
+            if _started(who["pid"]) == who["started"] if here else age < LEASE_SECONDS:
+                lines.append(f"process {who['pid']} on {who['host']}")
+    return lines
+
+
+def is_lease(name: str) -> bool:
+    return name.startswith("use-") and name.endswith(".json")
+
+
+def _whereabouts() -> dict[str, str | int]:
+    """What tells this process from every other one, also after a reboot and in another container."""
+    return {**_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+@cache
+def _machine() -> dict[str, str]:
+    facts = {"host": platform.node(), "boot": "", "namespace": ""}
+    with contextlib.suppress(OSError):
+        facts["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        facts["namespace"] = os.readlink("/proc/self/ns/pid")
+    return facts
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine started, in ticks; empty where there is no such process."""
+    try:
+        # the name, in parentheses, may hold anything; the 20th field after it is the time
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _timestamp() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

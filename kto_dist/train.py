@@ -36,7 +36,7 @@ from kto_dist.health import Monitor
 from kto_dist.models import Policy, zero_stage
 from kto_dist.objective import kl_sums, loss_and_sums
 from kto_dist.prepare import Prepared, Scores, counts, prepare, score_reference
-from kto_dist.store import write_whole
+from kto_dist.storage import write_whole
 
 
 class Stopped(RuntimeError):
@@ -158,6 +158,8 @@ def _start(prepared: Prepared, scores: Scores, found: Path | None, console: Cons
                 apart = name == "heldout" and isinstance(config.data.heldout, str)
                 source = str(config.data.heldout) if apart else ", ".join(config.data.train)
                 tracker.log_dataset(name, name, examples.fingerprint, counts(examples), source)
+        if found is None:
+            tracker.log(0, scores.outcome.figures())
     return Run(output=output, tracker=tracker, state=state, found=found)
 
 

@@ -18,10 +18,24 @@ LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
 LAYERS = (
     {"errors", "config"},
     {"comm", "sources", "formats", "examples", "data", "batch", "feedback", "console"},
-    {"environment", "tracking_uri", "mlmodel", "plots"},
-    {"causal_lm", "metrics", "objective", "models", "store", "reference", "checkpoint", "tracking", "health", "report"},
+    {"environment", "tracking_uri", "mlmodel", "plots", "storage", "hashes", "shards", "fingerprint"},
+    {
+        *(
+            "causal_lm",
+            "metrics",
+            "objective",
+            "models",
+            "store",
+            "keys",
+            "prefix",
+            "store_tools",
+            "reference",
+            "checkpoint",
+        ),
+        *("tracking", "health", "report"),
+    },
     {"evaluate", "compare", "plan", "prepare", "precompute", "train"},
-    {"launcher", "entry", "cli"},
+    {"launcher", "entry", "store_cli", "cli"},
 )
 
 

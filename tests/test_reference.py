@@ -1,16 +1,15 @@
 """The reference pass and its store: right values, computed once, whole shards, memory given back."""
 
 import importlib
-import json
 import os
-import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow import MlflowClient
 from ranks import run_ranks
 from tiny import save_tiny, thumbs, write_jsonl
 from tiny_runs import tiny_config
@@ -21,9 +20,6 @@ from kto_dist.console import Console
 from kto_dist.errors import UserError
 from kto_dist.prepare import prepare, score_reference
 from kto_dist.reference import wanted_pairs
-from kto_dist.store import Fingerprint, Store, keys_array, pair_key
-
-IDENTITY = Fingerprint(weights="w", config="c", dtype="float32", logits="float32", attention="sdpa")
 
 
 def scored_and_found(config: Config) -> tuple[int, int]:
@@ -40,7 +36,7 @@ def logps_of_pairs(config: Config) -> np.ndarray:
 @pytest.mark.parametrize("packing", (False, True))
 @pytest.mark.parametrize("stage", (0, 3))
 def test_scores_are_the_log_probs_of_the_model_itself(tmp_path, tiny_model, tiny_log, stage, packing):
-    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__zero_stage=stage, train__packing=packing)
+    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__zero_stage=stage, reference__packing=packing)
     found = run_ranks(logps_of_pairs, 2, config)
     prepared = prepare(config, Console())
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
@@ -56,15 +52,13 @@ def test_scores_are_the_log_probs_of_the_model_itself(tmp_path, tiny_model, tiny
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "world"),
     [
-        {"train__lr": 1e-6, "train__output": "elsewhere", "train__tokens_per_microbatch": 512},
-        {"kto__beta": 0.5, "kto__desirable_weight": 3.0, "kto__undesirable_weight": 1.0},
-        {"reference__tokens_per_batch": 128, "deepspeed__zero_stage": 3, "reference__zero_stage": 3},
-        {"kto__loss": "apo_zero_unpaired"},
+        ({"reference__tokens_per_batch": 128, "deepspeed__zero_stage": 3, "reference__zero_stage": 3}, 1),
+        ({"reference__packing": True, "reference__logits_mebibytes": 1}, 2),
+        ({"kto__loss": "apo_zero_unpaired"}, 1),
     ],
 )
-@pytest.mark.parametrize("world", (1, 2))
 def test_a_change_that_leaves_the_pairs_alone_scores_nothing(tmp_path, tiny_model, tiny_log, changes, world):
     first = tiny_config(tmp_path, tiny_model, tiny_log)
     scored, found = run_ranks(scored_and_found, 2, first)[0]
@@ -115,27 +109,174 @@ def test_a_damaged_shard_is_found_and_its_pairs_are_scored_again(tmp_path, tiny_
         assert again == pytest.approx(before, rel=1e-6)
 
 
-def _die_after_a_window(config: Config) -> None:
-    module = importlib.import_module("kto_dist.reference")
-    module.WINDOW = 32
-    add, windows = module.Store.add, []
+# Every setting of the policy that does not decide which pairs there are, with another value than the default.
+POLICY = {
+    "model__attention": "eager",
+    "model__gradient_checkpointing": True,
+    "kto__beta": 0.5,
+    "kto__desirable_weight": 3.0,
+    "kto__undesirable_weight": 2.0,
+    "train__output": "elsewhere",
+    "train__tokens_per_microbatch": 100,
+    "train__packing": True,
+    "train__lr": 1e-6,
+    "train__schedule": "linear",
+    "train__warmup": 3.0,
+    "train__betas": (0.8, 0.9),
+    "train__eps": 1e-3,
+    "train__weight_decay": 0.1,
+    "train__clip": 0.5,
+    "train__dtype": "bf16",
+    "train__logits_mebibytes": 1,
+    "deepspeed__zero_stage": 3,
+    "deepspeed__offload_optimizer": "cpu",
+    "deepspeed__offload_parameters": "cpu",
+    "deepspeed__nvme_path": "/disk",
+    "deepspeed__config": "options.json",
+    "tracking__experiment": "other",
+    "tracking__run_name": "other",
+    "tracking__log_model": True,
+    "tracking__register_as": "other",
+    "checkpoint__every_steps": 1,
+    "checkpoint__keep": 1,
+    "checkpoint__resume": False,
+    "evaluate__every_steps": 1,
+    "health__max_kl": 1.0,
+    "health__patience": 1,
+    "health__on_trouble": "warn",
+}
+# These are about rows and pairs, about where MLflow is, or (loss: tested above) leave pairs out.
+NOT_POLICY = {"model__path", "model__gguf_file", "kto__loss", "kto__kl_pairs_per_step", "train__global_batch"}
+NOT_POLICY |= {"train__epochs", "train__max_steps", "train__seed", "tracking__enabled", "tracking__uri"}
 
-    def deadly(*arguments):
-        if windows:
-            os.kill(os.getpid(), signal.SIGKILL)
-        add(*arguments)
-        windows.append(1)
 
-    module.Store.add = deadly
-    scored_and_found(config)
+def test_every_setting_of_the_policy_is_tried_below():
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    every = {f"{name}__{key}" for name, kind in sections.items() for key in kind.model_fields}
+    mine = {name for name in every if name.startswith(("reference__", "data__"))}
+    assert every - mine - NOT_POLICY == set(POLICY)
 
 
-def test_a_killed_pass_goes_on_where_it_was(tmp_path, tiny_model, tiny_log):
+def _changed_one_by_one(config: Config, settings: dict) -> list[str]:
+    """The settings with which something is scored again."""
+    guilty = []
+    for name, value in settings.items():
+        section, key = name.split("__")
+        part = getattr(config, section).model_copy(update={key: value})
+        if scored_and_found(config.model_copy(update={section: part}))[0]:
+            guilty.append(name)
+    return guilty
+
+
+def test_no_setting_of_the_policy_makes_the_reference_score_again(tmp_path, tiny_model, tiny_log):
     config = tiny_config(tmp_path, tiny_model, tiny_log)
-    with pytest.raises(RuntimeError, match="died"):
-        run_ranks(_die_after_a_window, 1, config)
-    scored, found = run_ranks(scored_and_found, 1, config)[0]
-    assert found == 32 and scored
+    run_ranks(scored_and_found, 1, config)
+    assert run_ranks(_changed_one_by_one, 1, config, POLICY) == [[]]
+
+
+def test_settings_of_the_policy_change_no_value_in_any_bit(tmp_path, tiny_model, tiny_log):
+    before = tiny_config(tmp_path, tiny_model, tiny_log)
+    # each of them as far as it concerns a pass; a config that DeepSpeed would have to read is not written for it
+    settings = {key: value for key, value in POLICY.items() if not key.startswith(("tracking", "deepspeed__config"))}
+    after = tiny_config(tmp_path, tiny_model, tiny_log, **settings, reference__store=str(tmp_path / "other"))
+    assert (run_ranks(logps_of_pairs, 1, before)[0] == run_ranks(logps_of_pairs, 1, after)[0]).all()
+
+
+def _values_and_tokens(config: Config) -> tuple[np.ndarray, int]:
+    module = importlib.import_module("kto_dist.reference")
+    score, read = module.completion_logps, []
+    module.completion_logps = lambda forward, batch, *more: (read.append(batch.tokens), score(forward, batch, *more))[1]
+    try:
+        return logps_of_pairs(config), sum(read)
+    finally:
+        module.completion_logps = score
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_shared_prompts_give_the_same_values_from_fewer_tokens(tmp_path, tiny_model, tiny_log, stage):
+    found = {}
+    for share in (False, True):
+        config = tiny_config(
+            tmp_path,
+            tiny_model,
+            tiny_log,
+            reference__share_prefixes=share,
+            reference__store=str(tmp_path / f"store-{share}"),
+            reference__zero_stage=stage,
+        )
+        ranks = run_ranks(_values_and_tokens, 2, config)
+        assert (ranks[0][0] == ranks[1][0]).all()
+        found[share] = ranks[0][0], sum(tokens for _, tokens in ranks)
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
+    assert found[True][1] < 0.85 * found[False][1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference__share_prefixes": True, "reference__attention": "eager"}, "share_prefixes is true.*use auto"),
+        ({"reference__device": "cuda"}, "reference.device .cuda. needs a GPU.*use auto"),
+    ],
+)
+def test_what_the_reference_cannot_do_is_refused_before_it_is_loaded(tmp_path, tiny_model, tiny_log, changes, message):
+    if torch.cuda.is_available() and "reference__device" in changes:
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=message):
+        run_ranks(scored_and_found, 1, tiny_config(tmp_path, tiny_model, tiny_log, **changes))
+
+
+def _with_a_full_disk_on_one_rank(config: Config) -> str:
+    module = importlib.import_module("kto_dist.reference")
+
+    def full(*arguments):
+        raise UserError("reference.store is full: free some space")
+
+    if os.environ["RANK"] == "1":
+        module.Store.add = full
+    try:
+        scored_and_found(config)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_trouble_of_one_rank_with_its_store_ends_all_of_them_with_its_message(tmp_path, tiny_model, tiny_log):
+    said = run_ranks(_with_a_full_disk_on_one_rank, 2, tiny_config(tmp_path, tiny_model, tiny_log), timeout=60)
+    assert said == ["reference.store is full: free some space"] * 2
+
+
+def _progress_of(config: Config) -> list[dict]:
+    module = importlib.import_module("kto_dist.reference")
+    module.FIRST_SHARD, module.SHARD_SECONDS = 8, 0.0
+    seen: list = []
+    score_reference(prepare(config, Console()), Console(), seen.append)
+    return [asdict(progress) for progress in seen]
+
+
+@pytest.mark.parametrize("share", (False, True))
+def test_progress_ends_at_the_last_pair_and_never_runs_backwards(tmp_path, tiny_model, tiny_log, share):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__share_prefixes=share)
+    for seen in run_ranks(_progress_of, 2, config):
+        assert seen[-1]["done"] == seen[-1]["total"] and seen[-1]["seconds_left"] == 0
+        assert all(point["done"] <= point["total"] and point["seconds_left"] >= 0 for point in seen)
+        assert all(point["rows_per_second"] > 0 and point["tokens_per_second"] > 0 for point in seen)
+        # where ranks have met, what is done is known exactly
+        assert len({point["done"] for point in seen}) > 5
+
+
+def test_a_precompute_is_an_mlflow_run_with_its_throughput(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, tracking__enabled=True, data__heldout=0.3)
+    (scored, found), _ = run_ranks(scored_and_found, 2, config)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("kto").experiment_id])
+    assert run.info.run_name == "precompute-run" and run.info.status == "FINISHED"
+    assert run.data.tags["job"] == "precompute" and run.data.params["kto.beta"] == "0.1"
+    metrics = run.data.metrics
+    assert (metrics["reference/scored"], metrics["reference/from_store"]) == (scored, found)
+    assert metrics["reference/rows_per_second"] > 0 and metrics["reference/tokens_per_second"] > 0
+    assert metrics["reference/seconds_left"] == 0 and metrics["reference/share_done"] == 1
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "reference/share_done")]
+    assert steps == sorted(steps) and steps[-1] <= scored
 
 
 def _with_a_store_of_its_own(config: Config) -> tuple[int, int, float]:
@@ -199,51 +340,3 @@ def _memory_of_second_pass(warm_up: Config, config: Config) -> dict[str, int]:
     """The first pass of a process leaves behind what libraries load on first use; the second shows the model alone."""
     scored_and_found(warm_up)
     return _memory(config)
-
-
-def test_a_store_that_cannot_be_written_is_refused_with_its_path(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"reference.store \(.*file/store\) cannot be written.*give a folder"):
-        Store(tmp_path / "file" / "store", IDENTITY)
-
-
-def test_a_manifest_of_another_reference_is_refused(tmp_path):
-    store = Store(tmp_path, IDENTITY)
-    manifest = store.folder / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "weights": "other"}))
-    with pytest.raises(UserError, match="belongs to another reference .they differ in weights"):
-        Store(tmp_path, IDENTITY)
-
-
-def test_what_was_added_is_found_and_nothing_else(tmp_path):
-    rng = np.random.default_rng(0)
-    keys = keys_array([pair_key(rng.integers(0, 9, 3), rng.integers(0, 9, 4)) for _ in range(1000)])
-    values = rng.normal(size=1000)
-    store = Store(tmp_path, IDENTITY)
-    store.add(keys[:300], values[:300], np.full(300, 4))
-    store.add(keys[300:500], values[300:500], np.full(200, 4))
-    logps, found = Store(tmp_path, IDENTITY).lookup(keys)
-    assert found.tolist() == [True] * 500 + [False] * 500
-    assert (logps[:500] == values[:500]).all() and not logps[500:].any()
-
-
-def test_keys_that_agree_in_their_first_half_are_told_apart(tmp_path):
-    keys = np.zeros(3, dtype=keys_array([b"\0" * 16]).dtype)
-    keys["high"], keys["low"] = 7, [5, 3, 9]
-    store = Store(tmp_path, IDENTITY)
-    store.add(keys[:2], np.array([0.5, 0.25]), np.array([1, 1]))
-    logps, found = Store(tmp_path, IDENTITY).lookup(keys)
-    assert logps.tolist() == [0.5, 0.25, 0.0] and found.tolist() == [True, True, False]
-
-
-def test_the_boundary_between_prompt_and_completion_is_part_of_the_key():
-    tokens = np.array([1, 2, 3, 4])
-    assert pair_key(tokens[:1], tokens[1:]) != pair_key(tokens[:2], tokens[2:])
-
-
-def test_a_shard_holds_what_its_columns_say(tmp_path):
-    store = Store(tmp_path, IDENTITY)
-    key = pair_key(np.array([1]), np.array([2, 3]))
-    store.add(keys_array([key]), np.array([-1.5]), np.array([2]))
-    (shard,) = store.folder.glob("*.parquet")
-    assert pq.read_table(shard).to_pylist() == [{"key": key, "logp": -1.5, "tokens": 2}]

@@ -1,0 +1,290 @@
+"""The reference pass: pairs a second of kto_dist, with and without shared prompts, of a bare loop and of TRL.
+
+In:  a model folder and a log of thumbs. Out: a table, and with `--json` a file for the README's figures.
+
+1. rows      all rows of the log's first prompts, so that prompts have several completions, as in a thumbs log they
+             have; the KL pairs of a run over them; the same pairs for all
+2. runs      `throughput.py`'s own implementations, each in a fresh process that ends when its reference pass does;
+             they take turns, and the fastest counts: what else runs on a machine only slows a pass down
+3. measure   from a loaded model to stored log-probs, kto_dist's checks of the model and its hashing included; the bare
+             loop runs the same model over the same micro-batches with a plain head, and stores nothing
+4. before    finding a run's pairs and hashing their keys, for a million rows of short random tokens
+5. store     opening one of ten million pairs, and looking a step's rows up (`store.py`)
+
+Not measured: several ranks, ZeRO-3, offload, GPUs.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import throughput
+import torch
+from store import measure_store
+from throughput import Job
+
+NAMES = {
+    "kto_dist": "kto_dist",
+    "kto_dist_prefix": "kto_dist, prompts shared",
+    "bare": "bare loop",
+    "trl": "TRL",
+}
+
+
+class PassOver(Exception):
+    """Ends an implementation's run after its reference pass."""
+
+
+def child(name: str, job: Job, result: Path) -> None:
+    torch.set_num_threads(job.threads)
+    output = result.with_suffix("")
+    output.mkdir(parents=True)
+    whole_config = throughput._kto_dist_config
+
+    def config(job: Job, output: Path) -> Any:
+        built = whole_config(job, output)
+        shared = built.reference.model_copy(update={"share_prefixes": name == "kto_dist_prefix"})
+        return built.model_copy(update={"reference": shared})
+
+    found: dict[str, float] = {}
+    end = throughput.Clock.end_reference
+
+    def end_and_leave(clock: throughput.Clock) -> None:
+        # a pass that failed ends its clock as well, and goes on with its own exception
+        end(clock)
+        if sys.exc_info()[0] is None:
+            found.update(clock.reference)
+            raise PassOver
+
+    throughput._kto_dist_config = config
+    throughput.Clock.end_reference = end_and_leave
+    with contextlib.suppress(PassOver):
+        if name == "bare":
+            throughput.run_bare(job, output)
+        elif name == "trl":
+            throughput.run_trl(job, output, weights="float32")
+        else:
+            throughput.run_kto_dist(job, output)
+    assert found, "the pass did not end"
+    result.write_text(json.dumps(found))
+
+
+def start(name: str, job: Job) -> dict[str, float]:
+    """Runs an implementation in a fresh process. Raises `ClickException` with the end of its output if it fails."""
+    with tempfile.TemporaryDirectory(dir=job.folder) as folder:
+        result = Path(folder) / "run.json"
+        environment = {
+            **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+            "OMP_NUM_THREADS": str(job.threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        command = [sys.executable, __file__, "--child", name, json.dumps(asdict(job)), str(result)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not result.exists():
+            end = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
+            raise click.ClickException(f"{name} ended with status {done.returncode}:\n{end}")
+        return json.loads(result.read_text())
+
+
+def by_prompt(log: Path, target: Path) -> None:
+    """The log's rows, those of one prompt side by side, in the order in which prompts first appear."""
+    groups: dict[str, list[str]] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        groups.setdefault(json.dumps(json.loads(line)["prompt"]), []).append(line)
+    target.write_text("".join(line + "\n" for lines in groups.values() for line in lines), encoding="utf-8")
+
+
+def measure_plan(rows: int) -> dict[str, float]:
+    """Seconds to find the pairs of one epoch over so many short rows, and to hash their keys, on one rank."""
+    import pyarrow as pa
+
+    from kto_dist.batch import Plan, pair_lengths
+    from kto_dist.examples import ClassReport, DataReport, Examples
+    from kto_dist.keys import pair_keys
+    from kto_dist.reference import wanted_pairs
+
+    rng = np.random.default_rng(0)
+
+    def column() -> pa.ChunkedArray:
+        chunks = []
+        for begin in range(0, rows, 1000):
+            offsets = np.insert(np.cumsum(rng.integers(5, 40, min(1000, rows - begin))), 0, 0).astype(np.int32)
+            chunks.append(pa.ListArray.from_arrays(offsets, rng.integers(0, 49152, offsets[-1], dtype=np.int32)))
+        return pa.chunked_array(chunks)
+
+    table = pa.table(
+        {
+            "prompt_ids": column(),
+            "completion_ids": column(),
+            "desirable": np.ones(rows, bool),
+            "weight": np.ones(rows),
+            # five rows a prompt; their tokens differ here, which makes hashing no cheaper
+            "prompt_group": rng.integers(0, rows // 5 + 1, rows),
+        }
+    )
+    none = ClassReport(kept=0, prompts_cut=0, completions_cut=0, dropped=0, prompt_tokens=0, completion_tokens=0)
+    report = DataReport(
+        rows_read=rows,
+        skipped={},
+        skipped_examples=[],
+        shortened_headers=0,
+        desirable=none,
+        undesirable=none,
+        prompt_lengths={},
+        completion_lengths={},
+    )
+    examples = Examples(table, fingerprint="", report=report)
+    plan = Plan(
+        seed=0,
+        rows=rows,
+        global_batch=32,
+        epochs=1.0,
+        max_steps=None,
+        kl_pairs_per_step=None,
+        max_length=96,
+        prompt_limit=48,
+    )
+    began = time.perf_counter()
+    prompts, completions = wanted_pairs(plan, examples)
+    found = time.perf_counter()
+    pair_keys(examples, prompts, completions, *pair_lengths(examples, prompts, completions, 96, 48))
+    hashed = time.perf_counter()
+    return {"rows": rows, "pairs": prompts.size, "find_seconds": found - began, "hash_seconds": hashed - found}
+
+
+@click.command()
+@click.option("--model", default="runs/demo/model", show_default=True, help="Hugging Face folder (see `make demo`)")
+@click.option("--log", default="launch/demo/thumbs.jsonl", show_default=True, help="rows to score")
+@click.option("--rows", default=112, show_default=True, help="rows; each makes two pairs")
+@click.option("--max-length", default=256, show_default=True, help="most tokens of a row")
+@click.option("--tokens-per-batch", default=4096, show_default=True, help="kto_dist's and the bare loop's")
+@click.option("--trl-batch", default=8, show_default=True, help="TRL's rows a device")
+@click.option("--repeats", default=3, show_default=True, help="runs of each implementation")
+@click.option("--threads", default=throughput._cores(), show_default="all cores", help="threads of a process")
+@click.option("--plan-rows", default=1_000_000, show_default=True, help="rows to find and hash pairs of; 0: leave out")
+@click.option("--store-pairs", default=10_000_000, show_default=True, help="pairs of the store; 0: leave out")
+@click.option(
+    "--implementation",
+    "names",
+    multiple=True,
+    type=click.Choice(list(NAMES)),
+    default=tuple(NAMES),
+    show_default=True,
+    help="give it once for each",
+)
+@click.option("--json", "file", default=None, type=click.Path(path_type=Path), help="write the figures to this file")
+def main(
+    model: str,
+    log: str,
+    rows: int,
+    max_length: int,
+    tokens_per_batch: int,
+    trl_batch: int,
+    repeats: int,
+    threads: int,
+    plan_rows: int,
+    store_pairs: int,
+    names: tuple[str, ...],
+    file: Path | None,
+) -> None:
+    """Measures the reference pass on the same pairs with kto_dist, a bare loop and TRL, and the store."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from kto_dist.causal_lm import DTYPES, pick_attention, pick_dtype
+
+    if not Path(model, "config.json").exists():
+        raise click.UsageError(f"--model ({model}) holds no model: run `make demo` once, or name a folder")
+    if rows % 4:
+        raise click.UsageError(f"--rows ({rows}) must be a multiple of 4: KL pairs are drawn in four steps")
+    console = Console(highlight=False, soft_wrap=True)
+    dtype = next(name for name, kind in DTYPES.items() if kind == pick_dtype("auto", throughput._device()))
+    with tempfile.TemporaryDirectory(prefix="kto-reference-") as folder:
+        job = Job(
+            model=str(Path(model).resolve()),
+            folder=folder,
+            warmup=1,
+            steps=3,
+            global_batch=rows // 4,
+            max_length=max_length,
+            tokens_per_microbatch=tokens_per_batch,
+            dtype=dtype,
+            attention=pick_attention("auto", throughput._device(), DTYPES[dtype]),
+            threads=threads,
+            # of its training, which does not come
+            trl_batch=2,
+            trl_reference_batch=trl_batch,
+        )
+        by_prompt(Path(log), Path(folder) / "log.jsonl")
+        work = throughput.write_rows(f"{folder}/log.jsonl", job, Path(folder))
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for repeat in range(repeats):
+            for name in names:
+                runs[name].append(start(name, job))
+                rate = work.reference_pairs / runs[name][-1]["seconds"]
+                console.print(f"run {repeat + 1} of {repeats}, {NAMES[name]}: {rate:.1f} pairs/s")
+        plan = measure_plan(plan_rows) if plan_rows else None
+        (Path(folder) / "store").mkdir()
+        store = measure_store(store_pairs, f"{folder}/store") if store_pairs else None
+
+    lines = []
+    table = Table("", "pairs/s", "of the runs", "tokens/s", "peak GiB", "of bare", title="reference pass")
+    for name, found in runs.items():
+        rates = [work.reference_pairs / run["seconds"] for run in found]
+        line = {
+            "implementation": name,
+            "rows_per_second": max(rates),
+            "tokens_per_second": max(rates) * work.reference_tokens / work.reference_pairs,
+            "peak_bytes": int(statistics.median(run["peak_bytes"] for run in found)),
+            "runs": rates,
+        }
+        lines.append(line)
+    bare = next((line["rows_per_second"] for line in lines if line["implementation"] == "bare"), None)
+    for line in lines:
+        table.add_row(
+            NAMES[line["implementation"]],
+            f"{line['rows_per_second']:.1f}",
+            f"{min(line['runs']):.1f}-{max(line['runs']):.1f}",
+            f"{line['tokens_per_second']:,.0f}",
+            f"{line['peak_bytes'] / 2**30:.2f}",
+            f"{line['rows_per_second'] / bare:.2f} x" if bare else "",
+        )
+    console.print(table)
+    for title, figures in (("finding pairs", plan), ("store", store)):
+        if figures:
+            console.print(f"{title}: " + ", ".join(f"{key} {value:,.4g}" for key, value in figures.items()))
+    if file:
+        packages = ("torch", "transformers", "deepspeed", "trl", "pyarrow", "numpy")
+        settings = {key: value for key, value in asdict(job).items() if key not in ("folder", "model")}
+        report = {
+            "device": throughput.device_name(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "settings": settings
+            | {"model": Path(model).name, "log": Path(log).name, "repeats": repeats}
+            | {"pairs": work.reference_pairs, "tokens": work.reference_tokens},
+            "results": lines,
+            "plan": plan,
+            "store": store,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], Job(**json.loads(sys.argv[3])), Path(sys.argv[4]))
+    else:
+        main()

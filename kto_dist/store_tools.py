@@ -1,0 +1,310 @@
+"""What one does to a whole store: list it, verify it, clear it out, take its pairs elsewhere.
+
+In:  a store's root, and where wanted the first digits of a fingerprint. Out: records to print, or a file. Nothing here
+needs the model, a config or a GPU, and nothing here disturbs a job that is at work: readers bear that a shard is
+replaced by another one that holds its pairs, and what is in use is left alone.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from kto_dist.errors import UserError
+from kto_dist.shards import NAME, BadShard, Pairs, decode, disagreements, encode, merge
+from kto_dist.storage import TEMPORARY, File, Storage, open_storage, write_whole
+from kto_dist.store import (
+    FOLDER_DIGITS,
+    FORMAT,
+    MANIFEST,
+    USED,
+    in_use,
+    is_lease,
+    last_used,
+    read_manifest,
+)
+
+SMALL_SHARD = 2**18
+# pairs, 7 MB: smaller ones are worth merging
+LARGE_SHARD = 2**22
+# pairs that a merged shard holds at the most: 117 MB, an object of a size that every store takes in one PUT
+WORTH_MERGING = 16
+# small shards, from which on they are merged
+_FOLDER = re.compile(rf"[0-9a-f]{{{FOLDER_DIGITS}}}")
+_ABANDONED_SECONDS = 3600.0
+# after which a file under a temporary name, which takes seconds to write, has lost its writer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """One model's part of a store."""
+
+    folder: str
+    fingerprint: str
+    # whole; "" where the manifest is missing or damaged
+    facts: dict[str, str]
+    # what the manifest says of the model, to be read by people
+    shards: int
+    pairs: int
+    # a pair that stands in two shards counts twice
+    size: int
+    # bytes, of all files
+    used: float | None
+    # seconds since 1970
+    users: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What reading every byte of one model's part has shown."""
+
+    folder: str
+    shards: int
+    pairs: int
+    # different ones, in good shards
+    bad: list[tuple[str, str]]
+    # (shard, what is wrong with it)
+    repeated: int
+    # pairs that stand in more than one shard
+    difference: float
+    # nats, the largest between two values of a pair
+
+    @property
+    def good(self) -> bool:
+        return not self.bad
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Removal:
+    """One thing that `gc` would do."""
+
+    folder: str
+    files: list[str]
+    size: int
+    # bytes
+    why: str
+    merged: bool = False
+    # their pairs are written to new shards first
+
+
+def folders_of(root: str | Path, prefix: str = "") -> list[tuple[str, Storage]]:
+    """(name, folder) of every model in the store. Raises `UserError` where there is no store, or no such model."""
+    storage = open_storage(root)
+    try:
+        names = [
+            name for name in storage.folders() if len(name) == FOLDER_DIGITS and not name.strip("0123456789abcdef")
+        ]
+    except OSError as error:
+        raise UserError(f"the store ({root}) cannot be read: {error}; check the path, or a URL's credentials") from None
+    if not names:
+        raise UserError(f"{root} holds no reference store: give the folder or URL that reference.store names")
+    chosen = [name for name in names if name.startswith(prefix[:FOLDER_DIGITS])]
+    if not chosen:
+        raise UserError(f"no model of {root} has a fingerprint that starts with {prefix}: it has {', '.join(names)}")
+    return [(name, storage / name) for name in chosen]
+
+
+def summarise(root: str | Path, prefix: str = "") -> list[Summary]:
+    """Reads no shard but its last few bytes."""
+    return [_summary(name, folder) for name, folder in folders_of(root, prefix)]
+
+
+def _summary(name: str, folder: Storage) -> Summary:
+    manifest = read_manifest(folder) or {}
+    files = folder.files()
+    shards = [file for file in files if NAME.fullmatch(file.name)]
+    with ThreadPoolExecutor(max_workers=folder.concurrency) as pool:
+        pairs = sum(pool.map(partial(_rows, folder), shards))
+    return Summary(
+        folder=name,
+        fingerprint=str(manifest.get("fingerprint", "")),
+        facts={key: str(value) for key, value in manifest.items()},
+        shards=len(shards),
+        pairs=pairs,
+        size=sum(file.size for file in files),
+        used=last_used(folder),
+        users=in_use(folder),
+    )
+
+
+def _rows(folder: Storage, file: File) -> int:
+    try:
+        with folder.open(file.name) as opened:
+            return pq.read_metadata(opened).num_rows
+    except (OSError, pa.ArrowException):  # `verify` says what is wrong
+        return 0
+
+
+def verify(root: str | Path, prefix: str = "") -> Iterator[Verdict]:
+    """Hashes every byte of every shard; changes nothing."""
+    for name, folder in folders_of(root, prefix):
+        shards = [file.name for file in folder.files() if NAME.fullmatch(file.name)]
+        good, bad = _load(folder, name, shards)
+        repeated, difference = disagreements(list(good.values()))
+        yield Verdict(
+            folder=name,
+            shards=len(shards),
+            pairs=len(merge(list(good.values()))),
+            bad=bad,
+            repeated=repeated,
+            difference=difference,
+        )
+
+
+def _load(folder: Storage, name: str, shards: list[str]) -> tuple[dict[str, Pairs], list[tuple[str, str]]]:
+    """(good shards, bad ones and why); one that is gone meanwhile is neither."""
+    manifest = read_manifest(folder) or {}
+    fingerprint = str(manifest.get("fingerprint", ""))
+
+    def read(shard: str) -> Pairs | str | None:
+        try:
+            return decode(shard, folder.read(shard), fingerprint)
+        except FileNotFoundError:
+            return None
+        except (BadShard, OSError) as error:
+            return str(error)
+
+    if not fingerprint.startswith(name):
+        return {}, [(shard, "has no manifest beside it: a job that uses this model writes one") for shard in shards]
+    with ThreadPoolExecutor(max_workers=folder.concurrency) as pool:
+        results = dict(zip(shards, pool.map(read, shards), strict=True))
+    good = {shard: result for shard, result in results.items() if isinstance(result, Pairs)}
+    return good, [(shard, result) for shard, result in results.items() if isinstance(result, str)]
+
+
+def plan_gc(root: str | Path, *, unused_days: float | None = None, prefix: str | None = None) -> list[Removal]:
+    """What can go without a loss: what is damaged or abandoned, and shards that one can replace.
+
+    With `unused_days` also the models that nobody has used for so long, with `prefix` those of that fingerprint. Never
+    anything of a model that a job is using.
+    """
+    removals = []
+    for name, folder in folders_of(root, prefix or ""):
+        if in_use(folder):
+            continue
+        files = folder.files()
+        manifest, used = read_manifest(folder), last_used(folder)
+        days = None if used is None else (time.time() - used) / 86400
+        stale = None
+        if prefix:
+            stale = f"its fingerprint starts with {prefix}"
+        elif manifest and manifest.get("format") != FORMAT:
+            stale = f"an older version wrote it (format {manifest.get('format')}, now {FORMAT})"
+        elif unused_days is not None and days is not None and days >= unused_days:
+            stale = f"not used for {days:.0f} days"
+        if stale:
+            removals.append(_removal(name, files, stale))
+        else:
+            removals += _litter(name, folder, files)
+    return removals
+
+
+def _removal(name: str, files: list[File], why: str, merged: bool = False) -> Removal:
+    names, size = [file.name for file in files], sum(file.size for file in files)
+    return Removal(folder=name, files=names, size=size, why=why, merged=merged)
+
+
+def _litter(name: str, folder: Storage, files: list[File]) -> list[Removal]:
+    now = time.time()
+    shards = [file for file in files if NAME.fullmatch(file.name)]
+    good, bad = _load(folder, name, [file.name for file in shards]) if read_manifest(folder) else ({}, [])
+    broken = {shard for shard, _ in bad}
+    repeated, _ = disagreements(list(good.values()))
+    small = [file for file in shards if file.name in good and len(good[file.name]) < SMALL_SHARD]
+    # repeats can stand in any of them
+    merging = [file for file in shards if file.name in good] if repeated else small
+    kinds = [
+        ("set aside as damaged", [file for file in files if file.name.endswith(".damaged")]),
+        ("damaged", [file for file in shards if file.name in broken]),
+        (
+            "left by a writer that was killed",
+            [
+                file
+                for file in files
+                if TEMPORARY.fullmatch(file.name) and now - (file.modified or now) > _ABANDONED_SECONDS
+            ],
+        ),
+        ("marks of jobs that have ended", [file for file in files if is_lease(file.name)]),
+    ]
+    removals = [_removal(name, found, why) for why, found in kinds if found]
+    if repeated or len(small) >= WORTH_MERGING:
+        why = (
+            f"merged into few; {repeated:,} pairs stand there more than once" if repeated else "small, merged into few"
+        )
+        removals.append(_removal(name, merging, why, merged=True))
+    return removals
+
+
+def collect(root: str | Path, removals: list[Removal]) -> Iterator[tuple[Removal, bool]]:
+    """Does what `plan_gc` said, and yields for each whether: not where a job has started to use the model since."""
+    for removal in removals:
+        folder = open_storage(root) / removal.folder
+        if in_use(folder):
+            yield removal, False
+            continue
+        if removal.merged:
+            yield removal, _merge_shards(folder, removal)
+            continue
+        # the manifest last: without it the rest could not be told apart if this were stopped
+        for name in sorted(removal.files, key=lambda name: name in (MANIFEST, USED)):
+            folder.remove(name)
+        folder.remove_folder()
+        yield removal, True
+
+
+def _merge_shards(folder: Storage, removal: Removal) -> bool:
+    manifest = read_manifest(folder) or {}
+    good, _ = _load(folder, removal.folder, removal.files)
+    if not good:
+        return False
+    whole = merge(list(good.values()))
+    for start in range(0, len(whole), LARGE_SHARD):
+        part = whole[start : start + LARGE_SHARD]
+        folder.write(*encode(part.keys(), part.logps, part.tokens, manifest["fingerprint"]))
+    # only what stands in the new ones by now: a shard that another job adds meanwhile is none of these
+    for name in good:
+        folder.remove(name)
+    return True
+
+
+def export(root: str | Path, target: Path, prefix: str = "") -> int:
+    """Writes one model's pairs to a Parquet or CSV file, a row each, sorted by key; returns how many.
+
+    Raises `UserError` where more than one model fits, a shard is damaged, or the file cannot be written.
+    """
+    if target.suffix not in (".parquet", ".csv"):
+        raise UserError(f"the file to export to ({target}) must end in .parquet or .csv")
+    folders = folders_of(root, prefix)
+    if len(folders) > 1:
+        names = ", ".join(name for name, _ in folders)
+        raise UserError(
+            f"{root} holds {len(folders)} models ({names}): choose one by --fingerprint and its first digits"
+        )
+    ((name, folder),) = folders
+    good, bad = _load(folder, name, [file.name for file in folder.files() if NAME.fullmatch(file.name)])
+    if bad:
+        raise UserError(
+            f"{len(bad)} shards of {folder} cannot be trusted ({bad[0][0]} {bad[0][1]}): score their pairs again with "
+            "kto-dist precompute, or remove them with kto-dist store gc, and export then"
+        )
+    pairs = merge(list(good.values()))
+    keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(pairs), [None, pa.py_buffer(pairs.keys())])
+    sink = pa.BufferOutputStream()
+    if target.suffix == ".parquet":
+        pq.write_table(pa.table({"key": keys, "logp": pairs.logps, "tokens": pairs.tokens}), sink)
+    else:
+        readable = pa.array([key.hex() for key in keys.to_pylist()], pa.string())
+        pa.csv.write_csv(pa.table({"key": readable, "logp": pairs.logps, "tokens": pairs.tokens}), sink)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, sink.getvalue().to_pybytes())
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error}; give another file") from None
+    return len(pairs)

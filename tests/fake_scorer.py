@@ -1,0 +1,60 @@
+"""A reference that costs nothing: pair number n has a key and, for each model, a value that are functions of n.
+
+As a program it stores pairs FIRST..LAST in shards, and says after each how far it is: a job to kill and to race.
+"""
+
+import hashlib
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kto_dist.errors import UserError
+from kto_dist.fingerprint import Fingerprint
+from kto_dist.shards import KEY, NAME
+from kto_dist.store import Store
+
+IDENTITY = Fingerprint(weights="w", config="c", dtype="float32", logits="float32", attention="sdpa")
+OTHER = Fingerprint(weights="w", config="c", dtype="bfloat16", logits="float32", attention="sdpa")
+
+
+def keys_of(pairs: Sequence[int]) -> np.ndarray:  # (P,) KEY
+    return np.frombuffer(b"".join(hashlib.blake2b(b"%d" % n, digest_size=16).digest() for n in pairs), dtype=KEY)
+
+
+def value_of(identity: Fingerprint, pairs: Sequence[int]) -> np.ndarray:  # (P,) fp64
+    own = int(identity.digest[:8], 16) / 2**32
+    return -np.asarray(pairs, dtype=np.float64) - own
+
+
+def fill(store: Store, pairs: Sequence[int], identity: Fingerprint | None = None, noise: float = 0.0) -> None:
+    """One shard."""
+    identity = identity or (OTHER if store.folder.path.name == OTHER.digest[:32] else IDENTITY)
+    store.add(keys_of(pairs), value_of(identity, pairs) + noise, np.ones(len(pairs)))
+
+
+def shards_of(store: Store) -> list[Path]:
+    return sorted(path for path in store.folder.path.iterdir() if NAME.fullmatch(path.name))
+
+
+def main() -> None:
+    root, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    options = dict(argument.split("=") for argument in sys.argv[4:])
+    shard, noise = int(options.get("shard", 50)), float(options.get("noise", 0))
+    if "largest_file" in options:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(options["largest_file"]),) * 2)
+    with Store(root, IDENTITY) as store:
+        store.begin(last - first)
+        for start in range(first, last, shard):
+            fill(store, range(start, min(start + shard, last)), IDENTITY, noise)
+            print(min(start + shard, last), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as refusal:
+        assert "make room" in str(refusal)
+        sys.exit(2)

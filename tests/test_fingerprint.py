@@ -1,0 +1,258 @@
+"""Which reference it is: by content alone, and without reading the weights again while they are the same files."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny import save_tiny
+
+from kto_dist import hashes
+from kto_dist.errors import UserError
+from kto_dist.fingerprint import Fingerprint, fingerprint
+from kto_dist.hashes import file_digests
+
+FACTS = {"dtype": "float32", "logits": "float32", "attention": "sdpa"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kto_dist" / "hashes"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Weights alone, 16 tensors."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "model").mkdir()
+    tensors = {f"layer.{n}": rng.normal(size=(8, n + 1)).astype(np.float32) for n in range(16)}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every block that is hashed."""
+    seen, hashed = [], hashes._sha256
+    monkeypatch.setattr(hashes, "_sha256", lambda *block: seen.append(1) or hashed(*block))
+    return seen
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every file were an old one."""
+    monkeypatch.setattr(hashes, "SETTLED_SECONDS", -1.0)
+
+
+def of(folder: Path, config: dict | None = None, **changes: str) -> Fingerprint:
+    return fingerprint(folder, None, config or {"layers": 2}, **{**FACTS, **changes})
+
+
+def test_the_name_and_place_of_a_model_are_no_part_of_it(model, tmp_path):
+    before = of(model, {"layers": 2, "_name_or_path": "here", "transformers_version": "5.0"})
+    moved = model.rename(tmp_path / "moved")
+    assert of(moved, {"layers": 2, "_name_or_path": "there", "transformers_version": "6.0"}) == before
+    assert of(Path(shutil.copytree(moved, tmp_path / "copy"))) == before
+
+
+def test_each_thing_that_decides_a_log_prob_is_part_of_it(model):
+    seen = {of(model), of(model, {"layers": 3})}
+    for change in ({"dtype": "bfloat16"}, {"logits": "bfloat16"}, {"attention": "eager"}):
+        seen.add(of(model, **change))
+    assert len({one.digest for one in seen}) == 5
+
+
+@pytest.mark.parametrize("change", ("value", "name", "shape", "dtype", "swap", "removed"))
+def test_any_change_to_a_tensor_is_another_reference(model, change):
+    before = of(model)
+    tensors = load_file(model / "model.safetensors")
+    if change == "value":
+        tensors["layer.7"][3, 3] = np.nextafter(tensors["layer.7"][3, 3], np.float32(9))
+    elif change == "name":
+        tensors["layer.x"] = tensors.pop("layer.7")
+    elif change == "shape":
+        tensors["layer.7"] = tensors["layer.7"].T.copy().reshape(8, 8)[:, ::-1].copy().reshape(4, 16)
+    elif change == "dtype":
+        tensors["layer.7"] = tensors["layer.7"].view(np.int32)
+    elif change == "swap":
+        tensors["layer.7"], tensors["layer.6"] = tensors["layer.6"], tensors["layer.7"]
+    else:
+        del tensors["layer.7"]
+    save_file(tensors, model / "model.safetensors")
+    assert of(model) != before
+
+
+def test_the_same_tensors_in_other_files_are_the_same_reference(model, tmp_path):
+    before = of(model)
+    tensors = load_file(model / "model.safetensors")
+    # other metadata, another order
+    save_file(dict(reversed(tensors.items())), model / "model.safetensors", metadata={"format": "pt"})
+    assert of(model) == before
+    (model / "model.safetensors").unlink()
+    where = {name: f"model-{1 + n % 3:05d}-of-00003.safetensors" for n, name in enumerate(tensors)}
+    for file in set(where.values()):
+        save_file({name: tensors[name] for name in tensors if where[name] == file}, model / file)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert of(model) == before
+
+
+def test_weights_that_transformers_does_not_load_are_no_part_of_it(model):
+    before = of(model)
+    (model / "consolidated.safetensors").write_bytes(b"another layout of the same")
+    (model / "pytorch_model.bin").write_bytes(b"older")
+    assert of(model) == before
+
+
+def test_a_saved_model_is_the_same_when_transformers_splits_it(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    whole = save_tiny(tmp_path / "whole")
+    lm = AutoModelForCausalLM.from_pretrained(whole)
+    lm.save_pretrained(tmp_path / "split", max_shard_size="100KB")
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
+    assert of(tmp_path / "split").weights == of(whole).weights
+
+
+def test_a_model_is_read_once_and_remembered(model, reads, settled, tmp_path):
+    before = of(model)
+    read = len(reads)
+    assert read == 16
+    assert of(model) == before and of(model.rename(tmp_path / "moved")) == before
+    assert len(reads) == read
+
+
+@pytest.mark.parametrize("how", ("in place", "with its old time", "replaced", "copied over"))
+def test_a_changed_file_is_never_taken_for_the_one_before(model, reads, settled, tmp_path, how):
+    before, file = of(model), model / "model.safetensors"
+    assert of(model) == before
+    content, stat = bytearray(file.read_bytes()), file.stat()
+    content[-3] ^= 1
+    if how == "replaced":
+        (tmp_path / "new").write_bytes(content)
+        os.utime(tmp_path / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        os.replace(tmp_path / "new", file)
+    elif how == "copied over":
+        (tmp_path / "new").write_bytes(content)
+        os.utime(tmp_path / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        shutil.copy2(tmp_path / "new", file)
+    else:
+        with file.open("r+b") as opened:
+            opened.write(content)
+        if how == "with its old time":
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size
+    assert of(model) != before
+
+
+def test_a_change_that_no_sample_meets_is_seen_by_the_time_of_change(tmp_path, reads, settled, monkeypatch):
+    monkeypatch.setattr(hashes, "_SAMPLES", 0)
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(bytes(10_000))
+    before, stat = file_digests([file]), file.stat()
+    time.sleep(0.02)  # beyond a tick of the file system's clock
+    with file.open("r+b") as opened:
+        opened.write(b"\1")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns
+    assert file_digests([file]) != before
+
+
+def test_a_file_as_young_as_its_clock_is_coarse_is_not_remembered(model, reads, cache):
+    of(model)
+    read = len(reads)
+    assert not cache.exists() or not list(cache.iterdir())
+    of(model)
+    assert len(reads) == 2 * read
+
+
+@pytest.mark.parametrize("damage", ("flipped", "truncated", "moved", "a folder"))
+def test_a_damaged_memory_is_not_believed(model, reads, settled, cache, damage):
+    before = of(model)
+    (entry,) = cache.iterdir()
+    content = entry.read_text()
+    entry.unlink()
+    if damage == "flipped":
+        digit = content.index('"digests"') + 60
+        entry.write_text(content[:digit] + ("0" if content[digit] != "0" else "1") + content[digit + 1 :])
+    elif damage == "truncated":
+        entry.write_text(content[: len(content) // 2])
+    elif damage == "moved":  # what was remembered of another file
+        save_file({"other": np.ones(3)}, model / "model.safetensors")
+        other = of(model)
+        (entry,) = cache.iterdir()
+        entry.write_text(content)
+        assert of(model) == other
+        return
+    else:
+        entry.mkdir()
+    assert of(model) == before
+
+
+def test_without_a_place_to_remember_everything_works(model, settled, tmp_path, monkeypatch):
+    before = of(model)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert of(model) == before
+
+
+def test_only_so_many_files_are_remembered(tmp_path, settled, cache, monkeypatch):
+    monkeypatch.setattr(hashes, "REMEMBERED_FILES", 5)
+    for n in range(9):
+        (tmp_path / f"{n}.bin").write_bytes(bytes([n]) * 100)
+        file_digests([tmp_path / f"{n}.bin"])
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_large_tensors_are_hashed_in_blocks_and_every_byte_counts(tmp_path, reads, monkeypatch):
+    monkeypatch.setattr(hashes, "BLOCK", 1000)
+    file = tmp_path / "pytorch_model.bin"
+    content, seen = bytearray(3500), set()
+    for place in (None, 0, 999, 1000, 2999, 3000, 3499):
+        if place is not None:
+            content[place] ^= 1
+        file.write_bytes(content)
+        seen.add(file_digests([file])[0][""])
+    assert len(seen) == 7 and len(reads) == 7 * 4
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(model, monkeypatch):
+    hashed = hashes._sha256
+
+    def meddling(*block):
+        with (model / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\7")
+        return hashed(*block)
+
+    monkeypatch.setattr(hashes, "_sha256", meddling)
+    with pytest.raises(UserError, match="model.safetensors changed while it was read: start again"):
+        of(model)
+
+
+@pytest.mark.parametrize("keep", (0, 4, 100, -1, -100))
+def test_a_truncated_file_is_refused_with_its_name(model, keep):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model.safetensors is (no safetensors file|truncated at).*again"):
+        of(model)
+
+
+def test_what_cannot_be_scored_is_refused_with_a_remedy(model):
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an adapter, whose base model lies elsewhere: merge"):
+        of(model)
+    (model / "adapter_config.json").unlink()
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights to score with: it needs model.safetensors"):
+        of(model)
+    (model / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="is no index of weight files"):
+        of(model)
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(UserError, match=r"gone.safetensors cannot be read .*check the path"):
+        of(model)

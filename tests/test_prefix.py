@@ -1,0 +1,156 @@
+"""A prompt scored once for all of its completions: the same values, and refused where it would be wrong."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_llama
+from transformers import MambaConfig, MambaForCausalLM
+
+from kto_dist.batch import collate
+from kto_dist.causal_lm import ScoringModel, completion_logps
+from kto_dist.prefix import can_share, cost, grow, lay_out, sharing_is_exact
+
+CPU = torch.device("cpu")
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+FAMILIES = {
+    "llama": ("Llama", SMALL),
+    "qwen3": ("Qwen3", {**SMALL, "head_dim": 8}),
+    "gpt_neox": ("GPTNeoX", SMALL),
+    # positions are learned, and looked up by position id
+    "gpt2": (
+        "GPT2",
+        {
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "vocab_size": 60,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "initializer_range": 0.3,
+        },
+    ),
+}
+
+
+def family(name: str) -> ScoringModel:
+    kind, settings_ = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**settings_)
+    config._attn_implementation = "sdpa"
+    return ScoringModel(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+def some_trees(seed: int = 0, vocabulary: int = 60) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    rng = np.random.default_rng(seed)
+
+    def ids(count):
+        return rng.integers(vocabulary, size=count)
+
+    return [(ids(p), [ids(c) for c in rng.integers(1, 12, size=k)]) for p, k in ((7, 4), (1, 3), (5, 1), (12, 2))]
+
+
+def logps_alone(model: ScoringModel, trees) -> torch.Tensor:
+    pairs = [(prompt, completion) for prompt, completions in trees for completion in completions]
+    batches = [collate([pair], np.zeros(1), packed=False) for pair in pairs]
+    with torch.no_grad():
+        return torch.cat([completion_logps(model, batch, model.transform, 2**28) for batch in batches])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_completions_of_a_tree_score_as_they_do_alone(name):
+    model, trees = family(name), some_trees()
+    batch = lay_out(trees, np.arange(10))
+    with torch.no_grad():
+        together = completion_logps(model, batch, model.transform, 2**28)
+    assert torch.allclose(together, logps_alone(model, trees), rtol=1e-5, atol=1e-4)
+    assert batch.tokens == sum(len(p) + sum(map(len, cs)) for p, cs in trees)
+
+
+def test_another_completion_of_the_tree_changes_nothing():
+    model, (prompt, completions) = family("llama"), some_trees()[0]
+    other = [completions[0], *(59 - c for c in completions[1:])]
+    with torch.no_grad():
+        one, two = (
+            completion_logps(model, lay_out([(prompt, cs)], np.arange(4)), model.transform, 2**28)
+            for cs in (completions, other)
+        )
+    assert one[0] == two[0] and (one[1:] != two[1:]).all()
+
+
+def test_a_rank_without_trees_runs_the_model_all_the_same():
+    model = family("llama")
+    with torch.no_grad():
+        assert completion_logps(model, lay_out([], np.zeros(0)), model.transform, 2**28).numel() == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=60),
+    budget=st.integers(60, 300),
+    t0=st.floats(1, 1e6),
+)
+def test_trees_hold_every_pair_once_with_one_prompt_and_within_the_budget(pairs, budget, t0):
+    prompt = np.array([p for p, _ in pairs])
+    completion_tokens = np.array([c for _, c in pairs])
+    prompt_tokens = 3 * prompt + 1
+    trees = grow(prompt, prompt_tokens, completion_tokens, budget=budget, t0=t0)
+    members = [trees[i] for i in range(len(trees))]
+    assert sorted(np.concatenate(members).tolist()) == list(range(len(pairs)))
+    for pairs_of_tree, tokens in zip(members, trees.tokens, strict=True):
+        assert len(set(prompt[pairs_of_tree].tolist())) == 1
+        assert tokens == prompt_tokens[pairs_of_tree[0]] + completion_tokens[pairs_of_tree].sum() <= budget
+
+
+def test_sharing_a_long_prompt_costs_less_and_no_sharing_costs_no_more():
+    t0 = 1000.0
+    prompt, completion = np.full(8, 500), np.full(8, 50)
+    one = grow(np.zeros(8, np.int64), prompt, completion, budget=4096, t0=t0)
+    assert cost(one.tokens, t0) < 0.5 * cost(prompt + completion, t0)
+    # every prompt another: trees of one pair each
+    apart = grow(np.arange(8), prompt, completion, budget=4096, t0=t0)
+    assert cost(apart.tokens, t0) == cost(prompt + completion, t0)
+
+
+def test_models_in_which_completions_see_each_other_are_found():
+    assert sharing_is_exact(family("llama"), family("llama"), CPU, 2e-3)
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, initializer_range=0.3, state_size=8)
+    lm = MambaForCausalLM(config).eval()
+    forward = lm.backbone.forward
+    # it takes no positions, and no mask of four dimensions: a state runs along the row whatever one says
+    lm.backbone.forward = lambda input_ids, position_ids, attention_mask, **more: forward(input_ids, **more)
+    model = ScoringModel(lm)
+    assert not sharing_is_exact(model, model, CPU, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "attention", "reason"),
+    [
+        ({}, "eager", "eager takes no mask"),
+        ({}, "flash_attention_2", "takes no mask"),
+        ({"sliding_window": 8}, "sdpa", "see 8 positions back .sliding_window"),
+    ],
+)
+def test_what_a_trees_mask_cannot_say_is_refused(changes, attention, reason):
+    kind = transformers.MistralConfig if changes else transformers.LlamaConfig
+    config = kind(**SMALL, **changes)
+    assert re.search(reason, can_share(config, attention, 96))
+    assert can_share(tiny_llama().config, "sdpa", 96) is None
+
+
+def test_a_window_that_no_row_exceeds_is_no_obstacle():
+    assert can_share(transformers.MistralConfig(**SMALL, sliding_window=96), "sdpa", 96) is None

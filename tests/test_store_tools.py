@@ -1,0 +1,243 @@
+"""`kto-dist store ls|verify|gc|export`: what they say is so, and what they do loses nothing."""
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from fake_scorer import IDENTITY, OTHER, fill, keys_of, shards_of, value_of
+from test_store import found_in, run_fill
+
+from kto_dist import store as store_module
+from kto_dist.cli import main
+from kto_dist.errors import UserError
+from kto_dist.shards import KEY
+from kto_dist.store import Store
+from kto_dist.store_tools import _merge_shards, collect, export, plan_gc, summarise, verify
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["store", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def two_models(tmp_path: Path) -> Path:
+    """100 pairs in five shards, and 30 in one."""
+    first, second = Store(tmp_path, IDENTITY, model="first/model"), Store(tmp_path, OTHER)
+    for start in range(0, 100, 20):
+        fill(first, range(start, start + 20))
+    fill(second, range(30))
+    return tmp_path
+
+
+def test_ls_says_what_is_in_a_store_and_for_which_model(two_models):
+    status, said = command("ls", two_models)
+    rows = [line.split() for line in said.splitlines()]
+    assert status == 0 and rows[-1][:2] == ["130", "pairs,"]
+    by_model = {row[0]: row for row in rows[1:-1]}
+    first, second = by_model[IDENTITY.digest[:12]], by_model[OTHER.digest[:12]]
+    assert first[1:6] == ["first/model", "float32", "sdpa", "100", "5"]
+    assert second[1:6] == ["unknown", "bfloat16", "sdpa", "30", "1"]
+    whole = [row.fingerprint for row in summarise(two_models)]
+    assert sorted(whole) == sorted([IDENTITY.digest, OTHER.digest])
+
+
+def test_ls_names_the_jobs_that_use_a_model(two_models):
+    with Store(two_models, OTHER) as store:
+        store.begin()
+        (row,) = summarise(two_models, OTHER.digest[:6])
+        assert row.users == [f"process {os.getpid()} on {os.uname().nodename}"]
+    (row,) = summarise(two_models, OTHER.digest[:6])
+    assert row.users == []
+
+
+def test_verify_finds_each_damaged_shard_and_changes_nothing(two_models):
+    assert command("verify", two_models)[0] == 0
+    shards = shards_of(Store(two_models, IDENTITY))
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    before = tree(two_models)
+    status, said = command("verify", two_models)
+    assert status == 1 and f"{shards[1].name} is damaged" in said and "80 pairs, 4 of 5 shards are good" in said
+    assert tree(two_models) == before
+
+
+def test_verify_tells_how_far_two_values_of_a_pair_are_apart(two_models):
+    fill(Store(two_models, IDENTITY), range(5, 15), noise=0.125)
+    verdict = next(verdict for verdict in verify(two_models) if verdict.repeated)
+    assert (verdict.pairs, verdict.repeated, verdict.good) == (100, 10, True)
+    assert verdict.difference == pytest.approx(0.125)
+
+
+def test_gc_shows_and_does_nothing_until_it_is_told_to(two_models):
+    store = Store(two_models, IDENTITY)
+    fill(store, range(100))  # all of them again
+    (store.folder.path / "x.damaged").write_bytes(b"damaged")
+    before = tree(two_models)
+    status, said = command("gc", two_models)
+    assert status == 0 and "100 pairs stand there more than once" in said and "set aside as damaged" in said
+    assert "nothing was changed: add --yes" in said and tree(two_models) == before
+    status, said = command("gc", two_models, "--yes")
+    assert status == 0 and "done: 2 of 2" in said
+    assert len(shards_of(store)) == 1 and not (store.folder.path / "x.damaged").exists()
+    logps, found = found_in(two_models, 100)
+    assert found.all() and (logps == value_of(IDENTITY, range(100))).all()
+    assert command("gc", two_models) == (0, "nothing to do\n")
+
+
+def test_gc_merges_many_small_shards_and_keeps_every_pair(tmp_path, monkeypatch):
+    monkeypatch.setattr("kto_dist.store_tools.LARGE_SHARD", 64)
+    store = Store(tmp_path, IDENTITY)
+    for start in range(0, 200, 10):
+        fill(store, range(start, start + 10))
+    assert [done for _, done in collect(tmp_path, plan_gc(tmp_path))] == [True]
+    sizes = [pq.read_metadata(shard).num_rows for shard in shards_of(store)]
+    assert sorted(sizes) == [8, 64, 64, 64]
+    logps, found = found_in(tmp_path, 200)
+    assert found.all() and (logps == value_of(IDENTITY, range(200))).all()
+    assert not plan_gc(tmp_path)
+
+
+def test_a_merge_that_is_killed_loses_nothing_and_the_next_one_ends_it(two_models, monkeypatch):
+    store = Store(two_models, IDENTITY)
+    fill(store, range(100), noise=1e-3)
+    (removal,) = plan_gc(two_models, prefix=None)
+    monkeypatch.setattr(type(store.folder), "remove", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        _merge_shards(store.folder, removal)
+    monkeypatch.undo()
+    assert len(shards_of(store)) == 7
+    for _ in range(2):
+        logps, found = found_in(two_models, 100)
+        assert found.all() and (logps == value_of(IDENTITY, range(100))).all()
+        list(collect(two_models, plan_gc(two_models)))
+    assert len(shards_of(store)) == 1
+
+
+def test_gc_leaves_alone_what_a_running_job_uses_and_says_who_it_is(tmp_path):
+    job = run_fill(tmp_path, 0, 100_000, shard=5)
+    for _ in range(30):
+        job.stdout.readline()
+    before = set(tree(tmp_path))
+    status, said = command("gc", tmp_path, "--fingerprint", IDENTITY.digest[:8], "--yes")
+    assert status == 0 and f"left alone, in use by process {job.pid}" in said
+    assert before <= set(tree(tmp_path))
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    job.stdout.close()
+    # its mark is still there, but the process is not
+    status, said = command("gc", tmp_path, "--fingerprint", IDENTITY.digest[:8], "--yes")
+    assert "done: 1 of 1" in said and not list(tmp_path.iterdir())
+
+
+def test_gc_asks_again_before_it_removes(two_models):
+    removals = plan_gc(two_models, prefix=OTHER.digest[:8])
+    with Store(two_models, OTHER) as store:
+        store.begin()
+        assert [done for _, done in collect(two_models, removals)] == [False]
+        assert len(shards_of(store)) == 1
+    assert [done for _, done in collect(two_models, removals)] == [True]
+
+
+@pytest.mark.parametrize(("age", "alive"), [(3600, True), (25 * 3600, False)])
+def test_a_job_of_another_machine_counts_until_it_has_said_nothing_for_a_day(two_models, age, alive):
+    folder = Store(two_models, OTHER).folder.path
+    use = {"time": time.time() - age, "host": "elsewhere", "boot": "b", "namespace": "n", "pid": 1, "started": "5"}
+    (folder / "use-1.json").write_text(json.dumps(use))
+    assert bool(plan_gc(two_models, prefix=OTHER.digest[:8])) != alive
+
+
+def test_gc_by_age_takes_only_models_that_nobody_used_for_so_long(two_models):
+    used = Store(two_models, OTHER).folder.path / "used.json"
+    used.write_text(json.dumps({"time": time.time() - 40 * 86400}))
+    assert not plan_gc(two_models, unused_days=41)
+    (removal,) = plan_gc(two_models, unused_days=39)
+    assert removal.folder == OTHER.digest[:32] and removal.why == "not used for 40 days"
+    # using it makes it young again, between the plan and the deed as well as before
+    Store(two_models, OTHER)
+    assert not plan_gc(two_models, unused_days=39)
+
+
+def test_gc_removes_what_killed_writers_left_once_it_is_old(two_models):
+    folder = Store(two_models, IDENTITY).folder.path
+    young, old = folder / f".a.parquet.{'0' * 32}", folder / f".b.parquet.{'1' * 32}"
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    list(collect(two_models, plan_gc(two_models)))
+    assert young.exists() and not old.exists()
+
+
+def test_a_store_of_an_older_format_is_what_gc_offers_to_remove(two_models, monkeypatch):
+    monkeypatch.setattr("kto_dist.store_tools.FORMAT", store_module.FORMAT + 1)
+    assert [removal.why for removal in plan_gc(two_models)] == [
+        f"an older version wrote it (format {store_module.FORMAT}, now {store_module.FORMAT + 1})"
+    ] * 2
+
+
+def test_a_reader_finds_everything_while_shards_are_merged_under_it(tmp_path, monkeypatch):
+    store = Store(tmp_path, IDENTITY)
+    for start in range(0, 200, 10):
+        fill(store, range(start, start + 10))
+    reader = Store(tmp_path, IDENTITY)
+    files, merged = reader.folder.files, []
+
+    def listed_before_the_merge():
+        listed = files()
+        if not merged:
+            merged.extend(collect(tmp_path, plan_gc(tmp_path)))
+        return listed
+
+    monkeypatch.setattr(reader.folder, "files", listed_before_the_merge)
+    logps, found = reader.lookup(keys_of(range(200)))
+    assert merged and found.all() and (logps == value_of(IDENTITY, range(200))).all()
+
+
+@pytest.mark.parametrize("suffix", ("parquet", "csv"))
+def test_export_writes_every_pair_once(two_models, suffix):
+    fill(Store(two_models, IDENTITY), range(50), noise=1.0)
+    target = two_models / "elsewhere" / f"pairs.{suffix}"
+    status, said = command("export", two_models, target, "--fingerprint", IDENTITY.digest[:5])
+    assert (status, said) == (0, f"100 pairs written to {target}\n")
+    if suffix == "parquet":
+        rows = pq.read_table(target).to_pylist()
+    else:
+        rows = [
+            {"key": bytes.fromhex(row["key"]), "logp": float(row["logp"]), "tokens": int(row["tokens"])}
+            for row in csv.DictReader(target.open())
+        ]
+    keys = np.frombuffer(b"".join(row["key"] for row in rows), KEY)
+    logps, _ = found_in(two_models, 100)
+    order = np.argsort(keys_of(range(100))["high"])
+    assert (keys == keys_of(range(100))[order]).all()
+    assert [row["logp"] for row in rows] == logps[order].tolist() and {row["tokens"] for row in rows} == {1}
+
+
+def test_export_refuses_what_it_cannot_tell_apart_or_trust(two_models):
+    with pytest.raises(UserError, match="holds 2 models .*choose one by --fingerprint"):
+        export(two_models, two_models / "x.csv")
+    with pytest.raises(UserError, match=r"x.json\) must end in .parquet or .csv"):
+        export(two_models, two_models / "x.json")
+    shards_of(Store(two_models, OTHER))[0].write_bytes(b"")
+    with pytest.raises(UserError, match="1 shards of .* cannot be trusted .*is damaged"):
+        export(two_models, two_models / "x.csv", OTHER.digest[:4])
+    assert not (two_models / "x.csv").exists()
+
+
+@pytest.mark.parametrize("name", ("ls", "verify", "gc"))
+def test_what_is_no_store_is_refused(tmp_path, name):
+    status, said = command(name, tmp_path / "nowhere")
+    assert status == 2 and "nowhere holds no reference store: give the folder or URL" in said
+    Store(tmp_path, IDENTITY)
+    status, said = command(name, tmp_path, "--fingerprint", "zzz")
+    assert status == 2 and "no model" in said and IDENTITY.digest[:32] in said
