@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kto_dist.errors import UserError
+from kto_dist.files import sha256_of, write_whole
 
 KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
 FORMAT = 1
@@ -83,7 +83,7 @@ def fingerprint(
     if not files:
         raise UserError(f"the reference's folder ({folder}) holds no *.safetensors or pytorch_model*.bin to score with")
     with ThreadPoolExecutor(max_workers=8) as pool:
-        hashes = list(pool.map(_sha256, files))
+        hashes = list(pool.map(sha256_of, files))
     kept = {key: value for key, value in model_config.items() if key not in _IRRELEVANT}
     return Fingerprint(
         weights=hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest(),
@@ -92,18 +92,6 @@ def fingerprint(
         logits=logits,
         attention=attention,
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_old(file)
-
-
-def _sha256_old(file: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 class Store:
@@ -189,21 +177,3 @@ class Store:
             self._warn(f"{shard.name} in the reference store is damaged: set aside, its pairs will be scored again")
             return None
         return pq.read_table(pa.BufferReader(data), schema=_SCHEMA)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The file appears with all of its bytes or not at all, also when the machine stops in between."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

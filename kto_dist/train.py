@@ -32,11 +32,11 @@ from kto_dist.console import Console
 from kto_dist.environment import environment_tags
 from kto_dist.errors import UserError
 from kto_dist.evaluate import cut_pairs, evaluate_rows, labels_of
+from kto_dist.files import write_whole
 from kto_dist.health import Monitor
 from kto_dist.models import Policy, zero_stage
 from kto_dist.objective import kl_sums, loss_and_sums
 from kto_dist.prepare import Prepared, Scores, counts, prepare, score_reference
-from kto_dist.store import write_whole
 
 
 class Stopped(RuntimeError):
