@@ -40,8 +40,11 @@ class AuditConfig(Section):
     max_contradictions: Share = Field(0.01, description="share of the dataset's rows whose twin has the other label")
     min_rows: Positive = Field(200, description="rows of each class in the dataset")
     min_votes: Positive = Field(10, description="votes from which a user can be named a heavy downvoter")
+    false_names: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.01, description="expected share of the users named heavy downvoters that are none"
+    )
     significance: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.001, description="false-discovery rate of naming a user, and level of the tests for drift"
+        0.001, description="p-value below which drift is more than chance"
     )
     resamples: Annotated[int, Field(ge=100)] = Field(2000, description="bootstrap draws behind a confidence interval")
     samples: Annotated[int, Field(ge=0)] = Field(8, description="conflicts that the report quotes")
