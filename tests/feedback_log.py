@@ -174,7 +174,7 @@ def fill(connection: Any, votes: Iterable[dict[str, Any]]) -> None:
     votes = list(votes)
     connection.execute(
         "CREATE TABLE votes (vote UBIGINT, prompt VARCHAR, completion VARCHAR, prompt_key UUID, response_key UUID, "
-        "label BOOLEAN, raw_feedback VARCHAR, user_key VARCHAR, time TIMESTAMP, model VARCHAR, source VARCHAR, "
+        'label BOOLEAN, raw_feedback VARCHAR, "user" UUID, user_key VARCHAR, time TIMESTAMP, model VARCHAR, source VARCHAR, '
         "removed VARCHAR, weight DOUBLE, characters INTEGER)"
     )
     connection.execute(
@@ -209,6 +209,7 @@ def fill(connection: Any, votes: Iterable[dict[str, Any]]) -> None:
             "prompt_key": [key(record["prompt"]) for record in records],
             "response_key": [key(record["prompt"] + record["completion"]) for record in records],
             "characters": [len(record["completion"]) for record in records],
+            "user": [record["user_key"] and key(record["user_key"]) for record in records],
         }
     )
     for name, column in zip(keys.column_names, keys.columns, strict=True):
@@ -216,6 +217,7 @@ def fill(connection: Any, votes: Iterable[dict[str, Any]]) -> None:
     connection.register("given", table)
     connection.execute("INSERT INTO votes BY NAME SELECT * FROM given")
     connection.unregister("given")
+    connection.execute("CREATE VIEW texts AS SELECT vote, prompt, completion FROM votes")
     if rows:
         connection.executemany(f"INSERT INTO examples VALUES ({', '.join('?' * 10)})", rows)
     before = Counter(entry["label"] for entry in votes)

@@ -1,6 +1,6 @@
 """The pipeline's tables -> figures about the feedback and the dataset that came of it, and what is wrong with them.
 
-In:  a DuckDB connection with `votes`, `steps` and `examples`, and the config that made them.
+In:  a DuckDB connection with `votes`, `texts`, `steps` and `examples`, and the config that made them.
 Out: `Audit`, which becomes `audit.json` (docs/audit.md says what each key means) and `report.html`.
 
 1. judgements    votes that a person meant: labelled, on a real answer, one a user and answer
@@ -53,7 +53,7 @@ NO_JUDGEMENT = (
     "length",
 )
 _NAMED_LISTED, _OTHERS_LISTED = 200, 20
-_TABLES = ("voices", "audit_users", "audit_loss", "audit_critics", "audit_conflicts")
+_TABLES = ("voices", "audit_users", "audit_loss", "audit_listed", "audit_critics", "audit_conflicts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +155,6 @@ def audit(
                 balance=balance,
                 drift=drift,
                 lengths=lengths,
-                conflicts=conflicts,
                 config=config,
             ),
             log=_log(connection),
@@ -179,15 +178,15 @@ def _define(connection: "DuckDBPyConnection") -> None:
     """`judgements`, and `voices`: a user's last vote on a response; without users each vote is another's."""
     listed = ", ".join(f"'{name}'" for name in NO_JUDGEMENT)
     connection.execute(
-        "CREATE OR REPLACE TEMP VIEW judgements AS SELECT vote, prompt_key, response_key, label, user_key, time, model "
+        'CREATE OR REPLACE TEMP VIEW judgements AS SELECT vote, prompt_key, response_key, label, "user", time, model '
         f"FROM votes WHERE label IS NOT NULL AND (removed IS NULL OR removed NOT IN ({listed}))"
     )
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE voices AS "
-        "SELECT response_key, user_key, arg_max(label, (coalesce(time, TIMESTAMP '0001-01-01'), vote)) AS label "
+        "SELECT response_key, \"user\", arg_max(label, (coalesce(time, TIMESTAMP '0001-01-01'), vote)) AS label "
         "FROM judgements SEMI JOIN "
         "(SELECT response_key FROM judgements GROUP BY 1 HAVING count(*) > 1) AS shared USING (response_key) "
-        "GROUP BY response_key, user_key, CASE WHEN user_key IS NULL THEN vote END"
+        'GROUP BY response_key, "user", CASE WHEN "user" IS NULL THEN vote END'
     )
 
 
@@ -202,7 +201,7 @@ def _log(connection: "DuckDBPyConnection") -> Log:
         "SELECT count(*), count_if(removed IS NULL), count(DISTINCT source) FROM votes"
     ).fetchone()
     judgements, users, prompts, responses = connection.execute(
-        "SELECT count(*), count(DISTINCT user_key), count(DISTINCT prompt_key), count(DISTINCT response_key) "
+        'SELECT count(*), count(DISTINCT "user"), count(DISTINCT prompt_key), count(DISTINCT response_key) '
         "FROM judgements"
     ).fetchone()
     known = {name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
@@ -240,14 +239,14 @@ def _balance(connection: "DuckDBPyConnection", config: "MiningConfig") -> Balanc
 
 def _users(connection: "DuckDBPyConnection", config: "MiningConfig", balance: Balance) -> Users | None:
     connection.execute(
-        "CREATE OR REPLACE TEMP TABLE audit_users AS SELECT user_key, count(*) AS votes, count_if(NOT label) AS down "
-        "FROM judgements WHERE user_key IS NOT NULL GROUP BY 1"
+        'CREATE OR REPLACE TEMP TABLE audit_users AS SELECT "user", count(*) AS votes, count_if(NOT label) AS down '
+        'FROM judgements WHERE "user" IS NOT NULL GROUP BY 1'
     )
     found = connection.execute(
         "SELECT votes, down, count(*) AS users FROM audit_users GROUP BY ALL ORDER BY ALL"
     ).fetchnumpy()
     votes, down, users = (np.asarray(found[name]).astype(np.int64) for name in ("votes", "down", "users"))
-    connection.execute("CREATE OR REPLACE TEMP TABLE audit_critics (user_key VARCHAR)")
+    connection.execute('CREATE OR REPLACE TEMP TABLE audit_critics ("user" UUID)')
     if not len(votes):
         return None
 
@@ -262,7 +261,7 @@ def _users(connection: "DuckDBPyConnection", config: "MiningConfig", balance: Ba
         )
     finally:
         connection.unregister("audit_pairs")
-    connection.execute("INSERT INTO audit_critics SELECT user_key FROM audit_users WHERE named")
+    connection.execute('INSERT INTO audit_critics SELECT "user" FROM audit_users WHERE named')
     has_after = _losses(connection, balance)
 
     total, downs = int((votes * users).sum()), int((down * users).sum())
@@ -306,42 +305,52 @@ def _losses(connection: "DuckDBPyConnection", balance: Balance) -> bool:
     down_before, up_before = class_weights(judged.up, judged.down) if judged.up and judged.down else (1.0, 1.0)
     down_after, up_after = balance.undesirable_weight or 1.0, balance.desirable_weight or 1.0
     connection.execute(
-        "CREATE OR REPLACE TEMP TABLE audit_loss AS "
-        "WITH kept AS (SELECT response_key, label, user_key, weight FROM votes WHERE removed IS NULL), "
-        "rows AS (SELECT response_key, label, sum(weight) AS weight FROM examples GROUP BY ALL), "
-        "whole AS (SELECT response_key, label, sum(weight) AS weight FROM kept GROUP BY ALL), "
-        "after AS (SELECT user_key, sum(rows.weight * kept.weight / nullif(whole.weight, 0) "
-        "* if(kept.label, $up_after, $down_after)) AS mass FROM kept JOIN rows USING (response_key, label) "
-        "JOIN whole USING (response_key, label) WHERE user_key IS NOT NULL GROUP BY 1), "
-        "parts AS (SELECT u.*, (u.votes - u.down) * $up_before + u.down * $down_before AS mass_before, "
-        "coalesce(after.mass, 0) AS mass_after FROM audit_users AS u LEFT JOIN after USING (user_key)) "
-        "SELECT * EXCLUDE (mass_before, mass_after), mass_before / sum(mass_before) OVER () AS before, "
-        "coalesce(mass_after / nullif(sum(mass_after) OVER (), 0), 0) AS after FROM parts",
+        """CREATE OR REPLACE TEMP TABLE audit_loss AS
+        WITH kept AS (SELECT response_key, label, "user", weight FROM votes WHERE removed IS NULL),
+        -- kept votes have the label of their row, and a response has one row
+        mass AS (
+            SELECT response_key, any_value(e.weight) / nullif(sum(kept.weight), 0) AS each
+            FROM kept JOIN examples AS e USING (response_key) GROUP BY 1
+        ),
+        after AS (
+            SELECT "user", sum(mass.each * kept.weight * if(kept.label, $up_after, $down_after)) AS mass
+            FROM kept JOIN mass USING (response_key) WHERE "user" IS NOT NULL GROUP BY 1
+        ),
+        parts AS (
+            SELECT u.*, (u.votes - u.down) * $up_before + u.down * $down_before AS mass_before,
+                coalesce(after.mass, 0) AS mass_after
+            FROM audit_users AS u LEFT JOIN after USING ("user")
+        )
+        SELECT * EXCLUDE (mass_before, mass_after), mass_before / sum(mass_before) OVER () AS before,
+            coalesce(mass_after / nullif(sum(mass_after) OVER (), 0), 0) AS after
+        FROM parts""",
         {"up_before": up_before, "down_before": down_before, "up_after": up_after, "down_after": down_after},
     )
     return connection.execute("SELECT sum(after) > 0 FROM audit_loss").fetchone()[0]
 
 
 def _top_users(connection: "DuckDBPyConnection", total: int, downs: int) -> tuple[User, ...]:
-    rows = connection.execute(
-        "SELECT user_key, votes, down, p, named, before, after FROM audit_loss "
-        "QUALIFY row_number() OVER (PARTITION BY named ORDER BY greatest(before, after) DESC, user_key) "
-        "<= if(named, ?, ?) ORDER BY named DESC, greatest(before, after) DESC, user_key",
+    connection.execute(
+        """CREATE OR REPLACE TEMP TABLE audit_listed AS SELECT * FROM audit_loss
+        QUALIFY row_number() OVER (PARTITION BY named ORDER BY greatest(before, after) DESC, "user")
+            <= if(named, ?, ?)""",
         [_NAMED_LISTED, _OTHERS_LISTED],
+    )
+    rows = connection.execute(
+        """WITH names AS (
+            SELECT "user", any_value(user_key) AS name FROM votes SEMI JOIN audit_listed USING ("user") GROUP BY 1
+        ),
+        others AS (
+            SELECT m."user", m.response_key, count_if(o.label) AS up, count_if(NOT o.label) AS down
+            FROM voices AS m SEMI JOIN audit_listed USING ("user")
+            JOIN voices AS o ON o.response_key = m.response_key AND o."user" IS DISTINCT FROM m."user"
+            WHERE NOT m.label GROUP BY ALL
+        ),
+        overruled AS (SELECT "user", avg(if(up > down, 1, 0)) AS share FROM others WHERE up <> down GROUP BY 1)
+        SELECT name, votes, down, p, named, before, after, share
+        FROM audit_listed JOIN names USING ("user") LEFT JOIN overruled USING ("user")
+        ORDER BY named DESC, greatest(before, after) DESC, name"""
     ).fetchall()
-    connection.register("audit_listed", pa.table({"user_key": pa.array([row[0] for row in rows], pa.string())}))
-    try:
-        overruled = dict(
-            connection.execute(
-                "WITH others AS (SELECT m.user_key, m.response_key, count_if(o.label) AS up, "
-                "count_if(NOT o.label) AS down FROM voices AS m JOIN audit_listed USING (user_key) "
-                "JOIN voices AS o ON o.response_key = m.response_key AND o.user_key IS DISTINCT FROM m.user_key "
-                "WHERE NOT m.label GROUP BY ALL) "
-                "SELECT user_key, avg(if(up > down, 1, 0)) FROM others WHERE up <> down GROUP BY 1"
-            ).fetchall()
-        )
-    finally:
-        connection.unregister("audit_listed")
     return tuple(
         User(
             user=user,
@@ -352,11 +361,11 @@ def _top_users(connection: "DuckDBPyConnection", total: int, downs: int) -> tupl
             down_rate=concentration.rate(down, votes),
             p_value=p if p >= 0 else None,
             named=named,
-            overruled=overruled.get(user),
+            overruled=overruled,
             loss_before=round(before, 9),
             loss_after=round(after, 9),
         )
-        for user, votes, down, p, named, before, after in rows
+        for user, votes, down, p, named, before, after, overruled in rows
     )
 
 
@@ -372,12 +381,12 @@ def _agreement(connection: "DuckDBPyConnection", config: "MiningConfig", *, has_
     everyone = units("true")
     alpha, differ, noise = agreement.agreement_of(everyone)
     alpha_range, noise_range = agreement.intervals(everyone, config.audit.resamples)
-    without = agreement.agreement_of(units("user_key IS NULL OR user_key NOT IN (SELECT user_key FROM audit_critics)"))
+    without = agreement.agreement_of(units('"user" IS NULL OR "user" NOT IN (SELECT "user" FROM audit_critics)'))
     has_critics = connection.execute("SELECT count(*) FROM audit_critics").fetchone()[0] > 0
     rows = connection.execute(
         "SELECT votes_up, votes_down, if(label, 1, 0), sum(weight) FROM examples GROUP BY ALL ORDER BY ALL"
     ).fetchall()
-    users = connection.execute("SELECT count(DISTINCT user_key) FROM voices").fetchone()[0]
+    users = connection.execute('SELECT count(DISTINCT "user") FROM voices').fetchone()[0]
     wrong = None
     if noise is not None and rows:
         wrong = agreement.wrong_labels(np.array(rows, dtype=float), noise)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kto_dist.feedback.agreement import Agreement
 from kto_dist.feedback.concentration import MIN_USERS, Users
-from kto_dist.feedback.content import Conflicts, Lengths
+from kto_dist.feedback.content import Lengths
 from kto_dist.feedback.drift import Balance, Drift, DriftTest
 from kto_dist.feedback.thresholds import AuditConfig
 
@@ -44,7 +44,6 @@ def checks_of(
     balance: Balance,
     drift: Drift,
     lengths: Lengths,
-    conflicts: Conflicts,
     config: "MiningConfig",
 ) -> tuple[Check, ...]:
     limits = config.audit
@@ -52,7 +51,6 @@ def checks_of(
         _rows(balance, limits),
         *_agreement(agreement, limits, config),
         *_users(users, limits, config),
-        _contradictions(conflicts, balance, limits),
         _drift("week", drift.weeks, limits, drift.unit is not None),
         _drift("model version", drift.by_model, limits, bool(drift.models)),
         _deployment(balance, limits),
@@ -199,23 +197,6 @@ def _users(users: Users | None, limits: AuditConfig, config: "MiningConfig") -> 
             )
         )
     return result
-
-
-def _contradictions(conflicts: Conflicts, balance: Balance, limits: AuditConfig) -> Check | None:
-    rows = balance.dataset.up + balance.dataset.down
-    if not rows:
-        return None
-    share = conflicts.contradictions / rows
-    return _check(
-        "contradictions",
-        "max_contradictions",
-        limits,
-        share,
-        share > limits.max_contradictions,
-        f"{share:.1%} of the dataset's rows have a twin with the other label (wanted: at most "
-        f"{limits.max_contradictions:.0%})",
-        "set agreement.conflicts to majority or drop",
-    )
 
 
 def _drift(kind: str, test: DriftTest | None, limits: AuditConfig, known: bool) -> Check | None:

@@ -1,6 +1,6 @@
 """What the steps removed, how long the answers of each class are, and the answers that users disagree about.
 
-In:  the pipeline's tables `steps`, `examples`, `votes`, and the audit's `voices`.
+In:  the pipeline's tables `steps`, `examples`, `votes`, `texts`, and the audit's `voices`.
 Out: `StepCounts`, `Lengths`, `Conflicts`; quoted texts are masked and cut.
 """
 
@@ -76,8 +76,6 @@ class Conflicts:
     votes: int
     kept: int
     # of the responses
-    contradictions: int
-    # rows of the dataset whose response is there with the other label too
     samples: tuple[Conflict, ...]
 
 
@@ -141,39 +139,42 @@ def conflicts_of(connection: "DuckDBPyConnection", samples: int) -> Conflicts:
     kept = connection.execute(
         "SELECT count(*) FROM audit_conflicts WHERE response_key IN (SELECT response_key FROM examples)"
     ).fetchone()[0]
-    contradictions = connection.execute(
-        "SELECT coalesce(sum(n), 0)::BIGINT FROM (SELECT count(*) AS n FROM examples GROUP BY response_key "
-        "HAVING bool_or(label) AND NOT bool_and(label))"
-    ).fetchone()[0]
-    # the hardest ones: many votes, evenly split
-    chosen = connection.execute(
-        "SELECT response_key, up, down FROM audit_conflicts ORDER BY least(up, down) DESC, up + down, response_key "
-        "LIMIT ?",
-        [samples],
-    ).fetchall()
     return Conflicts(
         responses=responses,
         votes=votes,
         kept=kept,
-        contradictions=contradictions,
-        samples=tuple(_sample(connection, *entry) for entry in chosen),
+        samples=_samples(connection, samples),
     )
 
 
-def _sample(connection: "DuckDBPyConnection", key: Any, up: int, down: int) -> Conflict:
-    vote = connection.execute("SELECT min(vote) FROM votes WHERE response_key = ?", [key]).fetchone()[0]
-    prompt, completion = connection.execute(
-        "SELECT prompt, completion FROM votes WHERE response_key = ? AND vote = ?", [key, vote]
-    ).fetchone()
-    labels = connection.execute("SELECT DISTINCT label FROM examples WHERE response_key = ?", [key]).fetchall()
-    outcome = "left out" if not labels else "both" if len(labels) > 1 else "up" if labels[0][0] else "down"
-    return Conflict(
-        response=str(key).replace("-", ""),
-        prompt=excerpt(readable(prompt), _PROMPT),
-        completion=excerpt(readable(completion), _ANSWER),
-        votes_up=up,
-        votes_down=down,
-        outcome=outcome,
+def _samples(connection: "DuckDBPyConnection", wanted: int) -> tuple[Conflict, ...]:
+    """The hardest ones: many votes, evenly split."""
+    chosen = connection.execute(
+        "WITH chosen AS (SELECT * FROM audit_conflicts ORDER BY least(up, down) DESC, up + down, response_key LIMIT ?) "
+        "SELECT c.response_key, c.up, c.down, min(v.vote) AS vote, any_value(e.label) AS label "
+        "FROM chosen AS c JOIN votes AS v USING (response_key) LEFT JOIN examples AS e USING (response_key) "
+        "GROUP BY c.response_key, c.up, c.down ORDER BY least(c.up, c.down) DESC, c.up + c.down, c.response_key",
+        [wanted],
+    ).fetchall()
+    # one pass over the texts for all of them
+    texts = {
+        vote: (prompt, completion)
+        for vote, prompt, completion in connection.execute(
+            "SELECT vote, prompt, completion FROM texts WHERE vote IN (SELECT unnest($votes))",
+            {"votes": [vote for _, _, _, vote, _ in chosen]},
+        ).fetchall()
+    }
+    outcomes = {None: "left out", True: "up", False: "down"}
+    return tuple(
+        Conflict(
+            response=str(key).replace("-", ""),
+            prompt=excerpt(readable(texts[vote][0]), _PROMPT),
+            completion=excerpt(readable(texts[vote][1]), _ANSWER),
+            votes_up=up,
+            votes_down=down,
+            outcome=outcomes[label],
+        )
+        for key, up, down, vote, label in chosen
     )
 
 

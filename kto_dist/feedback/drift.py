@@ -3,9 +3,9 @@
 In:  counts of thumbs up and down by stage, by day and by model version.
 Out: `Balance` and `Drift`.
 
-Drift is tested with the chi-square test of independence (scipy). It treats votes as independent, so that with many votes
-by few users, or with very many votes at all, it finds differences that don't matter: a check therefore asks for a small
-p-value and for a large distance, and Cramer's V says how strong the association is (0 none, 1 perfect).
+Drift is tested with the chi-square test of independence (scipy). It treats votes as independent, so that with many
+votes by few users, or with very many votes at all, it finds differences that don't matter: a check therefore asks for
+a small p-value and for a large distance, and Cramer's V says how strong the association is (0 none, 1 perfect).
 """
 
 from collections.abc import Sequence

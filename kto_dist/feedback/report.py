@@ -88,10 +88,7 @@ def _verdict(audit: "Audit") -> tuple[str, str]:
     failed = sum(check.status == "warn" for check in audit.checks)
     unknown = sum(check.status == "unknown" for check in audit.checks)
     if failed:
-        return (
-            "fails",
-            f"{failed} of {len(audit.checks)} checks want{'s' if failed == 1 else ''} a decision before training",
-        )
+        return "fails", f"{failed} of {len(audit.checks)} checks {'wants' if failed == 1 else 'want'} a decision first"
     if unknown:
         return "unsure", f"Nothing found against training; {unknown} of {len(audit.checks)} checks could not be made"
     return "passes", f"All {len(audit.checks)} checks pass"

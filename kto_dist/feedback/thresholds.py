@@ -37,7 +37,6 @@ class AuditConfig(Section):
     max_length_auc: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.75, description="how well length alone tells the classes apart; 0.5: not at all, 1: perfectly"
     )
-    max_contradictions: Share = Field(0.01, description="share of the dataset's rows whose twin has the other label")
     min_rows: Positive = Field(200, description="rows of each class in the dataset")
     min_votes: Positive = Field(10, description="votes from which a user can be named a heavy downvoter")
     false_names: Annotated[float, Field(gt=0, lt=0.5)] = Field(
