@@ -29,6 +29,8 @@ setup(
         "matplotlib>=3.9",
         "psutil>=6",
         "numpy>=2",
+        "duckdb>=1.5,<3",
+        "rensa>=0.5,<0.6",
     ],
     extras_require={
         "gguf": ["gguf>=0.17"],

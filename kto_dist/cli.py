@@ -83,6 +83,24 @@ def precompute(config: Path, overrides: tuple[str, ...], ranks: int | None) -> N
     _launch("precompute", config, overrides, ranks)
 
 
+@main.command()
+@_command
+def mine(config: Path, overrides: tuple[str, ...]) -> None:
+    """Make a training set from a raw log of feedback: clean, weighted, split; with a report to look at first.
+
+    CONFIG is a mining config of its own: input.files, and the log's columns, are what it needs.
+    """
+    from kto_dist import feedback
+
+    settings = feedback.MiningConfig.load(config, overrides)
+    audit = feedback.mine(settings)
+    table = Table("step", "thumbs up", "thumbs down", "neither", box=None, pad_edge=False)
+    for step in audit["steps"]:
+        removed = (step[f"{name}_removed"] for name in ("up", "down", "unlabelled"))
+        table.add_row(step["step"], *(f"-{votes:,}" if votes else "" for votes in removed))
+    Terminal(highlight=False, markup=False).print(table)
+
+
 def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
     from kto_dist import launcher
 

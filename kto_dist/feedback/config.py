@@ -39,8 +39,14 @@ ERRORS = (
 )
 TRUNCATED = (r"(?i)(\[truncated\]|\[cut off\]|<\|?truncated\|?>|\[max(imum)? (length|tokens) reached\])\s*$",)
 
-UP = tuple("1 +1 1.0 true up thumbs_up thumb_up good like liked positive yes upvote 👍".split())
-DOWN = tuple("0 -1 0.0 -1.0 false down thumbs_down thumb_down bad dislike disliked negative no downvote 👎".split())
+UP = (
+    "1", "+1", "1.0", "true", "up", "thumbs_up", "thumb_up", "good", "like", "liked", "positive", "yes", "upvote",
+    "👍",
+)  # fmt: skip
+DOWN = (
+    "0", "-1", "0.0", "-1.0", "false", "down", "thumbs_down", "thumb_down",
+    "bad", "dislike", "disliked", "negative", "no", "downvote", "👎",
+)  # fmt: skip
 
 
 class InputConfig(Section):
