@@ -174,8 +174,8 @@ def fill(connection: Any, votes: Iterable[dict[str, Any]]) -> None:
     votes = list(votes)
     connection.execute(
         "CREATE TABLE votes (vote UBIGINT, prompt VARCHAR, completion VARCHAR, prompt_key UUID, response_key UUID, "
-        'label BOOLEAN, raw_feedback VARCHAR, "user" UUID, user_key VARCHAR, time TIMESTAMP, model VARCHAR, source VARCHAR, '
-        "removed VARCHAR, weight DOUBLE, characters INTEGER)"
+        'label BOOLEAN, raw_feedback VARCHAR, "user" UUID, user_key VARCHAR, time TIMESTAMP, model VARCHAR, '
+        "source VARCHAR, removed VARCHAR, weight DOUBLE, characters INTEGER)"
     )
     connection.execute(
         'CREATE TABLE steps (number INTEGER, step VARCHAR, label BOOLEAN, "before" BIGINT, removed BIGINT)'

@@ -192,13 +192,13 @@ def _define(connection: "DuckDBPyConnection") -> None:
 
 def _counts(connection: "DuckDBPyConnection", key: str) -> list[tuple[Any, int, int]]:
     return connection.execute(
-        f"SELECT {key}, count_if(label), count_if(NOT label) FROM judgements GROUP BY 1 ORDER BY 1"
+        f"SELECT {key}, count(*) FILTER (label), count(*) FILTER (NOT label) FROM judgements GROUP BY 1 ORDER BY 1"
     ).fetchall()
 
 
 def _log(connection: "DuckDBPyConnection") -> Log:
     votes, kept, files = connection.execute(
-        "SELECT count(*), count_if(removed IS NULL), count(DISTINCT source) FROM votes"
+        "SELECT count(*), count(*) FILTER (removed IS NULL), count(DISTINCT source) FROM votes"
     ).fetchone()
     judgements, users, prompts, responses = connection.execute(
         'SELECT count(*), count(DISTINCT "user"), count(DISTINCT prompt_key), count(DISTINCT response_key) '
@@ -220,7 +220,7 @@ def _log(connection: "DuckDBPyConnection") -> Log:
 
 def _balance(connection: "DuckDBPyConnection", config: "MiningConfig") -> Balance:
     def classes(table: str, where: str = "true") -> Classes:
-        query = f"SELECT count_if(label), count_if(NOT label) FROM {table} WHERE {where}"
+        query = f"SELECT count(*) FILTER (label), count(*) FILTER (NOT label) FROM {table} WHERE {where}"
         return Classes.of(*connection.execute(query).fetchone())
 
     weights = connection.execute(
@@ -239,8 +239,8 @@ def _balance(connection: "DuckDBPyConnection", config: "MiningConfig") -> Balanc
 
 def _users(connection: "DuckDBPyConnection", config: "MiningConfig", balance: Balance) -> Users | None:
     connection.execute(
-        'CREATE OR REPLACE TEMP TABLE audit_users AS SELECT "user", count(*) AS votes, count_if(NOT label) AS down '
-        'FROM judgements WHERE "user" IS NOT NULL GROUP BY 1'
+        'CREATE OR REPLACE TEMP TABLE audit_users AS SELECT "user", count(*) AS votes, '
+        'count(*) FILTER (NOT label) AS down FROM judgements WHERE "user" IS NOT NULL GROUP BY 1'
     )
     found = connection.execute(
         "SELECT votes, down, count(*) AS users FROM audit_users GROUP BY ALL ORDER BY ALL"
@@ -266,7 +266,7 @@ def _users(connection: "DuckDBPyConnection", config: "MiningConfig", balance: Ba
 
     total, downs = int((votes * users).sum()), int((down * users).sum())
     facts = connection.execute(
-        "SELECT 1 / sum(before * before), 1 / nullif(sum(after * after), 0), max(after), count_if(named), "
+        "SELECT 1 / sum(before * before), 1 / nullif(sum(after * after), 0), max(after), count(*) FILTER (named), "
         "coalesce(sum(votes) FILTER (named), 0)::BIGINT, coalesce(sum(down) FILTER (named), 0)::BIGINT, "
         "coalesce(sum(before) FILTER (named), 0), coalesce(sum(after) FILTER (named), 0) FROM audit_loss"
     ).fetchone()
@@ -341,7 +341,7 @@ def _top_users(connection: "DuckDBPyConnection", total: int, downs: int) -> tupl
             SELECT "user", any_value(user_key) AS name FROM votes SEMI JOIN audit_listed USING ("user") GROUP BY 1
         ),
         others AS (
-            SELECT m."user", m.response_key, count_if(o.label) AS up, count_if(NOT o.label) AS down
+            SELECT m."user", m.response_key, count(*) FILTER (o.label) AS up, count(*) FILTER (NOT o.label) AS down
             FROM voices AS m SEMI JOIN audit_listed USING ("user")
             JOIN voices AS o ON o.response_key = m.response_key AND o."user" IS DISTINCT FROM m."user"
             WHERE NOT m.label GROUP BY ALL
@@ -373,7 +373,7 @@ def _agreement(connection: "DuckDBPyConnection", config: "MiningConfig", *, has_
     def units(where: str) -> np.ndarray:
         """(M, 3): votes, votes up, responses that have these."""
         found = connection.execute(
-            "SELECT n, k, count(*) AS responses FROM (SELECT count(*) AS n, count_if(label) AS k FROM voices "
+            "SELECT n, k, count(*) AS responses FROM (SELECT count(*) AS n, count(*) FILTER (label) AS k FROM voices "
             f"WHERE {where} GROUP BY response_key HAVING n > 1) GROUP BY ALL ORDER BY ALL"
         ).fetchall()
         return np.array(found, dtype=np.int64).reshape(-1, 3)

@@ -7,7 +7,8 @@ Naming. Users differ honestly, so a user's downvotes are compared with a beta-bi
 and not with one rate: P(a user has this many downvotes or more | the others' rates). Benjamini and Hochberg's procedure
 bounds the share of wrongly named users among the named, however many users there are. The spread must be that of
 the others, so it is fitted without the named, in turns, until nobody joins or leaves; the first fit leaves out the
-top quarter of rates, since users who dislike everything would make any spread look wide enough to hold them.
+top quarter of rates, since users who dislike everything would make any spread look wide enough to hold them. (More
+than a quarter of the users still can hide behind one another.)
 """
 
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ def heavy_downvoters(
     rates = d / n
     by_rate = np.argsort(rates, kind="stable")
     keep = np.empty(len(n), bool)
-    keep[by_rate] = np.cumsum(count[by_rate]) <= max(MIN_USERS - 1, 0.75 * count.sum())
+    # users with the same figures are one entry: it stays whole if its first user does
+    keep[by_rate] = np.cumsum(count[by_rate]) - count[by_rate] < 0.75 * count.sum()
     seen: set[bytes] = set()
     for _ in range(_TURNS):
         mean, strength = _fit(n[keep], d[keep], count[keep])

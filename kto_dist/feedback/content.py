@@ -93,7 +93,7 @@ def steps_of(connection: "DuckDBPyConnection") -> tuple[StepCounts, ...]:
 
 def lengths_of(connection: "DuckDBPyConnection") -> Lengths:
     found = connection.execute(
-        "SELECT characters, count_if(label), count_if(NOT label) FROM examples GROUP BY 1 ORDER BY 1"
+        "SELECT characters, count(*) FILTER (label), count(*) FILTER (NOT label) FROM examples GROUP BY 1 ORDER BY 1"
     ).fetchnumpy()
     length, up, down = (np.asarray(column).astype(np.int64) for column in found.values())
     if not len(length):
@@ -130,8 +130,8 @@ def _quantiles(length: np.ndarray, counts: np.ndarray) -> ClassLengths | None:
 
 def conflicts_of(connection: "DuckDBPyConnection", samples: int) -> Conflicts:
     connection.execute(
-        "CREATE OR REPLACE TEMP TABLE audit_conflicts AS SELECT response_key, count_if(label) AS up, "
-        "count_if(NOT label) AS down FROM voices GROUP BY 1 HAVING up > 0 AND down > 0"
+        "CREATE OR REPLACE TEMP TABLE audit_conflicts AS SELECT response_key, count(*) FILTER (label) AS up, "
+        "count(*) FILTER (NOT label) AS down FROM voices GROUP BY 1 HAVING up > 0 AND down > 0"
     )
     responses, votes = connection.execute(
         "SELECT count(*), coalesce(sum(up + down), 0)::BIGINT FROM audit_conflicts"

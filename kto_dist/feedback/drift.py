@@ -161,13 +161,13 @@ def drift_of(
         without_model=sum(up + down for model, up, down in models if model is None),
         unit=unit,
         periods=_groups(periods),
-        weeks=test_of(weeks),
+        weeks=chi_square(weeks),
         models=_groups(named[:50], [(up, down) for _, up, down in named]),
-        by_model=test_of(named),
+        by_model=chi_square(named),
     )
 
 
-def test_of(groups: Sequence[tuple[str, int, int]]) -> DriftTest | None:
+def chi_square(groups: Sequence[tuple[str, int, int]]) -> DriftTest | None:
     """Whether the class depends on the group; None where fewer than two groups have enough votes."""
     if not groups:
         return None
