@@ -38,6 +38,7 @@ from kto_dist.feedback.readers import (
     json_batches,
     json_names,
     literal,
+    path_literal,
     quoted,
 )
 from kto_dist.feedback.sources import Digest, LogFile, digest, find_files
@@ -239,7 +240,7 @@ def _cells(
 def _parquet_cells(
     connection: duckdb.DuckDBPyConnection, file: LogFile, columns: dict[str, str]
 ) -> tuple[str, None, list[str]]:
-    described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({literal(file.path)})").fetchall()
+    described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({path_literal(file.path)})").fetchall()
     types = {name: type for name, type, *_ in described}
     heads = {name: column.split("/")[1] if column.startswith("/") else column for name, column in columns.items()}
     _check_names(file, {name: heads[name] for name in columns}, list(types))
@@ -260,7 +261,7 @@ def _parquet_cells(
             cells.append(f"{head}::VARCHAR AS v_{name}")
             cells.append(f"CASE WHEN {head} IS NULL THEN 'NULL' ELSE 'VARCHAR' END AS t_{name}")
     sql = f"""SELECT (file_row_number + 1)::UBIGINT AS position, NULL::VARCHAR AS problem, '' AS excerpt,
-        {", ".join(cells)} FROM read_parquet({literal(file.path)}, file_row_number = true)"""
+        {", ".join(cells)} FROM read_parquet({path_literal(file.path)}, file_row_number = true)"""
     return sql, None, list(types)
 
 
@@ -323,7 +324,7 @@ def _describe(
     optional = {"feedback": "raw_feedback", "user": "user_key", "time": "time", "model": "model", "finish": "finish"}
     optional = {name: column for name, column in optional.items() if name in columns}
     counts = ", ".join(f"count({column})" for column in optional.values()) or "0"
-    table = f"read_parquet({literal(str(path))})"
+    table = f"read_parquet({path_literal(str(path))})"
     rows, *present = connection.execute(f"SELECT count(*) FILTER (problem IS NULL), {counts} FROM {table}").fetchone()
     bad = connection.execute(
         f"SELECT problem, count(*), min(position), arg_min(excerpt, position) FROM {table} "
@@ -345,7 +346,7 @@ def _describe(
 
 def _first_problem(connection: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, int, str]:
     return connection.execute(
-        f"SELECT problem, position, excerpt FROM read_parquet({literal(str(path))}) WHERE problem IS NOT NULL "
+        f"SELECT problem, position, excerpt FROM read_parquet({path_literal(str(path))}) WHERE problem IS NOT NULL "
         "ORDER BY position LIMIT 1"
     ).fetchone()
 
@@ -383,7 +384,7 @@ def _make_views(connection: duckdb.DuckDBPyConnection, config: MiningConfig, sta
             connection.execute(
                 "INSERT INTO bad_rows VALUES (?, ?, ?, ?)", [part.path, reason, rows, part.examples[reason]]
             )
-    paths = ", ".join(literal(str(_part_path(state, part.digest))) for part in parts)
+    paths = ", ".join(path_literal(str(_part_path(state, part.digest))) for part in parts)
     vote = f"(number << {POSITION_BITS + PLACE_BITS}) | (position << {PLACE_BITS}) | sub::UBIGINT"
     connection.execute(
         f"""CREATE VIEW parts AS SELECT {vote} AS vote, number AS source, rows.* EXCLUDE (filename, problem, excerpt)

@@ -233,7 +233,9 @@ class SqliteRows:
 
     def __init__(self, file: LogFile, config: InputConfig) -> None:
         self._file = file
-        self._database = sqlite3.connect(f"file:{urllib.parse.quote(file.path)}?mode=ro", uri=True)
+        self._database = sqlite3.connect(
+            f"file:{urllib.parse.quote(file.path)}?mode=ro", uri=True, check_same_thread=False
+        )  # DuckDB pulls the batches from threads of its own, one at a time
         self._database.text_factory = _sqlite_text
         try:
             tables = [
@@ -296,6 +298,11 @@ def quoted(name: str) -> str:
 def literal(text: str) -> str:
     """A text in SQL."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def path_literal(path: str) -> str:
+    """A file in SQL, for functions that would take stars and brackets for a pattern."""
+    return literal("".join(f"[{sign}]" if sign in "*?[" else sign for sign in path))
 
 
 def _batch(rows: list[tuple[Any, ...]], columns: int) -> pa.RecordBatch:

@@ -15,7 +15,7 @@ import duckdb
 
 from kto_dist.errors import UserError
 from kto_dist.feedback.config import MiningConfig
-from kto_dist.feedback.readers import literal
+from kto_dist.feedback.readers import literal, path_literal
 
 _PORTION = 64 << 20
 _ORDER = "CASE role WHEN 'system' THEN 0 WHEN 'developer' THEN 1 WHEN 'user' THEN 2 WHEN 'tool' THEN 3 ELSE 4 END"
@@ -38,7 +38,7 @@ def assemble(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder
         if not found:
             continue
         files.append(folder / f"judged-{portion}.parquet")
-        source = f"read_parquet([{', '.join(literal(str(path)) for path in found)}], hive_partitioning = false)"
+        source = f"read_parquet([{', '.join(path_literal(str(path)) for path in found)}], hive_partitioning = false)"
         connection.execute(
             f"COPY ({_judgements(source, place)}) TO {literal(str(files[-1]))} "
             "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE 20480)"
@@ -46,7 +46,7 @@ def assemble(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder
         for path in found:
             path.unlink()
     connection.execute(
-        f"CREATE VIEW parts AS SELECT * FROM read_parquet([{', '.join(literal(str(path)) for path in files)}])"
+        f"CREATE VIEW parts AS SELECT * FROM read_parquet([{', '.join(path_literal(str(path)) for path in files)}])"
     )
     if not connection.execute("SELECT count(*) FROM parts").fetchone()[0]:
         raise UserError(
