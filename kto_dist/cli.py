@@ -116,5 +116,27 @@ def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | Non
     raise SystemExit(status)
 
 
+@main.command()
+@_command
+def audit(config: Path, overrides: tuple[str, ...]) -> None:
+    """Look at a log of thumbs before anything is made of it: how far it can be trusted, and whose taste it is.
+
+    CONFIG is that of `mine`. Writes report.html and audit.json into `<output.folder>/audit`, and no dataset.
+    """
+    from kto_dist.feedback import MiningConfig
+    from kto_dist.feedback.audit import audit_log
+
+    settings = MiningConfig.load(config, overrides)
+    _say_checks(audit_log(settings), Path(settings.output.folder) / "audit")
+
+
+def _say_checks(audit: dict[str, Any], folder: Path) -> None:
+    """What a person should know before training on this."""
+    for check in audit["checks"]:
+        mark = {"pass": "ok", "warn": "warning", "unknown": "unknown"}[check["status"]]
+        click.echo(f"{mark}: {check['message']}" + (f"; {check['remedy']}" if check["remedy"] else ""))
+    click.echo(f"report: {folder / 'report.html'}")
+
+
 if __name__ == "__main__":
     main()

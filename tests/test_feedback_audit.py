@@ -10,8 +10,10 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from feedback_log import START, Generated, fill, generate, vote
 
+from kto_dist import cli
 from kto_dist.config import build
 from kto_dist.feedback import MiningConfig, mine
 from kto_dist.feedback.audit import Audit, audit, write_audit
@@ -380,3 +382,24 @@ def test_the_same_tables_give_the_same_bytes():
     first, second = audited(crowd()), audited(list(reversed(crowd())))
     assert json.dumps(first.to_dict()) == json.dumps(second.to_dict())
     assert page(first) == page(second)
+
+
+def test_the_audit_command_says_each_check_and_writes_no_dataset(tmp_path):
+    log = generate(votes=600, prompts=40, critics=3, critic_votes=60, users=30).write(tmp_path / "log.jsonl")
+    settings = mining_config(tmp_path, log).model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "mine.yaml").write_text(json.dumps(settings))
+    done = CliRunner().invoke(cli.main, ["audit", str(tmp_path / "mine.yaml"), "audit.max_critics_share=0.01"])
+    assert done.exit_code == 0, done.output
+    assert "warning: 3 heavy downvoters hold" in done.output and "ok: users agree" in done.output
+    assert f"report: {tmp_path / 'mined' / 'audit' / 'report.html'}" in done.output
+    assert sorted(path.name for path in (tmp_path / "mined").rglob("*") if path.is_file()) == [
+        "audit.json",
+        "report.html",
+    ]
+    assert json.loads((tmp_path / "mined" / "audit" / "audit.json").read_text())["files"] == []
+
+
+def test_a_wrong_setting_of_the_audit_is_an_error_with_its_rule(tmp_path):
+    (tmp_path / "mine.yaml").write_text(json.dumps({"input": {"files": ["x"]}, "columns": COLUMNS}))
+    done = CliRunner().invoke(cli.main, ["audit", str(tmp_path / "mine.yaml"), "audit.min_alpha=2"])
+    assert done.exit_code == 2 and "audit.min_alpha (2)" in done.output and "Krippendorff" in done.output

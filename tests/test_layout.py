@@ -17,7 +17,7 @@ LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
 # is held by the other rules alone.
 LAYERS = (
     {"errors", "config", "files", "class_weights", "theme"},
-    {"comm", "sources", "formats", "examples", "data", "batch", "feedback", "console"},
+    {"comm", "sources", "formats", "examples", "data", "batch", "feedback", "audited", "console"},
     {"environment", "tracking_uri", "mlmodel", "plots"},
     {"causal_lm", "metrics", "objective", "models", "store", "reference", "checkpoint", "tracking", "health", "report"},
     {"evaluate", "compare", "plan", "prepare", "precompute", "train"},

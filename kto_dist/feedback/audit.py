@@ -410,3 +410,16 @@ def _estimate(value: float | None, bounds: tuple[float, float] | None) -> Estima
     if value is None or bounds is None:
         return None
     return Estimate(value=value, low=min(value, bounds[0]), high=max(value, bounds[1]))
+
+
+def audit_log(config: "MiningConfig") -> dict[str, Any]:
+    """What `mine` would say of the dataset, without writing one: the audit, also in `<output.folder>/audit/`.
+
+    The folder of its own leaves the audit of a dataset that is there already in place. Raises `UserError`.
+    """
+    from kto_dist.feedback.mine import pipeline, settings
+
+    with pipeline(config) as connection:
+        found = audit(connection, config, settings=settings(config))
+    write_audit(found, Path(config.output.folder) / "audit")
+    return found.to_dict()
