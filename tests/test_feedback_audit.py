@@ -277,7 +277,7 @@ def test_a_heavy_downvoters_share_warns():
     ]
     found = audited(votes, audit=LOOSE)
     assert [user.user for user in found.users.top if user.named] == ["sour"]
-    assert "1 heavy downvoters hold" in failing(found, "critics_share") and "users.bias" in failing(
+    assert "1 heavy downvoter holds" in failing(found, "critics_share") and "users.bias" in failing(
         found, "critics_share"
     )
 
@@ -290,7 +290,7 @@ def test_drift_warns_with_its_week_and_model():
     ]  # fmt: skip
     found = audited(votes, audit=LOOSE)
     assert "in the week of 2026-01-" in failing(found, "drift_by_week")
-    assert "model version" in failing(found, "drift_by_model") and "50 points" in failing(found, "drift_by_model")
+    assert "model version" in failing(found, "drift_by_model") and "50.0 points" in failing(found, "drift_by_model")
 
 
 def test_a_ratio_far_from_deployments_warns():

@@ -190,8 +190,8 @@ def _users(users: Users | None, limits: AuditConfig, config: "MiningConfig") -> 
                 limits,
                 share,
                 share > limits.max_critics_share,
-                f"{users.named:,} heavy downvoters hold {share:.1%} of the training loss (wanted: at most "
-                f"{limits.max_critics_share:.0%})",
+                f"{users.named:,} heavy downvoter{' holds' if users.named == 1 else 's hold'} {share:.1%} of the "
+                f"training loss (wanted: at most {limits.max_critics_share:.0%})",
                 "raise users.bias towards 1 and set users.max_votes; where the others overrule most of their "
                 "downvotes, leave these users out of the log",
             )
@@ -216,7 +216,7 @@ def _drift(kind: str, test: DriftTest | None, limits: AuditConfig, known: bool) 
         limits,
         abs(test.largest_gap),
         bad,
-        f"in {where}{test.largest_gap_in} the share of thumbs up lies {abs(test.largest_gap) * 100:.0f} points "
+        f"in {where}{test.largest_gap_in} the share of thumbs up lies {abs(test.largest_gap) * 100:.1f} points "
         f"{'above' if test.largest_gap > 0 else 'below'} the rest's (wanted: at most {limits.max_drift * 100:.0f}; "
         f"chi-square {test.statistic:.1f}, {test.degrees} degrees of freedom, p {_p(test.p_value)})",
         "see what changed then (model, interface, audience), and train on the votes since, or on one model version",

@@ -40,7 +40,7 @@ class AuditConfig(Section):
     min_rows: Positive = Field(200, description="rows of each class in the dataset")
     min_votes: Positive = Field(10, description="votes from which a user can be named a heavy downvoter")
     false_names: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.01, description="expected share of the users named heavy downvoters that are none"
+        0.02, description="expected share of the users named heavy downvoters that are none"
     )
     significance: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         0.001, description="p-value below which drift is more than chance"
