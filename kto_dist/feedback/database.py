@@ -49,6 +49,10 @@ def database(config: MiningConfig, salt: str) -> Iterator[tuple[duckdb.DuckDBPyC
         )
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_progress_bar = false")
+        if connection.execute("SELECT count(*) FROM duckdb_settings() WHERE name = 'async_threads'").fetchone()[0]:
+            # DuckDB 2.0's threads that write Parquet behind the query's back lock each other out for ever when memory
+            # is short (seen at 256 MiB)
+            connection.execute("SET async_threads = 0")
         _check_patterns(connection, config)
         for macro in macros(config, salt):
             connection.execute(f"CREATE {macro}")

@@ -182,7 +182,7 @@ def _read(
                 connection.register("source", source)
             connection.execute(
                 f"COPY ({part_sql(config, cells)}) TO {literal(str(temporary))} "
-                "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE 20480)"
+                "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE_BYTES 16777216)"
             )
         except duckdb.OutOfMemoryException:
             raise

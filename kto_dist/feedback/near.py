@@ -44,7 +44,7 @@ def find_near_duplicates(connection: duckdb.DuckDBPyConnection, threshold: float
     )
     bands = ", ".join(f"b{band} UBIGINT" for band in range(_BANDS))
     connection.execute(f"CREATE TABLE sketches (id BIGINT, sketch BLOB, {bands})")
-    if not connection.execute("SELECT count(*) FROM candidates").fetchone()[0]:
+    if connection.execute("SELECT count(*) FROM candidates").fetchall() == [(0,)]:
         return
     _sketch_all(connection)
     connection.execute("CREATE TABLE pairs (better BIGINT, worse BIGINT)")

@@ -55,7 +55,7 @@ def write(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder: P
                     first_time, last_time, models, replace(prompt_key::VARCHAR, '-', '') AS prompt_key,
                     replace(response_key::VARCHAR, '-', '') AS response_key
                 FROM examples JOIN texts USING (vote) WHERE split = '{split}' ORDER BY examples.response_key
-            ) TO {literal(str(path))} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 10240)"""
+            ) TO {literal(str(path))} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE_BYTES 16777216)"""
         )
     return rows
 

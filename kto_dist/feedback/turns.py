@@ -29,7 +29,7 @@ def assemble(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder
     cut = folder / "turns"
     connection.execute(
         f"COPY (SELECT *, (hash(session) % {portions})::INTEGER AS portion FROM turns) TO {literal(str(cut))} "
-        "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE 8192, PARTITION_BY (portion))"
+        "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE_BYTES 4194304, PARTITION_BY (portion))"
     )
     place = "turn" if config.columns.turn is not None else "time"
     files = []
@@ -41,7 +41,7 @@ def assemble(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder
         source = f"read_parquet([{', '.join(path_literal(str(path)) for path in found)}], hive_partitioning = false)"
         connection.execute(
             f"COPY ({_judgements(source, place)}) TO {literal(str(files[-1]))} "
-            "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE 20480)"
+            "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE_BYTES 16777216)"
         )
         for path in found:
             path.unlink()
