@@ -28,7 +28,8 @@ DRAWN = st.lists(
     max_size=40,
 )  # fmt: skip
 SETTINGS = {"labels__unknown": "ignore", "users__salt": "s", "agreement__min_votes": 2, "users__max_votes": 4}
-EXAMPLES = "SELECT texts.prompt, texts.completion, examples.* EXCLUDE (vote) FROM examples JOIN texts USING (vote) ORDER BY ALL"
+EXAMPLES = """SELECT texts.prompt, texts.completion, examples.* EXCLUDE (vote)
+    FROM examples JOIN texts USING (vote) ORDER BY ALL"""
 
 
 def dataset(config):

@@ -98,7 +98,7 @@ def balance(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None
     connection.execute("DROP TABLE surplus")
 
 
-def make_view(connection: duckdb.DuckDBPyConnection) -> None:
+def view_examples(connection: duckdb.DuckDBPyConnection) -> None:
     """Makes `examples`."""
     names = [name for (name,) in connection.execute("SELECT name FROM models ORDER BY number").fetchall()]
     pieces = []

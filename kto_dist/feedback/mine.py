@@ -17,10 +17,16 @@ from typing import Any
 
 import duckdb
 
-from kto_dist.feedback import clean, examples, labels, output, turns, users, votes
+from kto_dist.feedback.clean import clean
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.database import database, find_salt
+from kto_dist.feedback.examples import balance, tally, view_examples
 from kto_dist.feedback.ingest import ingest
+from kto_dist.feedback.labels import make_words
+from kto_dist.feedback.output import publish, write
+from kto_dist.feedback.turns import assemble
+from kto_dist.feedback.users import cap, weigh
+from kto_dist.feedback.votes import load, view_votes
 
 
 @contextmanager
@@ -40,16 +46,16 @@ def _run(config: MiningConfig) -> Iterator[tuple[duckdb.DuckDBPyConnection, Path
     with database(config, salt) as (connection, folder):
         ingest(connection, config, salt, folder)
         if config.columns.layout == "turns":
-            turns.assemble(connection, config, folder)
-        labels.make_words(connection, config)
-        votes.load(connection, config)
-        clean.clean(connection, config)
-        users.cap(connection, config)
-        users.weigh(connection, config)
-        votes.make_view(connection, config)
-        examples.tally(connection, config)
-        examples.balance(connection, config)
-        examples.make_view(connection)
+            assemble(connection, config, folder)
+        make_words(connection, config)
+        load(connection, config)
+        clean(connection, config)
+        cap(connection, config)
+        weigh(connection, config)
+        view_votes(connection, config)
+        tally(connection, config)
+        balance(connection, config)
+        view_examples(connection)
         yield connection, folder
 
 
@@ -58,18 +64,17 @@ def mine(config: MiningConfig) -> dict[str, Any]:
 
     Files of `output.folder` are replaced once all new ones are complete. Raises `UserError`.
     """
-    from kto_dist.feedback import audit as auditing
+    from kto_dist.feedback.audit import audit as audit_of
+    from kto_dist.feedback.audit import describe_file, write_audit
 
     with _run(config) as (connection, folder):
         staged = folder / "output"
         staged.mkdir()
-        rows = output.write(connection, config, staged)
-        files = [
-            auditing.describe_file(staged / f"{split}.parquet", split, count) for split, count in rows.items() if count
-        ]
-        audit = auditing.audit(connection, config, files=files, settings=settings(config))
-        auditing.write_audit(audit, staged)
-        output.publish(staged, Path(config.output.folder))
+        rows = write(connection, config, staged)
+        files = [describe_file(staged / f"{split}.parquet", split, count) for split, count in rows.items() if count]
+        audit = audit_of(connection, config, files=files, settings=settings(config))
+        write_audit(audit, staged)
+        publish(staged, Path(config.output.folder))
         return audit.to_dict()
 
 

@@ -106,10 +106,10 @@ def remove(connection: duckdb.DuckDBPyConnection, step: str, query: str) -> int:
     return count
 
 
-def make_view(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
+def view_votes(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     """Makes `votes`, once there are weights, and `texts`."""
     user = "replace(b.user::VARCHAR, '-', '')" if config.users.hash_ids else "people.user_key"
-    people = "" if config.users.hash_ids else "LEFT JOIN people USING (user)"
+    people = "" if config.users.hash_ids else "LEFT JOIN people ON people.user = b.user"
     connection.execute(
         f"""CREATE VIEW votes AS SELECT b.vote, b.prompt_key, b.response_key, b.label, b.raw_feedback, b.user,
             {user} AS user_key, b.time, models.name AS model, sources.file AS source, b.characters,
