@@ -99,9 +99,7 @@ def child(config: str) -> None:
 @click.option("--memory", default=4096, show_default=True, help="MiB for the database.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Where to write the figures.")
-@click.option(
-    "--folder", type=click.Path(path_type=Path), help="For logs and databases."
-)
+@click.option("--folder", type=click.Path(path_type=Path), help="For logs and databases.")
 @click.option("--child", "config", hidden=True, help="Mine this config and print the peak.")
 def main(
     sizes: tuple[int, ...], memory: int, threads: int, target: Path | None, folder: Path | None, config: str | None

@@ -99,6 +99,7 @@ def mine(config: Path, overrides: tuple[str, ...]) -> None:
         removed = (step[f"{name}_removed"] for name in ("up", "down", "unlabelled"))
         table.add_row(step["step"], *(f"-{votes:,}" if votes else "" for votes in removed))
     Terminal(highlight=False, markup=False).print(table)
+    _say_checks(audit, Path(settings.output.folder))
 
 
 def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:

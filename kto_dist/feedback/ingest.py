@@ -306,9 +306,10 @@ def _check_columns(config: MiningConfig, files: list[LogFile], parts: list[Part]
             and name in ("feedback", "user", "time", "model", "finish")
         ):
             names = json_names(files[0], config.input) if files[0].format == "jsonl" else []
+            why = "it is there and empty" if column in names else _instead(column, names)
             raise UserError(
-                f"columns.{name} ({column}) has no value in any row of the log: {_instead(column, names)}; correct the "
-                "name, or leave the setting out"
+                f"columns.{name} ({column}) has no value in any row of the log: {why}; correct the name, or leave the "
+                "setting out"
             )
 
 

@@ -50,9 +50,9 @@ def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> N
         words = sorted(unknown.items(), key=_by_votes)[:_LISTED]
         listed = ", ".join(f"{_short(word)} ({votes:,} votes)" for word, votes in words)
         raise UserError(
-            f"columns.feedback ({config.columns.feedback}) has words without a meaning: {listed}; add "
-            "each to labels.up, labels.down or labels.neutral, give labels.up_from and labels.down_to for ratings, or leave such "
-            "votes out with labels.unknown: ignore"
+            f"columns.feedback ({config.columns.feedback}) has words without a meaning: {listed}; add each to "
+            "labels.up, labels.down or labels.neutral, give labels.up_from and labels.down_to for ratings, or leave "
+            "such votes out with labels.unknown: ignore"
         )
 
 
