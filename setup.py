@@ -13,7 +13,7 @@ setup(
     packages=[*find_packages(include=["kto_dist", "kto_dist.*"]), "kto_kernels"],
     # a package called `kernels` would hide the one of that name on PyPI, which transformers imports
     package_dir={"kto_kernels": "kernels/kto_kernels"},
-    package_data={"kto_dist": ["*.j2"]},
+    package_data={"kto_dist": ["*.j2"], "kto_dist.feedback": ["*.j2"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",
@@ -30,6 +30,9 @@ setup(
         "matplotlib>=3.9",
         "psutil>=6",
         "numpy>=2",
+        "duckdb>=1.5,<3",
+        "rensa>=0.5,<0.6",
+        "scipy>=1.13",
     ],
     extras_require={
         "gguf": ["gguf>=0.17"],

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from kto_dist import comm
 from kto_dist.config import Config
 from kto_dist.errors import UserError
+from kto_dist.files import write_whole
 from kto_dist.models import Policy
-from kto_dist.storage import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -85,6 +85,25 @@ def precompute(config: Path, overrides: tuple[str, ...], ranks: int | None) -> N
     _launch("precompute", config, overrides, ranks)
 
 
+@main.command()
+@_command
+def mine(config: Path, overrides: tuple[str, ...]) -> None:
+    """Make a training set from a raw log of feedback: clean, weighted, split; with a report to look at first.
+
+    CONFIG is a mining config of its own: input.files, and the log's columns, are what it needs.
+    """
+    from kto_dist import feedback
+
+    settings = feedback.MiningConfig.load(config, overrides)
+    audit = feedback.mine(settings)
+    table = Table("step", "thumbs up", "thumbs down", "neither", box=None, pad_edge=False)
+    for step in audit["steps"]:
+        removed = (step[f"{name}_removed"] for name in ("up", "down", "unlabelled"))
+        table.add_row(step["step"], *(f"-{votes:,}" if votes else "" for votes in removed))
+    Terminal(highlight=False, markup=False).print(table)
+    _say_checks(audit, Path(settings.output.folder))
+
+
 def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
     from kto_dist import launcher
 
@@ -100,7 +119,30 @@ def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | Non
     raise SystemExit(status)
 
 
+@main.command()
+@_command
+def audit(config: Path, overrides: tuple[str, ...]) -> None:
+    """Look at a log of thumbs before anything is made of it: how far it can be trusted, and whose taste it is.
+
+    CONFIG is that of `mine`. Writes report.html and audit.json into `<output.folder>/audit`, and no dataset.
+    """
+    from kto_dist.feedback import MiningConfig
+    from kto_dist.feedback.audit import audit_log
+
+    settings = MiningConfig.load(config, overrides)
+    _say_checks(audit_log(settings), Path(settings.output.folder) / "audit")
+
+
+def _say_checks(audit: dict[str, Any], folder: Path) -> None:
+    """What a person should know before training on this."""
+    for check in audit["checks"]:
+        mark = {"pass": "ok", "warn": "warning", "unknown": "unknown"}[check["status"]]
+        click.echo(f"{mark}: {check['message']}" + (f"; {check['remedy']}" if check["remedy"] else ""))
+    click.echo(f"report: {folder / 'report.html'}")
+
+
 main.add_command(store)
+
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -313,7 +313,13 @@ class Config(Section):
         return resolve(path, overrides)[0]
 
 
-def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Config, dict[str, str]]:
+# A config: a model whose fields are sections, such as `Config` here or the one of `kto_dist.feedback`.
+Kind = TypeVar("Kind", bound=Section)
+
+
+def resolve(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[Kind] = Config
+) -> tuple[Kind, dict[str, str]]:
     """The config, and for each `section.key` its origin: `default`, the file's name, or `override`."""
     path = Path(path)
     try:
@@ -342,32 +348,39 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tu
         origin[dotted] = "override"
 
     overridden = {name for name, source in origin.items() if source == "override"}
-    config = build(tree, where=str(path), overridden=overridden)
+    config = build(tree, where=str(path), overridden=overridden, kind=kind)
     for name, key, _ in flatten(config):
         origin.setdefault(f"{name}.{key}", "default")
     return config, origin
 
 
-def build(tree: dict[str, dict[str, Any]], where: str = "config", overridden: Collection[str] = ()) -> Config:
-    """`Config` from nested plain values. Raises `UserError` that lists every problem at once.
+def build(
+    tree: dict[str, dict[str, Any]],
+    where: str = "config",
+    overridden: Collection[str] = (),
+    kind: type[Kind] = Config,
+) -> Kind:
+    """A config from nested plain values. Raises `UserError` that lists every problem at once.
 
     `where` and `overridden` (`section.key`s) say in messages where a value stands.
     """
     try:
-        return Config.model_validate(_floats_from_text(tree))
+        return kind.model_validate(_floats_from_text(tree))
     except ValidationError as error:
         problems = error.errors()
         places = ["override" if ".".join(map(str, p["loc"][:2])) in overridden else where for p in problems]
-        raise UserError("\n".join(_explain(p, place) for p, place in zip(problems, places, strict=True))) from None
+        raise UserError(
+            "\n".join(_explain(p, place, kind) for p, place in zip(problems, places, strict=True))
+        ) from None
 
 
-def flatten(config: Config) -> list[tuple[str, str, Any]]:
+def flatten(config: Section) -> list[tuple[str, str, Any]]:
     """(section, key, plain value) of every setting, in the order of the classes above."""
     dumped = config.model_dump(mode="json", by_alias=True)
     return [(name, key, value) for name, section in dumped.items() for key, value in section.items()]
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
@@ -417,33 +430,34 @@ _ELSEWHERE = {
 }
 
 
-def _explain(problem: Any, where: str) -> str:
+def _explain(problem: Any, where: str, kind: type[Section]) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         if len(location) == 1:
-            known, kind = list(Config.model_fields), "section"
+            known, what = list(kind.model_fields), "section"
         else:
-            section = Config.model_fields[location[0]].annotation
-            known, kind = [field.alias or name for name, field in section.model_fields.items()], "key"
+            section = kind.model_fields[location[0]].annotation
+            known, what = [field.alias or name for name, field in section.model_fields.items()], "key"
         near = difflib.get_close_matches(_ELSEWHERE.get(location[-1], location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        return f"{where}: unknown {kind} {'.'.join(location)}: {hint}"
+        return f"{where}: unknown {what} {'.'.join(location)}: {hint}"
     # A union's error names the branch that failed after the field; section.key is what the user wrote.
     name = ".".join(location[:2])
     if problem["type"] == "missing" and len(location) == 1:
-        fields = Config.model_fields[name].annotation.model_fields
-        wanted = [f"{name}.{key} ({field.description})" for key, field in fields.items() if field.is_required()]
+        fields = kind.model_fields[name].annotation.model_fields
+        needed = {key: field for key, field in fields.items() if field.is_required()} or fields
+        wanted = [f"{name}.{key} ({field.description})" for key, field in needed.items()]
         return f"{where}: {name} is required: give {', '.join(wanted)}"
     if problem["type"] == "missing":
-        return f"{where}: {name} is required: {_description(location)}"
+        return f"{where}: {name} is required: {_description(location, kind)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {name + ': ' if name else ''}{message}"
-    return f"{where}: {name} ({problem['input']!r}): {message}; {_description(location)}"
+    return f"{where}: {name} ({problem['input']!r}): {message}; {_description(location, kind)}"
 
 
-def _description(location: list[str]) -> str:
-    section = Config.model_fields.get(location[0])
+def _description(location: list[str], kind: type[Section]) -> str:
+    section = kind.model_fields.get(location[0])
     if section is None or len(location) < 2:
         return "see `kto-dist config --help`"
     for name, field in section.annotation.model_fields.items():

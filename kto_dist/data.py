@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of every key: raise it when the same rows become other tokens or columns.
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 1000
 # Starting the processes takes about as long as it takes this one to tokenise so many chunks.
 _CHUNKS_BEFORE_PROCESSES = 20
@@ -170,6 +170,8 @@ class _Part:
     batch: pa.RecordBatch
     digests: bytes
     # 16 bytes a row
+    contents: np.ndarray
+    # (rows,) uint64, a hash: equal for rows with equal tokens, whatever their labels and weights
     counts: np.ndarray
     # (2, 6) int64: undesirable and desirable by _COUNTS
     shortened_headers: int
@@ -350,8 +352,18 @@ def _encode(encoder: _Encoder, texts: list[tuple[Row, str, str, bool]]) -> _Part
         ).digest()
         for i, prompt, completion in zip(indices, prompt_ids, completion_ids, strict=True)
     )
+    contents = [
+        _hash64(b"%d " % len(prompt) + prompt.tobytes() + completion.tobytes())
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+    ]
     counts = np.stack([facts[:, ~desirable].sum(1), facts[:, desirable].sum(1)])
-    return _Part(batch=batch, digests=digests, counts=counts, shortened_headers=sum(short for *_, short in texts))
+    return _Part(
+        batch=batch,
+        digests=digests,
+        contents=np.array(contents, np.uint64),
+        counts=counts,
+        shortened_headers=sum(short for *_, short in texts),
+    )
 
 
 def _token_ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
@@ -409,6 +421,7 @@ class _Split:
         self._file = pa.OSFile(str(folder / "rows.arrow"), "wb")
         self._writer = pa.ipc.new_file(self._file, _SCHEMA)
         self._content = hashlib.blake2b(digest_size=16)
+        self._contents: list[np.ndarray] = []
         self._counts = np.zeros((2, len(_COUNTS)), np.int64)
         self._shortened_headers = 0
 
@@ -417,6 +430,7 @@ class _Split:
         if part.batch.num_rows:
             self._writer.write_batch(part.batch)
         self._content.update(part.digests)
+        self._contents.append(part.contents)
         self._counts += part.counts
         self._shortened_headers += part.shortened_headers
 
@@ -428,11 +442,14 @@ class _Split:
         undesirable, desirable = (
             ClassReport(**dict(zip(_COUNTS, map(int, counts), strict=True))) for counts in self._counts
         )
+        duplicates, contradictions = _repeated(self._contents, table["desirable"].to_numpy())
         report = DataReport(
             rows_read=undesirable.kept + undesirable.dropped + desirable.kept + desirable.dropped,
             skipped=dict(bad.counts),
             skipped_examples=bad.examples,
             shortened_headers=self._shortened_headers,
+            duplicates=duplicates,
+            contradictions=contradictions,
             desirable=desirable,
             undesirable=undesirable,
             prompt_lengths=_quantiles(table["prompt_ids"]),
@@ -447,6 +464,17 @@ class _Split:
         for file in (path, self.folder / "about.json"):
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
+
+
+def _repeated(contents: list[np.ndarray], desirable: np.ndarray) -> tuple[int, int]:
+    """Rows that repeat another's tokens and label, and rows whose tokens stand there with both labels."""
+    if not len(desirable):
+        return 0, 0
+    _, content, rows = np.unique(np.concatenate(contents), return_inverse=True, return_counts=True)
+    up = np.bincount(content, weights=desirable).astype(np.int64)
+    down = rows - up
+    first = np.count_nonzero(up) + np.count_nonzero(down)
+    return int(rows.sum() - first), int(rows[(up > 0) & (down > 0)].sum())
 
 
 def _quantiles(column: pa.ChunkedArray) -> dict[str, int]:

@@ -19,6 +19,9 @@ from kto_dist.formats import Messages
 
 Length = TypeVar("Length", int, np.ndarray)
 
+# Shares of the rows above (and, for the rarer class, below) which `doubts` speaks up.
+_CONTRADICTIONS, _DUPLICATES, _RARE = 0.01, 0.1, 0.05
+
 
 def fit(prompt: Length, completion: Length, max_length: int, prompt_limit: int) -> tuple[Length, Length]:
     """Tokens that the prompt (from its end) and the completion (from its start) keep.
@@ -60,6 +63,10 @@ class DataReport:
     # rows whose prompt ends before the template's answer header does (see data.py)
     desirable: ClassReport
     undesirable: ClassReport
+    duplicates: int
+    # kept rows whose tokens and label an earlier row has
+    contradictions: int
+    # kept rows whose tokens another row has with the other label
     prompt_lengths: dict[str, int]
     completion_lengths: dict[str, int]
     # quantile -> tokens, of the kept rows, after cutting
@@ -90,7 +97,32 @@ class DataReport:
             lines.append(f"  {name} tokens: " + ", ".join(f"{key} {value:,}" for key, value in lengths.items()))
         if self.shortened_headers:
             lines.append(f"  {self.shortened_headers:,} prompts end before the template's answer header does")
+        if self.duplicates or self.contradictions:
+            twins = f"{self.contradictions:,} have a twin with the other label"
+            lines.append(f"  {self.duplicates:,} rows repeat another one, {twins}")
         return lines
+
+    def doubts(self) -> list[str]:
+        """What speaks against training on these rows, each with its number and a remedy."""
+        rows = self.desirable.kept + self.undesirable.kept
+        least, name = min((self.desirable.kept, "thumbs up"), (self.undesirable.kept, "thumbs down"))
+        found = []
+        if self.contradictions > _CONTRADICTIONS * rows:
+            found.append(
+                f"{self.contradictions:,} of {rows:,} rows ({self.contradictions / rows:.1%}) have a twin with the "
+                "other label, which pulls the model both ways: `kto-dist mine` settles such conflicts by majority"
+            )
+        if self.duplicates > _DUPLICATES * rows:
+            found.append(
+                f"{self.duplicates:,} of {rows:,} rows ({self.duplicates / rows:.1%}) repeat another one, so that "
+                "their answers count several times: `kto-dist mine` makes one row of them"
+            )
+        if least < _RARE * rows:
+            found.append(
+                f"{least:,} of {rows:,} rows ({least / rows:.1%}) are {name}: class weights even out the sum and not "
+                "the variety; collect more of them, or leave out some of the others"
+            )
+        return found
 
 
 class Examples:

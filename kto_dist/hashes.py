@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kto_dist.errors import UserError
-from kto_dist.storage import write_whole
+from kto_dist.files import write_whole
 
 BLOCK = 64 * 2**20
 # Bytes hashed by one thread at a time; part of what a hash means, so not to be changed.

@@ -13,32 +13,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kto_dist.theme import Theme, finish
+
 Record = dict[str, Any]
 
 _MARKERS_BELOW = 40  # points of a curve that still want a marker each
 _SMOOTH_FROM = 80  # points from which a running mean is easier to read than the raw curve
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Theme:
-    paper: str
-    ink: str
-    grid: str
-    colours: dict[str, str]  # by role; blue, orange and green stay apart for colour-blind readers
-
-
-LIGHT = Theme(
-    paper="#ffffff",
-    ink="#3d4451",
-    grid="#dfe3e8",
-    colours={"desirable": "#0b66b0", "undesirable": "#c25700", "all": "#17805b", "plain": "#5b4bb3"},
-)
-DARK = Theme(
-    paper="#1b1f27",
-    ink="#c4cad4",
-    grid="#363d49",
-    colours={"desirable": "#5fb0f2", "undesirable": "#f5994b", "all": "#4fc79a", "plain": "#ab9df2"},
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,21 +93,6 @@ def _points(axes: Axes, records: list[Record], key: str, label: str, colour: str
     return True
 
 
-def _finish(axes: Axes, theme: Theme, ylabel: str, *, xlabel: str = "step") -> None:
-    axes.set_facecolor(theme.paper)
-    axes.set_xlabel(xlabel, color=theme.ink, fontsize=12)
-    axes.set_ylabel(ylabel, color=theme.ink, fontsize=12)
-    axes.tick_params(colors=theme.ink, labelsize=11)
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.ink)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=10, labelcolor=theme.ink, facecolor=theme.paper, edgecolor=theme.grid, framealpha=0.8)
-
-
 def _classes(prefix: str, ylabel: str, both: str) -> Callable[..., bool]:
     """Draws `prefix/desirable`, `prefix/undesirable`, and `both` with its held-out values."""
 
@@ -141,7 +106,7 @@ def _classes(prefix: str, ylabel: str, both: str) -> Callable[..., bool]:
         ]
         if prefix == "rewards":
             axes.axhline(0, color=theme.ink, linewidth=0.8)
-        _finish(axes, theme, ylabel)
+        finish(axes, theme, ylabel)
         return any(drawn)
 
     return draw
@@ -166,7 +131,7 @@ def _kl(figure: Figure, metrics: list[Record], heldout: list[Record], theme: The
         color=theme.ink,
         fontsize=10,
     )
-    _finish(axes, theme, "nats per completion")
+    finish(axes, theme, "nats per completion")
     return any(drawn)
 
 
@@ -176,8 +141,8 @@ def _optimizer(figure: Figure, metrics: list[Record], _heldout: list[Record], th
         _line(above, metrics, "grad_norm", "gradient norm", theme.colours["undesirable"]),
         _line(below, metrics, "learning_rate", "learning rate", theme.colours["desirable"], smooth=False),
     ]
-    _finish(above, theme, "grad norm", xlabel="")
-    _finish(below, theme, "lr")
+    finish(above, theme, "grad norm", xlabel="")
+    finish(below, theme, "lr")
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     below.yaxis.get_offset_text().set_color(theme.ink)
     return any(drawn)
@@ -187,7 +152,7 @@ def _throughput(figure: Figure, metrics: list[Record], _heldout: list[Record], t
     axes = figure.subplots()
     drawn = _line(axes, metrics, "tokens_per_second", "tokens per second", theme.colours["all"])
     axes.set_ylim(bottom=0)
-    _finish(axes, theme, "tokens / s")
+    finish(axes, theme, "tokens / s")
     return drawn
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from kto_kernels import LogitTransform
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from kto_dist import class_weights as rule
 from kto_dist import comm, data
 from kto_dist.batch import Plan
 from kto_dist.causal_lm import (
@@ -146,34 +147,18 @@ def bytes_of(mebibytes: int | None) -> int | None:
     return None if mebibytes is None else mebibytes * 2**20
 
 
-# Eq. 8 of arXiv 2402.01306: w_D n_D / (w_U n_U) should lie in this range.
-BALANCE = (1.0, 1.5)
-
-
 def class_weights(train: Examples, config: Config, warn: Callable[[str], None]) -> tuple[float, float]:
-    """(undesirable, desirable) loss weights; `auto` moves the ratio to the nearest end of the paper's range.
-
-    The ratio is that of the classes' summed row weights. With both on auto, the rarer class is raised and the other
-    stays at 1, so that no row counts for less than it would without weights.
-    """
+    """(undesirable, desirable) loss weights of the config, by the paper's rule where it says `auto`."""
     mass = [float(train.weights[train.desirable == wanted].sum()) for wanted in (False, True)]
     if not all(mass):
         raise UserError("every row of one class has weight 0: KTO needs both classes; give them a weight above 0")
-    ratio = mass[1] / mass[0]
-    up, down = config.kto.desirable_weight, config.kto.undesirable_weight
-    if up == "auto" and down == "auto":
-        low, high = BALANCE
-        up, down = max(1.0, low / ratio), max(1.0, ratio / high)
-    elif up == "auto":
-        up = down * float(np.clip(ratio, *BALANCE)) / ratio
-    elif down == "auto":
-        down = up * ratio / float(np.clip(ratio, *BALANCE))
-    balance = up * ratio / down if down else float("inf")
-    if not BALANCE[0] - 1e-9 <= balance <= BALANCE[1] + 1e-9:
+    down, up = rule.class_weights(mass[1], mass[0], up=config.kto.desirable_weight, down=config.kto.undesirable_weight)
+    balance = up * mass[1] / (down * mass[0]) if down else float("inf")
+    if not rule.BALANCE[0] - 1e-9 <= balance <= rule.BALANCE[1] + 1e-9:
         warn(
             f"desirable_weight * n_desirable / (undesirable_weight * n_undesirable) is {balance:.3g}, outside "
-            f"[{BALANCE[0]}, {BALANCE[1]}] (Eq. 8 of the KTO paper): with {mass[1]:g} desirable and {mass[0]:g} "
-            "undesirable rows, auto would set both weights within it"
+            f"[{rule.BALANCE[0]}, {rule.BALANCE[1]}] (Eq. 8 of the KTO paper): with {mass[1]:g} desirable and "
+            f"{mass[0]:g} undesirable rows, auto would set both weights within it"
         )
     return down, up
 

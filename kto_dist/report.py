@@ -17,8 +17,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from kto_dist.plots import DARK, LIGHT, PLOTS, Record, curve, is_finite, render
-from kto_dist.storage import write_whole
+from kto_dist.files import write_whole
+from kto_dist.plots import PLOTS, Record, curve, is_finite, render
+from kto_dist.theme import DARK, LIGHT
 from kto_dist.tracking_uri import without_password
 
 

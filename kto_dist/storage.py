@@ -11,7 +11,6 @@ there.
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 
 from kto_dist.errors import UserError
+from kto_dist.files import write_whole
 
 # `.<name>.<32 hex digits>`: what a writer that was killed leaves behind.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
@@ -226,21 +226,3 @@ def _os_errors() -> Iterator[None]:
         raise
     except Exception as error:  # such as botocore's NoCredentialsError: what it is depends on the cloud
         raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The file appears with all of its bytes or not at all, also when the machine stops in between."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

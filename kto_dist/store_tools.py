@@ -18,8 +18,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from kto_dist.errors import UserError
+from kto_dist.files import write_whole
 from kto_dist.shards import NAME, BadShard, Pairs, decode, disagreements, encode, merge
-from kto_dist.storage import TEMPORARY, File, Storage, open_storage, write_whole
+from kto_dist.storage import TEMPORARY, File, Storage, open_storage
 from kto_dist.store import (
     FOLDER_DIGITS,
     FORMAT,

@@ -58,7 +58,15 @@ class NullTracker:
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
-    def log_dataset(self, name: str, context: str, digest: str, counts: dict[str, int], source: str) -> None: ...
+    def log_dataset(
+        self,
+        name: str,
+        context: str,
+        digest: str,
+        counts: dict[str, int],
+        source: str,
+        tags: dict[str, str] | None = None,
+    ) -> None: ...
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None: ...
 
@@ -144,7 +152,15 @@ class Tracker:
         self._last_step = step
         self._sender.add([Metric(name, float(value), now, step) for name, value in metrics.items()])
 
-    def log_dataset(self, name: str, context: str, digest: str, counts: dict[str, int], source: str) -> None:
+    def log_dataset(
+        self,
+        name: str,
+        context: str,
+        digest: str,
+        counts: dict[str, int],
+        source: str,
+        tags: dict[str, str] | None = None,
+    ) -> None:
         """Records which rows a run read, what for (`context`: training, heldout), and rows per class."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -152,7 +168,7 @@ class Tracker:
         dataset = Dataset(
             name, digest[:_DIGEST_LENGTH], "local", json.dumps({"uri": source}), profile=json.dumps(counts)
         )
-        notes = {"mlflow.data.context": context, "digest": digest, **counts}
+        notes = {"mlflow.data.context": context, "digest": digest, **counts, **(tags or {})}
         labels = [InputTag(key, str(value)) for key, value in notes.items()]
         with self._guarded(f"dataset {name}"):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, labels)])

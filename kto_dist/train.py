@@ -25,6 +25,7 @@ import torch
 from transformers import GenerationConfig
 
 from kto_dist import checkpoint, comm, metrics, report, tracking, tracking_uri
+from kto_dist.audited import Audited, audit_files, audit_tags, find_audits
 from kto_dist.batch import step_kl_pairs, step_rows
 from kto_dist.causal_lm import ROUNDING, check_scoring
 from kto_dist.config import Config, to_yaml
@@ -32,11 +33,11 @@ from kto_dist.console import Console
 from kto_dist.environment import environment_tags
 from kto_dist.errors import UserError
 from kto_dist.evaluate import cut_pairs, evaluate_rows, labels_of
+from kto_dist.files import write_whole
 from kto_dist.health import Monitor
 from kto_dist.models import Policy, zero_stage
 from kto_dist.objective import kl_sums, loss_and_sums
 from kto_dist.prepare import Prepared, Scores, counts, prepare, score_reference
-from kto_dist.storage import write_whole
 
 
 class Stopped(RuntimeError):
@@ -55,9 +56,13 @@ def train(config: Config) -> dict[str, Any]:
     comm.init()
     console = Console()
     found = _find_checkpoint(config, console)
+    audits = find_audits(config.data.train, console.warn) if comm.is_main() else []
     prepared = prepare(config, console)
+    if not audits:
+        for doubt in prepared.train.report.doubts():
+            console.warn(doubt)
     scores = score_reference(prepared, console)
-    run = _start(prepared, scores, found, console)
+    run = _start(prepared, scores, audits, found, console)
     status = "FAILED"
     try:
         summary = _train(prepared, scores, run, console)
@@ -79,6 +84,8 @@ class Run:
     state: checkpoint.State
     # of the checkpoint that was found, or of step 0
     found: Path | None
+    audits: list[Audited]
+    # of the training data; on rank 0
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
@@ -114,7 +121,7 @@ def _find_checkpoint(config: Config, console: Console) -> Path | None:
     return found
 
 
-def _start(prepared: Prepared, scores: Scores, found: Path | None, console: Console) -> Run:
+def _start(prepared: Prepared, scores: Scores, audits: list[Audited], found: Path | None, console: Console) -> Run:
     """Checks the checkpoint to go on from, writes the config, and opens the tracker. Collective."""
     config = prepared.config
     output = Path(config.train.output)
@@ -149,6 +156,8 @@ def _start(prepared: Prepared, scores: Scores, found: Path | None, console: Cons
                 "reference_fingerprint": scores.identity.digest,
                 "world_size": str(comm.world_size()),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "dataset_fingerprint": prepared.train.fingerprint,
+                **audit_tags(audits),
             },
             default_uri=f"sqlite:///{output.resolve().parent / 'mlflow.db'}",
             warn=console.warn,
@@ -157,10 +166,13 @@ def _start(prepared: Prepared, scores: Scores, found: Path | None, console: Cons
             if examples is not None:
                 apart = name == "heldout" and isinstance(config.data.heldout, str)
                 source = str(config.data.heldout) if apart else ", ".join(config.data.train)
-                tracker.log_dataset(name, name, examples.fingerprint, counts(examples), source)
+                tags = audit_tags(audits) if name == "training" else {}
+                tracker.log_dataset(name, name, examples.fingerprint, counts(examples), source, tags)
+        for path, folder in audit_files(audits):
+            tracker.log_artifact(path, folder)
         if found is None:
             tracker.log(0, scores.outcome.figures())
-    return Run(output=output, tracker=tracker, state=state, found=found)
+    return Run(output=output, tracker=tracker, state=state, found=found, audits=audits)
 
 
 def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> dict[str, Any]:
@@ -275,6 +287,7 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
         "data": {
             "train": {**counts(prepared.train), "fingerprint": prepared.train.fingerprint},
             "heldout": None if prepared.heldout is None else counts(prepared.heldout),
+            "audits": [audit.to_dict() for audit in run.audits],
             "class_weights": {"undesirable": prepared.class_weights[0], "desirable": prepared.class_weights[1]},
         },
         "reference": {

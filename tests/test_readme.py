@@ -7,20 +7,24 @@ from typing import Literal, get_args, get_origin
 import pytest
 import yaml
 
-from kto_dist.config import Config, resolve
+from kto_dist.config import Config, Section, resolve
+from kto_dist.feedback import MiningConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MINING = (ROOT / "docs" / "mining.md").read_text(encoding="utf-8")
 
 
-def settings_table() -> list[str]:
+def settings_table(kind: type[Section] = Config) -> list[str]:
     """A line for every setting, from the config's own documentation."""
     lines = []
-    for section, outer in Config.model_fields.items():
+    for section, outer in kind.model_fields.items():
         for name, field in outer.annotation.model_fields.items():
             default = "required" if field.is_required() else yaml.safe_dump(field.default).split("\n")[0]
             if isinstance(field.default, tuple):
                 default = str(list(field.default))
+                # long lists, and patterns whose bars would end the table's cell
+                default = "built-in list" if len(default) > 60 or "|" in default else default
             words = [word for word in _choices(field.annotation) if word not in (True, False)]
             choices = f" ({', '.join(map(str, words))})" if len(words) > 1 else ""
             lines.append(f"| `{section}.{field.alias or name}` | {default} | {field.description}{choices} |")
@@ -36,6 +40,20 @@ def _choices(annotation: object) -> list[object]:
 @pytest.mark.parametrize("line", settings_table(), ids=lambda line: line.split("`")[1])
 def test_every_setting_stands_in_the_readme_with_its_default_and_meaning(line):
     assert line in README.splitlines()
+
+
+@pytest.mark.parametrize("line", settings_table(MiningConfig), ids=lambda line: line.split("`")[1])
+def test_every_setting_of_mining_stands_in_its_document(line):
+    assert line in MINING.splitlines()
+
+
+def test_no_setting_of_minings_document_is_unknown():
+    named = set(re.findall(r"^\| `(\w+\.\w+)` \|", MINING, flags=re.MULTILINE))
+    assert named == {line.split("`")[1] for line in settings_table(MiningConfig)}
+
+
+def test_the_demos_mining_config_is_valid():
+    assert resolve(ROOT / "launch/demo/mine.yaml", kind=MiningConfig)[0].columns.user == "user"
 
 
 def test_no_setting_of_the_readme_is_unknown():

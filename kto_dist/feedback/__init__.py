@@ -1,0 +1,13 @@
+"""From production thumbs to a training set that can be trusted.
+
+    from kto_dist.feedback import MiningConfig, mine
+    audit = mine(MiningConfig.load("mine.yaml"))
+
+The log becomes clean, weighted, split Parquet that `kto-dist train` reads as it is, and a report to look at before.
+No torch is needed. mine.py is the map of the package.
+"""
+
+from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.mine import mine, pipeline
+
+__all__ = ["MiningConfig", "mine", "pipeline"]

@@ -1,0 +1,314 @@
+"""What a mining run is: where the log lies, what its columns mean, and what is done to it.
+
+In:  a YAML file and `section.key=value` overrides, read like a training run's (`kto_dist.config`).
+Out: `MiningConfig`, frozen and validated. Every step of the cleaning has a setting that turns it off.
+
+Regular expressions are RE2's (no look-around, linear time), because DuckDB runs them; `pipeline` tries each one before
+it reads a byte of the log.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kto_dist.config import NonNegativeFloat, Paths, Positive, Section, Text, resolve
+from kto_dist.feedback.thresholds import AuditConfig
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Exponent = Annotated[float, Field(ge=0, le=1)]
+Patterns = tuple[Text, ...]
+Layout = Literal["answers", "turns", "pairs", "rankings"]
+
+# At the start of an answer, since an answer may well quote a refusal further down.
+REFUSALS = (
+    r"(?i)^\W*(i['’]?m |i am )?(very |really |so )?(sorry|afraid|apologi[sz]e)\b.{0,60}\b"
+    r"(can['’]?t|cannot|can not|unable|not able|won['’]?t|not allowed)\b",
+    r"(?i)^\W*i (can['’]?t|cannot|can not|won['’]?t|am unable to|am not able to)"
+    r" (help|assist|comply|do that|provide|discuss|answer|fulfil)",
+    r"(?i)^\W*as an (ai|artificial intelligence)( language)?( model)?,? (i|my).{0,40}"
+    r"\b(can['’]?t|cannot|unable|not able|don['’]?t)\b",
+)
+ERRORS = (
+    r"(?i)^\W*(error|exception|internal server error|bad gateway|service unavailable|gateway time-?out"
+    r"|too many requests|rate limit exceeded|request timed out|null|undefined|\[object object\])\W*$",
+    r"(?i)^\W*(error|exception|http)\W{1,3}(code\W{1,3})?[45]\d\d\b",
+    r"^Traceback \(most recent call last\):",
+    r"(?i)^\W*(an |some )?(unexpected |internal |unknown )?(error|problem) (has )?occurred\b",
+    r'(?i)^\s*\{\s*"error"\s*:',
+)
+TRUNCATED = (r"(?i)(\[truncated\]|\[cut off\]|<\|?truncated\|?>|\[max(imum)? (length|tokens) reached\])\s*$",)
+
+UP = (
+    "1", "+1", "1.0", "true", "up", "thumbs_up", "thumb_up", "good", "like", "liked", "positive", "yes", "upvote",
+    "👍",
+)  # fmt: skip
+DOWN = (
+    "0", "-1", "0.0", "-1.0", "false", "down", "thumbs_down", "thumb_down",
+    "bad", "dislike", "disliked", "negative", "no", "downvote", "👎",
+)  # fmt: skip
+
+
+class InputConfig(Section):
+    """The log's files."""
+
+    files: Paths = Field(description="files, globs or folders of JSONL, CSV, Parquet and SQLite; text may be gzipped")
+    format: Literal["auto", "jsonl", "csv", "parquet", "sqlite"] = Field(
+        "auto", description="auto: by the ending of each file's name"
+    )
+    encoding: Text = Field(
+        "auto", description="of text files; auto: UTF-8, or what a byte order mark says; else a name such as cp1252"
+    )
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = Field(",", description="between CSV's fields")
+    table: str | None = Field(None, description="SQLite's table or view; null: the only one there is")
+    max_row_mebibytes: Positive = Field(16, description="a longer row is a bad one")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be read: stop and name it, or count it"
+    )
+    state: str | None = Field(
+        None,
+        description="folder that keeps what was read, by content: later runs read new files only and go over "
+        "everything; null: each run reads `files` alone",
+    )
+
+
+class ColumnsConfig(Section):
+    """The log's names for things. Nested JSON: a pointer from a slash on, as in /request/messages."""
+
+    prompt: Text | None = Field(None, description="what the user asked, as text")
+    messages: Text | None = Field(
+        None,
+        description="in place of prompt: a list of role/content turns, in JSON; ends with the rated answer, or"
+        " with the user's turn where `response` has the answer",
+    )
+    response: Text | None = Field(None, description="the answer that was rated")
+    feedback: Text | None = Field(None, description="thumbs, likes, ratings, +1/-1 or words; see the labels section")
+    user: Text | None = Field(None, description="who judged; without it nobody's influence can be limited")
+    time: Text | None = Field(
+        None,
+        description="ISO 8601 (UTC where no offset says else) or seconds since 1970, also"
+        " milli-, micro- or nanoseconds",
+    )
+    model: Text | None = Field(None, description="which model version answered")
+    finish: Text | None = Field(None, description="why the answer ended; see clean.truncated_finish")
+    session: Text | None = Field(None, description="a log with a row a turn: which conversation the turn belongs to")
+    role: Text | None = Field(None, description="a row a turn: who speaks")
+    text: Text | None = Field(None, description="a row a turn: what is said")
+    turn: Text | None = Field(None, description="a row a turn: its number; null: turns are ordered by time")
+    chosen: Text | None = Field(None, description="pairs: the better answer; becomes a thumbs up")
+    rejected: Text | None = Field(None, description="pairs: the worse answer; becomes a thumbs down")
+    responses: Text | None = Field(None, description="rankings: a list of answers, best first unless `ranks` says else")
+    ranks: Text | None = Field(None, description="rankings: a list of ranks of the answers, 1 is the best")
+
+    @property
+    def layout(self) -> Layout:
+        if self.session is not None:
+            return "turns"
+        if self.chosen is not None:
+            return "pairs"
+        return "answers" if self.responses is None else "rankings"
+
+    @model_validator(mode="after")
+    def _columns_make_a_layout(self) -> "ColumnsConfig":
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
+        needed, possible = {
+            "answers": ({"feedback"}, {"prompt", "messages", "response", "finish"}),
+            "turns": ({"session", "role", "text", "feedback"}, {"turn", "finish"}),
+            "pairs": ({"chosen", "rejected"}, {"prompt", "messages"}),
+            "rankings": ({"responses"}, {"prompt", "messages", "ranks"}),
+        }[self.layout]
+        missing = sorted(needed - given)
+        if missing:
+            raise ValueError(
+                f"columns ({', '.join(sorted(given)) or 'none'}) lack {', '.join(missing)}: give prompt (or messages), "
+                "response and feedback; or session, role, text and feedback; or prompt, chosen and rejected; or "
+                "prompt and responses"
+            )
+        extra = sorted(given - needed - possible - {"user", "time", "model"})
+        if extra:
+            raise ValueError(
+                f"columns {', '.join(extra)} have no meaning beside {', '.join(sorted(given & needed))}: leave them out"
+            )
+        if self.layout != "turns" and (self.prompt is None) == (self.messages is None):
+            raise ValueError("columns need either prompt or messages, and not both: map the one that the log has")
+        if self.layout == "answers" and self.prompt is not None and self.response is None:
+            raise ValueError(f"columns.prompt ({self.prompt}) needs columns.response: map the answer that was rated")
+        if self.layout == "turns" and self.turn is None and self.time is None:
+            raise ValueError(
+                f"columns.session ({self.session}) needs columns.turn or columns.time: turns have an order"
+            )
+        return self
+
+
+class LabelsConfig(Section):
+    """What the feedback means. Case, spaces, hyphens and skin tones make no difference to words."""
+
+    up: tuple[Text, ...] = Field(UP, description="words and numbers that mean thumbs up")
+    down: tuple[Text, ...] = Field(DOWN, description="words and numbers that mean thumbs down")
+    neutral: tuple[Text, ...] = Field((), description="words that mean neither; such votes are counted and left out")
+    up_from: float | None = Field(None, description="ratings: this and more is thumbs up")
+    down_to: float | None = Field(None, description="ratings: this and less is thumbs down; between lies the dead zone")
+    unknown: Literal["error", "ignore"] = Field(
+        "error", description="a word of no table: stop and list them, or count them like neutral ones"
+    )
+    ranked: Literal["ends", "halves"] = Field(
+        "ends", description="rankings: only best and worst are labelled, or each half; a middle one never is"
+    )
+
+    @model_validator(mode="after")
+    def _words_have_one_meaning(self) -> "LabelsConfig":
+        for one, other in (("up", "down"), ("up", "neutral"), ("down", "neutral")):
+            both = {word.casefold() for word in getattr(self, one)} & {word.casefold() for word in getattr(self, other)}
+            if both:
+                raise ValueError(f"{', '.join(sorted(both))} stands in both {one} and {other}: a word means one thing")
+        if (self.up_from is None) != (self.down_to is None):
+            raise ValueError("up_from and down_to belong together: give both, or neither")
+        if self.up_from is not None and self.down_to >= self.up_from:
+            raise ValueError(
+                f"down_to ({self.down_to}) must be below up_from ({self.up_from}): a rating means one thing"
+            )
+        return self
+
+
+class CleanConfig(Section):
+    """Which votes leave, before anyone's taste or agreement is looked at."""
+
+    normalise: bool = Field(
+        True, description="texts that differ in white space or in Unicode's spelling of a letter alone are the same"
+    )
+    ignore_case: bool = Field(False, description="texts that differ in upper and lower case alone are the same")
+    exact_duplicates: bool = Field(
+        True, description="a user's judgement of an answer counts once; without user ids, once a time stamp"
+    )
+    last_vote_counts: bool = Field(
+        True, description="where a user judged an answer both ways, only the last time counts"
+    )
+    empty: bool = Field(True, description="leave out empty answers (votes on empty prompts are always left out)")
+    errors: Patterns = Field(ERRORS, description="answers that match are error messages; []: keep them")
+    refusals: Patterns = Field(REFUSALS, description="answers that match are refusals; []: keep them")
+    truncated: Patterns = Field(TRUNCATED, description="answers that match were cut off; []: keep them")
+    truncated_finish: tuple[Text, ...] = Field(
+        ("length", "max_tokens"), description="values of columns.finish that mean a cut answer; []: keep them"
+    )
+    scripts: tuple[Text, ...] = Field(
+        (), description="scripts of which an answer's letters must be, such as Latin, Cyrillic, Han; []: any"
+    )
+    min_script_share: Share = Field(0.7, description="least share of an answer's letters in `scripts`")
+    min_characters: Annotated[int, Field(ge=0)] = Field(0, description="of an answer")
+    max_characters: Positive | None = Field(None, description="of an answer")
+    near_duplicates: Share | None = Field(
+        0.85,
+        description="answers whose 8-byte shingles have this Jaccard similarity are the same, and only the one "
+        "with the most votes stays; null: keep all",
+    )
+    near_duplicate_scope: Literal["prompt", "log"] = Field(
+        "prompt", description="compare the answers to one prompt, or all of the log"
+    )
+
+    @model_validator(mode="after")
+    def _lengths_leave_room(self) -> "CleanConfig":
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError(
+                f"max_characters ({self.max_characters}) must be at least min_characters ({self.min_characters})"
+            )
+        return self
+
+
+class UsersConfig(Section):
+    """Whose taste. A kept vote of user u for class y weighs volume(u) * bias(u, y); see votes.py for the formula."""
+
+    hash_ids: bool = Field(True, description="outputs carry salted hashes in place of user ids")
+    salt: str | None = Field(
+        None,
+        description="null: the environment's KTO_FEEDBACK_SALT, else one that is made once and kept in resources.work",
+    )
+    max_votes: Positive | None = Field(None, description="most votes of a user; a hash decides which ones stay")
+    volume: Exponent = Field(
+        0.5, description="exponent of (fair_votes / votes of the user) for users above fair_votes; 0: off"
+    )
+    fair_votes: Positive | None = Field(None, description="votes that weigh fully; null: the median of all users")
+    bias: Exponent = Field(
+        1.0, description="exponent of (everyone's share of a class / the user's share of it) where below 1; 0: off"
+    )
+    prior_votes: NonNegativeFloat = Field(
+        10.0, description="votes at everyone's rate that each user's share is smoothed with"
+    )
+
+
+class AgreementConfig(Section):
+    """The same answer judged both ways."""
+
+    conflicts: Literal["majority", "drop", "keep"] = Field(
+        "majority", description="the majority's label if it is clear; or drop; or keep, weighed by the margin"
+    )
+    min_votes: Annotated[int, Field(ge=2)] = Field(3, description="majority: fewer votes are not clear")
+    min_margin: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.3, description="majority: |up - down| / (up + down) of the votes' weights; less is not clear"
+    )
+
+
+class BalanceConfig(Section):
+    """The ratio of the classes."""
+
+    target_up_share: Share | None = Field(
+        None, description="share of thumbs up to sample to, by leaving out rows of the larger class; null: keep all"
+    )
+    deployment_up_share: Share | None = Field(
+        None, description="share of thumbs up that is expected in deployment, for the report to compare with"
+    )
+
+
+class SplitConfig(Section):
+    """Which prompts are held out: a hash of the prompt alone decides, so that no growth of the log moves one."""
+
+    heldout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the prompts")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="another seed draws other prompts")
+
+
+class OutputConfig(Section):
+    """What is written."""
+
+    folder: Text = Field("runs/mined", description="gets train.parquet, heldout.parquet, audit.json and report.html")
+    form: Literal["messages", "text"] = Field(
+        "messages", description="prompts and completions as chat messages, or as the text that the log has"
+    )
+
+
+class ResourcesConfig(Section):
+    """What a run may use."""
+
+    memory_mebibytes: Annotated[int, Field(ge=256)] | None = Field(
+        None, description="memory of the database, which spills to disk beyond it; null: half of the machine's"
+    )
+    threads: Positive | None = Field(None, description="null: one a core")
+    work: Text = Field("runs/feedback", description="folder for the database while it runs, and for the salt")
+
+
+class MiningConfig(Section):
+    """One mining run. `MiningConfig.load` reads it from YAML; `MiningConfig(**sections)` builds it in Python."""
+
+    input: InputConfig
+    columns: ColumnsConfig
+    labels: LabelsConfig = LabelsConfig()
+    clean: CleanConfig = CleanConfig()
+    users: UsersConfig = UsersConfig()
+    agreement: AgreementConfig = AgreementConfig()
+    balance: BalanceConfig = BalanceConfig()
+    split: SplitConfig = SplitConfig()
+    output: OutputConfig = OutputConfig()
+    audit: AuditConfig = AuditConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "MiningConfig":
+        if self.output.form == "text" and self.columns.prompt is None:
+            raise ValueError(
+                "output.form (text) needs columns.prompt: a conversation has no text without a chat template; "
+                "use messages"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "MiningConfig":
+        """Reads a YAML file and applies `section.key=value` overrides. Raises `UserError`."""
+        return resolve(path, overrides, cls)[0]

@@ -1,0 +1,193 @@
+"""What the steps removed, how long the answers of each class are, and the answers that users disagree about.
+
+In:  the pipeline's tables `steps`, `examples`, `votes`, `texts`, and the audit's `voices`.
+Out: `StepCounts`, `Lengths`, `Conflicts`; quoted texts are masked and cut.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kto_dist.feedback.mask import excerpt
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+_PROMPT, _ANSWER = 400, 600  # characters that a sample quotes
+_BINS = 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCounts:
+    """Votes before a step of the cleaning, and how many it took, by label."""
+
+    step: str
+    up_before: int
+    up_removed: int
+    down_before: int
+    down_removed: int
+    unlabelled_before: int
+    unlabelled_removed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassLengths:
+    """Characters of the completions of one class in the dataset."""
+
+    p10: int
+    p50: int
+    p90: int
+    longest: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    up: ClassLengths | None
+    down: ClassLengths | None
+    auc: float | None
+    # chance that a random thumbs-up answer is longer than a random thumbs-down one; ties count half
+    edges: tuple[float, ...]
+    up_counts: tuple[int, ...]
+    down_counts: tuple[int, ...]
+    # histogram over logarithmic bins of characters: one more edge than counts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conflict:
+    """One response that users judged both ways."""
+
+    response: str
+    # response_key
+    prompt: str
+    completion: str
+    votes_up: int
+    votes_down: int
+    outcome: str
+    # up, down: its label in the dataset; left out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conflicts:
+    """Responses with votes of both kinds, and what the dataset made of them."""
+
+    responses: int
+    votes: int
+    kept: int
+    # of the responses
+    samples: tuple[Conflict, ...]
+
+
+def steps_of(connection: "DuckDBPyConnection") -> tuple[StepCounts, ...]:
+    found: dict[int, dict[str, Any]] = {}
+    rows = connection.execute('SELECT number, step, label, "before", removed FROM steps ORDER BY number').fetchall()
+    for number, step, label, before, removed in rows:
+        kind = "unlabelled" if label is None else "up" if label else "down"
+        counts = found.setdefault(number, {"step": step})
+        counts[f"{kind}_before"] = counts.get(f"{kind}_before", 0) + before
+        counts[f"{kind}_removed"] = counts.get(f"{kind}_removed", 0) + removed
+    zeros = dict.fromkeys((name for name in StepCounts.__annotations__ if name != "step"), 0)
+    return tuple(StepCounts(**{**zeros, **counts}) for counts in found.values())
+
+
+def lengths_of(connection: "DuckDBPyConnection") -> Lengths:
+    found = connection.execute(
+        "SELECT characters, count(*) FILTER (label), count(*) FILTER (NOT label) FROM examples GROUP BY 1 ORDER BY 1"
+    ).fetchnumpy()
+    length, up, down = (np.asarray(column).astype(np.int64) for column in found.values())
+    if not len(length):
+        return Lengths(up=None, down=None, auc=None, edges=(), up_counts=(), down_counts=())
+    edges = np.geomspace(1, max(2, int(length.max()) + 1), _BINS + 1)
+    counts = [np.histogram(np.maximum(length, 1), edges, weights=side)[0].astype(int) for side in (up, down)]
+    return Lengths(
+        up=_quantiles(length, up),
+        down=_quantiles(length, down),
+        auc=auc(up, down),
+        edges=tuple(round(float(edge), 2) for edge in edges),
+        up_counts=tuple(map(int, counts[0])),
+        down_counts=tuple(map(int, counts[1])),
+    )
+
+
+def auc(up: np.ndarray, down: np.ndarray) -> float | None:
+    """Chance that one of `up` has the larger value; both are counts by rising value. Mann-Whitney's U over pairs."""
+    if not up.sum() or not down.sum():
+        return None
+    below = np.cumsum(down) - down
+    return float((up * (below + down / 2)).sum() / (float(up.sum()) * float(down.sum())))
+
+
+def _quantiles(length: np.ndarray, counts: np.ndarray) -> ClassLengths | None:
+    if not counts.sum():
+        return None
+    reached = np.cumsum(counts)
+    p10, p50, p90, longest = (
+        int(length[np.searchsorted(reached, share * reached[-1])]) for share in (0.1, 0.5, 0.9, 1.0)
+    )
+    return ClassLengths(p10=p10, p50=p50, p90=p90, longest=longest)
+
+
+def conflicts_of(connection: "DuckDBPyConnection", samples: int) -> Conflicts:
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE audit_conflicts AS SELECT response_key, count(*) FILTER (label) AS up, "
+        "count(*) FILTER (NOT label) AS down FROM voices GROUP BY 1 HAVING up > 0 AND down > 0"
+    )
+    responses, votes = connection.execute(
+        "SELECT count(*), coalesce(sum(up + down), 0)::BIGINT FROM audit_conflicts"
+    ).fetchone()
+    kept = connection.execute(
+        "SELECT count(*) FROM audit_conflicts WHERE response_key IN (SELECT response_key FROM examples)"
+    ).fetchone()[0]
+    return Conflicts(
+        responses=responses,
+        votes=votes,
+        kept=kept,
+        samples=_samples(connection, samples),
+    )
+
+
+def _samples(connection: "DuckDBPyConnection", wanted: int) -> tuple[Conflict, ...]:
+    """The hardest ones: many votes, evenly split."""
+    chosen = connection.execute(
+        "WITH chosen AS (SELECT * FROM audit_conflicts ORDER BY least(up, down) DESC, up + down, response_key LIMIT ?) "
+        "SELECT c.response_key, c.up, c.down, min(v.vote) AS vote, any_value(e.label) AS label "
+        "FROM chosen AS c JOIN votes AS v USING (response_key) LEFT JOIN examples AS e USING (response_key) "
+        "GROUP BY c.response_key, c.up, c.down ORDER BY least(c.up, c.down) DESC, c.up + c.down, c.response_key",
+        [wanted],
+    ).fetchall()
+    # one pass over the texts for all of them
+    texts = {
+        vote: (prompt, completion)
+        for vote, prompt, completion in connection.execute(
+            "SELECT vote, prompt, completion FROM texts WHERE vote IN (SELECT unnest($votes))",
+            {"votes": [vote for _, _, _, vote, _ in chosen]},
+        ).fetchall()
+    }
+    outcomes = {None: "left out", True: "up", False: "down"}
+    return tuple(
+        Conflict(
+            response=str(key).replace("-", ""),
+            prompt=excerpt(readable(texts[vote][0]), _PROMPT),
+            completion=excerpt(readable(texts[vote][1]), _ANSWER),
+            votes_up=up,
+            votes_down=down,
+            outcome=outcomes[label],
+        )
+        for key, up, down, vote, label in chosen
+    )
+
+
+def readable(text: str) -> str:
+    """Messages in JSON as `role: content` paragraphs; other text as it is."""
+    if text[:1] != "[":
+        return text
+    try:
+        turns = json.loads(text)
+    except ValueError:
+        return text
+    if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
+        return text
+    if len(turns) == 1 and isinstance(turns[0].get("content"), str):
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn.get('content')}" for turn in turns)

@@ -1,0 +1,120 @@
+"""The one DuckDB connection of a run: a file in a folder of its own, bounded memory, spilling to disk.
+
+Nothing is downloaded: no extension is installed or loaded beyond those that are built in.
+"""
+
+import os
+import secrets
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import psutil
+
+from kto_dist.errors import UserError
+from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.mapping import macros
+from kto_dist.feedback.readers import literal
+
+SALT = "KTO_FEEDBACK_SALT"
+
+
+@contextmanager
+def database(config: MiningConfig, salt: str) -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
+    """A connection with the SQL functions of mapping.py, and its folder; both are gone afterwards."""
+    resources = config.resources
+    folder = Path(resources.work) / f"run-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"resources.work ({resources.work}) cannot be written: {error}; give a folder with room for the log"
+        ) from None
+    memory = resources.memory_mebibytes or psutil.virtual_memory().total // 2**21
+    connection = None
+    try:
+        connection = duckdb.connect(
+            str(folder / "run.duckdb"),
+            config={
+                "memory_limit": f"{memory}MiB",
+                "threads": resources.threads or os.cpu_count() or 1,
+                "temp_directory": str(folder / "spilled"),
+                "preserve_insertion_order": False,
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+            },
+        )
+        connection.execute("SET TimeZone = 'UTC'")
+        connection.execute("SET enable_progress_bar = false")
+        if connection.execute("SELECT count(*) FROM duckdb_settings() WHERE name = 'async_threads'").fetchone()[0]:
+            # DuckDB 2.0's threads that write Parquet behind the query's back lock each other out for ever when memory
+            # is short (seen at 256 MiB)
+            connection.execute("SET async_threads = 0")
+        _check_patterns(connection, config)
+        for macro in macros(config, salt):
+            connection.execute(f"CREATE {macro}")
+        yield connection, folder
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(
+            f"resources.memory_mebibytes ({memory}) is not enough for this log: {error}; raise it, or lower "
+            "resources.threads"
+        ) from None
+    finally:
+        if connection is not None:
+            connection.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_patterns(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
+    for name in ("errors", "refusals", "truncated"):
+        for pattern in getattr(config.clean, name):
+            try:
+                connection.execute(f"SELECT regexp_matches('', {literal(pattern)})").fetchall()
+            except duckdb.Error as error:
+                raise UserError(
+                    f"clean.{name}: {pattern!r} is no regular expression of RE2 ({error}): correct it; there is no "
+                    "look-around and there are no back-references"
+                ) from None
+    for script in config.clean.scripts:
+        pattern = rf"\p{{{script}}}"
+        try:
+            connection.execute(f"SELECT regexp_matches('', {literal(pattern)})").fetchall()
+        except duckdb.Error:
+            raise UserError(
+                f"clean.scripts: {script!r} is no script that RE2 knows: write it as Unicode does (Latin, Cyrillic, "
+                "Greek, Han, Hiragana, Arabic, Devanagari, ...)"
+            ) from None
+
+
+def find_salt(config: MiningConfig) -> str:
+    """The salt of user ids: from the config, the environment, or made once and kept where only its owner reads it."""
+    given = config.users.salt or os.environ.get(SALT)
+    if given:
+        return given
+    path = Path(config.resources.work) / "salt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            temporary = path.with_name(f".salt.{uuid.uuid4().hex}")
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(16))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, path)  # unlike a rename, it never replaces the salt of a run that was faster
+            except FileExistsError:
+                pass
+            finally:
+                temporary.unlink()
+        salt = path.read_text().strip()
+    except OSError as error:
+        raise UserError(
+            f"the salt of user ids cannot be kept in {path}: {error}; make resources.work writable, or set {SALT}"
+        ) from None
+    if not salt:
+        raise UserError(f"{path} is empty: delete it for a new salt, or set {SALT} to the old one")
+    return salt

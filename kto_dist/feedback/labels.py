@@ -1,0 +1,110 @@
+"""What the log calls feedback -> thumbs up, thumbs down, or neither.
+
+In:  each distinct feedback of the log, as text, once.
+Out: the table `words` (raw_feedback, label); null is a dead zone or a word without meaning. Pairs and rankings bring
+     feedback of their own: `chosen`, `rejected`, `2 of 5`.
+"""
+
+import math
+import re
+from collections.abc import Callable
+
+import duckdb
+import pyarrow as pa
+
+from kto_dist.errors import UserError
+from kto_dist.feedback.config import MiningConfig
+
+# Skin tones and the emoji variation selector change a thumb's look, not its meaning.
+_EMOJI_MODIFIERS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
+_BATCH = 10_000
+_LISTED = 8
+
+
+class Unknown(ValueError):
+    """A word of no table."""
+
+
+def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
+    """Makes `words` from `parts`. Raises `UserError` that lists words of no table, if they are errors."""
+    connection.execute("CREATE TABLE words (raw_feedback VARCHAR, label BOOLEAN)")
+    meaning, unknown = meaning_of(config), {}
+    counted = connection.cursor().execute(
+        "SELECT raw_feedback, count(*) FROM parts WHERE raw_feedback IS NOT NULL GROUP BY raw_feedback"
+    )
+    while found := counted.fetchmany(_BATCH):
+        labels = []
+        for word, votes in found:
+            try:
+                labels.append(meaning(word))
+            except Unknown:
+                labels.append(None)
+                unknown[word] = votes
+                if len(unknown) > 1000:
+                    unknown = dict(sorted(unknown.items(), key=_by_votes)[:_LISTED])
+        batch = pa.table({"word": pa.array([word for word, _ in found]), "label": pa.array(labels, pa.bool_())})
+        connection.register("batch", batch)
+        connection.execute("INSERT INTO words SELECT word, label FROM batch")
+        connection.unregister("batch")
+    if unknown and config.labels.unknown == "error":
+        words = sorted(unknown.items(), key=_by_votes)[:_LISTED]
+        listed = ", ".join(f"{_short(word)} ({votes:,} votes)" for word, votes in words)
+        raise UserError(
+            f"columns.feedback ({config.columns.feedback}) has words without a meaning: {listed}; add each to "
+            "labels.up, labels.down or labels.neutral, give labels.up_from and labels.down_to for ratings, or leave "
+            "such votes out with labels.unknown: ignore"
+        )
+
+
+def _by_votes(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]
+
+
+def _short(word: str) -> str:
+    return repr(word if len(word) <= 40 else f"{word[:37]}...")
+
+
+def meaning_of(config: MiningConfig) -> Callable[[str], bool | None]:
+    """A function of a feedback's text: true, false or null. It raises `Unknown`."""
+    labels, layout = config.labels, config.columns.layout
+    if layout == "pairs":
+        return {"chosen": True, "rejected": False}.__getitem__
+    if layout == "rankings":
+        return lambda word: _ranked(*map(int, word.split(" of ")), halves=labels.ranked == "halves")
+    table: dict[str, bool | None] = {}
+    for words, label in ((labels.up, True), (labels.down, False), (labels.neutral, None)):
+        table |= {_plain(word): label for word in words}
+    if labels.up_from is None:
+        return lambda word: _look_up(table, word)
+
+    def rated(word: str) -> bool | None:
+        try:
+            rating = float(word)
+        except ValueError:
+            return _look_up(table, word)
+        if math.isnan(rating):
+            raise Unknown(word)
+        return True if rating >= labels.up_from else False if rating <= labels.down_to else None
+
+    return rated
+
+
+def _look_up(table: dict[str, bool | None], word: str) -> bool | None:
+    try:
+        return table[_plain(word)]
+    except KeyError:
+        raise Unknown(word) from None
+
+
+def _plain(word: str) -> str:
+    # the hyphen of "thumbs-up" is a space like any other, that of "-1" is a sign
+    return re.sub(r"(?<=\w)[\s-]+(?=\w)", "_", _EMOJI_MODIFIERS.sub("", word).strip().casefold())
+
+
+def _ranked(rank: int, ranks: int, *, halves: bool) -> bool | None:
+    if ranks == 1:
+        return None  # nothing was better or worse than anything
+    if halves:
+        middle = (ranks + 1) / 2
+        return None if rank == middle else rank < middle
+    return True if rank == 1 else False if rank == ranks else None

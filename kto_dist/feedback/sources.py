@@ -1,0 +1,121 @@
+"""Where the log lies -> its files in order, each with its format and a digest of its content.
+
+In:  `InputConfig`.
+Out: `LogFile`s. What is in them is for readers.py.
+"""
+
+import glob
+import hashlib
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from kto_dist.errors import UserError
+from kto_dist.feedback.config import InputConfig
+
+Format = Literal["jsonl", "csv", "parquet", "sqlite"]
+
+_ENDINGS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".sqlite": "sqlite",
+    ".sqlite3": "sqlite",
+    ".db": "sqlite",
+}
+_TEXT: tuple[Format, ...] = ("jsonl", "csv")
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogFile:
+    """One file of the log."""
+
+    path: str
+    format: Format
+    gzipped: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Digest:
+    """What a file holds, whatever it is called."""
+
+    hex: str
+    bytes: int
+    prefixes: frozenset[tuple[int, str]]
+    # (length, digest) of the asked-for beginnings that are shorter than the file
+
+
+def find_files(config: InputConfig) -> list[LogFile]:
+    """The files of paths, globs and folders, in the order given; those of a glob or folder by name, each once.
+
+    Raises `UserError` for a path that leads nowhere and for a file of unknown format.
+    """
+    paths = [path for pattern in config.files for path in _expand(pattern, config.format)]
+    once = {os.path.realpath(path): path for path in reversed(paths)}
+    return [_recognise(path, config.format) for path in reversed(list(once.values()))]
+
+
+def _expand(pattern: str, format: str) -> list[str]:
+    if os.path.isdir(pattern):
+        files = sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file() and _format_of(path.name)[0])
+        if not files:
+            raise UserError(f"input.files: folder {pattern} holds no file that ends with one of {', '.join(_ENDINGS)}")
+        return files
+    if os.path.exists(pattern):
+        return [pattern]
+    if glob.has_magic(pattern):
+        files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        if not files:
+            raise UserError(f"input.files: no file matches {pattern}: check it; relative ones start at {Path.cwd()}")
+        return files
+    raise UserError(f"input.files: {pattern} does not exist: check the path; relative ones start at {Path.cwd()}")
+
+
+def _format_of(name: str) -> tuple[Format | None, bool]:
+    gzipped = name.lower().endswith(".gz")
+    stem = name[:-3] if gzipped else name
+    return _ENDINGS.get(Path(stem).suffix.lower()), gzipped
+
+
+def _recognise(path: str, wanted: str) -> LogFile:
+    found, gzipped = _format_of(path)
+    format = found if wanted == "auto" else wanted
+    if format is None:
+        raise UserError(
+            f"input.files: the format of {path} does not show in its name: end it with one of {', '.join(_ENDINGS)}, "
+            f"or say input.format ({', '.join(get_args(Format))})"
+        )
+    if gzipped and format not in _TEXT:
+        raise UserError(f"input.files: {path}: only JSONL and CSV are read gzipped; unpack it (gunzip)")
+    return LogFile(path=path, format=format, gzipped=gzipped)
+
+
+def digest(path: str, lengths: Collection[int] = ()) -> Digest:
+    """Digest of a file, and of its beginnings of the given lengths, in one pass."""
+    content, done, prefixes = hashlib.blake2b(digest_size=16), 0, set()
+    ahead = sorted({length for length in lengths if length > 0})
+    try:
+        with open(path, "rb") as file:
+            while True:
+                stop = ahead[0] - done if ahead else _BLOCK
+                block = file.read(min(stop, _BLOCK))
+                content.update(block)
+                done += len(block)
+                if ahead and done == ahead[0]:
+                    prefixes.add((ahead.pop(0), content.hexdigest()))
+                    continue
+                if not block:
+                    break
+    except OSError as error:
+        raise UserError(f"input.files: {path} cannot be read: {error}; check that it is there and readable") from None
+    return Digest(
+        hex=content.hexdigest(),
+        bytes=done,
+        prefixes=frozenset((length, hexed) for length, hexed in prefixes if length < done),
+    )

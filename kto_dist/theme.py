@@ -1,0 +1,44 @@
+"""The look that every page's plots share, in a light and a dark rendering."""
+
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Theme:
+    paper: str
+    ink: str
+    grid: str
+    colours: dict[str, str]  # by role; blue, orange and green stay apart for colour-blind readers
+
+
+LIGHT = Theme(
+    paper="#ffffff",
+    ink="#3d4451",
+    grid="#dfe3e8",
+    colours={"desirable": "#0b66b0", "undesirable": "#c25700", "all": "#17805b", "plain": "#5b4bb3"},
+)
+DARK = Theme(
+    paper="#1b1f27",
+    ink="#c4cad4",
+    grid="#363d49",
+    colours={"desirable": "#5fb0f2", "undesirable": "#f5994b", "all": "#4fc79a", "plain": "#ab9df2"},
+)
+
+
+def finish(axes: Axes, theme: Theme, ylabel: str, *, xlabel: str = "step", whole_numbers: bool = True) -> None:
+    """Labels, grid and legend in the pages' look, once everything is drawn."""
+    axes.set_facecolor(theme.paper)
+    axes.set_xlabel(xlabel, color=theme.ink, fontsize=12)
+    axes.set_ylabel(ylabel, color=theme.ink, fontsize=12)
+    axes.tick_params(colors=theme.ink, labelsize=11)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    if whole_numbers:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.ink)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=10, labelcolor=theme.ink, facecolor=theme.paper, edgecolor=theme.grid, framealpha=0.8)

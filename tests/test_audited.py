@@ -1,0 +1,149 @@
+"""`train` knows whether its data was audited, says what the audit or its own look found, and keeps it with the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kto_dist.audited import audit_files, audit_tags, find_audits
+from kto_dist.config import DataConfig
+from kto_dist.data import prepare
+from kto_dist.examples import DataReport, load
+from kto_dist.feedback import audit as auditing
+from kto_dist.files import sha256_of
+from tests.tiny import thumbs, tiny_tokenizer, write_jsonl
+
+FAILED = {
+    "status": "warn",
+    "message": "users agree with an alpha of 0.12 (wanted: 0.4)",
+    "remedy": "collect more votes",
+}
+PASSED = {"status": "pass", "message": "all is well", "remedy": ""}
+
+
+def dataset(folder: Path, name: str = "train.parquet", rows: int = 3) -> Path:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(
+        pa.table({"prompt": ["p"] * rows, "completion": ["c"] * rows, "label": [True] * rows}), folder / name
+    )
+    return folder / name
+
+
+def describe(*files: Path, checks: tuple[dict[str, str], ...] = (FAILED, PASSED), **changes: Any) -> Path:
+    entries = [{"name": file.name, "sha256": sha256_of(file)} for file in files]
+    path = files[0].with_name("audit.json")
+    path.write_text(json.dumps({"version": 1, "files": entries, "checks": checks, **changes}))
+    path.with_name("report.html").write_text("<!doctype html>")
+    return path
+
+
+def test_each_failed_check_is_a_warning_with_its_number_and_remedy(tmp_path):
+    file, said = dataset(tmp_path), []
+    path = describe(file)
+    (found,) = find_audits([str(file)], said.append)
+    assert said == [f"audit of {file}: users agree with an alpha of 0.12 (wanted: 0.4); collect more votes"]
+    assert (found.path, found.files) == (path, {"train.parquet": sha256_of(file)})
+    assert [(path.name, folder) for path, folder in audit_files([found])] == [
+        ("audit.json", "audit"),
+        ("report.html", "audit"),
+    ]
+    assert audit_tags([found]) == {
+        "audit.sha256": sha256_of(path),
+        "audit.files": sha256_of(file),
+        "audit.failed": "1",
+    }
+
+
+def test_an_audit_of_other_content_is_not_believed(tmp_path):
+    file, said = dataset(tmp_path), []
+    describe(file)
+    dataset(tmp_path, rows=4)
+    assert find_audits([str(file)], said.append) == []
+    assert len(said) == 1 and "describes other data than train.parquet" in said[0] and "kto-dist mine" in said[0]
+
+
+def test_a_renamed_file_keeps_its_audit(tmp_path):
+    file, said = dataset(tmp_path), []
+    describe(file, checks=(PASSED,))
+    assert find_audits([str(file.rename(tmp_path / "other.parquet"))], said.append) and not said
+
+
+def test_files_of_one_folder_share_its_audit_and_warn_once(tmp_path):
+    files, said = [dataset(tmp_path), dataset(tmp_path, "more.parquet", rows=5)], []
+    describe(*files)
+    (found,) = find_audits([str(tmp_path)], said.append)
+    assert set(found.files) == {"train.parquet", "more.parquet"} and len(said) == 1
+    assert len(find_audits([str(tmp_path / "*.parquet")], said.append)) == 1
+
+
+def test_audits_of_several_folders_are_kept_apart(tmp_path):
+    files = [dataset(tmp_path / name) for name in ("a", "b")]
+    for file in files:
+        describe(file)
+    found = find_audits([str(file) for file in files], lambda line: None)
+    assert [folder for _, folder in audit_files(found)] == ["audit/1", "audit/1", "audit/2", "audit/2"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"files": [{}], "checks": [], "version": 1}', "null"])
+def test_a_damaged_audit_is_a_warning_and_no_audit(tmp_path, content):
+    file, said = dataset(tmp_path), []
+    (tmp_path / "audit.json").write_text(content)
+    assert find_audits([str(file)], said.append) == []
+    assert len(said) == 1 and "not readable as an audit" in said[0]
+
+
+def test_a_newer_layout_is_not_guessed_at(tmp_path):
+    file, said = dataset(tmp_path), []
+    describe(file, version=2)
+    assert find_audits([str(file)], said.append) == [] and "layout 2" in said[0]
+
+
+def test_data_without_an_audit_and_names_of_a_hub_say_nothing(tmp_path):
+    said = []
+    assert find_audits([str(dataset(tmp_path)), "someone/dataset:train", str(tmp_path / "none")], said.append) == []
+    assert not said and audit_tags([]) == {}
+
+
+def test_train_reads_the_layout_that_the_audit_writes():
+    from kto_dist import audited
+
+    assert audited._VERSION == auditing.VERSION
+
+
+def report_of(folder: Path, rows: list[dict[str, Any]]) -> DataReport:
+    log = write_jsonl(folder / "log.jsonl", rows)
+    config = DataConfig(train=str(log), cache=str(folder / "cache"), workers=1, max_length=96)
+    return load(prepare(config, tiny_tokenizer())[0]).report
+
+
+def test_repeated_and_contradictory_rows_are_counted(tmp_path):
+    rows = [{"prompt": "p", "completion": "c", "label": True}] * 3 + [
+        {"prompt": "p", "completion": "c", "label": False}
+    ]
+    rows += [{"prompt": "q", "completion": "c", "label": False}] * 2 + [
+        {"prompt": "q", "completion": "d", "label": True}
+    ]
+    # where the prompt ends matters: the same letters are another row
+    rows += [{"prompt": "pc", "completion": "d", "label": True}, {"prompt": "p", "completion": "cd", "label": False}]
+    report = report_of(tmp_path, rows)
+    assert report.contradictions == 4
+    assert report.duplicates == 3  # two of the first three, one of the next two
+    lines = "\n".join(report.doubts())
+    assert "4 of 9 rows (44.4%) have a twin with the other label" in lines
+    assert "3 of 9 rows (33.3%) repeat another one" in lines and lines.count("kto-dist mine") == 2
+    assert "3 rows repeat another one, 4 have a twin" in "\n".join(report.lines())
+
+
+def test_clean_rows_raise_no_doubt(tmp_path):
+    rows = list({(row["prompt"], row["completion"]): row for row in thumbs(80, 24)}.values())
+    report = report_of(tmp_path, rows)
+    assert (report.duplicates, report.contradictions, report.doubts()) == (0, 0, [])
+    assert "repeat" not in "\n".join(report.lines())
+
+
+def test_a_rare_class_raises_a_doubt(tmp_path):
+    rows = [{"prompt": f"p{number}", "completion": "c", "label": number > 0} for number in range(40)]
+    assert "1 of 40 rows (2.5%) are thumbs down" in report_of(tmp_path, rows).doubts()[0]

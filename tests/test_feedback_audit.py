@@ -1,0 +1,405 @@
+"""The audit recovers what is known of a generated log, and each threshold that fails says what to do."""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from feedback_log import START, Generated, fill, generate, vote
+
+from kto_dist import cli
+from kto_dist.config import build
+from kto_dist.feedback import MiningConfig, mine
+from kto_dist.feedback.audit import Audit, audit, write_audit
+from kto_dist.feedback.report import page
+from kto_dist.files import sha256_of
+
+COLUMNS = {
+    "prompt": "prompt",
+    "response": "response",
+    "feedback": "feedback",
+    "user": "user_id",
+    "time": "created_at",
+    "model": "model",
+}
+SALT = "a-secret-salt"
+
+
+def mining_config(folder: Path, log: Path, **sections: Any) -> MiningConfig:
+    tree: dict[str, Any] = {
+        "input": {"files": [str(log)]},
+        "columns": COLUMNS,
+        "users": {"salt": SALT},
+        "output": {"folder": str(folder / "mined")},
+        "resources": {"work": str(folder / "work"), "threads": 2},
+    }
+    return build(
+        {name: {**tree.get(name, {}), **sections.get(name, {})} for name in {**tree, **sections}}, kind=MiningConfig
+    )
+
+
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generated, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("mined")
+    log = generate(
+        critics=4,
+        critic_votes=80,
+        noise=0.1,
+        exact_copies=0.05,
+        drift=-0.4,
+        models={"v1": -0.15, "v2": 0.15},
+        seed=3,
+    )
+    mine(mining_config(folder, log.write(folder / "log.jsonl")))
+    return folder / "mined", log, json.loads((folder / "mined" / "audit.json").read_text(encoding="utf-8"))
+
+
+def once(log: Generated) -> list[dict[str, Any]]:
+    """The rows without the copies."""
+    return list({(row["user_id"], row["response"]): row for row in log.rows}.values())
+
+
+def test_copies_are_counted_exactly(mined):
+    _, log, found = mined
+    step = next(step for step in found["steps"] if step["step"] == "exact_duplicate")
+    assert step["up_removed"] + step["down_removed"] == log.exact_copies
+    assert found["log"]["votes"] == len(log.rows)
+    assert found["log"]["judgements"] == len(log.rows) - log.exact_copies
+
+
+def test_the_error_rate_of_votes_is_recovered(mined):
+    _, log, found = mined
+    truth = log.wrong_votes / log.honest_votes
+    # without the critics, whose votes are no slips
+    assert found["agreement"]["noise_without_critics"] == pytest.approx(truth, abs=0.02)
+    assert found["agreement"]["noise"]["value"] > truth + 0.02
+    assert (
+        found["agreement"]["noise"]["low"] < found["agreement"]["noise"]["value"] < found["agreement"]["noise"]["high"]
+    )
+
+
+def test_exactly_the_critics_are_named(mined):
+    _, log, found = mined
+    votes = Counter(row["user_id"] for row in once(log))
+    downs = Counter(row["user_id"] for row in once(log) if row["feedback"] == "down")
+    named = sorted((user["votes"], user["downvotes"]) for user in found["users"]["top"] if user["named"])
+    assert named == sorted((votes[user], downs[user]) for user in log.critics)
+    assert found["users"]["named"] == 4
+
+
+def test_critics_are_overruled_by_the_others_and_steer_the_dataset_less(mined):
+    _, _, found = mined
+    for user in found["users"]["top"]:
+        if user["named"]:
+            # most answers are good, and nine in ten votes say so
+            assert user["overruled"] > 0.5
+            assert user["loss_after"] < user["loss_before"] / 2
+    assert found["users"]["named_loss_after"] < found["users"]["named_loss_before"] / 2
+    assert found["users"]["effective_after"] > found["users"]["effective_before"]
+
+
+def test_shares_of_users_are_those_counted_by_hand(mined):
+    _, log, found = mined
+    votes = Counter(row["user_id"] for row in once(log))
+    most = max(votes.values())
+    assert found["users"]["users"] == len(votes)
+    assert found["users"]["top_votes"]["1"] == pytest.approx(most / sum(votes.values()))
+    ordered = sorted(votes.values())
+    count, total = len(ordered), sum(ordered)
+    by_hand = sum((2 * rank - count - 1) * value for rank, value in enumerate(ordered, 1)) / (count * total)
+    assert found["users"]["gini_votes"] == pytest.approx(by_hand)
+
+
+def test_answers_judged_both_ways_are_those_counted_by_hand(mined):
+    _, log, found = mined
+    kinds = defaultdict(Counter)
+    for row in once(log):
+        kinds[row["prompt"], row["response"]][row["feedback"]] += 1
+    split = [counts for counts in kinds.values() if len(counts) == 2]
+    assert found["conflicts"]["responses"] == found["agreement"]["split"] == len(split)
+    assert found["conflicts"]["votes"] == sum(counts.total() for counts in split)
+    assert found["agreement"]["responses"] == sum(counts.total() > 1 for counts in kinds.values())
+    worst = found["conflicts"]["samples"][0]
+    hardest = max(min(counts.values()) for counts in split)
+    assert min(worst["votes_up"], worst["votes_down"]) == hardest
+
+
+def test_drift_is_recovered_by_week_and_by_model(mined):
+    _, log, found = mined
+    weeks, models = defaultdict(Counter), defaultdict(Counter)
+    for row in once(log):
+        day = datetime.fromisoformat(row["created_at"][:-1])
+        weeks[(day - START).days // 7][row["feedback"]] += 1
+        models[row["model"]][row["feedback"]] += 1
+    assert [(period["up"], period["down"]) for period in found["drift"]["periods"]] == [
+        (weeks[week]["up"], weeks[week]["down"]) for week in sorted(weeks)
+    ]
+    assert found["drift"]["weeks"]["p_value"] < 1e-6
+    # 0.4 of good_share from first to last week, dimmed by slips (0.8) and by the critics
+    first, last = found["drift"]["periods"][0]["up_share"], found["drift"]["periods"][-1]["up_share"]
+    assert first["value"] - last["value"] == pytest.approx(0.4 * 0.8, abs=0.1)
+    assert {group["name"]: (group["up"], group["down"]) for group in found["drift"]["models"]} == {
+        name: (counts["up"], counts["down"]) for name, counts in models.items()
+    }
+    gap = models["v2"]["up"] / models["v2"].total() - models["v1"]["up"] / models["v1"].total()
+    assert abs(found["drift"]["by_model"]["largest_gap"]) == pytest.approx(gap)
+    assert {check["name"] for check in found["checks"] if check["status"] == "warn"} >= {
+        "drift_by_week",
+        "drift_by_model",
+    }
+
+
+def test_the_dataset_has_as_many_wrong_labels_as_the_audit_expects_and_fewer_than_the_log(mined):
+    folder, log, found = mined
+    wrong = total = 0
+    for split in ("train", "heldout"):
+        for row in pq.read_table(folder / f"{split}.parquet").to_pylist():
+            wrong += row["label"] != log.good[row["completion"][0]["content"]]
+            total += 1
+    assert wrong / total == pytest.approx(found["agreement"]["wrong_labels"], abs=0.02)
+    in_log = sum((row["feedback"] == "up") != log.good[row["response"]] for row in log.rows) / len(log.rows)
+    assert wrong / total < in_log / 2
+    assert found["balance"]["dataset"]["up"] + found["balance"]["dataset"]["down"] == total
+
+
+def test_the_audit_describes_its_files_by_content(mined):
+    folder, _, found = mined
+    assert {file["name"]: file["sha256"] for file in found["files"]} == {
+        path.name: sha256_of(path) for path in folder.glob("*.parquet")
+    }
+
+
+def test_neither_raw_ids_nor_the_salt_are_in_any_output(mined):
+    folder, log, _ = mined
+    ids = {row["user_id"] for row in log.rows}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        assert SALT.encode() not in content
+        assert not [name for name in ids if name.encode() in content or name.split("@")[0].encode() in content]
+
+
+def test_every_key_of_the_audit_is_documented(mined):
+    text = (Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8")
+
+    def keys(value: Any, free: frozenset[str] = frozenset({"settings", "top_votes", "top_downvotes"})) -> set[str]:
+        if isinstance(value, list):
+            return set().union(*map(keys, value))
+        if not isinstance(value, dict):
+            return set()
+        below = (keys(item) for name, item in value.items() if name not in free)
+        return set(value).union(*below)
+
+    assert not [name for name in keys(mined[2]) if f"`{name}`" not in text]
+
+
+# Small logs as tables.
+
+
+def config(**sections: Any) -> MiningConfig:
+    return build({"input": {"files": ["log.jsonl"]}, "columns": COLUMNS, **sections}, kind=MiningConfig)
+
+
+def audited(votes: list[dict[str, Any]], **sections: Any) -> Audit:
+    with duckdb.connect() as connection:
+        fill(connection, votes)
+        return audit(connection, config(**sections))
+
+
+def crowd(
+    responses: int = 60, voters: int = 3, users: int = 25, up: float = 0.6, **changes: Any
+) -> list[dict[str, Any]]:
+    """Users who always agree."""
+    return [
+        vote(
+            f"answer {number:03}",
+            number < up * responses,
+            f"u{(number * voters + place) % users}",
+            prompt=f"question {number}",
+            day=(number * 7) % 28,
+            model=f"v{number % 2}",
+            **changes,
+        )
+        for number in range(responses)
+        for place in range(voters)
+    ]
+
+
+def status(found: Audit) -> dict[str, str]:
+    return {check.name: check.status for check in found.checks}
+
+
+LOOSE = {"min_rows": 10}
+
+
+def test_a_clean_log_passes_every_check():
+    found = audited(crowd(responses=100), audit=LOOSE, balance={"deployment_up_share": 0.6})
+    assert set(status(found).values()) == {"pass"}, found.checks
+    assert len(found.checks) == 9, status(found)
+    assert found.agreement.alpha.value == 1 and found.agreement.noise.value == 0 and found.agreement.wrong_labels < 0.01
+
+
+def failing(found: Audit, name: str) -> str:
+    check = next(check for check in found.checks if check.name == name)
+    assert check.status == "warn", check
+    assert check.remedy and check.line().endswith(check.remedy)
+    return check.line()
+
+
+def test_too_few_rows_warn():
+    line = failing(audited(crowd()), "rows")
+    assert "36 thumbs up and 24 thumbs down (wanted of each: 200)" in line
+
+
+def test_users_who_disagree_warn():
+    votes = crowd() + [
+        vote(f"answer {number:03}", number >= 36, "odd", prompt=f"question {number}") for number in range(60)
+    ]
+    found = audited([*votes, *[{**entry, "user_key": "odd2"} for entry in votes[-60:]]], audit=LOOSE)
+    assert "alpha of" in failing(found, "agreement") and "(wanted: 0.4)" not in failing(found, "agreement")
+    assert "of single votes are wrong" in failing(found, "noise") and "agreement.min_votes" in failing(found, "noise")
+
+
+def test_a_dominant_user_warns():
+    votes = crowd() + [vote(f"more {number}", True, "busy", prompt=f"and {number}") for number in range(60)]
+    line = failing(audited(votes, audit=LOOSE), "user_share")
+    assert "one user has" in line and "users.max_votes" in line
+
+
+def test_a_heavy_downvoters_share_warns():
+    votes = crowd(responses=120, up=0.9) + [
+        vote(f"more {number}", False, "sour", prompt=f"and {number}") for number in range(40)
+    ]
+    found = audited(votes, audit=LOOSE)
+    assert [user.user for user in found.users.top if user.named] == ["sour"]
+    assert "1 heavy downvoter holds" in failing(found, "critics_share") and "users.bias" in failing(
+        found, "critics_share"
+    )
+
+
+def test_drift_warns_with_its_week_and_model():
+    votes = [
+        vote(f"a{number}", number % 10 < (8 if number < 200 else 3), f"u{number % 30}", prompt=f"q{number}",
+             day=number // 20, model="old" if number < 200 else "new")
+        for number in range(400)
+    ]  # fmt: skip
+    found = audited(votes, audit=LOOSE)
+    assert "in the week of 2026-01-" in failing(found, "drift_by_week")
+    assert "model version" in failing(found, "drift_by_model") and "50.0 points" in failing(found, "drift_by_model")
+
+
+def test_a_ratio_far_from_deployments_warns():
+    line = failing(audited(crowd(), audit=LOOSE, balance={"deployment_up_share": 0.9}), "deployment")
+    assert "60% of the dataset's rows" in line and "balance.target_up_share to 0.9" in line
+
+
+def test_length_that_tells_the_classes_apart_warns():
+    votes = [
+        vote(
+            "long " * 30 + str(number) if number % 2 else f"a{number}",
+            number % 2 == 0,
+            f"u{number % 20}",
+            prompt=f"q{number}",
+        )
+        for number in range(100)
+    ]
+    line = failing(audited(votes, audit=LOOSE), "length")
+    assert "thumbs-down answers are the longer ones 100% of the time" in line
+
+
+def test_what_the_log_cannot_tell_is_unknown_and_says_what_to_log():
+    votes = [vote(f"a{number}", number % 2 == 0, prompt=f"q{number}") for number in range(60)]
+    found = audited(votes, audit=LOOSE)
+    assert {name for name, state in status(found).items() if state == "unknown"} == {
+        "agreement",
+        "user_share",
+        "drift_by_week",
+        "drift_by_model",
+    }
+    assert found.users is None and found.agreement.alpha is None
+    assert "columns.user" in next(check.line() for check in found.checks if check.name == "user_share")
+
+
+def test_votes_that_are_no_judgements_count_for_nobody():
+    plain = audited(crowd(), audit=LOOSE)
+    removed = [
+        vote("answer 000", False, "u1", prompt="question 0", removed=step)
+        for step in ("empty", "changed_mind", "exact_duplicate")
+    ]
+    more = audited([*crowd(), *removed], audit=LOOSE)
+    assert (more.agreement, more.users, more.conflicts) == (plain.agreement, plain.users, plain.conflicts)
+    assert more.log.votes == plain.log.votes + 3 and more.log.judgements == plain.log.judgements
+
+
+def test_taste_is_that_before_the_cap_and_influence_that_after():
+    capped = [
+        vote(f"more {number}", False, "sour", prompt=f"and {number}", removed="user_cap" if number >= 5 else None)
+        for number in range(40)
+    ]
+    found = audited([*crowd(), *capped], audit=LOOSE)
+    sour = next(user for user in found.users.top if user.user == "sour")
+    assert sour.votes == 40 and sour.loss_after < sour.loss_before / 2
+
+
+def test_a_users_weight_moves_their_share_of_the_loss():
+    votes = [
+        vote(
+            f"a{number}", number % 2 == 0, f"u{number // 10}", prompt=f"q{number}", weight=0.25 if number < 10 else 1.0
+        )
+        for number in range(100)
+    ]
+    found = audited(votes, audit=LOOSE)
+    shares = {user.user: user.loss_after for user in found.users.top}
+    assert shares["u0"] == pytest.approx(0.25 / 9.25) and shares["u1"] == pytest.approx(1 / 9.25)
+
+
+def test_a_users_second_vote_on_an_answer_is_no_second_voice():
+    twice = [vote("a", up, "one", day=day) for day, up in enumerate((True, False))]
+    found = audited([*twice, vote("a", True, "two", day=3), *crowd()], audit=LOOSE)
+    alone = audited([vote("a", False, "one", day=1), vote("a", True, "two", day=3), *crowd()], audit=LOOSE)
+    # the dataset's rows, which here rest on both votes, are the pipeline's business
+    assert replace(found.agreement, wrong_labels=None) == replace(alone.agreement, wrong_labels=None)
+
+
+def test_an_empty_log_and_a_log_of_one_class_have_audits_and_pages(tmp_path):
+    for votes in (
+        [vote("a", None, removed="no_label")],
+        [vote("a", True, "u"), vote("b", True, "v", day=1, model="m")],
+    ):
+        found = audited(votes)
+        assert status(found)["rows"] == "warn"
+        write_audit(found, tmp_path)
+        assert "</html>" in (tmp_path / "report.html").read_text()
+        assert json.loads((tmp_path / "audit.json").read_text())["version"] == 1
+
+
+def test_the_same_tables_give_the_same_bytes():
+    first, second = audited(crowd()), audited(list(reversed(crowd())))
+    assert json.dumps(first.to_dict()) == json.dumps(second.to_dict())
+    assert page(first) == page(second)
+
+
+def test_the_audit_command_says_each_check_and_writes_no_dataset(tmp_path):
+    log = generate(votes=600, prompts=40, critics=3, critic_votes=60, users=30).write(tmp_path / "log.jsonl")
+    settings = mining_config(tmp_path, log).model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "mine.yaml").write_text(json.dumps(settings))
+    done = CliRunner().invoke(cli.main, ["audit", str(tmp_path / "mine.yaml"), "audit.max_critics_share=0.01"])
+    assert done.exit_code == 0, done.output
+    assert "warning: 3 heavy downvoters hold" in done.output and "ok: users agree" in done.output
+    assert f"report: {tmp_path / 'mined' / 'audit' / 'report.html'}" in done.output
+    assert sorted(path.name for path in (tmp_path / "mined").rglob("*") if path.is_file()) == [
+        "audit.json",
+        "report.html",
+    ]
+    assert json.loads((tmp_path / "mined" / "audit" / "audit.json").read_text())["files"] == []
+
+
+def test_a_wrong_setting_of_the_audit_is_an_error_with_its_rule(tmp_path):
+    (tmp_path / "mine.yaml").write_text(json.dumps({"input": {"files": ["x"]}, "columns": COLUMNS}))
+    done = CliRunner().invoke(cli.main, ["audit", str(tmp_path / "mine.yaml"), "audit.min_alpha=2"])
+    assert done.exit_code == 2 and "audit.min_alpha (2)" in done.output and "Krippendorff" in done.output
