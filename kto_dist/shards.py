@@ -156,16 +156,3 @@ def decode(name: str, data: bytes, fingerprint: str) -> Pairs:
     if not np.isfinite(logps).all():
         raise BadShard("holds values that are not finite")
     return Pairs(high=keys["high"], low=keys["low"], logps=logps, tokens=table["tokens"].to_numpy())
-
-
-def pair_key(prompt: np.ndarray, completion: np.ndarray) -> bytes:
-    """16 bytes from the token ids (int32) of a prompt and a completion."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(np.ascontiguousarray(prompt, dtype="<i4"))
-    digest.update(b"\xff\xff\xff\xff")  # no token has the id -1
-    digest.update(np.ascontiguousarray(completion, dtype="<i4"))
-    return digest.digest()
-
-
-def keys_array(keys: list[bytes]) -> np.ndarray:  # (P,) KEY
-    return np.frombuffer(b"".join(keys), dtype=KEY)

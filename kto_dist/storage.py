@@ -172,7 +172,6 @@ class ObjectStorage:
 
     def _list(self, kind: str) -> list[dict[str, Any]]:
         with _os_errors():
-            self._system.invalidate_cache()
             try:
                 found = self._system.ls(self._path, detail=True)
             except FileNotFoundError:

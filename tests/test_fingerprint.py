@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -159,6 +160,23 @@ def test_a_change_that_no_sample_meets_is_seen_by_the_time_of_change(tmp_path, r
         opened.write(b"\1")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_mtime_ns == stat.st_mtime_ns
+    assert file_digests([file]) != before
+
+
+def test_a_change_that_no_time_shows_is_seen_by_the_sample(tmp_path, settled, monkeypatch):
+    """As on a file system that keeps no times."""
+    file = tmp_path / "pytorch_model.bin"
+
+    def timeless(descriptor):
+        seen = os.stat(descriptor)
+        kept = {name: getattr(seen, name) for name in ("st_dev", "st_ino", "st_size")}
+        return SimpleNamespace(**kept, st_mtime_ns=0, st_ctime_ns=0, st_mtime=0.0, st_ctime=0.0)
+
+    monkeypatch.setattr(hashes, "os", SimpleNamespace(**{**vars(os), "stat": timeless}))
+    file.write_bytes(bytes(10_000))
+    before = file_digests([file])
+    with file.open("r+b") as opened:
+        opened.write(b"\1" * 10_000)
     assert file_digests([file]) != before
 
 

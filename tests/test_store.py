@@ -18,7 +18,8 @@ import pytest
 from fake_scorer import IDENTITY, OTHER, fill, keys_of, shards_of, value_of
 
 from kto_dist.errors import UserError
-from kto_dist.shards import KEY, encode, keys_array, pair_key
+from kto_dist.keys import keys_array, pair_key
+from kto_dist.shards import KEY, encode
 from kto_dist.store import Store
 
 FILL = [sys.executable, str(Path(__file__).with_name("fake_scorer.py"))]

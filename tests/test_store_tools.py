@@ -112,7 +112,11 @@ def test_a_merge_that_is_killed_loses_nothing_and_the_next_one_ends_it(two_model
     store = Store(two_models, IDENTITY)
     fill(store, range(100), noise=1e-3)
     (removal,) = plan_gc(two_models, prefix=None)
-    monkeypatch.setattr(type(store.folder), "remove", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(store.folder), "remove", killed)
     with pytest.raises(KeyboardInterrupt):
         _merge_shards(store.folder, removal)
     monkeypatch.undo()
