@@ -67,7 +67,9 @@ def publish(staged: Path, folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = sorted(path for path in staged.iterdir() if path.is_file())
+        # the audit last: until it is there, the digests of the one before tell that it describes other files
+        files = [path for path in staged.iterdir() if path.is_file()]
+        files.sort(key=lambda path: (path.name == "audit.json", path.name))
         temporary = [folder / f".{path.name}.{uuid.uuid4().hex}" for path in files]
         try:
             for path, target in zip(files, temporary, strict=True):
