@@ -5,7 +5,7 @@ In:  a model folder and a log of thumbs. Out: a table, and with `--json` a file 
 1. rows      all rows of the log's first prompts, so that prompts have several completions, as in a thumbs log they
              have; the KL pairs of a run over them; the same pairs for all
 2. runs      `throughput.py`'s own implementations, each in a fresh process that ends when its reference pass does;
-             they take turns, and the fastest counts: what else runs on a machine only slows a pass down
+             they take turns, and the median of their rates counts
 3. measure   from a loaded model to stored log-probs, kto_dist's checks of the model and its hashing included; the bare
              loop runs the same model over the same micro-batches with a plain head, and stores nothing
 4. before    finding a run's pairs and hashing their keys, for a million rows of short random tokens
@@ -246,8 +246,8 @@ def main(
         rates = [work.reference_pairs / run["seconds"] for run in found]
         line = {
             "implementation": name,
-            "rows_per_second": max(rates),
-            "tokens_per_second": max(rates) * work.reference_tokens / work.reference_pairs,
+            "rows_per_second": statistics.median(rates),
+            "tokens_per_second": statistics.median(rates) * work.reference_tokens / work.reference_pairs,
             "peak_bytes": int(statistics.median(run["peak_bytes"] for run in found)),
             "runs": rates,
         }
