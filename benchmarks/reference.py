@@ -143,6 +143,8 @@ def measure_plan(rows: int) -> dict[str, float]:
         shortened_headers=0,
         desirable=none,
         undesirable=none,
+        duplicates=0,
+        contradictions=0,
         prompt_lengths={},
         completion_lengths={},
     )
