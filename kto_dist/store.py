@@ -98,7 +98,7 @@ class Store:
             differing = sorted(key for key in content if found.get(key) != content[key])
             raise UserError(
                 f"{self.folder} belongs to another reference (they differ in {', '.join(differing)}): "
-                "delete it, or give another reference.store"
+                f"remove its {MANIFEST}, which loses no pair of this one, or give another reference.store"
             )
 
     def lookup(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (P,) KEY -> (P,) fp64, (P,) bool

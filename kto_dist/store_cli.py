@@ -66,9 +66,9 @@ def verify_shards(store: str, fingerprint: str) -> None:
 
     whole = True
     for verdict in verify(store, fingerprint):
-        good = verdict.shards - len(verdict.bad)
+        good = verdict.shards - len(verdict.bad) - len(verdict.unjudged)
         click.echo(f"{verdict.folder[:12]}: {verdict.pairs:,} pairs, {good:,} of {verdict.shards:,} shards are good")
-        for shard, why in verdict.bad:
+        for shard, why in (*verdict.bad, *verdict.unjudged):
             click.echo(f"  {shard} {why}")
         if verdict.repeated:
             click.echo(
@@ -94,7 +94,7 @@ def gc(store: str, fingerprint: str, unused_days: float | None, yes: bool) -> No
     for row in summarise(store, fingerprint):
         if row.users:
             click.echo(f"{row.folder[:12]}: left alone, in use by {', '.join(row.users)}")
-    removals = plan_gc(store, unused_days=unused_days, prefix=fingerprint or None)
+    removals = plan_gc(store, unused_days=unused_days, prefix=fingerprint or None, warn=click.echo)
     for removal in removals:
         click.echo(f"{removal.folder[:12]}: {len(removal.files):,} files, {_size(removal.size)}: {removal.why}")
     if not removals:
@@ -104,7 +104,7 @@ def gc(store: str, fingerprint: str, unused_days: float | None, yes: bool) -> No
     else:
         skipped = [removal for removal, done in collect(store, removals) if not done]
         for removal in skipped:
-            click.echo(f"{removal.folder[:12]}: left alone, a job has started to use it")
+            click.echo(f"{removal.folder[:12]}: left alone, a job has started to use it, or it is no longer as it was")
         click.echo(f"done: {len(removals) - len(skipped)} of {len(removals)}")
 
 

@@ -1,6 +1,7 @@
 """`kto-dist store ls|verify|gc|export`: what they say is so, and what they do loses nothing."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from kto_dist import store as store_module
 from kto_dist.cli import main
 from kto_dist.errors import UserError
 from kto_dist.shards import KEY
+from kto_dist.storage import LocalStorage
 from kto_dist.store import Store
 from kto_dist.store_tools import _merge_shards, collect, export, plan_gc, summarise, verify
 
@@ -245,3 +247,62 @@ def test_what_is_no_store_is_refused(tmp_path, name):
     Store(tmp_path, IDENTITY)
     status, said = command(name, tmp_path, "--fingerprint", "zzz")
     assert status == 2 and "no model" in said and IDENTITY.digest[:32] in said
+
+
+def _unreadable(monkeypatch, shards: set[str]) -> None:
+    """The disk gives no answer for these, as one does that is failing or was cut off."""
+    read = LocalStorage.read
+
+    def failing(self, name):
+        if name in shards:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+        return read(self, name)
+
+    monkeypatch.setattr(LocalStorage, "read", failing)
+
+
+def test_what_cannot_be_read_is_no_damage_and_nothing_of_its_model_is_removed(two_models, monkeypatch):
+    shards = shards_of(Store(two_models, IDENTITY))
+    shards[0].write_bytes(b"damaged")
+    before = tree(two_models)
+    _unreadable(monkeypatch, {shards[1].name})
+    status, said = command("verify", two_models, "--fingerprint", IDENTITY.digest[:6])
+    assert status == 1 and "3 of 5 shards are good" in said and f"{shards[1].name} cannot be read: " in said
+    status, said = command("gc", two_models, "--yes")
+    assert f"{IDENTITY.digest[:32]}: left alone, 1 shards cannot be judged ({shards[1].name}" in said
+    assert tree(two_models) == before
+    with pytest.raises(UserError, match="1 shards of .* cannot be exported: .*cannot be read"):
+        export(two_models, two_models / "x.csv", IDENTITY.digest[:6])
+
+
+def test_a_shard_that_has_recovered_since_it_looked_damaged_stays(two_models):
+    shards = shards_of(Store(two_models, IDENTITY))
+    whole = shards[0].read_bytes()
+    for shard in shards[:2]:
+        shard.write_bytes(b"damaged")
+    removals = plan_gc(two_models)
+    shards[0].write_bytes(whole)
+    assert [done for _, done in collect(two_models, removals)] == [False]
+    assert shards_of(Store(two_models, IDENTITY)) == [shards[0], *shards[2:]]
+
+
+@pytest.mark.parametrize("manifest", ("another model's", "without a format", "of a later format", "damaged", "missing"))
+def test_a_manifest_that_is_not_the_models_own_costs_no_shard(two_models, manifest):
+    path = Store(two_models, IDENTITY).folder.path / "manifest.json"
+    content = json.loads(path.read_text())
+    if manifest == "missing":
+        path.unlink()
+    else:
+        new = {
+            "another model's": {**content, "fingerprint": OTHER.digest},
+            "without a format": {key: value for key, value in content.items() if key != "format"},
+            "of a later format": {**content, "format": store_module.FORMAT + 1},
+            "damaged": [],
+        }[manifest]
+        path.write_text(json.dumps(new))
+    before = tree(two_models)
+    status, said = command("gc", two_models, "--yes")
+    assert status == 0 and f"{IDENTITY.digest[:32]}: left alone" in said and tree(two_models) == before
+    status, said = command("verify", two_models)
+    if manifest in ("another model's", "damaged", "missing"):
+        assert status == 1 and "0 of 5 shards are good" in said and "cannot be judged: manifest.json is" in said
