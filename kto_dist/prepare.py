@@ -88,6 +88,12 @@ def prepare(config: Config, console: Console) -> Prepared:
     print_name = data.tokenizer_fingerprint(tokenizer)
     folders = comm.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name))
     train, heldout = (None if folder is None else load(folder) for folder in folders)
+    for setting, examples in (("data.train", train), ("data.heldout", heldout)):
+        comm.same_everywhere(
+            "none" if examples is None else examples.fingerprint,
+            f"what {setting} gives as tokens",
+            "copy the rows, and the tokenizer in model.path, to each of them again",
+        )
     with_z0 = config.kto.loss == "kto"
     check(train, needs_pairs=with_z0)
     for name, examples in (("train", train), ("held-out", heldout)):
@@ -101,6 +107,8 @@ def prepare(config: Config, console: Console) -> Prepared:
         )
     dtype = pick_dtype(config.train.dtype, comm.device())
     attention = pick_attention(model.attention, comm.device(), dtype)
+    for setting, value in (("train.dtype", dtype), ("model.attention", attention)):
+        comm.same_everywhere(value, setting, "set it to one that all of them can use")
     cutting = Cutting(
         max_length=config.data.max_length,
         prompt_limit=config.data.prompt_limit,
@@ -187,7 +195,8 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
     attention = pick_attention(section.attention, device, dtype)
     packed = pick_packing(section.packing, attention)
     logits_dtype = pick_logits("reference.logits_dtype", section.logits_dtype, dtype, device)
-    share = _may_share(section, model_config, attention, device, packed, config.data.max_length)
+    logits = str(logits_dtype or (torch.float32 if device.type == "cuda" else dtype)).removeprefix("torch.")
+    share = together(lambda: _may_share(section, model_config, attention, device, packed, config.data.max_length))
 
     console.phase("reference")
     identity = comm.once_per_host(
@@ -196,10 +205,24 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
             gguf_file,
             model_config.to_dict(),
             dtype=str(dtype).removeprefix("torch."),
-            logits=str(logits_dtype or (torch.float32 if device.type == "cuda" else dtype)).removeprefix("torch."),
+            logits=logits,
             attention=attention,
         )
     )
+
+    # One value of a pair counts for all ranks, and all of them read equally many micro-batches.
+    name = "reference.path" if section.path else "model.path"
+    again = f"copy the model in {name} to each of them again"
+    for what, value, remedy in (
+        ("the reference's weights", identity.weights, again),
+        ("the reference's config.json", identity.config, again),
+        ("reference.dtype", str(dtype).removeprefix("torch."), "set it to one that all of them can use"),
+        ("reference.logits_dtype", logits, "set it, or reference.device"),
+        ("reference.attention", attention, "set it to one that all of them have"),
+        ("reference.packing", packed, "set it"),
+        ("reference.share_prefixes", share, "set it to false, or reference.device"),
+    ):
+        comm.same_everywhere(value, what, remedy)
 
     def build() -> Scorer:
         console.say(f"loading the reference ({path}, {identity.dtype})")

@@ -301,6 +301,45 @@ def test_hosts_need_no_shared_file_system(tmp_path, tiny_model, tiny_log):
     assert [(scored, total) for scored, _, total in again] == [(0, first), (0, first)]
 
 
+def _as_hosts(configs: list[Config]) -> str:
+    """Every rank is a host of its own, with files and settings of its own."""
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        scored_and_found(configs[int(os.environ["RANK"])])
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("the reference's weights", {}),
+        ("what data.train gives as tokens", {}),
+        ("reference.dtype", {"reference__dtype": "bf16"}),
+        ("reference.attention", {"reference__attention": "eager"}),
+        ("reference.packing", {"reference__packing": True}),
+        ("reference.share_prefixes", {"reference__share_prefixes": True}),
+        ("train.dtype", {"train__dtype": "bf16"}),
+    ],
+)
+def test_hosts_that_differ_are_refused_before_anything_is_stored(tmp_path, tiny_model, tiny_log, what, changes):
+    """`auto` may pick differently on hosts with different devices, and a copy of a model may be an older one."""
+    model, log = tiny_model, tiny_log
+    if what == "the reference's weights":
+        model = save_tiny(tmp_path / "model", seed=1)
+    elif what == "what data.train gives as tokens":
+        log = write_jsonl(tmp_path / "log.jsonl", thumbs(60, 20, seed=7))
+    plain = {"reference__share_prefixes": False, "reference__packing": False}
+    configs = [
+        tiny_config(tmp_path / "a", tiny_model, tiny_log, **plain),
+        tiny_config(tmp_path / "b", model, log, **{**plain, **changes}),
+    ]
+    said = run_ranks(_as_hosts, 2, configs, timeout=60)
+    assert said[0] == said[1] and said[0].startswith(f"{what} differs between hosts (rank 0: ")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
 def _memory(config: Config) -> dict[str, int]:
     process = psutil.Process()
     module = importlib.import_module("kto_dist.prepare")
