@@ -5,7 +5,7 @@ In:  the config. Out: `Prepared`, and from it `Scores`: the reference's log-prob
 
 import operator
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -226,25 +226,40 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
 
     def build() -> Scorer:
         console.say(f"loading the reference ({path}, {identity.dtype})")
-        reference = Reference(
-            section,
-            path=path,
-            gguf_file=gguf_file,
-            model_config=model_config,
-            dtype=dtype,
-            attention=attention,
-            device=device,
-        )
-        check_scoring(reference.forward, reference.model, device, packed=packed, setting="reference.packing")
-        shares = share
-        if share is not False and not sharing_is_exact(reference.forward, reference.model, device, ROUNDING[dtype]):
-            if share:
-                raise UserError(
-                    f"reference.share_prefixes is true, but completions of one prompt see each other in "
-                    f"{type(reference.model.lm).__name__}: use auto or false, which score them one by one"
+        # kept even when another rank's fails
+        loaded: list[Reference] = []
+        try:
+            together(
+                lambda: loaded.append(
+                    Reference(
+                        section,
+                        path=path,
+                        gguf_file=gguf_file,
+                        model_config=model_config,
+                        dtype=dtype,
+                        attention=attention,
+                        device=device,
+                    )
                 )
-            shares = False
-        return Scorer(reference=reference, share_prefixes=shares)
+            )
+            return Scorer(reference=loaded[0], share_prefixes=tried(loaded[0]))
+        except BaseException:
+            for reference in loaded:
+                reference.close(wait=False)
+            raise
+
+    def tried(reference: Reference) -> bool | None:
+        """Whether prompts are shared, now that the model can show what it can; for all ranks alike."""
+        forward, model = reference.forward, reference.model
+        together(lambda: check_scoring(forward, model, device, packed=packed, setting="reference.packing"))
+        if share is False or not comm.any_(not sharing_is_exact(forward, model, device, ROUNDING[dtype])):
+            return share
+        if share:
+            raise UserError(
+                f"reference.share_prefixes is true, but completions of one prompt see each other in "
+                f"{type(model.lm).__name__}: use auto or false, which score them one by one"
+            )
+        return False
 
     lists: list[tuple[Examples, np.ndarray, np.ndarray]] = [
         (prepared.train, *wanted_pairs(prepared.plan, prepared.train))
@@ -268,10 +283,13 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
     with store, lazily(build) as engine:
         for (examples, prompts, completions), title in zip(lists, ("training pairs", "held-out pairs"), strict=False):
             with console.progress(f"reference: {title}") as show:
+                scored_before = sum(outcome.scored_once for _, outcome in results)
 
-                def both(progress: Progress, show: Callable[..., None] = show) -> None:
-                    show(*astuple(progress))
-                    watch(progress)
+                def both(
+                    progress: Progress, show: Callable[..., None] = show, scored_before: int = scored_before
+                ) -> None:
+                    show(*astuple(progress)[:-1])
+                    watch(replace(progress, before=scored_before))
 
                 results.append(
                     reference_logps(
