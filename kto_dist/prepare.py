@@ -332,9 +332,14 @@ def local_folder(path: str, gguf_file: str | None) -> Path:
     """The folder of a model given by folder or hub name; of a hub's model the files that are going to be loaded."""
     if Path(path).is_dir():
         return Path(path)
-    wanted = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"]
+    # in the order of `fingerprint.weight_files`: many a model is there twice, and is tens of gigabytes
+    kinds = [[gguf_file]] if gguf_file else [["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin*"]]
     try:
-        return Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        for wanted in kinds:
+            folder = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+            if any(folder.glob(wanted[0])):
+                break
+        return folder
     except OSError as error:
         raise UserError(f"the weights of {path} cannot be fetched: {error}; give a folder that holds them") from None
 

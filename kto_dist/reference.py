@@ -266,7 +266,11 @@ class Work:
 def _score(
     work: Work, trees: Trees | None, scoring: Scoring, reference: Reference, store: Store, watch: Watch
 ) -> np.ndarray:  # (P,) fp64
-    """Collective. All values, on every rank; each was written to the store by the rank that computed it."""
+    """Collective. All values, on every rank; each was written to the store by the rank that computed it.
+
+    Where another job has stored a value of the same pair meanwhile, later runs take the smaller one of the two, and
+    this run the one computed here: they differ by a rounding.
+    """
     units = work.tokens if trees is None else trees.tokens
     sizes = np.ones(units.size, np.int64) if trees is None else np.diff(trees.starts)
     # Longest first: the estimate of the time that is left then errs on the safe side, memory peaks at the start, and

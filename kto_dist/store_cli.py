@@ -82,12 +82,17 @@ def verify_shards(store: str, fingerprint: str) -> None:
 @store.command()
 @_root
 @_fingerprint("remove that model, whole")
-@click.option("--unused-days", type=click.FloatRange(min=0), help="Remove models that nobody has used for so long.")
+@click.option(
+    "--unused-days",
+    type=click.FloatRange(min=0),
+    help="Remove models that nobody has used for so long; with --fingerprint only that one.",
+)
 @click.option("--yes", is_flag=True, help="Do it; without this only what would be done is shown.")
 def gc(store: str, fingerprint: str, unused_days: float | None, yes: bool) -> None:
     """Remove from STORE what is damaged or abandoned, and merge many small shards into few.
 
-    Models go only by --fingerprint or --unused-days. What a running job uses is left alone.
+    Models go only by --fingerprint or --unused-days. What a running job uses is left alone. A job that may only read
+    leaves no mark: neither that it is running nor that the model was used.
     """
     from kto_dist.store_tools import collect, plan_gc, summarise
 

@@ -5,10 +5,10 @@ needs the model, a config or a GPU, and nothing here disturbs a job that is at w
 replaced by another one that holds its pairs, and what is in use is left alone.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,11 @@ from kto_dist.store import (
 
 SMALL_SHARD = 2**18
 # pairs, 7 MB: smaller ones are worth merging
-LARGE_SHARD = 2**22
-# pairs that a merged shard holds at the most: 117 MB, an object of a size that every store takes in one PUT
+LARGE_SHARD = 2**21
+# pairs that a merged shard holds at the most: 59 MB; s3fs sends what is larger than 100 MiB in several parts
 WORTH_MERGING = 16
 # small shards, from which on they are merged
 DAMAGED = "damaged"
-_FOLDER = re.compile(rf"[0-9a-f]{{{FOLDER_DIGITS}}}")
 _ABANDONED_SECONDS = 3600.0
 # after which a file under a temporary name, which takes seconds to write, has lost its writer
 
@@ -111,15 +110,25 @@ class _Contents:
     # and why; what cannot be read for the moment is no damage
 
 
+@contextmanager
+def _told(root: str | Path, what: str) -> Iterator[None]:
+    """A `UserError` for whatever a disk or a network refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the store ({root}) {what}: {error}; check the path and its permissions, or a URL's connection and "
+            "credentials"
+        ) from None
+
+
 def folders_of(root: str | Path, prefix: str = "") -> list[tuple[str, Storage]]:
     """(name, folder) of every model in the store. Raises `UserError` where there is no store, or no such model."""
     storage = open_storage(root)
-    try:
+    with _told(root, "cannot be read"):
         names = [
             name for name in storage.folders() if len(name) == FOLDER_DIGITS and not name.strip("0123456789abcdef")
         ]
-    except OSError as error:
-        raise UserError(f"the store ({root}) cannot be read: {error}; check the path, or a URL's credentials") from None
     if not names:
         raise UserError(f"{root} holds no reference store: give the folder or URL that reference.store names")
     chosen = [name for name in names if name.startswith(prefix[:FOLDER_DIGITS])]
@@ -130,7 +139,8 @@ def folders_of(root: str | Path, prefix: str = "") -> list[tuple[str, Storage]]:
 
 def summarise(root: str | Path, prefix: str = "") -> list[Summary]:
     """Reads no shard but its last few bytes."""
-    return [_summary(name, folder) for name, folder in folders_of(root, prefix)]
+    with _told(root, "cannot be read"):
+        return [_summary(name, folder) for name, folder in folders_of(root, prefix)]
 
 
 def _summary(name: str, folder: Storage) -> Summary:
@@ -162,7 +172,8 @@ def _rows(folder: Storage, file: File) -> int:
 def verify(root: str | Path, prefix: str = "") -> Iterator[Verdict]:
     """Hashes every byte of every shard; changes nothing."""
     for name, folder in folders_of(root, prefix):
-        shards = [file.name for file in folder.files() if NAME.fullmatch(file.name)]
+        with _told(root, "cannot be read"):
+            shards = [file.name for file in folder.files() if NAME.fullmatch(file.name)]
         found = _load(folder, name, shards)
         repeated, difference = disagreements(list(found.good.values()))
         yield Verdict(
@@ -231,31 +242,45 @@ def plan_gc(
 ) -> list[Removal]:
     """What can go without a loss: what is damaged or abandoned, and shards that one can replace.
 
-    With `unused_days` also the models that nobody has used for so long, with `prefix` those of that fingerprint. Never
-    anything of a model that a job is using, nor of one with a shard that cannot be judged, which `warn` tells.
+    With `unused_days` also the models that nobody has used for so long, with `prefix` the one of that fingerprint, with
+    both that one if nobody has. Never anything of a model that a job is using, nor of one with a shard that cannot be
+    judged, which `warn` tells. Raises `UserError` where `prefix` fits several models.
     """
     removals = []
-    for name, folder in folders_of(root, prefix or ""):
-        if in_use(folder):
-            continue
-        files = folder.files()
-        manifest, _ = _trusted_manifest(folder, name)
-        written, used = (manifest or {}).get("format"), last_used(folder)
-        days = None if used is None else (time.time() - used) / 86400
-        stale = None
-        if prefix:
-            stale = f"its fingerprint starts with {prefix}"
-        elif type(written) is int and written < FORMAT:
-            stale = f"an older version wrote it (format {written}, now {FORMAT})"
-        elif unused_days is not None and days is not None and days >= unused_days:
-            stale = f"not used for {days:.0f} days"
-        if stale:
-            removals.append(_removal(name, files, stale))
-        elif manifest and written != FORMAT:
-            warn(f"{name}: left alone, {MANIFEST} names format {written}, and this version knows {FORMAT}")
-        else:
-            removals += _litter(name, folder, files, warn)
+    folders = folders_of(root, prefix or "")
+    if prefix and len(folders) > 1:
+        names = ", ".join(name for name, _ in folders)
+        raise UserError(
+            f"{len(folders)} models of {root} have a fingerprint that starts with {prefix}: {names}; give more"
+        )
+    for name, folder in folders:
+        with _told(root, "cannot be read"):
+            removals += _plan_of(name, folder, unused_days, prefix, warn)
     return removals
+
+
+def _plan_of(
+    name: str, folder: Storage, unused_days: float | None, prefix: str | None, warn: Callable[[str], None]
+) -> list[Removal]:
+    if in_use(folder):
+        return []
+    files = folder.files()
+    manifest, _ = _trusted_manifest(folder, name)
+    written, used = (manifest or {}).get("format"), last_used(folder)
+    days = None if used is None else (time.time() - used) / 86400
+    stale = None
+    if prefix and unused_days is None:
+        stale = f"its fingerprint starts with {prefix}"
+    elif type(written) is int and written < FORMAT:
+        stale = f"an older version wrote it (format {written}, now {FORMAT})"
+    elif unused_days is not None and days is not None and days >= unused_days:
+        stale = f"not used for {days:.0f} days"
+    if stale:
+        return [_removal(name, files, stale)]
+    if manifest and written != FORMAT:
+        warn(f"{name}: left alone, {MANIFEST} names format {written}, and this version knows {FORMAT}")
+        return []
+    return _litter(name, folder, files, warn)
 
 
 def _removal(name: str, files: list[File], why: str, *, merged: bool = False, damaged: bool = False) -> Removal:
@@ -301,21 +326,23 @@ def _litter(name: str, folder: Storage, files: list[File], warn: Callable[[str],
 def collect(root: str | Path, removals: list[Removal]) -> Iterator[tuple[Removal, bool]]:
     """Does what `plan_gc` said, and yields for each whether: not where a job has started to use the model since."""
     for removal in removals:
-        folder = open_storage(root) / removal.folder
-        if in_use(folder):
-            yield removal, False
-            continue
-        if removal.merged:
-            yield removal, _merge_shards(folder, removal)
-            continue
-        if removal.damaged:
-            yield removal, _remove_damaged(folder, removal)
-            continue
-        # the manifest last: without it the rest could not be told apart if this were stopped
-        for name in sorted(removal.files, key=lambda name: name in (MANIFEST, USED)):
-            folder.remove(name)
-        folder.remove_folder()
-        yield removal, True
+        with _told(root, "could not be cleared out to the end"):
+            done = _carry_out(open_storage(root) / removal.folder, removal)
+        yield removal, done
+
+
+def _carry_out(folder: Storage, removal: Removal) -> bool:
+    if in_use(folder):
+        return False
+    if removal.merged:
+        return _merge_shards(folder, removal)
+    if removal.damaged:
+        return _remove_damaged(folder, removal)
+    # the manifest last: without it the rest could not be told apart if this were stopped
+    for name in sorted(removal.files, key=lambda name: name in (MANIFEST, USED)):
+        folder.remove(name)
+    folder.remove_folder()
+    return True
 
 
 def _remove_damaged(folder: Storage, removal: Removal) -> bool:
@@ -355,7 +382,8 @@ def export(root: str | Path, target: Path, prefix: str = "") -> int:
             f"{root} holds {len(folders)} models ({names}): choose one by --fingerprint and its first digits"
         )
     ((name, folder),) = folders
-    found = _load(folder, name, [file.name for file in folder.files() if NAME.fullmatch(file.name)])
+    with _told(root, "cannot be read"):
+        found = _load(folder, name, [file.name for file in folder.files() if NAME.fullmatch(file.name)])
     if found.unjudged:
         shard, why = next(iter(found.unjudged.items()))
         raise UserError(f"{len(found.unjudged)} shards of {folder} cannot be exported: {shard} {why}")

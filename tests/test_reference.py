@@ -424,6 +424,23 @@ def test_hosts_that_differ_are_refused_before_anything_is_stored(tmp_path, tiny_
     assert not list(tmp_path.rglob("*.parquet"))
 
 
+@pytest.mark.parametrize("safe", (True, False))
+def test_weights_in_the_older_format_are_fetched_only_where_there_are_no_others(tmp_path, monkeypatch, safe):
+    module, asked = importlib.import_module("kto_dist.prepare"), []
+
+    def download(path, allow_patterns, ignore_patterns):
+        asked.extend(allow_patterns)
+        for name in ("model.safetensors",) if safe else ("pytorch_model.bin",):
+            if any(Path(name).match(pattern) for pattern in allow_patterns):
+                (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(module, "snapshot_download", download)
+    assert module.local_folder("some/model", None) == tmp_path
+    assert len(list(tmp_path.iterdir())) == 1
+    assert any(pattern.startswith("pytorch") for pattern in asked) != safe
+
+
 def _memory(config: Config) -> dict[str, int]:
     process = psutil.Process()
     module = importlib.import_module("kto_dist.prepare")
