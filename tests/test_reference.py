@@ -448,9 +448,9 @@ def _memory(config: Config) -> dict[str, int]:
     seen = {"before": process.memory_info().rss}
 
     class Watched(module.Reference):
-        def close(self):
+        def close(self, **settings):
             seen["loaded"] = process.memory_info().rss
-            super().close()
+            super().close(**settings)
 
     module.Reference = Watched
     score_reference(prepared, Console())
@@ -476,6 +476,31 @@ def test_the_reference_leaves_memory_when_it_has_scored(tmp_path, tiny_log, stag
     (seen,) = run_ranks(_memory_of_second_pass, 1, warm_up, config)
     size = (model / "model.safetensors").stat().st_size
     assert seen["loaded"] - seen["before"] > 0.8 * size
+    assert seen["after"] - seen["before"] < 0.15 * size
+
+
+def _allocated(config: Config) -> dict[str, int]:
+    module = importlib.import_module("kto_dist.prepare")
+    prepared = prepare(config, Console())
+    seen = {"before": torch.cuda.memory_allocated()}
+
+    class Watched(module.Reference):
+        def close(self, **settings):
+            seen["loaded"] = torch.cuda.memory_allocated()
+            super().close(**settings)
+
+    module.Reference = Watched
+    score_reference(prepared, Console())
+    return {**seen, "after": torch.cuda.memory_allocated()}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="allocated bytes are those of a GPU")
+def test_the_reference_leaves_the_gpus_memory_when_it_has_scored(tmp_path, tiny_log):
+    model = save_tiny(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=6)
+    (seen,) = run_ranks(_allocated, 1, tiny_config(tmp_path, model, tiny_log, train__max_steps=1))
+    size = (model / "model.safetensors").stat().st_size
+    assert seen["loaded"] - seen["before"] > 0.8 * size
+    # a matmul's workspace stays for the process
     assert seen["after"] - seen["before"] < 0.15 * size
 
 
