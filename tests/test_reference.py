@@ -19,7 +19,7 @@ from kto_dist.config import Config
 from kto_dist.console import Console
 from kto_dist.errors import UserError
 from kto_dist.prepare import prepare, score_reference
-from kto_dist.reference import wanted_pairs
+from kto_dist.reference import Outcome, Scorer, lazily, wanted_pairs
 
 
 def scored_and_found(config: Config) -> tuple[int, int]:
@@ -383,6 +383,35 @@ def test_one_ranks_trouble_with_its_model_is_everyones_and_leaves_none_in_memory
     for message, decided, still_open in run_ranks(_with_a_rank_that_differs, 2, config, trouble, timeout=60):
         assert message.startswith(said) and bool(message) == bool(said)
         assert decided == shared and still_open == 0
+
+
+@pytest.mark.parametrize("error", (None, UserError("full"), KeyboardInterrupt()))
+def test_an_error_in_a_pass_closes_the_reference_without_waiting_for_other_ranks(error):
+    closed = []
+
+    class Loaded:
+        def close(self, *, wait: bool = True):
+            closed.append(wait)
+
+    def one_pass():
+        with lazily(lambda: Scorer(reference=Loaded(), share_prefixes=None)) as engine:
+            assert engine() is engine()
+            if error:
+                raise error
+
+    if error:
+        with pytest.raises(type(error)):
+            one_pass()
+    else:
+        one_pass()
+    assert closed == [error is None]
+
+
+def test_rates_count_pairs_with_equal_tokens_once():
+    outcome = Outcome(pairs=10, hits=2, scored_once=4, scored_tokens=40, scoring_seconds=2.0, seconds=3.0, shared=False)
+    figures = (outcome + outcome).figures()
+    assert (figures["reference/scored"], figures["reference/rows_per_second"]) == (16, 2.0)
+    assert figures["reference/tokens_per_second"] == 20.0
 
 
 def _as_hosts(configs: list[Config]) -> str:
