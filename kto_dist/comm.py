@@ -119,6 +119,16 @@ def gather(value: T) -> list[T]:
     return boxes
 
 
+def same_everywhere(value: T, what: str, remedy: str) -> T:
+    """Collective. Raises `UserError`, on every rank, where ranks have different values of what all must agree on."""
+    values = gather(value)
+    if all(other == values[0] for other in values):
+        return value
+    first = {text: rank for rank, text in reversed([(rank, str(other)) for rank, other in enumerate(values)])}
+    listed = ", ".join(f"rank {rank}: {text}" for text, rank in sorted(first.items(), key=lambda item: item[1]))
+    raise UserError(f"{what} differs between hosts ({listed}), and every host must have the same: {remedy}")
+
+
 def on_main(work: Callable[[], T]) -> T:
     """Rank 0 does the work, however long it takes; every rank gets its result, or the same error.
 

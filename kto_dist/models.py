@@ -302,12 +302,16 @@ class Reference:
             self.model.to(device)
         self.forward = self._engine or self.model
 
-    def close(self) -> None:
-        """Gives the memory back. The object is not usable afterwards."""
+    def close(self, *, wait: bool = True) -> None:
+        """Gives the memory back. The object is not usable afterwards.
+
+        Collective; not with `wait` False, for when an error is on its way, which the other ranks may not have met.
+        """
         if self._engine is not None:
             _destroy(self._engine, self.model)
             if self._swap_folder:
-                comm.barrier()
+                if wait:
+                    comm.barrier()
                 shutil.rmtree(self._swap_folder, ignore_errors=True)
         del self.forward, self.model, self._engine
         _return_memory()

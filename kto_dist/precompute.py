@@ -52,15 +52,10 @@ class _Record:
                 default_uri=f"sqlite:///{output.parent / 'mlflow.db'}",
                 warn=console.warn,
             )
-        self._last = self._step = 0
-        self._before = 0
-        # pairs of the lists before this one
-        self._said = 0.0
+        self._step, self._said = 0, 0.0
 
     def watch(self, progress: Progress) -> None:
-        if progress.done < self._last:
-            self._before += self._last
-        self._last, self._step = progress.done, self._before + progress.done
+        self._step = progress.before + progress.done
         now = time.monotonic()
         if now - self._said >= SECONDS_BETWEEN_POINTS or progress.done == progress.total:
             self._said = now

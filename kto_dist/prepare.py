@@ -5,7 +5,7 @@ In:  the config. Out: `Prepared`, and from it `Scores`: the reference's log-prob
 
 import operator
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,12 @@ def prepare(config: Config, console: Console) -> Prepared:
     print_name = data.tokenizer_fingerprint(tokenizer)
     folders = comm.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name))
     train, heldout = (None if folder is None else load(folder) for folder in folders)
+    for setting, examples in (("data.train", train), ("data.heldout", heldout)):
+        comm.same_everywhere(
+            "none" if examples is None else examples.fingerprint,
+            f"what {setting} gives as tokens",
+            "copy the rows, and the tokenizer in model.path, to each of them again",
+        )
     with_z0 = config.kto.loss == "kto"
     check(train, needs_pairs=with_z0)
     for name, examples in (("train", train), ("held-out", heldout)):
@@ -101,6 +107,8 @@ def prepare(config: Config, console: Console) -> Prepared:
         )
     dtype = pick_dtype(config.train.dtype, comm.device())
     attention = pick_attention(model.attention, comm.device(), dtype)
+    for setting, value in (("train.dtype", dtype), ("model.attention", attention)):
+        comm.same_everywhere(value, setting, "set it to one that all of them can use")
     cutting = Cutting(
         max_length=config.data.max_length,
         prompt_limit=config.data.prompt_limit,
@@ -187,7 +195,8 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
     attention = pick_attention(section.attention, device, dtype)
     packed = pick_packing(section.packing, attention)
     logits_dtype = pick_logits("reference.logits_dtype", section.logits_dtype, dtype, device)
-    share = _may_share(section, model_config, attention, device, packed, config.data.max_length)
+    logits = str(logits_dtype or (torch.float32 if device.type == "cuda" else dtype)).removeprefix("torch.")
+    share = together(lambda: _may_share(section, model_config, attention, device, packed, config.data.max_length))
 
     console.phase("reference")
     identity = comm.once_per_host(
@@ -196,32 +205,61 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
             gguf_file,
             model_config.to_dict(),
             dtype=str(dtype).removeprefix("torch."),
-            logits=str(logits_dtype or (torch.float32 if device.type == "cuda" else dtype)).removeprefix("torch."),
+            logits=logits,
             attention=attention,
         )
     )
 
+    # One value of a pair counts for all ranks, and all of them read equally many micro-batches.
+    name = "reference.path" if section.path else "model.path"
+    again = f"copy the model in {name} to each of them again"
+    for what, value, remedy in (
+        ("the reference's weights", identity.weights, again),
+        ("the reference's config.json", identity.config, again),
+        ("reference.dtype", str(dtype).removeprefix("torch."), "set it to one that all of them can use"),
+        ("reference.logits_dtype", logits, "set it, or reference.device"),
+        ("reference.attention", attention, "set it to one that all of them have"),
+        ("reference.packing", packed, "set it"),
+        ("reference.share_prefixes", share, "set it to false, or reference.device"),
+    ):
+        comm.same_everywhere(value, what, remedy)
+
     def build() -> Scorer:
         console.say(f"loading the reference ({path}, {identity.dtype})")
-        reference = Reference(
-            section,
-            path=path,
-            gguf_file=gguf_file,
-            model_config=model_config,
-            dtype=dtype,
-            attention=attention,
-            device=device,
-        )
-        check_scoring(reference.forward, reference.model, device, packed=packed, setting="reference.packing")
-        shares = share
-        if share is not False and not sharing_is_exact(reference.forward, reference.model, device, ROUNDING[dtype]):
-            if share:
-                raise UserError(
-                    f"reference.share_prefixes is true, but completions of one prompt see each other in "
-                    f"{type(reference.model.lm).__name__}: use auto or false, which score them one by one"
+        # kept even when another rank's fails
+        loaded: list[Reference] = []
+        try:
+            together(
+                lambda: loaded.append(
+                    Reference(
+                        section,
+                        path=path,
+                        gguf_file=gguf_file,
+                        model_config=model_config,
+                        dtype=dtype,
+                        attention=attention,
+                        device=device,
+                    )
                 )
-            shares = False
-        return Scorer(reference=reference, share_prefixes=shares)
+            )
+            return Scorer(reference=loaded[0], share_prefixes=tried(loaded[0]))
+        except BaseException:
+            for reference in loaded:
+                reference.close(wait=False)
+            raise
+
+    def tried(reference: Reference) -> bool | None:
+        """Whether prompts are shared, now that the model can show what it can; for all ranks alike."""
+        forward, model = reference.forward, reference.model
+        together(lambda: check_scoring(forward, model, device, packed=packed, setting="reference.packing"))
+        if share is False or not comm.any_(not sharing_is_exact(forward, model, device, ROUNDING[dtype])):
+            return share
+        if share:
+            raise UserError(
+                f"reference.share_prefixes is true, but completions of one prompt see each other in "
+                f"{type(model.lm).__name__}: use auto or false, which score them one by one"
+            )
+        return False
 
     lists: list[tuple[Examples, np.ndarray, np.ndarray]] = [
         (prepared.train, *wanted_pairs(prepared.plan, prepared.train))
@@ -245,10 +283,13 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
     with store, lazily(build) as engine:
         for (examples, prompts, completions), title in zip(lists, ("training pairs", "held-out pairs"), strict=False):
             with console.progress(f"reference: {title}") as show:
+                scored_before = sum(outcome.scored_once for _, outcome in results)
 
-                def both(progress: Progress, show: Callable[..., None] = show) -> None:
-                    show(*astuple(progress))
-                    watch(progress)
+                def both(
+                    progress: Progress, show: Callable[..., None] = show, scored_before: int = scored_before
+                ) -> None:
+                    show(*astuple(progress)[:-1])
+                    watch(replace(progress, before=scored_before))
 
                 results.append(
                     reference_logps(
@@ -291,9 +332,14 @@ def local_folder(path: str, gguf_file: str | None) -> Path:
     """The folder of a model given by folder or hub name; of a hub's model the files that are going to be loaded."""
     if Path(path).is_dir():
         return Path(path)
-    wanted = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"]
+    # in the order of `fingerprint.weight_files`: many a model is there twice, and is tens of gigabytes
+    kinds = [[gguf_file]] if gguf_file else [["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin*"]]
     try:
-        return Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        for wanted in kinds:
+            folder = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+            if any(folder.glob(wanted[0])):
+                break
+        return folder
     except OSError as error:
         raise UserError(f"the weights of {path} cannot be fetched: {error}; give a folder that holds them") from None
 

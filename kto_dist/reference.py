@@ -31,8 +31,8 @@ from kto_dist.store import Store
 
 # What a killed pass loses at most, on every rank.
 SHARD_SECONDS = 60.0
-# Pairs a rank between two writes: the first, before a rate is known, and the limits.
-FIRST_SHARD, LARGEST_SHARD = 256, 65536
+# Pairs a rank between two writes: before a rate is known, and at the most. A large reference may take a minute for few.
+FIRST_SHARD, LARGEST_SHARD = 16, 65536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +45,8 @@ class Progress:
     rows_per_second: float
     tokens_per_second: float
     seconds_left: float
+    before: int = 0
+    # pairs of other lists, which the run has scored ahead of these
 
 
 Watch = Callable[[Progress], None]
@@ -107,8 +109,9 @@ class Outcome:
     pairs: int
     hits: int
     # found in the store; the others were scored, those with equal tokens once
+    scored_once: int
     scored_tokens: int
-    # of the pairs that were scored, prompts and completions
+    # of the different pairs that were scored: how many, and the tokens of their prompts and completions
     scoring_seconds: float
     # from a loaded engine to the last shard
     seconds: float
@@ -125,7 +128,10 @@ class Outcome:
         figures = {"pairs": self.pairs, "from_store": self.hits, "scored": scored, "seconds": self.seconds}
         if scored:
             seconds = max(self.scoring_seconds, 1e-9)
-            figures |= {"rows_per_second": scored / seconds, "tokens_per_second": self.scored_tokens / seconds}
+            figures |= {
+                "rows_per_second": self.scored_once / seconds,
+                "tokens_per_second": self.scored_tokens / seconds,
+            }
         return {f"reference/{name}": float(value) for name, value in figures.items()}
 
 
@@ -167,6 +173,7 @@ def reference_logps(
     outcome = Outcome(
         pairs=prompts.size,
         hits=prompts.size - missing.size,
+        scored_once=0,
         scored_tokens=0,
         scoring_seconds=0.0,
         seconds=0.0,
@@ -193,6 +200,7 @@ def reference_logps(
         logps[missing] = scored[same_as]
         outcome = replace(
             outcome,
+            scored_once=todo.size,
             scored_tokens=int(work.tokens.sum()),
             scoring_seconds=time.monotonic() - loaded,
             shared=trees is not None,
@@ -258,7 +266,11 @@ class Work:
 def _score(
     work: Work, trees: Trees | None, scoring: Scoring, reference: Reference, store: Store, watch: Watch
 ) -> np.ndarray:  # (P,) fp64
-    """Collective. All values, on every rank; each was written to the store by the rank that computed it."""
+    """Collective. All values, on every rank; each was written to the store by the rank that computed it.
+
+    Where another job has stored a value of the same pair meanwhile, later runs take the smaller one of the two, and
+    this run the one computed here: they differ by a rounding.
+    """
     units = work.tokens if trees is None else trees.tokens
     sizes = np.ones(units.size, np.int64) if trees is None else np.diff(trees.starts)
     # Longest first: the estimate of the time that is left then errs on the safe side, memory peaks at the start, and
@@ -272,6 +284,8 @@ def _score(
     while start < units.size:
         began = time.monotonic()
         stop = max(start + 1, int(np.searchsorted(pairs_before, pairs_before[start] + wanted, "right")) - 1)
+        pairs = int(pairs_before[stop] - pairs_before[start])
+        meter.begin(pairs)
         own, values = [np.zeros(0, np.int64)], [np.zeros(0)]
         for batch in _batches(work, trees, scoring, order[start:stop]):
             with torch.no_grad():
@@ -290,10 +304,9 @@ def _score(
         # hours, until the last exchange meets its time-out.
         together(lambda p=places, v=scored_values: store.add(work.keys[p], v, work.completion_kept[p]))
         logps[places], found[places] = scored_values, True
-        pairs = int(pairs_before[stop] - pairs_before[start])
-        meter.meet(pairs)
+        meter.meet()
         rate = pairs / max(time.monotonic() - began, 1e-9)
-        wanted = comm.broadcast(int(np.clip(rate * SHARD_SECONDS, FIRST_SHARD * ranks, LARGEST_SHARD * ranks)))
+        wanted = comm.broadcast(int(np.clip(rate * SHARD_SECONDS, ranks, LARGEST_SHARD * ranks)))
         start = stop
     logps, found = _exchange(logps, found)
     assert found.all()
@@ -317,31 +330,36 @@ def _batches(work: Work, trees: Trees | None, scoring: Scoring, window: np.ndarr
 
 
 class _Meter:
-    """Rates and the time that is left. Between two meetings the other ranks are taken to be as far as this one."""
+    """Rates and the time that is left. Between two meetings the other ranks are taken to be as far as this one, but no
+    further than to the window's end, so that what is said to be done is never taken back."""
 
     def __init__(self, tokens: np.ndarray, watch: Watch):
         self._tokens, self._watch = tokens, watch
         self._all = int(tokens.sum())
-        self._rows = self._read = 0
-        # of all ranks until they last met
+        self._rows = self._read = self._window = self._said = 0
+        # rows and tokens of all ranks until they last met, the rows that they are at, and the most tokens told so far
         self._own = np.zeros(2, np.int64)
         # this rank's rows and tokens since then
         self._started = time.monotonic()
 
+    def begin(self, rows: int) -> None:
+        self._window = rows
+
     def add(self, places: np.ndarray) -> None:
         self._own += (places.size, self._tokens[places].sum())
-        self._tell(*(self._own * comm.world_size()))
+        rows, tokens = self._own * comm.world_size()
+        self._tell(self._rows + min(int(rows), self._window), self._read + int(tokens))
 
-    def meet(self, rows: int) -> None:
-        """Collective, at the end of a window of so many rows."""
-        self._rows += rows
+    def meet(self) -> None:
+        """Collective, at the end of a window."""
+        self._rows += self._window
         self._read += int(comm.sum_(torch.from_numpy(self._own))[1])
         self._own = np.zeros(2, np.int64)
-        self._tell(0, 0)
+        self._tell(self._rows, self._read)
 
-    def _tell(self, rows: int, tokens: int) -> None:
+    def _tell(self, rows: int, read: int) -> None:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        rows, read = min(self._rows + int(rows), self._tokens.size), min(self._read + int(tokens), self._all)
+        read = self._said = min(max(read, self._said), self._all)
         self._watch(
             Progress(
                 done=rows,
@@ -388,6 +406,9 @@ def lazily(build: Callable[[], Scorer]) -> Iterator[Callable[[], Scorer]]:
 
     try:
         yield get
-    finally:
+    except BaseException:
         while scorers:
-            scorers.pop().reference.close()
+            scorers.pop().reference.close(wait=False)
+        raise
+    while scorers:
+        scorers.pop().reference.close()

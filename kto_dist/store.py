@@ -98,7 +98,7 @@ class Store:
             differing = sorted(key for key in content if found.get(key) != content[key])
             raise UserError(
                 f"{self.folder} belongs to another reference (they differ in {', '.join(differing)}): "
-                "delete it, or give another reference.store"
+                f"remove its {MANIFEST}, which loses no pair of this one, or give another reference.store"
             )
 
     def lookup(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (P,) KEY -> (P,) fp64, (P,) bool
@@ -116,7 +116,10 @@ class Store:
     def begin(self, pairs: int = 0) -> None:
         """To be called ahead of long work: raises `UserError` unless `pairs` more can be written, and says that this
         process is at work here."""
-        free = self.folder.free()
+        try:
+            free = self.folder.free()
+        except OSError as error:
+            raise self._refusal(error, "lacks pairs of this run, but its free space is unknown") from None
         if free is not None and free < pairs * (BYTES_A_PAIR + 1):
             raise UserError(
                 f"reference.store ({self._root}) has {free:,} bytes left, but lacks {pairs:,} pairs, which take "
@@ -164,22 +167,29 @@ class Store:
 
     def _read(self) -> Pairs:
         read: dict[str, Pairs] = {}
-        # Merging shards replaces many by one, perhaps while they are read: then the listing is made again.
+        seen: set[str] = set()
+        # Merging shards replaces many by one, perhaps while they are listed or read. A listing that was begun after
+        # the last byte was read, and names nothing new, shows that nothing was missed.
         for attempt in range(10):
             try:
                 names = [file.name for file in self.folder.files() if NAME.fullmatch(file.name)]
-                wanted = [name for name in names if name not in read]
+                wanted = [name for name in names if name not in seen]
+                if attempt and not wanted:
+                    break
                 with ThreadPoolExecutor(max_workers=self.folder.concurrency) as pool:
-                    results = list(pool.map(self._read_shard, wanted))
+                    results = dict(zip(wanted, pool.map(self._read_shard, wanted), strict=True))
             except OSError as error:
                 raise self._refusal(error, "cannot be read") from None
-            read |= {name: result for name, result in zip(wanted, results, strict=True) if isinstance(result, Pairs)}
-            if not any(isinstance(result, FileNotFoundError) for result in results):
-                break
-            time.sleep(0.05 * attempt)
-        for name, result in zip(wanted, results, strict=True):
-            if isinstance(result, BadShard):
-                self._warn(f"{name} in the reference store {result}: set aside, its pairs will be scored again")
+            for name, result in results.items():
+                if isinstance(result, FileNotFoundError):
+                    continue
+                seen.add(name)
+                if isinstance(result, Pairs):
+                    read[name] = result
+                else:
+                    self._warn(f"{name} in the reference store {result}: set aside, its pairs will be scored again")
+            if len(seen) < len(names):  # a listing may show for a while what is gone
+                time.sleep(0.05 * attempt)
         if len(names) > MANY_SHARDS:
             self._warn(
                 f"the reference store has {len(names):,} shards for this model, and opens faster with few: "
@@ -244,6 +254,9 @@ def in_use(folder: Storage) -> list[str]:
                 use = json.loads(folder.read(file.name))
                 who, age = {key: use[key] for key in _whereabouts()}, time.time() - use["time"]
             except (FileNotFoundError, ValueError, KeyError, TypeError):
+                continue
+            except OSError as error:  # somebody may be there
+                lines.append(f"someone whose mark {file.name} cannot be read: {error}")
                 continue
             here = all(who[key] == _whereabouts()[key] for key in ("host", "boot", "namespace"))
             if _started(who["pid"]) == who["started"] if here else age < LEASE_SECONDS:

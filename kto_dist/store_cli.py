@@ -66,9 +66,9 @@ def verify_shards(store: str, fingerprint: str) -> None:
 
     whole = True
     for verdict in verify(store, fingerprint):
-        good = verdict.shards - len(verdict.bad)
+        good = verdict.shards - len(verdict.bad) - len(verdict.unjudged)
         click.echo(f"{verdict.folder[:12]}: {verdict.pairs:,} pairs, {good:,} of {verdict.shards:,} shards are good")
-        for shard, why in verdict.bad:
+        for shard, why in (*verdict.bad, *verdict.unjudged):
             click.echo(f"  {shard} {why}")
         if verdict.repeated:
             click.echo(
@@ -82,19 +82,24 @@ def verify_shards(store: str, fingerprint: str) -> None:
 @store.command()
 @_root
 @_fingerprint("remove that model, whole")
-@click.option("--unused-days", type=click.FloatRange(min=0), help="Remove models that nobody has used for so long.")
+@click.option(
+    "--unused-days",
+    type=click.FloatRange(min=0),
+    help="Remove models that nobody has used for so long; with --fingerprint only that one.",
+)
 @click.option("--yes", is_flag=True, help="Do it; without this only what would be done is shown.")
 def gc(store: str, fingerprint: str, unused_days: float | None, yes: bool) -> None:
     """Remove from STORE what is damaged or abandoned, and merge many small shards into few.
 
-    Models go only by --fingerprint or --unused-days. What a running job uses is left alone.
+    Models go only by --fingerprint or --unused-days. What a running job uses is left alone. A job that may only read
+    leaves no mark: neither that it is running nor that the model was used.
     """
     from kto_dist.store_tools import collect, plan_gc, summarise
 
     for row in summarise(store, fingerprint):
         if row.users:
             click.echo(f"{row.folder[:12]}: left alone, in use by {', '.join(row.users)}")
-    removals = plan_gc(store, unused_days=unused_days, prefix=fingerprint or None)
+    removals = plan_gc(store, unused_days=unused_days, prefix=fingerprint or None, warn=click.echo)
     for removal in removals:
         click.echo(f"{removal.folder[:12]}: {len(removal.files):,} files, {_size(removal.size)}: {removal.why}")
     if not removals:
@@ -104,7 +109,7 @@ def gc(store: str, fingerprint: str, unused_days: float | None, yes: bool) -> No
     else:
         skipped = [removal for removal, done in collect(store, removals) if not done]
         for removal in skipped:
-            click.echo(f"{removal.folder[:12]}: left alone, a job has started to use it")
+            click.echo(f"{removal.folder[:12]}: left alone, a job has started to use it, or it is no longer as it was")
         click.echo(f"done: {len(removals) - len(skipped)} of {len(removals)}")
 
 

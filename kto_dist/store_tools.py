@@ -5,13 +5,14 @@ needs the model, a config or a GPU, and nothing here disturbs a job that is at w
 replaced by another one that holds its pairs, and what is in use is left alone.
 """
 
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -34,11 +35,11 @@ from kto_dist.store import (
 
 SMALL_SHARD = 2**18
 # pairs, 7 MB: smaller ones are worth merging
-LARGE_SHARD = 2**22
-# pairs that a merged shard holds at the most: 117 MB, an object of a size that every store takes in one PUT
+LARGE_SHARD = 2**21
+# pairs that a merged shard holds at the most: 59 MB; s3fs sends what is larger than 100 MiB in several parts
 WORTH_MERGING = 16
 # small shards, from which on they are merged
-_FOLDER = re.compile(rf"[0-9a-f]{{{FOLDER_DIGITS}}}")
+DAMAGED = "damaged"
 _ABANDONED_SECONDS = 3600.0
 # after which a file under a temporary name, which takes seconds to write, has lost its writer
 
@@ -72,6 +73,8 @@ class Verdict:
     # different ones, in good shards
     bad: list[tuple[str, str]]
     # (shard, what is wrong with it)
+    unjudged: list[tuple[str, str]]
+    # (shard, why nothing is known of it)
     repeated: int
     # pairs that stand in more than one shard
     difference: float
@@ -79,7 +82,7 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        return not self.bad
+        return not self.bad and not self.unjudged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,17 +96,39 @@ class Removal:
     why: str
     merged: bool = False
     # their pairs are written to new shards first
+    damaged: bool = False
+    # they are read again first, and stay where they turn out to be good
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Contents:
+    """What reading the shards of one model has shown. One that is gone meanwhile is in none of these."""
+
+    good: dict[str, Pairs]
+    bad: dict[str, str]
+    unjudged: dict[str, str]
+    # and why; what cannot be read for the moment is no damage
+
+
+@contextmanager
+def _told(root: str | Path, what: str) -> Iterator[None]:
+    """A `UserError` for whatever a disk or a network refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the store ({root}) {what}: {error}; check the path and its permissions, or a URL's connection and "
+            "credentials"
+        ) from None
 
 
 def folders_of(root: str | Path, prefix: str = "") -> list[tuple[str, Storage]]:
     """(name, folder) of every model in the store. Raises `UserError` where there is no store, or no such model."""
     storage = open_storage(root)
-    try:
+    with _told(root, "cannot be read"):
         names = [
             name for name in storage.folders() if len(name) == FOLDER_DIGITS and not name.strip("0123456789abcdef")
         ]
-    except OSError as error:
-        raise UserError(f"the store ({root}) cannot be read: {error}; check the path, or a URL's credentials") from None
     if not names:
         raise UserError(f"{root} holds no reference store: give the folder or URL that reference.store names")
     chosen = [name for name in names if name.startswith(prefix[:FOLDER_DIGITS])]
@@ -114,7 +139,8 @@ def folders_of(root: str | Path, prefix: str = "") -> list[tuple[str, Storage]]:
 
 def summarise(root: str | Path, prefix: str = "") -> list[Summary]:
     """Reads no shard but its last few bytes."""
-    return [_summary(name, folder) for name, folder in folders_of(root, prefix)]
+    with _told(root, "cannot be read"):
+        return [_summary(name, folder) for name, folder in folders_of(root, prefix)]
 
 
 def _summary(name: str, folder: Storage) -> Summary:
@@ -146,84 +172,138 @@ def _rows(folder: Storage, file: File) -> int:
 def verify(root: str | Path, prefix: str = "") -> Iterator[Verdict]:
     """Hashes every byte of every shard; changes nothing."""
     for name, folder in folders_of(root, prefix):
-        shards = [file.name for file in folder.files() if NAME.fullmatch(file.name)]
-        good, bad = _load(folder, name, shards)
-        repeated, difference = disagreements(list(good.values()))
+        with _told(root, "cannot be read"):
+            shards = [file.name for file in folder.files() if NAME.fullmatch(file.name)]
+        found = _load(folder, name, shards)
+        repeated, difference = disagreements(list(found.good.values()))
         yield Verdict(
             folder=name,
             shards=len(shards),
-            pairs=len(merge(list(good.values()))),
-            bad=bad,
+            pairs=len(merge(list(found.good.values()))),
+            bad=list(found.bad.items()),
+            unjudged=list(found.unjudged.items()),
             repeated=repeated,
             difference=difference,
         )
 
 
-def _load(folder: Storage, name: str, shards: list[str]) -> tuple[dict[str, Pairs], list[tuple[str, str]]]:
-    """(good shards, bad ones and why); one that is gone meanwhile is neither."""
-    manifest = read_manifest(folder) or {}
-    fingerprint = str(manifest.get("fingerprint", ""))
+def _load(folder: Storage, name: str, shards: list[str]) -> _Contents:
+    manifest, why = _trusted_manifest(folder, name)
+    if manifest is None:
+        return _Contents(good={}, bad={}, unjudged=dict.fromkeys(shards, why))
+    fingerprint = manifest["fingerprint"]
 
-    def read(shard: str) -> Pairs | str | None:
+    def read(shard: str) -> Pairs | BadShard | OSError:
         try:
             return decode(shard, folder.read(shard), fingerprint)
-        except FileNotFoundError:
-            return None
         except (BadShard, OSError) as error:
-            return str(error)
+            return error
 
-    if not fingerprint.startswith(name):
-        return {}, [(shard, "has no manifest beside it: a job that uses this model writes one") for shard in shards]
     with ThreadPoolExecutor(max_workers=folder.concurrency) as pool:
         results = dict(zip(shards, pool.map(read, shards), strict=True))
-    good = {shard: result for shard, result in results.items() if isinstance(result, Pairs)}
-    return good, [(shard, result) for shard, result in results.items() if isinstance(result, str)]
+    return _Contents(
+        good={shard: found for shard, found in results.items() if isinstance(found, Pairs)},
+        bad={shard: str(found) for shard, found in results.items() if isinstance(found, BadShard)},
+        unjudged={
+            shard: f"cannot be read: {found}"
+            for shard, found in results.items()
+            if isinstance(found, OSError) and not isinstance(found, FileNotFoundError)
+        },
+    )
 
 
-def plan_gc(root: str | Path, *, unused_days: float | None = None, prefix: str | None = None) -> list[Removal]:
+def _trusted_manifest(folder: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
+    """The manifest if it is of the model that the folder is named after, else None and why.
+
+    Shards are judged by the fingerprint in it: by another model's all of them would look foreign.
+    """
+    try:
+        found = read_manifest(folder)
+    except OSError as error:
+        return None, f"cannot be judged: {MANIFEST} cannot be read: {error}"
+    if not found:
+        what = "missing" if found is None else "damaged"
+        return None, f"cannot be judged: {MANIFEST} is {what}; the next job that uses this model writes it"
+    fingerprint = found.get("fingerprint")
+    if not isinstance(fingerprint, str) or not fingerprint.startswith(name):
+        return None, (
+            f"cannot be judged: {MANIFEST} is that of another model; remove this one file, and the next job that uses "
+            "this model writes it"
+        )
+    return found, ""
+
+
+def plan_gc(
+    root: str | Path,
+    *,
+    unused_days: float | None = None,
+    prefix: str | None = None,
+    warn: Callable[[str], None] = print,
+) -> list[Removal]:
     """What can go without a loss: what is damaged or abandoned, and shards that one can replace.
 
-    With `unused_days` also the models that nobody has used for so long, with `prefix` those of that fingerprint. Never
-    anything of a model that a job is using.
+    With `unused_days` also the models that nobody has used for so long, with `prefix` the one of that fingerprint, with
+    both that one if nobody has. Never anything of a model that a job is using, nor of one with a shard that cannot be
+    judged, which `warn` tells. Raises `UserError` where `prefix` fits several models.
     """
     removals = []
-    for name, folder in folders_of(root, prefix or ""):
-        if in_use(folder):
-            continue
-        files = folder.files()
-        manifest, used = read_manifest(folder), last_used(folder)
-        days = None if used is None else (time.time() - used) / 86400
-        stale = None
-        if prefix:
-            stale = f"its fingerprint starts with {prefix}"
-        elif manifest and manifest.get("format") != FORMAT:
-            stale = f"an older version wrote it (format {manifest.get('format')}, now {FORMAT})"
-        elif unused_days is not None and days is not None and days >= unused_days:
-            stale = f"not used for {days:.0f} days"
-        if stale:
-            removals.append(_removal(name, files, stale))
-        else:
-            removals += _litter(name, folder, files)
+    folders = folders_of(root, prefix or "")
+    if prefix and len(folders) > 1:
+        names = ", ".join(name for name, _ in folders)
+        raise UserError(
+            f"{len(folders)} models of {root} have a fingerprint that starts with {prefix}: {names}; give more"
+        )
+    for name, folder in folders:
+        with _told(root, "cannot be read"):
+            removals += _plan_of(name, folder, unused_days, prefix, warn)
     return removals
 
 
-def _removal(name: str, files: list[File], why: str, merged: bool = False) -> Removal:
+def _plan_of(
+    name: str, folder: Storage, unused_days: float | None, prefix: str | None, warn: Callable[[str], None]
+) -> list[Removal]:
+    if in_use(folder):
+        return []
+    files = folder.files()
+    manifest, _ = _trusted_manifest(folder, name)
+    written, used = (manifest or {}).get("format"), last_used(folder)
+    days = None if used is None else (time.time() - used) / 86400
+    stale = None
+    if prefix and unused_days is None:
+        stale = f"its fingerprint starts with {prefix}"
+    elif type(written) is int and written < FORMAT:
+        stale = f"an older version wrote it (format {written}, now {FORMAT})"
+    elif unused_days is not None and days is not None and days >= unused_days:
+        stale = f"not used for {days:.0f} days"
+    if stale:
+        return [_removal(name, files, stale)]
+    if manifest and written != FORMAT:
+        warn(f"{name}: left alone, {MANIFEST} names format {written}, and this version knows {FORMAT}")
+        return []
+    return _litter(name, folder, files, warn)
+
+
+def _removal(name: str, files: list[File], why: str, *, merged: bool = False, damaged: bool = False) -> Removal:
     names, size = [file.name for file in files], sum(file.size for file in files)
-    return Removal(folder=name, files=names, size=size, why=why, merged=merged)
+    return Removal(folder=name, files=names, size=size, why=why, merged=merged, damaged=damaged)
 
 
-def _litter(name: str, folder: Storage, files: list[File]) -> list[Removal]:
+def _litter(name: str, folder: Storage, files: list[File], warn: Callable[[str], None]) -> list[Removal]:
     now = time.time()
     shards = [file for file in files if NAME.fullmatch(file.name)]
-    good, bad = _load(folder, name, [file.name for file in shards]) if read_manifest(folder) else ({}, [])
-    broken = {shard for shard, _ in bad}
+    found = _load(folder, name, [file.name for file in shards])
+    if found.unjudged:
+        shard, why = next(iter(found.unjudged.items()))
+        warn(f"{name}: left alone, {len(found.unjudged):,} shards cannot be judged ({shard} {why})")
+        return []
+    good = found.good
     repeated, _ = disagreements(list(good.values()))
     small = [file for file in shards if file.name in good and len(good[file.name]) < SMALL_SHARD]
     # repeats can stand in any of them
     merging = [file for file in shards if file.name in good] if repeated else small
     kinds = [
         ("set aside as damaged", [file for file in files if file.name.endswith(".damaged")]),
-        ("damaged", [file for file in shards if file.name in broken]),
+        (DAMAGED, [file for file in shards if file.name in found.bad]),
         (
             "left by a writer that was killed",
             [
@@ -234,7 +314,7 @@ def _litter(name: str, folder: Storage, files: list[File]) -> list[Removal]:
         ),
         ("marks of jobs that have ended", [file for file in files if is_lease(file.name)]),
     ]
-    removals = [_removal(name, found, why) for why, found in kinds if found]
+    removals = [_removal(name, files, why, damaged=why == DAMAGED) for why, files in kinds if files]
     if repeated or len(small) >= WORTH_MERGING:
         why = (
             f"merged into few; {repeated:,} pairs stand there more than once" if repeated else "small, merged into few"
@@ -246,24 +326,37 @@ def _litter(name: str, folder: Storage, files: list[File]) -> list[Removal]:
 def collect(root: str | Path, removals: list[Removal]) -> Iterator[tuple[Removal, bool]]:
     """Does what `plan_gc` said, and yields for each whether: not where a job has started to use the model since."""
     for removal in removals:
-        folder = open_storage(root) / removal.folder
-        if in_use(folder):
-            yield removal, False
-            continue
-        if removal.merged:
-            yield removal, _merge_shards(folder, removal)
-            continue
-        # the manifest last: without it the rest could not be told apart if this were stopped
-        for name in sorted(removal.files, key=lambda name: name in (MANIFEST, USED)):
-            folder.remove(name)
-        folder.remove_folder()
-        yield removal, True
+        with _told(root, "could not be cleared out to the end"):
+            done = _carry_out(open_storage(root) / removal.folder, removal)
+        yield removal, done
+
+
+def _carry_out(folder: Storage, removal: Removal) -> bool:
+    if in_use(folder):
+        return False
+    if removal.merged:
+        return _merge_shards(folder, removal)
+    if removal.damaged:
+        return _remove_damaged(folder, removal)
+    # the manifest last: without it the rest could not be told apart if this were stopped
+    for name in sorted(removal.files, key=lambda name: name in (MANIFEST, USED)):
+        folder.remove(name)
+    folder.remove_folder()
+    return True
+
+
+def _remove_damaged(folder: Storage, removal: Removal) -> bool:
+    """Between the plan and the deed a disk or a network may have recovered."""
+    found = _load(folder, removal.folder, removal.files)
+    for name in found.bad:
+        folder.remove(name)
+    return not found.good and not found.unjudged
 
 
 def _merge_shards(folder: Storage, removal: Removal) -> bool:
-    manifest = read_manifest(folder) or {}
-    good, _ = _load(folder, removal.folder, removal.files)
-    if not good:
+    manifest, _ = _trusted_manifest(folder, removal.folder)
+    good = _load(folder, removal.folder, removal.files).good
+    if manifest is None or not good:
         return False
     whole = merge(list(good.values()))
     for start in range(0, len(whole), LARGE_SHARD):
@@ -289,13 +382,18 @@ def export(root: str | Path, target: Path, prefix: str = "") -> int:
             f"{root} holds {len(folders)} models ({names}): choose one by --fingerprint and its first digits"
         )
     ((name, folder),) = folders
-    good, bad = _load(folder, name, [file.name for file in folder.files() if NAME.fullmatch(file.name)])
-    if bad:
+    with _told(root, "cannot be read"):
+        found = _load(folder, name, [file.name for file in folder.files() if NAME.fullmatch(file.name)])
+    if found.unjudged:
+        shard, why = next(iter(found.unjudged.items()))
+        raise UserError(f"{len(found.unjudged)} shards of {folder} cannot be exported: {shard} {why}")
+    if found.bad:
+        shard, why = next(iter(found.bad.items()))
         raise UserError(
-            f"{len(bad)} shards of {folder} cannot be trusted ({bad[0][0]} {bad[0][1]}): score their pairs again with "
+            f"{len(found.bad)} shards of {folder} cannot be trusted ({shard} {why}): score their pairs again with "
             "kto-dist precompute, or remove them with kto-dist store gc, and export then"
         )
-    pairs = merge(list(good.values()))
+    pairs = merge(list(found.good.values()))
     keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(pairs), [None, pa.py_buffer(pairs.keys())])
     sink = pa.BufferOutputStream()
     if target.suffix == ".parquet":

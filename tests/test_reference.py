@@ -19,7 +19,7 @@ from kto_dist.config import Config
 from kto_dist.console import Console
 from kto_dist.errors import UserError
 from kto_dist.prepare import prepare, score_reference
-from kto_dist.reference import wanted_pairs
+from kto_dist.reference import Outcome, Scorer, lazily, wanted_pairs
 
 
 def scored_and_found(config: Config) -> tuple[int, int]:
@@ -95,15 +95,15 @@ def test_a_renamed_model_is_the_same_reference_and_a_changed_one_is_not(tmp_path
 def test_a_damaged_shard_is_found_and_its_pairs_are_scored_again(tmp_path, tiny_model, tiny_log, damage, world):
     config = tiny_config(tmp_path, tiny_model, tiny_log)
     (before,) = run_ranks(logps_of_pairs, 1, config)
-    (shard,) = (tmp_path / "store").glob("*/*.parquet")
-    content = bytearray(shard.read_bytes())
-    if damage == "deleted":
-        shard.unlink()
-    elif damage == "truncated":
-        shard.write_bytes(content[: len(content) // 2])
-    else:
-        content[len(content) // 2] ^= 1
-        shard.write_bytes(content)
+    for shard in (tmp_path / "store").glob("*/*.parquet"):
+        content = bytearray(shard.read_bytes())
+        if damage == "deleted":
+            shard.unlink()
+        elif damage == "truncated":
+            shard.write_bytes(content[: len(content) // 2])
+        else:
+            content[len(content) // 2] ^= 1
+            shard.write_bytes(content)
     assert run_ranks(scored_and_found, world, config)[0][1] == 0
     for again in run_ranks(logps_of_pairs, world, config):
         assert again == pytest.approx(before, rel=1e-6)
@@ -248,23 +248,56 @@ def test_trouble_of_one_rank_with_its_store_ends_all_of_them_with_its_message(tm
     assert said == ["reference.store is full: free some space"] * 2
 
 
-def _progress_of(config: Config) -> list[dict]:
+def _progress_of(config: Config) -> tuple[list[dict], int]:
     module = importlib.import_module("kto_dist.reference")
-    module.FIRST_SHARD, module.SHARD_SECONDS = 8, 0.0
+    module.FIRST_SHARD = module.LARGEST_SHARD = 8
     seen: list = []
-    score_reference(prepare(config, Console()), Console(), seen.append)
-    return [asdict(progress) for progress in seen]
+    scores = score_reference(prepare(config, Console()), Console(), seen.append)
+    return [asdict(progress) for progress in seen], scores.outcome.scored_once
 
 
 @pytest.mark.parametrize("share", (False, True))
 def test_progress_ends_at_the_last_pair_and_never_runs_backwards(tmp_path, tiny_model, tiny_log, share):
-    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__share_prefixes=share)
-    for seen in run_ranks(_progress_of, 2, config):
+    # micro-batches of several pairs and one in a list of its own: ranks are never equally far
+    config = tiny_config(
+        tmp_path, tiny_model, tiny_log, reference__share_prefixes=share, data__heldout=0.3, train__max_steps=3
+    )
+    for seen, scored in run_ranks(_progress_of, 2, config):
+        steps = [point["before"] + point["done"] for point in seen]
+        assert steps == sorted(steps) and steps[-1] == scored
+        assert len({point["before"] for point in seen}) == 2
         assert seen[-1]["done"] == seen[-1]["total"] and seen[-1]["seconds_left"] == 0
         assert all(point["done"] <= point["total"] and point["seconds_left"] >= 0 for point in seen)
         assert all(point["rows_per_second"] > 0 and point["tokens_per_second"] > 0 for point in seen)
         # where ranks have met, what is done is known exactly
-        assert len({point["done"] for point in seen}) > 5
+        assert len(set(steps)) > 5
+
+
+def _sizes_of_windows(config: Config, seconds_a_pair: float) -> list[int]:
+    """How many pairs of all ranks are between two meetings, by a clock that only the model moves."""
+    module = importlib.import_module("kto_dist.reference")
+    clock, sizes = [0.0], []
+    score, begin = module.completion_logps, module._Meter.begin
+
+    def slow(forward, batch, *more):
+        clock[0] += seconds_a_pair * batch.lengths.numel()
+        return score(forward, batch, *more)
+
+    module.completion_logps = slow
+    module.time.monotonic, real = lambda: clock[0], module.time.monotonic
+    module._Meter.begin = lambda meter, rows: (sizes.append(rows), begin(meter, rows))[1]
+    try:
+        logps_of_pairs(config)
+    finally:
+        module.time.monotonic = real
+    return sizes
+
+
+def test_a_slow_reference_has_shards_of_few_pairs(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__share_prefixes=False, train__max_steps=2)
+    (sizes,) = run_ranks(_sizes_of_windows, 1, config, 20.0)
+    # 20 s a pair: three a minute; the first window is made before the rate is known
+    assert sizes[0] == 16 and set(sizes[1:-1]) == {3}
 
 
 def test_a_precompute_is_an_mlflow_run_with_its_throughput(tmp_path, tiny_model, tiny_log):
@@ -295,10 +328,146 @@ def test_hosts_need_no_shared_file_system(tmp_path, tiny_model, tiny_log):
     (scored, _, first), (_, _, second) = run_ranks(_with_a_store_of_its_own, 2, config)
     assert scored and first == second
     shards = [list(Path(f"{tmp_path}/store-{rank}").glob("*/*.parquet")) for rank in (0, 1)]
-    assert [len(files) for files in shards] == [1, 1]
+    assert all(shards) and len(shards[0]) == len(shards[1])
     # each host holds what it scored, and together they miss nothing
     again = run_ranks(_with_a_store_of_its_own, 2, config)
     assert [(scored, total) for scored, _, total in again] == [(0, first), (0, first)]
+
+
+def _with_a_rank_that_differs(config: Config, trouble: str) -> tuple[str, list[bool | None], int]:
+    """What was said, whether prompts were shared, and how many references were loaded but not closed."""
+    module = importlib.import_module("kto_dist.prepare")
+    still_open, shared, second = [], [], os.environ["RANK"] == "1"
+
+    class Watched(module.Reference):
+        def __init__(self, *arguments, **settings):
+            if trouble == "loading" and second:
+                raise UserError("the weights are damaged")
+            super().__init__(*arguments, **settings)
+            still_open.append(self)
+
+        def close(self, **settings):
+            super().close(**settings)
+            still_open.remove(self)
+
+    def failing(*_, **__):
+        raise UserError("packing does not work")
+
+    module.Reference, scorer = Watched, module.Scorer
+    module.Scorer = lambda **facts: (shared.append(facts["share_prefixes"]), scorer(**facts))[1]
+    if second and trouble == "checking":
+        module.check_scoring = failing
+    if second and trouble == "sharing":
+        module.sharing_is_exact = lambda *_: False
+    try:
+        scored_and_found(config)
+        said = ""
+    except UserError as error:
+        said = str(error)
+    return said, shared, len(still_open)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "share", "said", "shared"),
+    [
+        ("loading", "auto", "the weights are damaged", []),
+        ("checking", "auto", "packing does not work", []),
+        ("sharing", True, "reference.share_prefixes is true, but completions of one prompt see each other", []),
+        ("sharing", "auto", "", [False]),
+    ],
+)
+def test_one_ranks_trouble_with_its_model_is_everyones_and_leaves_none_in_memory(
+    tmp_path, tiny_model, tiny_log, trouble, share, said, shared
+):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1, reference__share_prefixes=share)
+    for message, decided, still_open in run_ranks(_with_a_rank_that_differs, 2, config, trouble, timeout=60):
+        assert message.startswith(said) and bool(message) == bool(said)
+        assert decided == shared and still_open == 0
+
+
+@pytest.mark.parametrize("error", (None, UserError("full"), KeyboardInterrupt()))
+def test_an_error_in_a_pass_closes_the_reference_without_waiting_for_other_ranks(error):
+    closed = []
+
+    class Loaded:
+        def close(self, *, wait: bool = True):
+            closed.append(wait)
+
+    def one_pass():
+        with lazily(lambda: Scorer(reference=Loaded(), share_prefixes=None)) as engine:
+            assert engine() is engine()
+            if error:
+                raise error
+
+    if error:
+        with pytest.raises(type(error)):
+            one_pass()
+    else:
+        one_pass()
+    assert closed == [error is None]
+
+
+def test_rates_count_pairs_with_equal_tokens_once():
+    outcome = Outcome(pairs=10, hits=2, scored_once=4, scored_tokens=40, scoring_seconds=2.0, seconds=3.0, shared=False)
+    figures = (outcome + outcome).figures()
+    assert (figures["reference/scored"], figures["reference/rows_per_second"]) == (16, 2.0)
+    assert figures["reference/tokens_per_second"] == 20.0
+
+
+def _as_hosts(configs: list[Config]) -> str:
+    """Every rank is a host of its own, with files and settings of its own."""
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        scored_and_found(configs[int(os.environ["RANK"])])
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("the reference's weights", {}),
+        ("what data.train gives as tokens", {}),
+        ("reference.dtype", {"reference__dtype": "bf16"}),
+        ("reference.attention", {"reference__attention": "eager"}),
+        ("reference.packing", {"reference__packing": True}),
+        ("reference.share_prefixes", {"reference__share_prefixes": True}),
+        ("train.dtype", {"train__dtype": "bf16"}),
+    ],
+)
+def test_hosts_that_differ_are_refused_before_anything_is_stored(tmp_path, tiny_model, tiny_log, what, changes):
+    """`auto` may pick differently on hosts with different devices, and a copy of a model may be an older one."""
+    model, log = tiny_model, tiny_log
+    if what == "the reference's weights":
+        model = save_tiny(tmp_path / "model", seed=1)
+    elif what == "what data.train gives as tokens":
+        log = write_jsonl(tmp_path / "log.jsonl", thumbs(60, 20, seed=7))
+    plain = {"reference__share_prefixes": False, "reference__packing": False}
+    configs = [
+        tiny_config(tmp_path / "a", tiny_model, tiny_log, **plain),
+        tiny_config(tmp_path / "b", model, log, **{**plain, **changes}),
+    ]
+    said = run_ranks(_as_hosts, 2, configs, timeout=60)
+    assert said[0] == said[1] and said[0].startswith(f"{what} differs between hosts (rank 0: ")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("safe", (True, False))
+def test_weights_in_the_older_format_are_fetched_only_where_there_are_no_others(tmp_path, monkeypatch, safe):
+    module, asked = importlib.import_module("kto_dist.prepare"), []
+
+    def download(path, allow_patterns, ignore_patterns):
+        asked.extend(allow_patterns)
+        for name in ("model.safetensors",) if safe else ("pytorch_model.bin",):
+            if any(Path(name).match(pattern) for pattern in allow_patterns):
+                (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(module, "snapshot_download", download)
+    assert module.local_folder("some/model", None) == tmp_path
+    assert len(list(tmp_path.iterdir())) == 1
+    assert any(pattern.startswith("pytorch") for pattern in asked) != safe
 
 
 def _memory(config: Config) -> dict[str, int]:
@@ -308,9 +477,9 @@ def _memory(config: Config) -> dict[str, int]:
     seen = {"before": process.memory_info().rss}
 
     class Watched(module.Reference):
-        def close(self):
+        def close(self, **settings):
             seen["loaded"] = process.memory_info().rss
-            super().close()
+            super().close(**settings)
 
     module.Reference = Watched
     score_reference(prepared, Console())
@@ -336,6 +505,31 @@ def test_the_reference_leaves_memory_when_it_has_scored(tmp_path, tiny_log, stag
     (seen,) = run_ranks(_memory_of_second_pass, 1, warm_up, config)
     size = (model / "model.safetensors").stat().st_size
     assert seen["loaded"] - seen["before"] > 0.8 * size
+    assert seen["after"] - seen["before"] < 0.15 * size
+
+
+def _allocated(config: Config) -> dict[str, int]:
+    module = importlib.import_module("kto_dist.prepare")
+    prepared = prepare(config, Console())
+    seen = {"before": torch.cuda.memory_allocated()}
+
+    class Watched(module.Reference):
+        def close(self, **settings):
+            seen["loaded"] = torch.cuda.memory_allocated()
+            super().close(**settings)
+
+    module.Reference = Watched
+    score_reference(prepared, Console())
+    return {**seen, "after": torch.cuda.memory_allocated()}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="allocated bytes are those of a GPU")
+def test_the_reference_leaves_the_gpus_memory_when_it_has_scored(tmp_path, tiny_log):
+    model = save_tiny(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=6)
+    (seen,) = run_ranks(_allocated, 1, tiny_config(tmp_path, model, tiny_log, train__max_steps=1))
+    size = (model / "model.safetensors").stat().st_size
+    assert seen["loaded"] - seen["before"] > 0.8 * size
+    # a matmul's workspace stays for the process
     assert seen["after"] - seen["before"] < 0.15 * size
 
 

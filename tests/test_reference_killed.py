@@ -19,7 +19,7 @@ from kto_dist.config import Config
 def _counted(config: Config, shard: int) -> int:
     """On every rank: a pass with shards of so many pairs; what this rank scores is noted in a file, batch by batch."""
     module = importlib.import_module("kto_dist.reference")
-    module.FIRST_SHARD, module.SHARD_SECONDS = shard, 0.0
+    module.FIRST_SHARD = module.LARGEST_SHARD = shard
     notes = os.open(f"{config.train.output}-scored", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     score = module.completion_logps
 
@@ -82,7 +82,7 @@ def test_many_kills_lose_a_shard_a_rank_each_at_most(tmp_path, tiny_model, tiny_
 
 def _die_after_a_window(config: Config) -> None:
     module = importlib.import_module("kto_dist.reference")
-    module.FIRST_SHARD, module.SHARD_SECONDS = 32, 0.0
+    module.FIRST_SHARD = module.LARGEST_SHARD = 32
     add, windows = module.Store.add, []
 
     def deadly(*arguments):

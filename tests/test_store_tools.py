@@ -1,6 +1,7 @@
 """`kto-dist store ls|verify|gc|export`: what they say is so, and what they do loses nothing."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from kto_dist import store as store_module
 from kto_dist.cli import main
 from kto_dist.errors import UserError
 from kto_dist.shards import KEY
+from kto_dist.storage import LocalStorage
 from kto_dist.store import Store
 from kto_dist.store_tools import _merge_shards, collect, export, plan_gc, summarise, verify
 
@@ -245,3 +247,144 @@ def test_what_is_no_store_is_refused(tmp_path, name):
     Store(tmp_path, IDENTITY)
     status, said = command(name, tmp_path, "--fingerprint", "zzz")
     assert status == 2 and "no model" in said and IDENTITY.digest[:32] in said
+
+
+def _unreadable(monkeypatch, shards: set[str]) -> None:
+    """The disk gives no answer for these, as one does that is failing or was cut off."""
+    read = LocalStorage.read
+
+    def failing(self, name):
+        if name in shards:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+        return read(self, name)
+
+    monkeypatch.setattr(LocalStorage, "read", failing)
+
+
+def test_what_cannot_be_read_is_no_damage_and_nothing_of_its_model_is_removed(two_models, monkeypatch):
+    shards = shards_of(Store(two_models, IDENTITY))
+    shards[0].write_bytes(b"damaged")
+    before = tree(two_models)
+    _unreadable(monkeypatch, {shards[1].name})
+    status, said = command("verify", two_models, "--fingerprint", IDENTITY.digest[:6])
+    assert status == 1 and "3 of 5 shards are good" in said and f"{shards[1].name} cannot be read: " in said
+    status, said = command("gc", two_models, "--yes")
+    assert f"{IDENTITY.digest[:32]}: left alone, 1 shards cannot be judged ({shards[1].name}" in said
+    assert tree(two_models) == before
+    with pytest.raises(UserError, match="1 shards of .* cannot be exported: .*cannot be read"):
+        export(two_models, two_models / "x.csv", IDENTITY.digest[:6])
+
+
+def test_a_shard_that_has_recovered_since_it_looked_damaged_stays(two_models):
+    shards = shards_of(Store(two_models, IDENTITY))
+    whole = shards[0].read_bytes()
+    for shard in shards[:2]:
+        shard.write_bytes(b"damaged")
+    removals = plan_gc(two_models)
+    shards[0].write_bytes(whole)
+    assert [done for _, done in collect(two_models, removals)] == [False]
+    assert shards_of(Store(two_models, IDENTITY)) == [shards[0], *shards[2:]]
+
+
+@pytest.mark.parametrize("manifest", ("another model's", "without a format", "of a later format", "damaged", "missing"))
+def test_a_manifest_that_is_not_the_models_own_costs_no_shard(two_models, manifest):
+    path = Store(two_models, IDENTITY).folder.path / "manifest.json"
+    content = json.loads(path.read_text())
+    if manifest == "missing":
+        path.unlink()
+    else:
+        new = {
+            "another model's": {**content, "fingerprint": OTHER.digest},
+            "without a format": {key: value for key, value in content.items() if key != "format"},
+            "of a later format": {**content, "format": store_module.FORMAT + 1},
+            "damaged": [],
+        }[manifest]
+        path.write_text(json.dumps(new))
+    before = tree(two_models)
+    status, said = command("gc", two_models, "--yes")
+    assert status == 0 and f"{IDENTITY.digest[:32]}: left alone" in said and tree(two_models) == before
+    status, said = command("verify", two_models)
+    if manifest in ("another model's", "damaged", "missing"):
+        assert status == 1 and "0 of 5 shards are good" in said and "cannot be judged: manifest.json is" in said
+
+
+def test_gc_by_fingerprint_and_age_needs_both(two_models):
+    used = Store(two_models, OTHER).folder.path / "used.json"
+    used.write_text(json.dumps({"time": time.time() - 40 * 86400}))
+    assert not plan_gc(two_models, unused_days=41, prefix=OTHER.digest[:8])
+    assert not plan_gc(two_models, unused_days=39, prefix=IDENTITY.digest[:8])
+    assert [removal.folder for removal in plan_gc(two_models, unused_days=39, prefix=OTHER.digest[:8])] == [
+        OTHER.digest[:32]
+    ]
+
+
+def test_gc_refuses_digits_that_several_models_start_with(tmp_path):
+    names = [start + IDENTITY.digest[2:32] for start in ("ab", "ac")]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"2 models of .* starts with a: {names[0]}, {names[1]}; give more"):
+        plan_gc(tmp_path, prefix="a")
+    assert len(plan_gc(tmp_path, prefix="ab")) == 1
+
+
+@pytest.mark.parametrize("call", ("remove", "files", "free"))
+def test_what_a_disk_refuses_is_told_with_the_store_and_a_remedy(two_models, monkeypatch, call):
+    shards_of(Store(two_models, IDENTITY))[0].write_bytes(b"damaged")
+
+    def failing(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(LocalStorage, call, failing)
+    if call == "free":
+        with pytest.raises(UserError, match="its free space is unknown: .*give a folder"):
+            Store(two_models, IDENTITY).begin(5)
+        return
+    status, said = command("gc", two_models, "--yes")
+    what = "could not be cleared out to the end" if call == "remove" else "cannot be read"
+    assert status == 2 and f"the store ({two_models}) {what}: " in said and "check the path" in said
+
+
+def test_a_mark_that_cannot_be_read_counts_as_a_job_at_work(two_models, monkeypatch):
+    with Store(two_models, OTHER) as store:
+        store.begin()
+        (mark,) = store.folder.path.glob("use-*.json")
+        _unreadable(monkeypatch, {mark.name})
+        assert not plan_gc(two_models, prefix=OTHER.digest[:8])
+        assert "someone whose mark" in summarise(two_models, OTHER.digest[:8])[0].users[0]
+
+
+def test_a_reader_finds_what_a_listing_missed_while_shards_were_merged(tmp_path, monkeypatch):
+    """A listing takes its time: one entry is gone before it is reached, its replacement came behind."""
+    store = Store(tmp_path, IDENTITY)
+    for start in range(0, 60, 10):
+        fill(store, range(start, start + 10))
+    reader, calls = Store(tmp_path, IDENTITY), []
+    files = reader.folder.files
+
+    def without_one():
+        calls.append(1)
+        return [file for file in files() if len(calls) > 1 or file.name != shards_of(store)[2].name]
+
+    monkeypatch.setattr(reader.folder, "files", without_one)
+    logps, found = reader.lookup(keys_of(range(60)))
+    assert found.all() and (logps == value_of(IDENTITY, range(60))).all()
+
+
+def test_damage_that_is_found_while_the_listing_changes_is_told(tmp_path, monkeypatch):
+    store = Store(tmp_path, IDENTITY)
+    for start in range(0, 30, 10):
+        fill(store, range(start, start + 10))
+    shards, said = shards_of(store), []
+    shards[0].write_bytes(b"damaged")
+    reader, gone = Store(tmp_path, IDENTITY, warn=said.append), []
+    read = reader.folder.read
+
+    def gone_at_first(name):
+        if name == shards[1].name and not gone:
+            gone.append(name)
+            raise FileNotFoundError(name)
+        return read(name)
+
+    monkeypatch.setattr(reader.folder, "read", gone_at_first)
+    assert reader.lookup(keys_of(range(30)))[1].sum() == 20
+    assert len(said) == 1 and said[0].startswith(f"{shards[0].name} in the reference store is damaged")
