@@ -46,7 +46,7 @@ def dataset(config):
         ).fetchall()
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(DRAWN, st.lists(st.integers(0, 40), max_size=3))
 def test_a_log_cut_into_days_gives_what_the_whole_log_gives(tmp_path, rows, cuts):
     # a last row has every column, so that no column is empty in all of the log

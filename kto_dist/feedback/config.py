@@ -73,7 +73,8 @@ class InputConfig(Section):
     state: str | None = Field(
         None,
         description="folder that keeps what was read, by content: later runs read new files only and go over "
-        "everything; null: each run reads `files` alone",
+        "everything; a Parquet or SQLite file that changed replaces what it was, so new days get new files; null: each "
+        "run reads `files` alone",
     )
 
 
