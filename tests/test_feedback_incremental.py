@@ -1,13 +1,20 @@
 """Tomorrow's log only adds: whatever days a log is cut into, the dataset is the one of the whole log."""
 
+import contextlib
+import gzip
 import itertools
 import json
+import os
 import shutil
+import sqlite3
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mining import MORE, config_of, mined, removed, vote, write_log
+from mining import MORE, config_of, mined, removed, rows_of, vote, write_log
 
 from kto_dist.errors import UserError
 from kto_dist.feedback import pipeline
@@ -39,7 +46,7 @@ def dataset(config):
         ).fetchall()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(DRAWN, st.lists(st.integers(0, 40), max_size=3))
 def test_a_log_cut_into_days_gives_what_the_whole_log_gives(tmp_path, rows, cuts):
     # a last row has every column, so that no column is empty in all of the log
@@ -87,6 +94,64 @@ def test_the_same_content_is_read_once_and_a_grown_file_replaces_itself(tmp_path
     assert sources(tmp_path, log)[0] == 4
 
 
+def test_rows_that_sqlite_has_not_merged_yet_are_new_content(tmp_path):
+    path = tmp_path / "log.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("pragma journal_mode = wal")
+        database.execute("create table log (q, a, f)")
+        for number in (1, 2):
+            with database:
+                database.execute("insert into log values (?, 'a', 'up')", [str(number)])
+            if number == 1:
+                database.execute("pragma wal_checkpoint(truncate)")
+            main = path.read_bytes()
+            assert sources(tmp_path, path) == (number, [(str(path),)])
+        assert path.read_bytes() == main and Path(f"{path}-wal").stat().st_size
+
+
+def test_a_rotation_that_gzips_a_file_adds_nothing_but_what_grew(tmp_path):
+    rows = [vote(str(number)) for number in range(4)]
+    log, rotated = write_log(tmp_path / "app.jsonl", rows[:3]), tmp_path / "app.jsonl.gz"
+    for count in (3, 4):
+        assert sources(tmp_path, log)[0] == 3
+        rotated.write_bytes(gzip.compress(write_log(tmp_path / "other", rows[:count]).read_bytes()))
+        assert sources(tmp_path, rotated)[0] == count
+    write_log(log, [vote("new")])
+    assert sources(tmp_path, log)[0] == 5
+
+
+def test_a_parquet_file_that_is_written_again_replaces_itself(tmp_path):
+    path = tmp_path / "log.parquet"
+    for count in (2, 3):
+        pq.write_table(pa.Table.from_pylist([vote(str(number)) for number in range(count)]), path)
+        assert sources(tmp_path, path) == (count, [(str(path),)])
+
+
+def test_a_grown_file_is_known_from_another_working_directory(tmp_path, monkeypatch):
+    for number, folder in enumerate((tmp_path, tmp_path / "one"), 2):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        log = write_log(tmp_path / "log.jsonl", [vote(str(row)) for row in range(number)])
+        assert sources(tmp_path, os.path.relpath(log)) == (number, [(str(log),)])
+
+
+def test_folders_with_a_tilde_or_an_equals_sign_are_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    log = write_log(tmp_path / "log.jsonl", [vote("why?", "because", u="jane", t=1, m="mine")])
+    folders = {"resources__work": "~/model=theirs/work", "input__state": "~/user_key=x/prompt=y/state"}
+    with mined(tmp_path, log, MORE, **folders, users__hash_ids=False) as connection:
+        assert rows_of(connection) == [("why?", "because", True)]
+        assert connection.execute("SELECT user_key, model FROM votes").fetchall() == [("jane", "mine")]
+    assert (tmp_path / "user_key=x/prompt=y/state/manifest.json").exists()
+    assert (tmp_path / "model=theirs/work/salt").exists()
+    turns = [{"s": "s", "r": r, "x": x, "f": f, "n": n} for n, (r, x, f) in
+             enumerate((("user", "hi", None), ("assistant", "hello", "up")))]  # fmt: skip
+    columns = {"session": "s", "role": "r", "text": "x", "turn": "n", "feedback": "f"}
+    work = "~/raw_feedback=down/completion=no"
+    with mined(tmp_path, write_log(log, turns), columns, resources__work=work) as connection:
+        assert rows_of(connection) == [("hi", "hello", True)]
+
+
 def test_a_row_that_fails_leaves_the_state_as_it_was(tmp_path):
     assert sources(tmp_path, write_log(tmp_path / "1.jsonl", [vote("1")]))[0] == 1
     broken = write_log(tmp_path / "2.jsonl", [vote("2"), "{"])
@@ -108,8 +173,11 @@ def test_a_state_of_other_settings_is_refused_with_their_names(tmp_path):
 
 
 def test_raw_user_ids_are_in_no_file_that_stays(tmp_path):
-    log = write_log(tmp_path / "log.jsonl", [vote(str(i), u="jane.doe@example.org", t=1, m="m") for i in range(5)])
-    with mined(tmp_path, log, MORE, input__state=str(tmp_path / "state")) as connection:
+    jane = "jane.doe@example.org"
+    rows = [vote(str(i), u=jane, t=1, m="m") for i in range(5)]
+    bad = [f'{{"u": "{jane}", ', vote([], u=jane), vote(u=jane, t="soon")]
+    log = write_log(tmp_path / "log.jsonl", [*rows, *bad])
+    with mined(tmp_path, log, MORE, input__state=str(tmp_path / "state"), input__on_bad_row="skip") as connection:
         assert removed(connection) == {}
         keys = connection.execute("SELECT DISTINCT user_key FROM votes").fetchall()
     assert len(keys) == 1 and len(keys[0][0]) == 32
@@ -117,4 +185,19 @@ def test_raw_user_ids_are_in_no_file_that_stays(tmp_path):
     assert salt.stat().st_mode & 0o777 == 0o600
     kept = [path for folder in ("state", "work") for path in (tmp_path / folder).rglob("*") if path.is_file()]
     assert len(kept) > 2 and not [path for path in kept if b"jane" in path.read_bytes()]
-    assert json.loads((tmp_path / "state" / "manifest.json").read_text())["parts"]
+    # Parquet is compressed: what it holds is looked at as well
+    (part,) = (tmp_path / "state").glob("*.parquet")
+    assert "jane" not in str(pq.read_table(part).to_pylist())
+    (entry,) = json.loads((tmp_path / "state" / "manifest.json").read_text())["parts"]
+    assert len(entry["bad"]) == 3 and [text.split(": ")[0] for text in entry["examples"].values()] == [
+        f"{log}:{line}" for line in (6, 7, 8)
+    ]
+
+
+def test_the_message_about_a_bad_row_masks_what_it_quotes(tmp_path):
+    with (
+        pytest.raises(UserError, match="broken|JSON") as caught,
+        mined(tmp_path, ['{"u": "jane.doe@example.org", "p": "+49 30 1234567", ']),
+    ):
+        pass
+    assert "[e-mail]" in str(caught.value) and "[phone]" in str(caught.value) and "jane" not in str(caught.value)

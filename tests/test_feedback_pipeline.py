@@ -48,9 +48,8 @@ def test_without_users_the_same_vote_at_the_same_time_counts_once(tmp_path):
         assert removed(connection) == {"exact_duplicate": 1}
 
 
-@pytest.mark.parametrize(
-    ("rows", "label"),
-    [
+def test_the_last_vote_of_a_user_on_an_answer_counts(tmp_path):
+    cases = [
         ([("up", 2), ("down", 1)], True),
         ([("up", 1), ("down", 2)], False),
         ([("up", 1), ("down", 2), ("up", 3)], True),
@@ -58,13 +57,12 @@ def test_without_users_the_same_vote_at_the_same_time_counts_once(tmp_path):
         ([("down", None), ("up", None)], True),
         ([("up", 1), ("down", 1)], None),  # the same time: undecided
         ([("up", 1), ("down", None)], True),
-    ],
-)
-def test_the_last_vote_of_a_user_on_an_answer_counts(tmp_path, rows, label):
-    log = [vote(f=f, u="a", t=t) for f, t in rows] + [vote("other", u="b", t=9)]
+    ]
+    log = [vote(str(case), f=f, u="a", t=t) for case, (votes, _) in enumerate(cases) for f, t in votes]
     with mined(tmp_path, log, WHEN) as connection:
-        assert labels(connection).get(("why?", "because")) is label
-        assert sum(removed(connection).values()) == len(rows) - (label is not None)
+        found = labels(connection)
+        assert [found.get((str(case), "because")) for case in range(len(cases))] == [label for _, label in cases]
+        assert sum(removed(connection).values()) == len(log) - sum(label is not None for _, label in cases)
     with mined(tmp_path, log, WHEN, clean__last_vote_counts=False) as connection:
         assert "changed_mind" not in removed(connection)
 
@@ -80,34 +78,43 @@ def test_case_is_ignored_on_request(tmp_path):
 # Rules
 
 
-@pytest.mark.parametrize(
-    ("step", "setting", "answers"),
-    [
-        ("empty", {"clean__empty": False}, ["", "  \n", "\u00a0"]),
-        ("error", {"clean__errors": []}, ["Error 502: bad gateway", "Internal Server Error", '{"error": "x"}', "null",
-                                          "An unexpected error occurred. Try again."]),
-        ("refusal", {"clean__refusals": []}, ["I'm sorry, but I can't help with that.", "I cannot assist with this.",
-                                              "As an AI language model, I cannot do it.", "Sorry, I am not able to."]),
-        ("truncated", {"clean__truncated": []}, ["It was [truncated]", "and then <|truncated|>"]),
-        ("script", {"clean__scripts": []}, ["Привет, как дела", "漢字です"]),
-        ("length", {"clean__min_characters": 0}, ["a", "no"]),
-    ],
-)  # fmt: skip
-def test_a_rule_takes_what_it_describes_and_nothing_when_it_is_off(tmp_path, step, setting, answers):
+RULES = {
+    "empty": ["", "  \n", "\u00a0"],
+    "error": ["Error 502: bad gateway", "Internal Server Error", '{"error": "x"}', "null",
+              "An unexpected error occurred. Try again."],
+    "refusal": ["I'm sorry, but I can't help with that.", "I cannot assist with this.",
+                "As an AI language model, I cannot do it.", "Sorry, I am not able to."],
+    "truncated": ["It was [truncated]", "and then <|truncated|>"],
+    "script": ["Привет, как дела", "漢字です"],
+    "length": ["a", "no"],
+}  # fmt: skip
+
+
+def test_a_rule_takes_what_it_describes_and_nothing_when_it_is_off(tmp_path):
     fine = [
         "I can't believe it worked: sorry is the hardest word.",
         "The error was 404 people strong, he said.",
         "1234",
     ]
-    rows = [vote(str(i), answer, f) for i, answer in enumerate([*answers, *fine]) for f in ("up", "down")]
-    rows = [row | {"u": f"user {i}"} for i, row in enumerate(rows)]
-    options = {"clean__scripts": ["Latin"], "clean__min_characters": 3, "clean__near_duplicates": None}
-    on = options if step in ("script", "length") else {}
-    with mined(tmp_path, rows, WHO, agreement__conflicts="keep", **on) as connection:
-        taken = connection.execute("SELECT label, removed FROM steps WHERE step = ? ORDER BY label", [step]).fetchall()
-        assert taken == [(False, len(answers)), (True, len(answers))]
-    with mined(tmp_path, rows, WHO, agreement__conflicts="keep", **{**on, **setting}) as connection:
-        assert step not in removed(connection)
+    answers = [*fine, *(answer for taken in RULES.values() for answer in taken)]
+    rows = [vote(str(i), answer, f, u=f"{f} {i}") for i, answer in enumerate(answers) for f in ("up", "down")]
+    on = {"clean__scripts": ["Latin"], "clean__min_characters": 3, "clean__near_duplicates": None}
+    on["agreement__conflicts"] = "keep"
+    with mined(tmp_path, rows, WHO, **on) as connection:
+        steps = connection.execute("SELECT step, label, removed FROM steps").fetchall()
+        for step, taken in RULES.items():
+            assert {(step, True, len(taken)), (step, False, len(taken))} <= set(steps)
+        assert removed(connection) == {step: 2 * len(taken) for step, taken in RULES.items()} | {
+            "conflict": 2 * len(fine)
+        }
+    for off in (
+        {"clean__empty": False, "clean__errors": []},
+        {"clean__refusals": [], "clean__truncated": []},
+        {"clean__scripts": [], "clean__min_characters": 0},
+    ):
+        without = {name.removeprefix("clean__").rstrip("s").removeprefix("min_character") or "length" for name in off}
+        with mined(tmp_path, rows, WHO, **(on | off)) as connection:
+            assert removed(connection).keys() - {"conflict"} == RULES.keys() - without
 
 
 def test_votes_on_empty_prompts_and_cut_answers_leave(tmp_path):
@@ -144,6 +151,17 @@ def test_near_copies_of_an_answer_leave_and_the_one_with_most_votes_stays(tmp_pa
         assert removed(connection) == {}
     with mined(tmp_path, rows, WHO, clean__near_duplicate_scope="log") as connection:
         assert removed(connection) == {"near_duplicate": 3}
+
+
+def test_in_a_chain_of_near_copies_nothing_leaves_without_one_that_stays(tmp_path):
+    words = [f"word{i:02}" for i in range(90)]
+    chain = [" ".join([*(f"other{i:02}" for i in range(8 * k)), *words[8 * k :]]) for k in range(3)]
+    one, two, three = map(shingles, chain)
+    assert min(len(one & two) / len(one | two), len(two & three) / len(two | three)) > 0.8
+    assert len(one & three) / len(one | three) < 0.72
+    rows = [vote("q", text, u=f"{k} {i}") for k, text in enumerate(chain) for i in range(3 - k)]
+    with mined(tmp_path, rows, WHO, clean__near_duplicates=0.8) as connection:
+        assert {a for _, a, _ in rows_of(connection)} == {chain[0], chain[2]}
 
 
 def shingles(text):
@@ -223,31 +241,28 @@ def test_weights_are_those_of_the_formula(tmp_path, volume, bias, prior):
 
 
 @pytest.mark.parametrize(
-    ("up", "down", "conflicts", "label", "weight"),
+    ("conflicts", "cases"),
     [
-        (3, 0, "majority", True, 1.0),
-        (2, 1, "majority", True, 1.0),
-        (1, 4, "majority", False, 1.0),
-        (1, 1, "majority", None, None),
-        (3, 2, "majority", None, None),  # the margin
-        (0, 1, "majority", False, 1.0),
-        (4, 1, "drop", None, None),
-        (4, 0, "drop", True, 1.0),
-        (4, 1, "keep", True, 0.6),
-        (1, 3, "keep", False, 0.5),
-        (2, 2, "keep", None, None),
+        ("majority", [(3, 0, True, 1.0), (2, 1, True, 1.0), (1, 4, False, 1.0), (1, 1, None, None), (0, 1, False, 1.0),
+                      (3, 2, None, None)]),  # the margin
+        ("drop", [(4, 1, None, None), (4, 0, True, 1.0)]),
+        ("keep", [(4, 1, True, 0.6), (1, 3, False, 0.5), (2, 2, None, None)]),
     ],
-)
-def test_conflicts_end_as_the_config_says(tmp_path, up, down, conflicts, label, weight):
-    rows = [vote(f="up", u=f"u{i}") for i in range(up)] + [vote(f="down", u=f"d{i}") for i in range(down)]
-    rows += [vote("other", u="x")]
+)  # fmt: skip
+def test_conflicts_end_as_the_config_says(tmp_path, conflicts, cases):
+    rows = [
+        vote(f"{up} {down}", f=f, u=f"{up} {down} {f} {i}")
+        for up, down, _, _ in cases
+        for f, count in (("up", up), ("down", down))
+        for i in range(count)
+    ]
+    losers = sum(down if label else up if label is not None else up + down for up, down, label, _ in cases)
     with mined(tmp_path, rows, WHO, agreement__conflicts=conflicts, users__bias=0) as connection:
-        found = connection.execute(
-            "SELECT label, weight, votes_up, votes_down FROM examples JOIN texts USING (vote) WHERE prompt LIKE '%why%'"
-        ).fetchall()
-        losers = down if label else up if label is not None else up + down
-        assert removed(connection) == ({"conflict": losers} if losers else {})
-    assert found == ([] if label is None else [(label, pytest.approx(weight), up, down)])
+        found = connection.execute("SELECT votes_up, votes_down, label, weight FROM examples").fetchall()
+        assert removed(connection) == {"conflict": losers}
+    assert sorted(found) == sorted(
+        (up, down, label, pytest.approx(weight)) for up, down, label, weight in cases if label is not None
+    )
 
 
 # Splits and balance
@@ -403,6 +418,37 @@ def test_the_salt_is_the_configs_the_environments_or_made_once(tmp_path, monkeyp
     monkeypatch.setenv("KTO_FEEDBACK_SALT", "one")
     assert key() == key(users__salt="one")
     assert key(users__hash_ids=False) == "jane"
+
+
+def test_a_run_keeps_its_salt_in_no_file_and_leaves_none_when_it_is_killed(tmp_path):
+    code = """
+import sys
+from kto_dist.feedback import MiningConfig
+from kto_dist.feedback.database import database
+with database(MiningConfig.load(sys.argv[1]), "the salt of this log") as (connection, folder):
+    connection.execute("SELECT user_of('x')").fetchall()
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+    log, work = write_log(tmp_path / "log.jsonl", [vote(u="jane")]), tmp_path / "work"
+    config = tmp_path / "mine.yaml"
+    tree = {"input": {"files": str(log)}, "columns": WHO, "resources": {"work": str(work)}}
+    config.write_text(yaml.safe_dump(tree))
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as run:
+        try:
+            folder = Path(run.stdout.readline().strip())
+            assert folder.parent == work and folder.stat().st_mode & 0o777 == 0o700
+            with mined(tmp_path, log, WHO):
+                assert folder.exists()  # it lives
+        finally:
+            run.kill()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 1 and not [path for path in files if b"the salt of this log" in path.read_bytes()]
+    with mined(tmp_path, log, WHO):
+        assert not folder.exists()
+    assert [path.name for path in work.iterdir()] == ["salt"]
 
 
 def test_the_command_mines_and_tells_mistakes_without_a_traceback(tmp_path):

@@ -3,6 +3,7 @@
 1. exact_duplicate   the same user's same judgement again; without user ids, the same judgement at the same time
 2. changed_mind      a user's earlier votes on an answer that they judged both ways; where no time tells which was
                      last, the order in the log does, and between equal times with different labels all of them leave
+                     (not in pairs and rankings: who finds b worse than a and better than c has changed no mind)
 3. empty ... length  by what the answer says; the first rule that matches names the step
 4. near_duplicate    answers that differ in little from one with more votes (near.py)
 
@@ -25,7 +26,7 @@ _WHO = "coalesce(user, key_of(time::VARCHAR))"
 def clean(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     if config.clean.exact_duplicates:
         remove(connection, "exact_duplicate", _repeated())
-    if config.clean.last_vote_counts:
+    if config.clean.last_vote_counts and config.columns.layout not in ("pairs", "rankings"):
         remove(connection, "changed_mind", _superseded(connection))
     _judge_texts(connection, config)
     for step in _RULES:

@@ -8,7 +8,7 @@ it reads a byte of the log.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,11 @@ DOWN = (
 )  # fmt: skip
 
 
+def folder_of(setting: str) -> Path:
+    """The folder that a setting names, whole: DuckDB would read a `~` at the start of a path in its own way."""
+    return Path(setting).expanduser().resolve()
+
+
 class InputConfig(Section):
     """The log's files."""
 
@@ -68,7 +73,8 @@ class InputConfig(Section):
     state: str | None = Field(
         None,
         description="folder that keeps what was read, by content: later runs read new files only and go over "
-        "everything; null: each run reads `files` alone",
+        "everything; a Parquet or SQLite file that changed replaces what it was, so new days get new files; null: each "
+        "run reads `files` alone",
     )
 
 
@@ -86,8 +92,8 @@ class ColumnsConfig(Section):
     user: Text | None = Field(None, description="who judged; without it nobody's influence can be limited")
     time: Text | None = Field(
         None,
-        description="ISO 8601 (UTC where no offset says else) or seconds since 1970, also"
-        " milli-, micro- or nanoseconds",
+        description="ISO 8601 (UTC where no offset says else), a date as 20260131, or seconds since"
+        " 1970, also milli-, micro- or nanoseconds",
     )
     model: Text | None = Field(None, description="which model version answered")
     finish: Text | None = Field(None, description="why the answer ended; see clean.truncated_finish")
@@ -145,7 +151,11 @@ class LabelsConfig(Section):
 
     up: tuple[Text, ...] = Field(UP, description="words and numbers that mean thumbs up")
     down: tuple[Text, ...] = Field(DOWN, description="words and numbers that mean thumbs down")
-    neutral: tuple[Text, ...] = Field((), description="words that mean neither; such votes are counted and left out")
+    neutral: tuple[Text, ...] = Field(
+        (),
+        description="words that mean neither, also where the built-in lists say else; such votes are counted and left"
+        " out",
+    )
     up_from: float | None = Field(None, description="ratings: this and more is thumbs up")
     down_to: float | None = Field(None, description="ratings: this and less is thumbs down; between lies the dead zone")
     unknown: Literal["error", "ignore"] = Field(
@@ -154,6 +164,15 @@ class LabelsConfig(Section):
     ranked: Literal["ends", "halves"] = Field(
         "ends", description="rankings: only best and worst are labelled, or each half; a middle one never is"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral_words_leave_the_built_in_lists(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or not isinstance(tree.get("neutral"), list | tuple):
+            return tree
+        said = {str(word).casefold() for word in tree["neutral"]}
+        lists = {"up": UP, "down": DOWN}
+        return {name: tuple(word for word in words if word not in said) for name, words in lists.items()} | tree
 
     @model_validator(mode="after")
     def _words_have_one_meaning(self) -> "LabelsConfig":
@@ -181,7 +200,9 @@ class CleanConfig(Section):
         True, description="a user's judgement of an answer counts once; without user ids, once a time stamp"
     )
     last_vote_counts: bool = Field(
-        True, description="where a user judged an answer both ways, only the last time counts"
+        True,
+        description="where a user judged an answer both ways, only the last time counts; not in"
+        " pairs and rankings, where an answer can be better than one and worse than another",
     )
     empty: bool = Field(True, description="leave out empty answers (votes on empty prompts are always left out)")
     errors: Patterns = Field(ERRORS, description="answers that match are error messages; []: keep them")

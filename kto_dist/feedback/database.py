@@ -3,6 +3,8 @@
 Nothing is downloaded: no extension is installed or loaded beyond those that are built in.
 """
 
+import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -15,7 +17,7 @@ import duckdb
 import psutil
 
 from kto_dist.errors import UserError
-from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.mapping import macros
 from kto_dist.feedback.readers import literal
 
@@ -26,9 +28,8 @@ SALT = "KTO_FEEDBACK_SALT"
 def database(config: MiningConfig, salt: str) -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
     """A connection with the SQL functions of mapping.py, and its folder; both are gone afterwards."""
     resources = config.resources
-    folder = Path(resources.work) / f"run-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        folder.mkdir(parents=True)
+        folder, lock = _make_folder(folder_of(resources.work))
     except OSError as error:
         raise UserError(
             f"resources.work ({resources.work}) cannot be written: {error}; give a folder with room for the log"
@@ -66,6 +67,35 @@ def database(config: MiningConfig, salt: str) -> Iterator[tuple[duckdb.DuckDBPyC
         if connection is not None:
             connection.close()
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _make_folder(work: Path) -> tuple[Path, int]:
+    """A folder that nobody else can look into, and its lock; what killed runs have left is removed first.
+
+    A run holds the lock for as long as it lives, whatever machine or container its process number belongs to.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    for left in work.glob("run-*"):
+        with contextlib.suppress(OSError):  # it lives, or somebody else is removing it
+            lock = _lock(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    new = work / f".new-{name}"
+    new.mkdir(mode=0o700)
+    lock = _lock(new)
+    return new.rename(work / f"run-{name}"), lock  # under its name only once it is locked
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _check_patterns(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
@@ -94,7 +124,7 @@ def find_salt(config: MiningConfig) -> str:
     given = config.users.salt or os.environ.get(SALT)
     if given:
         return given
-    path = Path(config.resources.work) / "salt"
+    path = folder_of(config.resources.work) / "salt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():

@@ -8,8 +8,9 @@ Out: the tables and views that the later steps start from:
     parts      a view of all parts' good rows, with `vote`: source, position and place in the row in one number
 
 With `input.state`, parts stay there and later runs read new files only: a file is known by its content, wherever it
-lies now, and may be gone. A file that has grown at its end takes the place of what it was (an SQLite file that changed
-at all, too: a database is rewritten in place). manifest.json is written last, so a part without an entry is no part.
+lies now and whether it is gzipped, and may be gone. A file that has grown at its end takes the place of what it was; so
+does a Parquet or SQLite file that changed at all, since these are rewritten as a whole. manifest.json is written last,
+so a part without an entry is no part.
 """
 
 import contextlib
@@ -28,8 +29,9 @@ import duckdb
 import pyarrow as pa
 
 from kto_dist.errors import UserError
-from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.mapping import PROBLEMS, json_cells, mapped, part_sql, pointer, text_cells
+from kto_dist.feedback.mask import mask
 from kto_dist.feedback.readers import (
     LINES,
     CsvRows,
@@ -44,9 +46,9 @@ from kto_dist.feedback.readers import (
 from kto_dist.feedback.sources import Digest, LogFile, digest, find_files
 from kto_dist.files import write_whole
 
-# Raise it when the same file becomes other rows.
-_FORMAT = 1
-_EXAMPLES = 3
+# Raise it when the same file becomes other rows, or when what a part holds changes.
+_FORMAT = 2
+_REWRITTEN = ("parquet", "sqlite")
 # bits of a vote's number: source, position, place in the row
 PLACE_BITS, POSITION_BITS = 10, 34
 
@@ -57,9 +59,10 @@ class Part:
 
     digest: str
     path: str
-    # where it lay when it was read
+    # where it lay when it was read, whatever the working directory was
     format: str
     bytes: int
+    # unpacked
     rows: int
     # good ones; a pair has two
     bad: dict[str, int] = field(default_factory=dict)
@@ -73,7 +76,7 @@ class Part:
 def ingest(connection: duckdb.DuckDBPyConnection, config: MiningConfig, salt: str, folder: Path) -> None:
     """Makes `sources`, `bad_rows` and `parts`. Raises `UserError` for files that cannot be read or lead nowhere."""
     files = find_files(config.input)
-    state = Path(config.input.state) if config.input.state else folder / "parts"
+    state = folder_of(config.input.state) if config.input.state else folder / "parts"
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,8 +85,8 @@ def ingest(connection: duckdb.DuckDBPyConnection, config: MiningConfig, salt: st
         parts = _read_manifest(state, config, salt)
         known = {part.digest for part in parts}
         for file in files:
-            earlier = [part for part in parts if os.path.realpath(part.path) == os.path.realpath(file.path)]
-            found = digest(file.path, {part.bytes for part in earlier})
+            earlier = [part for part in parts if _place(part.path) == _place(file.path)]
+            found = digest(file, {part.bytes for part in earlier})
             if found.hex in known:
                 continue
             part = _read(connection, config, file, found, state)
@@ -95,6 +98,11 @@ def ingest(connection: duckdb.DuckDBPyConnection, config: MiningConfig, salt: st
             problem = next((text for part in parts for text in part.examples.values()), "the files are empty")
             raise UserError(f"input.files: not one row could be read; {problem}")
         _make_views(connection, config, state, parts)
+
+
+def _place(path: str) -> str:
+    """Where a file lies, which stays the same when a rotation gzips it."""
+    return os.path.realpath(path).removesuffix(".gz")
 
 
 @contextlib.contextmanager
@@ -161,7 +169,7 @@ def _part_path(state: Path, digest: str) -> Path:
 
 def _with(parts: list[Part], part: Part, earlier: list[Part], found: Digest) -> list[Part]:
     """The parts and a new one, which takes the place of what the same file held before it grew."""
-    grown = {old.digest for old in earlier if part.format == "sqlite" or (old.bytes, old.digest) in found.prefixes}
+    grown = {old.digest for old in earlier if part.format in _REWRITTEN or (old.bytes, old.digest) in found.prefixes}
     if not grown:
         return [*parts, part]
     place = next(i for i, old in enumerate(parts) if old.digest in grown)
@@ -274,16 +282,15 @@ def _check_names(file: LogFile, columns: dict[str, str], names: list[str]) -> No
             raise UserError(f"{file.path} has no column {column} (columns.{name}): {_instead(column, names)}")
 
 
-# Without them, no row of JSON could become a vote: their absence from the first rows is a wrong mapping.
+# Without them, no row of JSON could become a vote: their absence from the first rows is a wrong mapping. Any other
+# column may begin further down, whatever the rows have besides.
 _NEEDED = ("prompt", "messages", "response", "chosen", "rejected", "responses", "session", "role", "text")
 
 
 def _check_json_names(file: LogFile, columns: dict[str, str], names: list[str]) -> None:
     for name, column in columns.items():
         key = pointer(column).split("/")[1].replace("~1", "/").replace("~0", "~")
-        if not names or key in names:
-            continue
-        if name in _NEEDED or difflib.get_close_matches(key, names, n=1, cutoff=0.8):
+        if names and key not in names and name in _NEEDED:
             raise UserError(
                 f"{file.path}: none of its first rows has a key {key} (columns.{name}): {_instead(key, names)}"
             )
@@ -325,7 +332,7 @@ def _describe(
     optional = {"feedback": "raw_feedback", "user": "user_key", "time": "time", "model": "model", "finish": "finish"}
     optional = {name: column for name, column in optional.items() if name in columns}
     counts = ", ".join(f"count({column})" for column in optional.values()) or "0"
-    table = f"read_parquet({path_literal(str(path))})"
+    table = _rows(path)
     rows, *present = connection.execute(f"SELECT count(*) FILTER (problem IS NULL), {counts} FROM {table}").fetchone()
     bad = connection.execute(
         f"SELECT problem, count(*), min(position), arg_min(excerpt, position) FROM {table} "
@@ -333,7 +340,7 @@ def _describe(
     ).fetchall()
     return Part(
         digest=found.hex,
-        path=file.path,
+        path=os.path.realpath(file.path),
         format=file.format,
         bytes=found.bytes,
         rows=rows,
@@ -345,14 +352,21 @@ def _describe(
     )
 
 
+def _rows(*paths: Path, options: str = "") -> str:
+    """Parts in SQL; a folder above them that is called key=value is a folder, and no column."""
+    listed = ", ".join(path_literal(str(path)) for path in paths)
+    return f"read_parquet([{listed}], hive_partitioning = false{options})"
+
+
 def _first_problem(connection: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, int, str]:
     return connection.execute(
-        f"SELECT problem, position, excerpt FROM read_parquet({path_literal(str(path))}) WHERE problem IS NOT NULL "
-        "ORDER BY position LIMIT 1"
+        f"SELECT problem, position, excerpt FROM {_rows(path)} WHERE problem IS NOT NULL ORDER BY position LIMIT 1"
     ).fetchone()
 
 
-def _explain(config: MiningConfig, file: LogFile, names: list[str], problem: str, position: int, excerpt: str) -> str:
+def _explain(
+    config: MiningConfig, file: LogFile, names: list[str], problem: str, position: int, excerpt: str | None
+) -> str:
     place = f"{file.path}:{position}" if file.format in ("jsonl", "csv") else f"{file.path}:row {position}"
     columns = mapped(config.columns)
     if problem in PROBLEMS:
@@ -367,7 +381,10 @@ def _explain(config: MiningConfig, file: LogFile, names: list[str], problem: str
         remedy = "a list of turns belongs to columns.messages, and a pointer (/a/b) leads to text inside an object"
     else:
         rule, remedy = f"the row is broken: {problem}", "repair it, or check input.delimiter"
-    shown = (excerpt or "").strip()
+    if excerpt is None:
+        return f"{place}: {rule}; {remedy}"
+    # masked whole, so that the cut goes through no address
+    shown = mask(excerpt.strip())
     shown = repr(shown if len(shown) <= 80 else f"{shown[:77]}...")
     return f"{place}: {rule}: {shown}; {remedy}"
 
@@ -385,10 +402,10 @@ def _make_views(connection: duckdb.DuckDBPyConnection, config: MiningConfig, sta
             connection.execute(
                 "INSERT INTO bad_rows VALUES (?, ?, ?, ?)", [part.path, reason, rows, part.examples[reason]]
             )
-    paths = ", ".join(path_literal(str(_part_path(state, part.digest))) for part in parts)
+    rows = _rows(*(_part_path(state, part.digest) for part in parts), options=", filename = true")
     vote = f"(number << {POSITION_BITS + PLACE_BITS}) | (position << {PLACE_BITS}) | sub::UBIGINT"
     connection.execute(
         f"""CREATE VIEW parts AS SELECT {vote} AS vote, number AS source, rows.* EXCLUDE (filename, problem, excerpt)
-        FROM read_parquet([{paths}], filename = true) AS rows JOIN sources ON rows.filename = sources.part
+        FROM {rows} AS rows JOIN sources ON rows.filename = sources.part
         WHERE problem IS NULL"""
     )

@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from kto_dist.errors import UserError
-from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.config import DOWN, MiningConfig
 
 # Skin tones and the emoji variation selector change a thumb's look, not its meaning.
 _EMOJI_MODIFIERS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
@@ -28,13 +28,14 @@ class Unknown(ValueError):
 def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     """Makes `words` from `parts`. Raises `UserError` that lists words of no table, if they are errors."""
     connection.execute("CREATE TABLE words (raw_feedback VARCHAR, label BOOLEAN)")
-    meaning, unknown = meaning_of(config), {}
+    meaning, unknown, scale = meaning_of(config), {}, set()
     counted = connection.cursor().execute(
         "SELECT raw_feedback, count(*) FROM parts WHERE raw_feedback IS NOT NULL GROUP BY raw_feedback"
     )
     while found := counted.fetchmany(_BATCH):
         labels = []
         for word, votes in found:
+            scale |= {_plain(word)} & {"0", "0.0", "-1", "-1.0"}
             try:
                 labels.append(meaning(word))
             except Unknown:
@@ -46,6 +47,11 @@ def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> N
         connection.register("batch", batch)
         connection.execute("INSERT INTO words SELECT word, label FROM batch")
         connection.unregister("batch")
+    if {abs(float(word)) for word in scale} == {0, 1} and _zero_is_a_guess(config):
+        raise UserError(
+            f"columns.feedback ({config.columns.feedback}) has both 0 and -1, and 0 may mean no vote or thumbs down: "
+            'give labels.neutral: ["0", "0.0"] for no vote, or labels.down: ["0", "0.0", "-1", "-1.0"] for thumbs down'
+        )
     if unknown and config.labels.unknown == "error":
         words = sorted(unknown.items(), key=_by_votes)[:_LISTED]
         listed = ", ".join(f"{_short(word)} ({votes:,} votes)" for word, votes in words)
@@ -54,6 +60,13 @@ def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> N
             "labels.up, labels.down or labels.neutral, give labels.up_from and labels.down_to for ratings, or leave "
             "such votes out with labels.unknown: ignore"
         )
+
+
+def _zero_is_a_guess(config: MiningConfig) -> bool:
+    """Whether 0 is thumbs down by the built-in list alone, which is for scales of 1 and 0, and of 1 and -1."""
+    labels = config.labels
+    said = set(map(str.casefold, labels.neutral))
+    return "0" not in said and labels.up_from is None and set(labels.down) == set(DOWN) - said
 
 
 def _by_votes(item: tuple[str, int]) -> tuple[int, str]:

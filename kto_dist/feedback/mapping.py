@@ -3,7 +3,8 @@
 In:  a relation with position, problem, excerpt and, for every mapped column, its text `v_NAME` and its type `t_NAME`
      (JSON's: VARCHAR, ARRAY, OBJECT, NULL, ...; no type: the row has no such column).
 Out: the rows of a part (the last SELECT of `_answers_sql` and `_turns_sql`). A row that cannot be used has a problem,
-     and an excerpt for the message; everything else in it is null.
+     and an excerpt for the message where it is an error; everything else in it is null. A part that stays has no
+     excerpt: what a bad row says is as private as any other row, and nothing in it has been hashed.
 
 Texts are compared by keys. A prompt's key is a hash of its normalised turns, so that a text and the same text as a
 single user turn are one prompt; a response's key hashes the prompt's key and its own normalised text.
@@ -38,7 +39,8 @@ PROBLEMS = {
     "no answer": ("the last turn of columns.messages must be the assistant's, the answer that was rated",
                   "cut what follows it, or map columns.response"),
     "answer twice": ("the turn before the rated answer must not be the assistant's", "join the two turns"),
-    "time": ("columns.time must be ISO 8601 or a number of seconds since 1970, from 1970 to 9999", "correct it"),
+    "time": ("columns.time must be ISO 8601, a date as 20260131 or a number of seconds since 1970, from 1970 to 9999",
+             "correct it"),
     "ranks": ("columns.responses must list texts, at most 1,000, and columns.ranks as many numbers", "correct it"),
     "role": (f"columns.role must be one of {', '.join(ROLES)}", "correct it, or take the row out"),
     "turn": ("columns.turn must be a number (or, without it, columns.time a time)", "correct it"),
@@ -103,14 +105,17 @@ def macros(config: MiningConfig, salt: str) -> list[str]:
             THEN turns_of(v)[1].content END""",
         'MACRO one_turn(x) AS \'[{"role":"user","content":\' || to_json(x)::VARCHAR || \'}]\'',
         "MACRO key_of(x) AS md5(x)::UUID",
-        f"""MACRO time_of(x) AS CASE WHEN regexp_full_match(x, '{number}') THEN
+        # eight digits are a date if they can be: as seconds they would lie before 1974
+        f"""MACRO time_of(x) AS CASE WHEN regexp_full_match(x, '\\d{{8}}') AND try_strptime(x, '%Y%m%d') IS NOT NULL
+            THEN try_strptime(x, '%Y%m%d') WHEN regexp_full_match(x, '{number}') THEN
             to_timestamp(CASE WHEN abs(x::DOUBLE) < 1e11 THEN x::DOUBLE WHEN abs(x::DOUBLE) < 1e14 THEN x::DOUBLE / 1e3
                 WHEN abs(x::DOUBLE) < 1e17 THEN x::DOUBLE / 1e6 WHEN abs(x::DOUBLE) < 2e19 THEN x::DOUBLE / 1e9
                 END)::TIMESTAMP
             ELSE try_cast(x AS TIMESTAMPTZ)::TIMESTAMP END""",
         "MACRO sane(x) AS CASE WHEN x BETWEEN TIMESTAMP '1970-01-01' AND TIMESTAMP '9999-12-31' THEN x END",
         "MACRO filled(x) AS CASE WHEN trim(x) <> '' THEN x END",
-        f"MACRO user_of(x) AS {f'left(sha256({literal(salt)} || chr(0) || x), 32)' if hashed else 'x'}",
+        # a macro that is not temporary would be written to the database's file, and the salt with it
+        f"TEMP MACRO user_of(x) AS {f'left(sha256({literal(salt)} || chr(0) || x), 32)' if hashed else 'x'}",
     ]
 
 
@@ -152,7 +157,11 @@ def mapped(columns: ColumnsConfig) -> dict[str, str]:
 def part_sql(config: MiningConfig, cells: str) -> str:
     """The query that makes a part's rows from `cells`."""
     columns = mapped(config.columns)
-    return _turns_sql(columns, cells) if config.columns.layout == "turns" else _answers_sql(config, columns, cells)
+    shown = config.input.on_bad_row == "error"
+    excerpt = "CASE WHEN problem IS NOT NULL THEN excerpt END" if shown else "NULL::VARCHAR"
+    if config.columns.layout == "turns":
+        return _turns_sql(columns, cells, excerpt)
+    return _answers_sql(config, columns, cells, excerpt)
 
 
 def _common(columns: dict[str, str]) -> str:
@@ -169,7 +178,7 @@ def _text_problem(name: str, *, is_answer: bool) -> str:
     return f"CASE WHEN t_{name} IS NULL THEN 'no {name}' WHEN {wrong} THEN '{name} is no text' END"
 
 
-def _answers_sql(config: MiningConfig, columns: dict[str, str], cells: str) -> str:
+def _answers_sql(config: MiningConfig, columns: dict[str, str], cells: str, excerpt: str) -> str:
     layout = config.columns.layout
     answers = {"answers": ["response"], "pairs": ["chosen", "rejected"], "rankings": []}[layout]
     answers = [name for name in answers if name in columns]
@@ -205,7 +214,7 @@ def _answers_sql(config: MiningConfig, columns: dict[str, str], cells: str) -> s
         judged = f"[{sides}]"
     elif layout == "rankings":
         given = (
-            "from_json(v_ranks, '[\"DOUBLE\"]')"
+            "from_json(CASE WHEN json_valid(v_ranks) THEN v_ranks END, '[\"DOUBLE\"]')"
             if "ranks" in columns
             else "list_transform(texts, lambda x, i: i::DOUBLE)"
         )
@@ -225,7 +234,8 @@ def _answers_sql(config: MiningConfig, columns: dict[str, str], cells: str) -> s
     else:
         completion = "turns[-1].content" if whole else "answer_of(v_response, t_response)"
         judged = f"[{{'sub': 0, 'completion': {completion}, 'feedback': filled(v_feedback)}}]"
-    texts = "from_json(v_responses, '[\"JSON\"]')" if layout == "rankings" else "NULL"
+    listed = "from_json(CASE WHEN json_valid(v_responses) THEN v_responses END, '[\"JSON\"]')"
+    texts = listed if layout == "rankings" else "NULL"
 
     # One pass, since batches come only once: a row with a problem has one judgement that is null.
     return f"""
@@ -233,7 +243,7 @@ def _answers_sql(config: MiningConfig, columns: dict[str, str], cells: str) -> s
         ranked AS (SELECT *, {context} AS context, {ranked} AS ranks FROM parsed),
         checked AS (SELECT * REPLACE (coalesce({", ".join(problems)}) AS problem) FROM ranked),
         judged AS (
-            SELECT position, problem, CASE WHEN problem IS NOT NULL THEN excerpt END AS excerpt,
+            SELECT position, problem, {excerpt} AS excerpt,
                 CASE WHEN problem IS NULL THEN {prompt} END AS prompt,
                 CASE WHEN problem IS NULL THEN key_of({key}) END AS prompt_key,
                 CASE WHEN problem IS NULL THEN {blank} END AS blank,
@@ -247,7 +257,7 @@ def _answers_sql(config: MiningConfig, columns: dict[str, str], cells: str) -> s
         FROM judged"""
 
 
-def _turns_sql(columns: dict[str, str], cells: str) -> str:
+def _turns_sql(columns: dict[str, str], cells: str, excerpt: str) -> str:
     turn = "try_cast(v_turn AS DOUBLE)" if "turn" in columns else "NULL::DOUBLE"
     problems = [
         "problem",
@@ -264,7 +274,7 @@ def _turns_sql(columns: dict[str, str], cells: str) -> str:
     return f"""
         WITH cells AS ({cells}),
         checked AS (SELECT * REPLACE (coalesce({", ".join(problems)}) AS problem) FROM cells)
-        SELECT position, 0::USMALLINT AS sub, problem, CASE WHEN problem IS NOT NULL THEN excerpt END AS excerpt,
+        SELECT position, 0::USMALLINT AS sub, problem, {excerpt} AS excerpt,
             CASE WHEN problem IS NULL THEN key_of(user_of(v_session)) END AS session, role_of(v_role) AS role,
             coalesce(v_text, '') AS text, {turn} AS turn, filled(v_feedback) AS raw_feedback, {_common(columns)}
         FROM checked"""

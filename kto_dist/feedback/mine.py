@@ -18,7 +18,7 @@ from typing import Any
 import duckdb
 
 from kto_dist.feedback.clean import clean
-from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.database import database, find_salt
 from kto_dist.feedback.examples import balance, tally, view_examples
 from kto_dist.feedback.ingest import ingest
@@ -74,7 +74,7 @@ def mine(config: MiningConfig) -> dict[str, Any]:
         files = [describe_file(staged / f"{split}.parquet", split, count) for split, count in rows.items() if count]
         audit = audit_of(connection, config, files=files, settings=settings(config))
         write_audit(audit, staged)
-        publish(staged, Path(config.output.folder))
+        publish(staged, folder_of(config.output.folder))
         return audit.to_dict()
 
 

@@ -1,12 +1,14 @@
 """Answers that are nearly the same, by MinHash.
 
 In:  `responses` (with the vote whose text stands for each) and the texts in `parts`.
-Out: `near_duplicates` (response_key): answers that are near one with more votes (among equals, with a smaller key).
+Out: `near_duplicates` (response_key): answers that are near one that stays and has more votes (among equals, a smaller
+     key).
 
 1. shingles    every 8 bytes of the normalised, lower-cased text, hashed in one go over a batch's buffer
 2. sketches    128 minima a text (rensa); 16 bands of 8 for finding, the lowest byte of each minimum for checking
 3. candidates  texts of one prompt (or of the whole log) that share a band; in a large bucket each with its best only
 4. near        the share of equal bytes estimates the Jaccard similarity (standard error 0.03 near 0.85)
+5. chains      where a is near b and b near c, but a not c, b leaves for a, and c stays: nothing that is left is like it
 
 Two texts of similarity s meet in a band with probability 1 - (1 - s^8)^16: 0.99 at 0.85, 0.62 at 0.7.
 """
@@ -51,7 +53,8 @@ def find_near_duplicates(connection: duckdb.DuckDBPyConnection, threshold: float
     for band in range(_BANDS):
         _pair(connection, f"b{band}")
     _check(connection, threshold)
-    for table in ("pairs", "sketches", "candidates"):
+    _choose(connection)
+    for table in ("pairs", "near_pairs", "sketches", "candidates"):
         connection.execute(f"DROP TABLE {table}")
 
 
@@ -116,10 +119,12 @@ def _pair(connection: duckdb.DuckDBPyConnection, band: str) -> None:
 
 
 def _check(connection: duckdb.DuckDBPyConnection, threshold: float) -> None:
+    """Makes `near_pairs`: the pairs that are near."""
+    connection.execute("CREATE TABLE near_pairs (better BIGINT, worse BIGINT)")
     reader = (
         connection.cursor()
         .sql(
-            """SELECT worse, a.sketch AS one, b.sketch AS other FROM (SELECT DISTINCT better, worse FROM pairs)
+            """SELECT better, worse, a.sketch AS one, b.sketch AS other FROM (SELECT DISTINCT better, worse FROM pairs)
         JOIN sketches a ON a.id = better JOIN sketches b ON b.id = worse"""
         )
         .to_arrow_reader(_TEXTS * 16)
@@ -128,13 +133,24 @@ def _check(connection: duckdb.DuckDBPyConnection, threshold: float) -> None:
         equal = (_bytes(batch.column("one")) == _bytes(batch.column("other"))).mean(axis=1)
         # bytes of unequal minima are equal once in 256
         similar = (equal - 1 / 256) / (1 - 1 / 256) >= threshold
-        table = pa.table({"id": batch.column("worse").filter(pa.array(similar))})
-        connection.register("batch", table)
-        connection.execute(
-            "INSERT INTO near_duplicates SELECT response_key FROM batch JOIN candidates USING (id) "
-            "WHERE response_key NOT IN (SELECT response_key FROM near_duplicates) GROUP BY response_key"
-        )
+        near = pa.Table.from_batches([batch.select(["better", "worse"])]).filter(pa.array(similar))
+        connection.register("batch", near)
+        connection.execute("INSERT INTO near_pairs SELECT better, worse FROM batch")
         connection.unregister("batch")
+
+
+def _choose(connection: duckdb.DuckDBPyConnection) -> None:
+    """Answers from the best one down: each leaves if it is near one that has not left."""
+    gone = bytearray(connection.execute("SELECT coalesce(max(worse), 0) + 1 FROM near_pairs").fetchall()[0][0])
+    ordered = connection.cursor().sql("SELECT better, worse FROM near_pairs ORDER BY worse, better")
+    for batch in ordered.to_arrow_reader(_TEXTS * 16):
+        # a better one has a smaller id: whether it has left is known
+        for better, worse in zip(batch.column("better").to_pylist(), batch.column("worse").to_pylist(), strict=True):
+            gone[worse] |= not gone[better]
+    table = pa.table({"id": np.flatnonzero(np.frombuffer(gone, np.uint8))})
+    connection.register("batch", table)
+    connection.execute("INSERT INTO near_duplicates SELECT response_key FROM candidates JOIN batch USING (id)")
+    connection.unregister("batch")
 
 
 def _bytes(sketches: pa.BinaryArray) -> np.ndarray:  # -> (N, 128) uint8

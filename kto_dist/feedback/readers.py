@@ -154,7 +154,7 @@ def json_names(file: LogFile, config: InputConfig) -> list[str]:
             left -= 1
             try:
                 record = json.loads(whole[start:end])
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 names |= dict.fromkeys(record)

@@ -4,9 +4,12 @@ In:  `InputConfig`.
 Out: `LogFile`s. What is in them is for readers.py.
 """
 
+import contextlib
 import glob
+import gzip
 import hashlib
 import os
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,15 +99,18 @@ def _recognise(path: str, wanted: str) -> LogFile:
     return LogFile(path=path, format=format, gzipped=gzipped)
 
 
-def digest(path: str, lengths: Collection[int] = ()) -> Digest:
-    """Digest of a file, and of its beginnings of the given lengths, in one pass."""
+def digest(file: LogFile, lengths: Collection[int] = ()) -> Digest:
+    """Digest of what a file holds, and of its beginnings of the given lengths, in one pass.
+
+    Of a gzipped file, of what was gzipped; of SQLite, also of the rows that still lie in its write-ahead log.
+    """
     content, done, prefixes = hashlib.blake2b(digest_size=16), 0, set()
     ahead = sorted({length for length in lengths if length > 0})
     try:
-        with open(path, "rb") as file:
+        with gzip.open(file.path, "rb") if file.gzipped else open(file.path, "rb") as opened:
             while True:
                 stop = ahead[0] - done if ahead else _BLOCK
-                block = file.read(min(stop, _BLOCK))
+                block = opened.read(min(stop, _BLOCK))
                 content.update(block)
                 done += len(block)
                 if ahead and done == ahead[0]:
@@ -112,8 +118,16 @@ def digest(path: str, lengths: Collection[int] = ()) -> Digest:
                     continue
                 if not block:
                     break
+        if file.format == "sqlite":
+            with contextlib.suppress(FileNotFoundError), open(os.path.realpath(file.path) + "-wal", "rb") as opened:
+                while block := opened.read(_BLOCK):
+                    content.update(block)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{file.path} is damaged or not what its name says: {error}; write it again") from None
     except OSError as error:
-        raise UserError(f"input.files: {path} cannot be read: {error}; check that it is there and readable") from None
+        raise UserError(
+            f"input.files: {file.path} cannot be read: {error}; check that it is there and readable"
+        ) from None
     return Digest(
         hex=content.hexdigest(),
         bytes=done,

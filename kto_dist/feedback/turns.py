@@ -45,9 +45,8 @@ def assemble(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder
         )
         for path in found:
             path.unlink()
-    connection.execute(
-        f"CREATE VIEW parts AS SELECT * FROM read_parquet([{', '.join(path_literal(str(path)) for path in files)}])"
-    )
+    listed = ", ".join(path_literal(str(path)) for path in files)
+    connection.execute(f"CREATE VIEW parts AS SELECT * FROM read_parquet([{listed}], hive_partitioning = false)")
     if not connection.execute("SELECT count(*) FROM parts").fetchone()[0]:
         raise UserError(
             f"columns.feedback ({config.columns.feedback}): no turn of the assistant has feedback: map the column that "
