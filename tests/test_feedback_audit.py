@@ -168,6 +168,17 @@ def test_the_dataset_has_as_many_wrong_labels_as_the_audit_expects_and_fewer_tha
     assert found["balance"]["dataset"]["up"] + found["balance"]["dataset"]["down"] == total
 
 
+def test_wrong_labels_of_a_balanced_dataset_are_those_of_its_rows(tmp_path):
+    log = generate(good_share=0.9, prompts=400, seed=5)
+    mine(mining_config(tmp_path, log.write(tmp_path / "log.jsonl"), balance={"target_up_share": 0.5}))
+    found = json.loads((tmp_path / "mined" / "audit.json").read_text(encoding="utf-8"))
+    rows = [row for file in found["files"] for row in pq.read_table(tmp_path / "mined" / file["name"]).to_pylist()]
+    assert found["balance"]["dataset"]["up_share"] == pytest.approx(0.5, abs=0.01)
+    weight = sum(row["weight"] for row in rows)
+    wrong = sum(row["weight"] * (row["label"] != log.good[row["completion"][0]["content"]]) for row in rows)
+    assert found["agreement"]["wrong_labels"] == pytest.approx(wrong / weight, abs=0.04)
+
+
 def test_the_audit_describes_its_files_by_content(mined):
     folder, _, found = mined
     assert {file["name"]: file["sha256"] for file in found["files"]} == {

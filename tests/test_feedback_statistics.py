@@ -95,9 +95,34 @@ def test_wrong_labels_after_a_majority_are_what_the_votes_let_expect():
     decided = 2 * up != votes
     label = 2 * up > votes
     rows = np.stack([up, votes - up, label, np.ones(count)], 1)[decided]
-    expected = agreement.wrong_labels(rows, noise)
+    tallies = np.stack([up, votes - up, np.ones(count)], 1)
+    expected = agreement.wrong_labels(rows, noise, agreement.share_of_good(tallies, noise))
     assert expected == pytest.approx(np.mean(label[decided] != good[decided]), abs=0.01)
     assert expected < noise / 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_wrong_labels_of_a_balanced_choice_are_those_that_the_whole_log_lets_expect(share):
+    rng = np.random.default_rng(2)
+    count, noise = 60_000, 0.1
+    good = rng.random(count) < share
+    votes = rng.choice([1, 1, 3], count)
+    up = np.where(good, votes - (wrong := rng.binomial(votes, noise)), wrong)
+    label = 2 * up > votes
+    rarer = min(label.sum(), (~label).sum())
+    chosen = np.concatenate([np.flatnonzero(label)[:rarer], np.flatnonzero(~label)[:rarer]])
+    prior = agreement.share_of_good(np.stack([up, votes - up, np.ones(count)], 1), noise)
+    assert prior == pytest.approx(share, abs=0.01)
+    rows = np.stack([up, votes - up, label, np.ones(count)], 1)[chosen]
+    truth = np.mean(label[chosen] != good[chosen])
+    assert agreement.wrong_labels(rows, noise, prior) == pytest.approx(truth, abs=0.01)
+
+
+def test_the_share_of_good_answers_stays_within_bounds_where_votes_say_nothing_or_everything():
+    assert agreement.share_of_good(np.array([(3, 1, 5), (0, 2, 9)]), 0.5) == 0.5
+    assert agreement.share_of_good(np.array([(2, 0, 7)]), 0.0) == pytest.approx(1, abs=2e-6)
+    assert agreement.share_of_good(np.array([(0, 1, 7)]), 0.0) == pytest.approx(0, abs=2e-6)
+    assert agreement.share_of_good(np.array([(1, 0, 3), (0, 1, 1)]), 0.0) == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(

@@ -389,7 +389,8 @@ def _agreement(connection: "DuckDBPyConnection", config: "MiningConfig", *, has_
     users = connection.execute('SELECT count(DISTINCT "user") FROM voices').fetchone()[0]
     wrong = None
     if noise is not None and rows:
-        wrong = agreement.wrong_labels(np.array(rows, dtype=float), noise)
+        good = agreement.share_of_good(_tallies(connection), noise)
+        wrong = agreement.wrong_labels(np.array(rows, dtype=float), noise, good)
     return Agreement(
         responses=int(everyone[:, 2].sum()),
         votes=int((everyone[:, 0] * everyone[:, 2]).sum()),
@@ -404,6 +405,16 @@ def _agreement(connection: "DuckDBPyConnection", config: "MiningConfig", *, has_
         noise_without_critics=without[2] if has_critics else None,
         by_votes=agreement.unanimity(everyone),
     )
+
+
+def _tallies(connection: "DuckDBPyConnection") -> np.ndarray:
+    """(M, 3): votes up, votes down, and how many responses have these, before rows were chosen by votes or label."""
+    found = connection.execute(
+        "SELECT up, down, count(*) FROM (SELECT count(*) FILTER (label) AS up, count(*) FILTER (NOT label) AS down "
+        "FROM votes WHERE removed IS NULL OR removed IN ('conflict', 'balance') GROUP BY response_key) "
+        "GROUP BY ALL ORDER BY ALL"
+    ).fetchall()
+    return np.array(found, dtype=np.int64).reshape(-1, 3)
 
 
 def _estimate(value: float | None, bounds: tuple[float, float] | None) -> Estimate | None:
