@@ -169,7 +169,7 @@ def test_the_dataset_has_as_many_wrong_labels_as_the_audit_expects_and_fewer_tha
 
 
 def test_wrong_labels_of_a_balanced_dataset_are_those_of_its_rows(tmp_path):
-    log = generate(good_share=0.9, prompts=400, seed=5)
+    log = generate(good_share=0.9, votes=3000, prompts=400, seed=5)
     mine(mining_config(tmp_path, log.write(tmp_path / "log.jsonl"), balance={"target_up_share": 0.5}))
     found = json.loads((tmp_path / "mined" / "audit.json").read_text(encoding="utf-8"))
     rows = [row for file in found["files"] for row in pq.read_table(tmp_path / "mined" / file["name"]).to_pylist()]
@@ -302,6 +302,17 @@ def test_drift_warns_with_its_week_and_model():
     found = audited(votes, audit=LOOSE)
     assert "in the week of 2026-01-" in failing(found, "drift_by_week")
     assert "model version" in failing(found, "drift_by_model") and "50.0 points" in failing(found, "drift_by_model")
+
+
+def test_a_small_groups_chance_gap_is_not_blamed_for_a_drift_elsewhere():
+    def votes(model: str, count: int, up: int) -> list[dict[str, Any]]:
+        return [vote(f"{model} {n}", n < up, f"u{n % 30}", prompt=f"q{model}{n}", model=model) for n in range(count)]
+
+    found = audited(votes("old", 600, 360) + votes("new", 600, 432) + votes("rare", 24, 10), audit=LOOSE)
+    assert found.drift.by_model.p_value < 0.001
+    assert found.drift.by_model.largest_gap_in == "new" and status(found)["drift_by_model"] == "pass"
+    rare = next(group for group in found.drift.models if group.name == "rare")
+    assert abs(rare.gap) > 0.15
 
 
 def test_a_ratio_far_from_deployments_warns():

@@ -142,6 +142,7 @@ def audit(
         drift = drift_of(
             _counts(connection, "CAST(time AS DATE)"),
             _counts(connection, "model"),
+            significance=config.audit.significance,
         )
         lengths = lengths_of(connection)
         conflicts = conflicts_of(connection, config.audit.samples)
