@@ -282,6 +282,33 @@ def test_a_dominant_user_warns():
     assert "one user has" in line and "users.max_votes" in line
 
 
+def test_shares_of_the_loss_are_of_all_votes_also_of_those_without_a_user():
+    votes = [vote(f"by {n}", n % 2 == 0, f"u{n % 4}", prompt=f"q{n}") for n in range(40)]
+    nameless = [vote(f"nobody's {n}", n % 2 == 0, prompt=f"p{n}") for n in range(960)]
+    found = audited(votes + nameless, audit=LOOSE)
+    assert found.users.largest_loss_after == pytest.approx(0.01)
+    assert [user.loss_before for user in found.users.top] == pytest.approx([0.01] * 4)
+    # 4 users of a hundredth, and 960 votes of a thousandth that are each another's
+    assert found.users.effective_before == pytest.approx(1 / (4 * 0.01**2 + 960 * 0.001**2), rel=1e-6)
+    assert found.users.effective_after == pytest.approx(found.users.effective_before, rel=1e-6)
+    assert status(found)["user_share"] == "pass"
+    assert found.users.top_votes["1"] == pytest.approx(0.25)
+
+
+def test_critics_share_is_of_all_votes_also_of_those_without_a_user():
+    votes = crowd(responses=120, up=0.9) + [
+        vote(f"more {number}", False, "sour", prompt=f"and {number}") for number in range(40)
+    ]
+    alone = audited([dict(entry) for entry in votes], audit=LOOSE).users
+    nameless = [vote(f"nobody's {n}", n % 2 == 0, prompt=f"p{n}") for n in range(600)]
+    found = audited(votes + nameless, audit=LOOSE)
+    assert found.users.named == 1
+    assert found.users.named_loss_before < alone.named_loss_before / 3
+    # 760 rows of which 40 are sour's, and balance is near enough that all weigh the same
+    assert found.users.named_loss_after == pytest.approx(40 / 760, rel=0.01)
+    assert status(found)["critics_share"] == "pass"
+
+
 def test_a_heavy_downvoters_share_warns():
     votes = crowd(responses=120, up=0.9) + [
         vote(f"more {number}", False, "sour", prompt=f"and {number}") for number in range(40)

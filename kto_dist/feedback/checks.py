@@ -156,8 +156,8 @@ def _users(users: Users | None, limits: AuditConfig, config: "MiningConfig") -> 
     result = []
     if users.largest_loss_after is not None:
         share, allowed = users.largest_loss_after, limits.max_user_share
-        # a twentieth each is as equal as it gets with twenty users
-        fair = 1 / users.users
+        # a twentieth each is as equal as it gets with twenty users, where there are no votes but theirs
+        fair = 0.0 if users.votes_without_user else 1 / users.users
         result.append(
             _check(
                 "user_share",

@@ -95,7 +95,7 @@ class DriftTest:
     largest_gap_in: str
     largest_gap_p: float
     # p-value of that group against all others together, times the number of groups
-    # the tested group that differs most from the others together
+    # of the tested groups that differ from the others together by more than chance, the one that differs most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
