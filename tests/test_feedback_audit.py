@@ -437,15 +437,40 @@ def test_the_audit_command_says_each_check_and_writes_no_dataset(tmp_path):
     log = generate(votes=600, prompts=40, critics=3, critic_votes=60, users=30).write(tmp_path / "log.jsonl")
     settings = mining_config(tmp_path, log).model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "mine.yaml").write_text(json.dumps(settings))
-    done = CliRunner().invoke(cli.main, ["audit", str(tmp_path / "mine.yaml"), "audit.max_critics_share=0.01"])
+    done = CliRunner().invoke(
+        cli.main, ["audit", str(tmp_path / "mine.yaml"), "audit.max_critics_share=0", "audit.min_rows=10"]
+    )
     assert done.exit_code == 0, done.output
-    assert "warning: 3 heavy downvoters hold" in done.output and "ok: users agree" in done.output
+    assert "warning: 3 heavy downvoters hold" in done.output and "ok: the dataset has" in done.output
     assert f"report: {tmp_path / 'mined' / 'audit' / 'report.html'}" in done.output
     assert sorted(path.name for path in (tmp_path / "mined").rglob("*") if path.is_file()) == [
         "audit.json",
         "report.html",
     ]
     assert json.loads((tmp_path / "mined" / "audit" / "audit.json").read_text())["files"] == []
+
+
+def test_rows_that_could_not_be_read_are_told_by_reason(tmp_path):
+    log = generate(votes=300, prompts=20, users=20).write(tmp_path / "log.jsonl")
+    row = {"prompt": "p", "response": "r", "feedback": "up", "created_at": "2026-01-05T00:00:00Z"}
+    bad = [
+        "{",
+        "no JSON",
+        json.dumps({**row, "created_at": "some day"}),
+        json.dumps({**row, "created_at": "never"}),
+        "[",
+    ]
+    with log.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in bad)
+    settings = mining_config(tmp_path, log, input={"on_bad_row": "skip"})
+    (tmp_path / "mine.yaml").write_text(json.dumps(settings.model_dump(mode="json", exclude_defaults=True)))
+    done = CliRunner().invoke(cli.main, ["audit", str(tmp_path / "mine.yaml")])
+    assert done.exit_code == 0, done.output
+    assert "left out: 5 rows that could not be read: broken JSON (3), time (2)" in done.output
+    folder = tmp_path / "mined" / "audit"
+    found = json.loads((folder / "audit.json").read_text(encoding="utf-8"))["log"]
+    assert (found["unreadable"], found["unreadable_by_reason"]) == (5, {"broken JSON": 3, "time": 2})
+    assert "broken JSON (3), time (2)." in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_wrong_setting_of_the_audit_is_an_error_with_its_rule(tmp_path):

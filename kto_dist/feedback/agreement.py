@@ -103,7 +103,7 @@ def intervals(units: np.ndarray, resamples: int) -> tuple[tuple[float, float] | 
 
 
 def share_of_good(tallies: np.ndarray, noise: float) -> float:
-    """The share g of good responses that makes the votes likeliest. `tallies`, (M, 3): votes up, down, responses.
+    """The share g of good responses that makes the votes likeliest. `tallies`: (M, 3) votes up, down, responses.
 
     The likelihood is concave in g, and its slope has the sign of (mean chance of being good, given g) - g, so halving
     finds the g that reproduces itself. Where votes say nothing (e is 0.5) any g does, and it is 0.5.

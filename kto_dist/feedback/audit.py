@@ -74,6 +74,8 @@ class Log:
     # readable ones, with or without a label
     unreadable: int
     # rows that input.on_bad_row: skip left out
+    unreadable_by_reason: dict[str, int]
+    # of them, by what is wrong with them: most rows first
     judgements: int
     kept: int
     # votes that the dataset rests on
@@ -206,10 +208,12 @@ def _log(connection: "DuckDBPyConnection") -> Log:
         "FROM judgements"
     ).fetchone()
     known = {name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-    bad = "SELECT coalesce(sum(rows), 0)::BIGINT FROM bad_rows"
+    bad = "SELECT reason, sum(rows)::BIGINT FROM bad_rows GROUP BY reason ORDER BY 2 DESC, reason"
+    unreadable = dict(connection.execute(bad).fetchall()) if "bad_rows" in known else {}
     return Log(
         votes=votes,
-        unreadable=connection.execute(bad).fetchone()[0] if "bad_rows" in known else 0,
+        unreadable=sum(unreadable.values()),
+        unreadable_by_reason=unreadable,
         judgements=judgements,
         kept=kept,
         users=users,
