@@ -51,16 +51,25 @@ def find_audits(paths: Sequence[str], warn: Callable[[str], None]) -> list[Audit
             continue
         try:
             content = json.loads(audit.read_text(encoding="utf-8"))
+            # first of all: a newer layout may lack every other key
+            if content["version"] > _VERSION:
+                warn(
+                    f"{audit} has layout {content['version']}, and this version of kto_dist reads {_VERSION}: update it"
+                )
+                continue
             known = {entry["sha256"] for entry in content["files"]}
             failed = tuple(
                 f"{check['message']}; {check['remedy']}" for check in content["checks"] if check["status"] == "warn"
             )
-            newer = content["version"] > _VERSION
-        except (ValueError, KeyError, TypeError) as error:
+            described_by = sha256_of(audit)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             warn(f"{audit} is not readable as an audit ({error!r}): run `kto-dist mine` again")
             continue
-        if newer:
-            warn(f"{audit} has layout {content['version']}, and this version of kto_dist reads {_VERSION}: update it")
+        except OSError as error:
+            warn(
+                f"{audit} cannot be read ({error}), so nothing is known of {file.name}: "
+                "make it readable, or move it away"
+            )
             continue
         digest = sha256_of(file)
         if digest not in known:
@@ -74,7 +83,7 @@ def find_audits(paths: Sequence[str], warn: Callable[[str], None]) -> list[Audit
             found[audit] = Audited(
                 path=audit,
                 report=report if report.is_file() else None,
-                sha256=sha256_of(audit),
+                sha256=described_by,
                 files={},
                 failed=failed,
             )

@@ -135,6 +135,9 @@ def audit(config: Path, overrides: tuple[str, ...]) -> None:
 
 def _say_checks(audit: dict[str, Any], folder: Path) -> None:
     """What a person should know before training on this."""
+    if unreadable := audit["log"]["unreadable_by_reason"]:
+        listed = ", ".join(f"{reason} ({rows:,})" for reason, rows in unreadable.items())
+        click.echo(f"left out: {audit['log']['unreadable']:,} rows that could not be read: {listed}")
     for check in audit["checks"]:
         mark = {"pass": "ok", "warn": "warning", "unknown": "unknown"}[check["status"]]
         click.echo(f"{mark}: {check['message']}" + (f"; {check['remedy']}" if check["remedy"] else ""))

@@ -101,6 +101,28 @@ def test_a_newer_layout_is_not_guessed_at(tmp_path):
     assert find_audits([str(file)], said.append) == [] and "layout 2" in said[0]
 
 
+def test_a_newer_layout_is_named_even_if_it_has_no_key_in_common(tmp_path):
+    file, said = dataset(tmp_path), []
+    (tmp_path / "audit.json").write_text('{"version": 7}')
+    assert find_audits([str(file)], said.append) == []
+    assert len(said) == 1 and "layout 7" in said[0] and "update it" in said[0]
+
+
+def test_an_audit_that_may_not_be_read_is_a_warning_and_training_goes_on(tmp_path, monkeypatch):
+    file, said = dataset(tmp_path), []
+    audit, read = describe(file), Path.read_text
+
+    # by hand, since root may read everything
+    def refused(path: Path, **how: Any) -> str:
+        if path == audit:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, **how)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert find_audits([str(file)], said.append) == []
+    assert len(said) == 1 and "Permission denied" in said[0] and "make it readable" in said[0]
+
+
 def test_data_without_an_audit_and_names_of_a_hub_say_nothing(tmp_path):
     said = []
     assert find_audits([str(dataset(tmp_path)), "someone/dataset:train", str(tmp_path / "none")], said.append) == []

@@ -168,6 +168,17 @@ def test_the_dataset_has_as_many_wrong_labels_as_the_audit_expects_and_fewer_tha
     assert found["balance"]["dataset"]["up"] + found["balance"]["dataset"]["down"] == total
 
 
+def test_wrong_labels_of_a_balanced_dataset_are_those_of_its_rows(tmp_path):
+    log = generate(good_share=0.9, votes=3000, prompts=400, seed=5)
+    mine(mining_config(tmp_path, log.write(tmp_path / "log.jsonl"), balance={"target_up_share": 0.5}))
+    found = json.loads((tmp_path / "mined" / "audit.json").read_text(encoding="utf-8"))
+    rows = [row for file in found["files"] for row in pq.read_table(tmp_path / "mined" / file["name"]).to_pylist()]
+    assert found["balance"]["dataset"]["up_share"] == pytest.approx(0.5, abs=0.01)
+    weight = sum(row["weight"] for row in rows)
+    wrong = sum(row["weight"] * (row["label"] != log.good[row["completion"][0]["content"]]) for row in rows)
+    assert found["agreement"]["wrong_labels"] == pytest.approx(wrong / weight, abs=0.04)
+
+
 def test_the_audit_describes_its_files_by_content(mined):
     folder, _, found = mined
     assert {file["name"]: file["sha256"] for file in found["files"]} == {
@@ -271,6 +282,33 @@ def test_a_dominant_user_warns():
     assert "one user has" in line and "users.max_votes" in line
 
 
+def test_shares_of_the_loss_are_of_all_votes_also_of_those_without_a_user():
+    votes = [vote(f"by {n}", n % 2 == 0, f"u{n % 4}", prompt=f"q{n}") for n in range(40)]
+    nameless = [vote(f"nobody's {n}", n % 2 == 0, prompt=f"p{n}") for n in range(960)]
+    found = audited(votes + nameless, audit=LOOSE)
+    assert found.users.largest_loss_after == pytest.approx(0.01)
+    assert [user.loss_before for user in found.users.top] == pytest.approx([0.01] * 4)
+    # 4 users of a hundredth, and 960 votes of a thousandth that are each another's
+    assert found.users.effective_before == pytest.approx(1 / (4 * 0.01**2 + 960 * 0.001**2), rel=1e-6)
+    assert found.users.effective_after == pytest.approx(found.users.effective_before, rel=1e-6)
+    assert status(found)["user_share"] == "pass"
+    assert found.users.top_votes["1"] == pytest.approx(0.25)
+
+
+def test_critics_share_is_of_all_votes_also_of_those_without_a_user():
+    votes = crowd(responses=120, up=0.9) + [
+        vote(f"more {number}", False, "sour", prompt=f"and {number}") for number in range(40)
+    ]
+    alone = audited([dict(entry) for entry in votes], audit=LOOSE).users
+    nameless = [vote(f"nobody's {n}", n % 2 == 0, prompt=f"p{n}") for n in range(600)]
+    found = audited(votes + nameless, audit=LOOSE)
+    assert found.users.named == 1
+    assert found.users.named_loss_before < alone.named_loss_before / 3
+    # 760 rows of which 40 are sour's, and balance is near enough that all weigh the same
+    assert found.users.named_loss_after == pytest.approx(40 / 760, rel=0.01)
+    assert status(found)["critics_share"] == "pass"
+
+
 def test_a_heavy_downvoters_share_warns():
     votes = crowd(responses=120, up=0.9) + [
         vote(f"more {number}", False, "sour", prompt=f"and {number}") for number in range(40)
@@ -291,6 +329,17 @@ def test_drift_warns_with_its_week_and_model():
     found = audited(votes, audit=LOOSE)
     assert "in the week of 2026-01-" in failing(found, "drift_by_week")
     assert "model version" in failing(found, "drift_by_model") and "50.0 points" in failing(found, "drift_by_model")
+
+
+def test_a_small_groups_chance_gap_is_not_blamed_for_a_drift_elsewhere():
+    def votes(model: str, count: int, up: int) -> list[dict[str, Any]]:
+        return [vote(f"{model} {n}", n < up, f"u{n % 30}", prompt=f"q{model}{n}", model=model) for n in range(count)]
+
+    found = audited(votes("old", 600, 360) + votes("new", 600, 432) + votes("rare", 24, 10), audit=LOOSE)
+    assert found.drift.by_model.p_value < 0.001
+    assert found.drift.by_model.largest_gap_in == "new" and status(found)["drift_by_model"] == "pass"
+    rare = next(group for group in found.drift.models if group.name == "rare")
+    assert abs(rare.gap) > 0.15
 
 
 def test_a_ratio_far_from_deployments_warns():
@@ -388,15 +437,40 @@ def test_the_audit_command_says_each_check_and_writes_no_dataset(tmp_path):
     log = generate(votes=600, prompts=40, critics=3, critic_votes=60, users=30).write(tmp_path / "log.jsonl")
     settings = mining_config(tmp_path, log).model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "mine.yaml").write_text(json.dumps(settings))
-    done = CliRunner().invoke(cli.main, ["audit", str(tmp_path / "mine.yaml"), "audit.max_critics_share=0.01"])
+    done = CliRunner().invoke(
+        cli.main, ["audit", str(tmp_path / "mine.yaml"), "audit.max_critics_share=0", "audit.min_rows=10"]
+    )
     assert done.exit_code == 0, done.output
-    assert "warning: 3 heavy downvoters hold" in done.output and "ok: users agree" in done.output
+    assert "warning: 3 heavy downvoters hold" in done.output and "ok: the dataset has" in done.output
     assert f"report: {tmp_path / 'mined' / 'audit' / 'report.html'}" in done.output
     assert sorted(path.name for path in (tmp_path / "mined").rglob("*") if path.is_file()) == [
         "audit.json",
         "report.html",
     ]
     assert json.loads((tmp_path / "mined" / "audit" / "audit.json").read_text())["files"] == []
+
+
+def test_rows_that_could_not_be_read_are_told_by_reason(tmp_path):
+    log = generate(votes=300, prompts=20, users=20).write(tmp_path / "log.jsonl")
+    row = {"prompt": "p", "response": "r", "feedback": "up", "created_at": "2026-01-05T00:00:00Z"}
+    bad = [
+        "{",
+        "no JSON",
+        json.dumps({**row, "created_at": "some day"}),
+        json.dumps({**row, "created_at": "never"}),
+        "[",
+    ]
+    with log.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in bad)
+    settings = mining_config(tmp_path, log, input={"on_bad_row": "skip"})
+    (tmp_path / "mine.yaml").write_text(json.dumps(settings.model_dump(mode="json", exclude_defaults=True)))
+    done = CliRunner().invoke(cli.main, ["audit", str(tmp_path / "mine.yaml")])
+    assert done.exit_code == 0, done.output
+    assert "left out: 5 rows that could not be read: broken JSON (3), time (2)" in done.output
+    folder = tmp_path / "mined" / "audit"
+    found = json.loads((folder / "audit.json").read_text(encoding="utf-8"))["log"]
+    assert (found["unreadable"], found["unreadable_by_reason"]) == (5, {"broken JSON": 3, "time": 2})
+    assert "broken JSON (3), time (2)." in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_wrong_setting_of_the_audit_is_an_error_with_its_rule(tmp_path):

@@ -110,16 +110,37 @@ def test_the_browser_would_have_noticed(tmp_path):
         "0049 (0) 170 / 123 45 67",
         "4111 1111 1111 1111",
         "٠١٢٣٤٥٦٧٨٩",
+        "o'brien@example.org",
+        "030 — 123 — 4567",
+        "030 − 123 ‒ 4567",
+        "+49_30_1234567",
+        "555,0123,456",
+        "030,123,456",
     ],
 )
 def test_addresses_and_numbers_are_masked(text):
     for around in ("{}", "write to {}, please", "<{}>", "({})", "tel:{}"):
         masked = mask(around.format(text))
-        assert "[e-mail]" in masked or "[phone]" in masked
-        assert text not in masked
+        # a bracket before a number may be part of it
+        assert masked.replace("(", "") in {around.format(mark).replace("(", "") for mark in ("[e-mail]", "[phone]")}
 
 
-@pytest.mark.parametrize("text", ["in 2026", "1,234 users", "2026-01-05", "05.01.2026", "at 12:30", "3.14159", "@all"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in 2026",
+        "1,234 users",
+        "1,234,567 rows",
+        "(12,345,678.50)",
+        "1,234,567 - 2,345,678",
+        "2024, 2025, 2026",
+        "2026-01-05",
+        "05.01.2026",
+        "at 12:30",
+        "3.14159",
+        "@all",
+    ],
+)
 def test_what_is_no_address_stays(text):
     assert mask(text) == text
 

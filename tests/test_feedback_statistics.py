@@ -95,9 +95,34 @@ def test_wrong_labels_after_a_majority_are_what_the_votes_let_expect():
     decided = 2 * up != votes
     label = 2 * up > votes
     rows = np.stack([up, votes - up, label, np.ones(count)], 1)[decided]
-    expected = agreement.wrong_labels(rows, noise)
+    tallies = np.stack([up, votes - up, np.ones(count)], 1)
+    expected = agreement.wrong_labels(rows, noise, agreement.share_of_good(tallies, noise))
     assert expected == pytest.approx(np.mean(label[decided] != good[decided]), abs=0.01)
     assert expected < noise / 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_wrong_labels_of_a_balanced_choice_are_those_that_the_whole_log_lets_expect(share):
+    rng = np.random.default_rng(2)
+    count, noise = 60_000, 0.1
+    good = rng.random(count) < share
+    votes = rng.choice([1, 1, 3], count)
+    up = np.where(good, votes - (wrong := rng.binomial(votes, noise)), wrong)
+    label = 2 * up > votes
+    rarer = min(label.sum(), (~label).sum())
+    chosen = np.concatenate([np.flatnonzero(label)[:rarer], np.flatnonzero(~label)[:rarer]])
+    prior = agreement.share_of_good(np.stack([up, votes - up, np.ones(count)], 1), noise)
+    assert prior == pytest.approx(share, abs=0.01)
+    rows = np.stack([up, votes - up, label, np.ones(count)], 1)[chosen]
+    truth = np.mean(label[chosen] != good[chosen])
+    assert agreement.wrong_labels(rows, noise, prior) == pytest.approx(truth, abs=0.01)
+
+
+def test_the_share_of_good_answers_stays_within_bounds_where_votes_say_nothing_or_everything():
+    assert agreement.share_of_good(np.array([(3, 1, 5), (0, 2, 9)]), 0.5) == 0.5
+    assert agreement.share_of_good(np.array([(2, 0, 7)]), 0.0) == pytest.approx(1, abs=2e-6)
+    assert agreement.share_of_good(np.array([(0, 1, 7)]), 0.0) == pytest.approx(0, abs=2e-6)
+    assert agreement.share_of_good(np.array([(1, 0, 3), (0, 1, 1)]), 0.0) == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(
@@ -189,10 +214,12 @@ def test_the_recommended_weights_bring_the_ratio_into_the_papers_range():
 
 def test_the_drift_test_is_the_textbooks_chi_square():
     # 2 x 2 table with n = 100: n (ad - bc)^2 over the product of the margins
-    result = chi_square([("a", 30, 20), ("b", 15, 35)])
+    result = chi_square([("a", 30, 20), ("b", 15, 35)], 0.001)
     assert result.statistic == pytest.approx(100 * (30 * 35 - 20 * 15) ** 2 / (50 * 50 * 45 * 55))
     assert result.degrees == 1 and result.cramers_v == pytest.approx((result.statistic / 100) ** 0.5)
     assert result.largest_gap == pytest.approx(0.3)
+    # of two groups, either one against the rest is the whole table
+    assert result.largest_gap_p == pytest.approx(2 * result.p_value)
 
 
 def test_a_steady_ratio_is_no_drift_and_a_step_is():
@@ -200,10 +227,25 @@ def test_a_steady_ratio_is_no_drift_and_a_step_is():
     small = 0
     for _ in range(200):
         up = rng.binomial(300, 0.6, size=8)
-        small += chi_square([(str(week), int(count), int(300 - count)) for week, count in enumerate(up)]).p_value < 0.05
+        small += (
+            chi_square([(str(week), int(count), int(300 - count)) for week, count in enumerate(up)], 0.001).p_value
+            < 0.05
+        )
     assert 1 <= small <= 22  # 10 expected
     moved = [("early", 180, 120)] * 4 + [("late", 120, 180)] * 4
-    assert chi_square(moved).p_value < 1e-12
+    assert chi_square(moved, 0.001).p_value < 1e-12
+
+
+def test_the_gap_that_is_named_is_no_chance_of_a_small_group():
+    # a version with 3,000 votes moved by ten points; one with 24 votes is thirty off, and may be so by chance
+    moved = [("v1", 1800, 1200), ("v2", 2100, 900), ("v3", 2095, 905), ("rare", 9, 15)]
+    result = chi_square(moved, 0.001)
+    assert result.p_value < 1e-12
+    assert result.largest_gap_in == "v1" and result.largest_gap_p < 1e-12
+    assert abs(result.largest_gap) < 0.12
+    # where no group differs by more than chance, the largest gap comes with the p-value that says so
+    steady = chi_square([("v1", 600, 400), ("v2", 610, 390), ("rare", 9, 15)], 0.001)
+    assert steady.largest_gap_in == "rare" and steady.largest_gap_p > 0.01
 
 
 def test_weeks_begin_on_mondays_and_small_groups_are_left_out_of_the_test():
@@ -211,11 +253,11 @@ def test_weeks_begin_on_mondays_and_small_groups_are_left_out_of_the_test():
 
     monday = date(2026, 1, 5)
     days = [(monday + timedelta(days=day), 30, 20) for day in range(14)] + [(monday + timedelta(days=14), 1, 0)]
-    drift = drift_of([*days, (None, 7, 3)], [(None, 1, 1)])
+    drift = drift_of([*days, (None, 7, 3)], [(None, 1, 1)], significance=0.001)
     assert drift.weeks.groups == 2 and drift.weeks.left_out == 1
     assert drift.without_time == 10 and drift.without_model == 2 and drift.by_model is None
     assert (drift.unit, drift.periods[0].name, len(drift.periods)) == ("day", "2026-01-05", 15)
-    long = drift_of([(monday + timedelta(days=7 * week + 3), 30, 20) for week in range(8)], [])
+    long = drift_of([(monday + timedelta(days=7 * week + 3), 30, 20) for week in range(8)], [], significance=0.001)
     assert long.unit == "week" and [period.name for period in long.periods][:2] == ["2026-01-05", "2026-01-12"]
 
 

@@ -102,26 +102,47 @@ def intervals(units: np.ndarray, resamples: int) -> tuple[tuple[float, float] | 
     return _middle(alpha), _middle(_noise(differ))
 
 
-def wrong_labels(rows: np.ndarray, noise: float) -> float | None:
+def share_of_good(tallies: np.ndarray, noise: float) -> float:
+    """The share g of good responses that makes the votes likeliest. `tallies`: (M, 3) votes up, down, responses.
+
+    The likelihood is concave in g, and its slope has the sign of (mean chance of being good, given g) - g, so halving
+    finds the g that reproduces itself. Where votes say nothing (e is 0.5) any g does, and it is 0.5.
+    """
+    evidence, responses = _evidence(tallies, noise), tallies[:, 2].astype(float)
+    if not (evidence * responses).any():
+        return 0.5
+    low, high = 1e-6, 1 - 1e-6
+    for _ in range(40):
+        good = (low + high) / 2
+        rises = float((responses * _chance(evidence, good)).sum() / responses.sum()) > good
+        low, high = (good, high) if rises else (low, good)
+    return (low + high) / 2
+
+
+def wrong_labels(rows: np.ndarray, noise: float, good: float) -> float | None:
     """Expected share of weight on a wrong label. `rows`, (M, 4): votes up, votes down, label (1 up), summed weight.
 
     Bayes' rule: where a share g of responses is good and votes err at rate e, a response with u votes up and d down is
-    good with odds g / (1 - g) * ((1 - e) / e) ** (u - d). g is the one that the votes make likeliest (EM).
+    good with odds g / (1 - g) * ((1 - e) / e) ** (u - d). g (`good`) is that of the responses that the rows were
+    chosen from: conflicts and balance choose by votes and labels, so the rows alone would tell a wrong one.
     """
     weight = rows[:, 3].astype(float)
     if not weight.sum():
         return None
-    error = min(max(noise, 1e-9), 0.5)
-    evidence = (rows[:, 0] - rows[:, 1]).astype(float) * np.log((1 - error) / error)
-    good = 0.5
-    for _ in range(200):
-        log_odds = np.log(good / (1 - good)) + evidence
-        chance = 1 / (1 + np.exp(-np.clip(log_odds, -700, 700)))
-        before, good = good, min(max(float((weight * chance).sum() / weight.sum()), 1e-6), 1 - 1e-6)
-        if abs(good - before) < 1e-9:
-            break
+    chance = _chance(_evidence(rows, noise), good)
     wrong = np.where(rows[:, 2] > 0, 1 - chance, chance)
     return round(float((weight * wrong).sum() / weight.sum()), 9)
+
+
+def _evidence(votes: np.ndarray, noise: float) -> np.ndarray:
+    """(M,) log-likelihood ratio of good against bad, of votes up and down in the first two columns."""
+    error = min(max(noise, 1e-9), 0.5)
+    return (votes[:, 0] - votes[:, 1]).astype(float) * np.log((1 - error) / error)
+
+
+def _chance(evidence: np.ndarray, good: float) -> np.ndarray:
+    """(M,) chance that a response is good."""
+    return 1 / (1 + np.exp(-np.clip(np.log(good / (1 - good)) + evidence, -700, 700)))
 
 
 def _alpha_and_disagreement(units: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -53,7 +53,7 @@ NO_JUDGEMENT = (
     "length",
 )
 _NAMED_LISTED, _OTHERS_LISTED = 200, 20
-_TABLES = ("voices", "audit_users", "audit_loss", "audit_listed", "audit_critics", "audit_conflicts")
+_TABLES = ("voices", "audit_users", "audit_after", "audit_loss", "audit_listed", "audit_critics", "audit_conflicts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +74,8 @@ class Log:
     # readable ones, with or without a label
     unreadable: int
     # rows that input.on_bad_row: skip left out
+    unreadable_by_reason: dict[str, int]
+    # of them, by what is wrong with them: most rows first
     judgements: int
     kept: int
     # votes that the dataset rests on
@@ -142,6 +144,7 @@ def audit(
         drift = drift_of(
             _counts(connection, "CAST(time AS DATE)"),
             _counts(connection, "model"),
+            significance=config.audit.significance,
         )
         lengths = lengths_of(connection)
         conflicts = conflicts_of(connection, config.audit.samples)
@@ -205,10 +208,12 @@ def _log(connection: "DuckDBPyConnection") -> Log:
         "FROM judgements"
     ).fetchone()
     known = {name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-    bad = "SELECT coalesce(sum(rows), 0)::BIGINT FROM bad_rows"
+    bad = "SELECT reason, sum(rows)::BIGINT FROM bad_rows GROUP BY reason ORDER BY 2 DESC, reason"
+    unreadable = dict(connection.execute(bad).fetchall()) if "bad_rows" in known else {}
     return Log(
         votes=votes,
-        unreadable=connection.execute(bad).fetchone()[0] if "bad_rows" in known else 0,
+        unreadable=sum(unreadable.values()),
+        unreadable_by_reason=unreadable,
         judgements=judgements,
         kept=kept,
         users=users,
@@ -262,13 +267,15 @@ def _users(connection: "DuckDBPyConnection", config: "MiningConfig", balance: Ba
     finally:
         connection.unregister("audit_pairs")
     connection.execute('INSERT INTO audit_critics SELECT "user" FROM audit_users WHERE named')
-    has_after = _losses(connection, balance)
+    has_after, nameless_before, nameless_after = _losses(connection, balance)
 
     total, downs = int((votes * users).sum()), int((down * users).sum())
     facts = connection.execute(
-        "SELECT 1 / sum(before * before), 1 / nullif(sum(after * after), 0), max(after), count(*) FILTER (named), "
+        "SELECT 1 / (sum(before * before) + $before), 1 / nullif(sum(after * after) + $after, 0), max(after), "
+        "count(*) FILTER (named), "
         "coalesce(sum(votes) FILTER (named), 0)::BIGINT, coalesce(sum(down) FILTER (named), 0)::BIGINT, "
-        "coalesce(sum(before) FILTER (named), 0), coalesce(sum(after) FILTER (named), 0) FROM audit_loss"
+        "coalesce(sum(before) FILTER (named), 0), coalesce(sum(after) FILTER (named), 0) FROM audit_loss",
+        {"before": nameless_before, "after": nameless_after},
     ).fetchone()
     effective, effective_after, largest, count, named_votes, named_down, named_before, named_after = facts
     return Users(
@@ -295,38 +302,54 @@ def _users(connection: "DuckDBPyConnection", config: "MiningConfig", balance: Ba
     )
 
 
-def _losses(connection: "DuckDBPyConnection", balance: Balance) -> bool:
+def _losses(connection: "DuckDBPyConnection", balance: Balance) -> tuple[bool, float, float]:
     """`audit_loss`: users with their share of the loss before and after; whether any user is left after.
 
+    The shares are of all loss, that of votes without a user included; returned with it are the sums of the squared
+    shares of such votes before and after, each vote counting as another user's.
+
     At the start of training a row's loss is half of its weight times its class weight (every reward is 0), so shares of
-    weight are shares of loss. A row's weight belongs to the users whose votes it rests on, by the votes' weights.
+    weight are shares of loss. A row's weight belongs to the votes it rests on, by the votes' weights.
     """
     judged = balance.judgements
     down_before, up_before = class_weights(judged.up, judged.down) if judged.up and judged.down else (1.0, 1.0)
-    down_after, up_after = balance.undesirable_weight or 1.0, balance.desirable_weight or 1.0
     connection.execute(
-        """CREATE OR REPLACE TEMP TABLE audit_loss AS
+        """CREATE OR REPLACE TEMP TABLE audit_after AS
         WITH kept AS (SELECT response_key, label, "user", weight FROM votes WHERE removed IS NULL),
         -- kept votes have the label of their row, and a response has one row
         mass AS (
             SELECT response_key, any_value(e.weight) / nullif(sum(kept.weight), 0) AS each
             FROM kept JOIN examples AS e USING (response_key) GROUP BY 1
         ),
-        after AS (
-            SELECT "user", sum(mass.each * kept.weight * if(kept.label, $up_after, $down_after)) AS mass
-            FROM kept JOIN mass USING (response_key) WHERE "user" IS NOT NULL GROUP BY 1
-        ),
-        parts AS (
-            SELECT u.*, (u.votes - u.down) * $up_before + u.down * $down_before AS mass_before,
-                coalesce(after.mass, 0) AS mass_after
-            FROM audit_users AS u LEFT JOIN after USING ("user")
+        single AS (
+            SELECT "user", mass.each * kept.weight * if(kept.label, $up, $down) AS mass
+            FROM kept JOIN mass USING (response_key)
         )
-        SELECT * EXCLUDE (mass_before, mass_after), mass_before / sum(mass_before) OVER () AS before,
-            coalesce(mass_after / nullif(sum(mass_after) OVER (), 0), 0) AS after
-        FROM parts""",
-        {"up_before": up_before, "down_before": down_before, "up_after": up_after, "down_after": down_after},
+        -- one row for all votes without a user
+        SELECT "user", coalesce(sum(mass), 0) AS mass, coalesce(sum(mass * mass), 0) AS squares
+        FROM single GROUP BY 1""",
+        {"up": balance.desirable_weight or 1.0, "down": balance.undesirable_weight or 1.0},
     )
-    return connection.execute("SELECT sum(after) > 0 FROM audit_loss").fetchone()[0]
+    total = judged.up * up_before + judged.down * down_before
+    connection.execute(
+        """CREATE OR REPLACE TEMP TABLE audit_loss AS
+        SELECT u.*, ((u.votes - u.down) * $up + u.down * $down) / $total AS before,
+            coalesce(a.mass / nullif((SELECT sum(mass) FROM audit_after), 0), 0) AS after
+        FROM audit_users AS u LEFT JOIN audit_after AS a USING ("user")""",
+        {"up": up_before, "down": down_before, "total": total},
+    )
+    squares, total_after = connection.execute(
+        'SELECT coalesce(sum(squares) FILTER ("user" IS NULL), 0), coalesce(sum(mass), 0) FROM audit_after'
+    ).fetchone()
+    named, ups = connection.execute(
+        "SELECT coalesce(sum(votes), 0)::BIGINT, coalesce(sum(votes - down), 0)::BIGINT FROM audit_users"
+    ).fetchone()
+    nameless_up, nameless_down = judged.up - ups, judged.down - (named - ups)
+    return (
+        connection.execute("SELECT sum(after) > 0 FROM audit_loss").fetchone()[0],
+        (nameless_up * up_before**2 + nameless_down * down_before**2) / total**2,
+        squares / total_after**2 if total_after else 0.0,
+    )
 
 
 def _top_users(connection: "DuckDBPyConnection", total: int, downs: int) -> tuple[User, ...]:
@@ -389,7 +412,8 @@ def _agreement(connection: "DuckDBPyConnection", config: "MiningConfig", *, has_
     users = connection.execute('SELECT count(DISTINCT "user") FROM voices').fetchone()[0]
     wrong = None
     if noise is not None and rows:
-        wrong = agreement.wrong_labels(np.array(rows, dtype=float), noise)
+        good = agreement.share_of_good(_tallies(connection), noise)
+        wrong = agreement.wrong_labels(np.array(rows, dtype=float), noise, good)
     return Agreement(
         responses=int(everyone[:, 2].sum()),
         votes=int((everyone[:, 0] * everyone[:, 2]).sum()),
@@ -404,6 +428,16 @@ def _agreement(connection: "DuckDBPyConnection", config: "MiningConfig", *, has_
         noise_without_critics=without[2] if has_critics else None,
         by_votes=agreement.unanimity(everyone),
     )
+
+
+def _tallies(connection: "DuckDBPyConnection") -> np.ndarray:
+    """(M, 3): votes up, votes down, and how many responses have these, before rows were chosen by votes or label."""
+    found = connection.execute(
+        "SELECT up, down, count(*) FROM (SELECT count(*) FILTER (label) AS up, count(*) FILTER (NOT label) AS down "
+        "FROM votes WHERE removed IS NULL OR removed IN ('conflict', 'balance') GROUP BY response_key) "
+        "GROUP BY ALL ORDER BY ALL"
+    ).fetchall()
+    return np.array(found, dtype=np.int64).reshape(-1, 3)
 
 
 def _estimate(value: float | None, bounds: tuple[float, float] | None) -> Estimate | None:

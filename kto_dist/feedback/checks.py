@@ -156,8 +156,8 @@ def _users(users: Users | None, limits: AuditConfig, config: "MiningConfig") -> 
     result = []
     if users.largest_loss_after is not None:
         share, allowed = users.largest_loss_after, limits.max_user_share
-        # a twentieth each is as equal as it gets with twenty users
-        fair = 1 / users.users
+        # a twentieth each is as equal as it gets with twenty users, where there are no votes but theirs
+        fair = 0.0 if users.votes_without_user else 1 / users.users
         result.append(
             _check(
                 "user_share",
@@ -208,7 +208,7 @@ def _drift(kind: str, test: DriftTest | None, limits: AuditConfig, known: bool) 
         return _unknown(
             name, "max_drift", limits, f"the log gives no {kind}, so drift by it is unknown", f"map {column}"
         )
-    bad = abs(test.largest_gap) > limits.max_drift and test.p_value < limits.significance
+    bad = abs(test.largest_gap) > limits.max_drift and test.largest_gap_p < limits.significance
     where = "the week of " if kind == "week" else "model version "
     return _check(
         name,
@@ -218,7 +218,7 @@ def _drift(kind: str, test: DriftTest | None, limits: AuditConfig, known: bool) 
         bad,
         f"in {where}{test.largest_gap_in} the share of thumbs up lies {abs(test.largest_gap) * 100:.1f} points "
         f"{'above' if test.largest_gap > 0 else 'below'} the rest's (wanted: at most {limits.max_drift * 100:.0f}; "
-        f"chi-square {test.statistic:.1f}, {test.degrees} degrees of freedom, p {_p(test.p_value)})",
+        f"against chance, p {_p(test.largest_gap_p)} after correction for {test.groups} groups)",
         "see what changed then (model, interface, audience), and train on the votes since, or on one model version",
     )
 

@@ -34,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class User:
-    """One user's part; the shares are of all votes that have a user."""
+    """One user's part; the shares of votes are of those that have a user, the shares of the loss are of all of it."""
 
     user: str
     # salted hash
@@ -57,7 +57,7 @@ class User:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Users:
-    """Of all votes that have a user."""
+    """Of all votes that have a user; shares of the loss are of all votes'."""
 
     users: int
     votes: int
@@ -65,7 +65,8 @@ class Users:
     gini_votes: float
     gini_downvotes: float
     effective_before: float
-    # as many users with equal shares of the loss would be as concentrated: 1 / sum of squared shares
+    # as many users with equal shares of the loss would be as concentrated: 1 / sum of squared shares, where each vote
+    # without a user is another one's
     effective_after: float | None
     top_votes: dict[str, float]
     # "1", "10", "1%", ...: share of the votes that the most active users gave

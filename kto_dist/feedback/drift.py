@@ -6,6 +6,10 @@ Out: `Balance` and `Drift`.
 Drift is tested with the chi-square test of independence (scipy). It treats votes as independent, so that with many
 votes by few users, or with very many votes at all, it finds differences that don't matter: a check therefore asks for
 a small p-value and for a large distance, and Cramer's V says how strong the association is (0 none, 1 perfect).
+
+A small p-value of the whole table says that some group differs, not which: the largest distance may be that of a small
+group by chance. Each group is therefore also tested alone, against all others together, with its p-value times the
+number of groups (Bonferroni), and the distance that is named is the largest of the groups that pass.
 """
 
 from collections.abc import Sequence
@@ -89,7 +93,9 @@ class DriftTest:
     # votes of groups too small to test
     largest_gap: float
     largest_gap_in: str
-    # the tested group that differs most from the others together
+    largest_gap_p: float
+    # p-value of that group against all others together, times the number of groups
+    # of the tested groups that differ from the others together by more than chance, the one that differs most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +147,8 @@ def balance_of(
 def drift_of(
     days: Sequence[tuple[date | None, int, int]],  # day, up, down
     models: Sequence[tuple[str | None, int, int]],
+    *,
+    significance: float,  # of a group's distance from the others
 ) -> Drift:
     dated = sorted(entry for entry in days if entry[0] is not None)
     first, last = (dated[0][0], dated[-1][0]) if dated else (None, None)
@@ -161,14 +169,17 @@ def drift_of(
         without_model=sum(up + down for model, up, down in models if model is None),
         unit=unit,
         periods=_groups(periods),
-        weeks=chi_square(weeks),
+        weeks=chi_square(weeks, significance),
         models=_groups(named[:50], [(up, down) for _, up, down in named]),
-        by_model=chi_square(named),
+        by_model=chi_square(named, significance),
     )
 
 
-def chi_square(groups: Sequence[tuple[str, int, int]]) -> DriftTest | None:
-    """Whether the class depends on the group; None where fewer than two groups have enough votes."""
+def chi_square(groups: Sequence[tuple[str, int, int]], significance: float) -> DriftTest | None:
+    """Whether the class depends on the group; None where fewer than two groups have enough votes.
+
+    The largest gap is that of the groups whose own p-value is below `significance`; of all, where there is none.
+    """
     if not groups:
         return None
     table = np.array([(up, down) for _, up, down in groups], dtype=np.int64)
@@ -181,8 +192,9 @@ def chi_square(groups: Sequence[tuple[str, int, int]]) -> DriftTest | None:
         return None
     result = stats.chi2_contingency(kept, correction=False)
     names = [name for (name, _, _), enough in zip(groups, large, strict=True) if enough]
-    gaps = _gaps(kept)
-    worst = int(np.argmax(np.abs(gaps)))
+    gaps, alone = _gaps(kept), _alone(kept)
+    sure = alone < significance
+    worst = int(np.argmax(np.where(sure | ~sure.any(), np.abs(gaps), -1.0)))
     return DriftTest(
         statistic=float(result.statistic),
         degrees=int(result.dof),
@@ -192,7 +204,16 @@ def chi_square(groups: Sequence[tuple[str, int, int]]) -> DriftTest | None:
         left_out=int(table[~large].sum()),
         largest_gap=float(gaps[worst]),
         largest_gap_in=names[worst],
+        largest_gap_p=float(alone[worst]),
     )
+
+
+def _alone(table: np.ndarray) -> np.ndarray:
+    """(G,) p-value of each group against all others together, times the number of groups, at most 1."""
+    rest = table.sum(0) - table
+    # no correction for continuity, as in the test of the whole table: with two groups the two tests are one
+    values = [stats.chi2_contingency(np.stack(pair), correction=False).pvalue for pair in zip(table, rest, strict=True)]
+    return np.minimum(np.array(values) * len(table), 1.0)
 
 
 def _gaps(table: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ class AuditConfig(Section):
         0.02, description="expected share of the users named heavy downvoters that are none"
     )
     significance: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.001, description="p-value below which drift is more than chance"
+        0.001, description="p-value below which a week's, or a model version's, distance is more than chance"
     )
     resamples: Annotated[int, Field(ge=100)] = Field(2000, description="bootstrap draws behind a confidence interval")
     samples: Annotated[int, Field(ge=0)] = Field(8, description="conflicts that the report quotes")
