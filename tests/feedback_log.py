@@ -52,8 +52,9 @@ def generate(
     users: int = 100,
     noise: float = 0.1,
     critics: int = 0,
-    critic_votes: int = 0,  # of each critic
+    critic_votes: int = 0,  # of each critic, who dislikes nearly everything
     critic_down_rate: float = 0.95,
+    contrary: bool = False,  # critics dislike good answers instead, and like bad ones
     exact_copies: float = 0.0,  # share of the votes
     near_copies: float = 0.0,  # share of the answers
     good_share: float = 0.7,
@@ -81,8 +82,8 @@ def generate(
             wanted = rng.random() < share
             text = words(rng.randint(3, 6), "abcdghilmno")
             if not wanted:
-                place = rng.randrange(len(text))
-                text[place] = text[place][:-1] + "e"
+                for place in rng.sample(range(len(text)), rng.randint(1, len(text))):
+                    text[place] = text[place][:-1] + "e"
             given = START + timedelta(weeks=week, seconds=rng.randrange(5 * 86400))
             pool.append((prompt, " ".join(text), model, given))
             if rng.random() < near_copies:
@@ -126,7 +127,9 @@ def generate(
         vote(user, good[answer[1]] != misses, answer)
     for user in worst:
         for _ in range(critic_votes):
-            vote(user, rng.random() >= critic_down_rate, unseen(user))
+            answer = unseen(user)
+            dislikes = good[answer[1]] or not contrary
+            vote(user, (rng.random() >= critic_down_rate) == dislikes, answer)
     copied = rng.sample(rows, round(exact_copies * len(rows)))
     rows += [dict(row) for row in copied]
     rng.shuffle(rows)
