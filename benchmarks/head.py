@@ -4,8 +4,9 @@
 
 Everything is timed in one process, the implementations one after the other in each round, and a ratio is the median of
 the rounds' ratios to the floor of the same round: three bare matmuls of the same sizes for forward and backward, one
-for forward alone. `--liger-row` takes the sizes of Liger's own published benchmark. Peers that are not installed are
-left out, and said so. Peak memory is measured in a run of its own, beyond the inputs.
+for forward alone, into memory that is there already. `--liger-row` takes the sizes of Liger's own published benchmark.
+Peers that are not installed, or fail, are left out, and said so. Peak memory is measured in a run of its own, beyond
+the inputs.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # so that it runs without an installation, too
 
 from kto_kernels import kto_head, kto_loss, sequence_logps
+from kto_kernels.matmul import DEFAULT_BUDGET
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"cpu": (4096, 576, 49152, 16), "cuda": (16384, 4096, 128256, 32)}
@@ -147,19 +149,28 @@ def cce() -> Head:
     )
 
 
-def floor(given: Inputs, *, backward: bool) -> None:
-    """Nothing but the matmuls, into memory that is there already, whole when it fits, else in chunks as ours."""
-    hidden, weight = given.hidden.detach(), given.weight.detach()
-    rows = min(len(hidden), max(1, _FLOOR_BYTES // (weight.shape[0] * hidden.element_size())))
-    for start in range(0, len(hidden), rows):
-        part = hidden[start : start + rows]
-        logits = torch.mm(part, weight.T)
-        if backward:
-            torch.mm(logits, weight)
-            torch.mm(logits.T, part)
+class Floor:
+    """Nothing but the matmuls, into memory that is there already, in chunks as large as the fused head's."""
 
+    def __init__(self, given: Inputs):
+        self.hidden, self.weight = given.hidden.detach(), given.weight.detach()
+        device, size = self.hidden.device.type, self.hidden.element_size()
+        rows = max(1, DEFAULT_BUDGET[device] // (len(self.weight) * size))
+        self.rows = min(len(self.hidden), rows)
+        self.logits = self.hidden.new_empty(self.rows, len(self.weight))
+        self.grad_hidden, self.grad_weight = torch.empty_like(self.hidden), torch.zeros_like(self.weight)
 
-_FLOOR_BYTES = 4 * 2**30
+    def run(self, *, backward: bool) -> None:
+        for start in range(0, len(self.hidden), self.rows):
+            part = slice(start, start + self.rows)
+            hidden = self.hidden[part]
+            logits = torch.mm(hidden, self.weight.T, out=self.logits[: len(hidden)])
+            if backward:
+                torch.mm(logits, self.weight, out=self.grad_hidden[part])
+                if start:
+                    self.grad_weight.addmm_(logits.T, hidden)
+                else:
+                    torch.mm(logits.T, hidden, out=self.grad_weight)
 
 
 class Meter:
@@ -201,9 +212,12 @@ class Meter:
 
 def implementations(given: Inputs) -> tuple[dict[str, Head], list[str]]:
     """Those that run here, each tried once, and why the others do not."""
-    found: dict[str, Head] = {"kto_kernels": ours, "torch": plain}
+    found: dict[str, Head] = {}
     missing = []
+    wanted: Tensor | None = None
     for name, package, build in (
+        ("kto_kernels", "torch", lambda: ours),
+        ("torch", "torch", lambda: plain),
         ("torch_compile", "torch", compiled),
         ("trl", "trl", trl),
         ("liger", "liger_kernel", liger),
@@ -214,11 +228,21 @@ def implementations(given: Inputs) -> tuple[dict[str, Head], list[str]]:
             continue
         try:
             head = build()
-            head(given).backward()
-            found[name] = head
+            loss = head(given)
+            loss.backward()
         except Exception as error:  # a peer that fails here is reported, and must not end the others' measurement
-            missing.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
-        given.hidden.grad = given.weight.grad = None
+            reason = next(iter(str(error).strip().splitlines()), "")[:150]
+            missing.append(f"{name}: {type(error).__name__}: {reason}")
+            continue
+        finally:
+            given.hidden.grad = given.weight.grad = None
+        loss = loss.detach().double()
+        wanted = loss if wanted is None else wanted
+        # Liger's is a mean, against a reference of 0
+        if name != "liger" and not torch.allclose(loss, wanted, rtol=0.05):
+            missing.append(f"{name}: its loss ({float(loss):.4f}) is not {float(wanted):.4f}, so it does another job")
+            continue
+        found[name] = head
     return found, missing
 
 
@@ -237,8 +261,9 @@ def passes(head: Head, given: Inputs) -> dict[str, Callable[[], None]]:
 def measure(given: Inputs, repeats: int) -> tuple[list[dict], list[str]]:
     meter = Meter(given.hidden.device)
     heads, missing = implementations(given)
+    floor = Floor(given)
     work = {
-        ("floor", name): (lambda backward=backward: floor(given, backward=backward))
+        ("floor", name): (lambda backward=backward: floor.run(backward=backward))
         for name, backward in (("forward", False), ("forward_backward", True))
     }
     for name, head in heads.items():

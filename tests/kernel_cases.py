@@ -10,12 +10,23 @@ INPUTS = ("hidden", "weight", "bias")
 TRANSFORMS = {
     "none": LogitTransform(),
     "scale": LogitTransform(scale=0.3),
-    "softcap": LogitTransform(softcap=2.0),
+    "softcap": LogitTransform(softcap=0.7),
     "temperature": LogitTransform(temperature=1.7),
     "all": LogitTransform(scale=-1.9, softcap=3.0, temperature=0.6),
 }
 # without a GPU the Triton kernels run in its interpreter: see conftest.py
 BACKENDS = ("torch", "triton") if importlib.util.find_spec("triton") else ("torch",)
+
+
+def device_of(backend):
+    """Where a case of this backend runs: the Triton kernels on the GPU where there is one."""
+    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+
+
+def rounding_of(backend):
+    """The interpreter truncates what it stores as bf16, where a GPU rounds: twice the error, from there on."""
+    return 1 if backend == "torch" or torch.cuda.is_available() else 2
+
 
 # What the row pass on the CPU takes beside the budget: a block of a few rows, and what operations make of it.
 BLOCKS = 5 * 4 * 2**20
@@ -38,7 +49,7 @@ def products(run):
 
 
 class _Products(TorchDispatchMode):
-    """Counts mm and addmm, whatever their overload; anything else that multiplies matrices is an error."""
+    """Counts mm and addmm, whatever their overload; another way to multiply two matrices is an error."""
 
     total = 0
 

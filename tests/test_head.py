@@ -4,7 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, BLOCKS, INPUTS, TRANSFORMS, budget_of, error, measured, products
+from kernel_cases import (
+    BACKENDS,
+    BLOCKS,
+    INPUTS,
+    TRANSFORMS,
+    budget_of,
+    device_of,
+    error,
+    measured,
+    products,
+    rounding_of,
+)
 from kto_kernels import LOSSES, SATURATED_SLOPE, kto_head, reference, sequence_lengths
 from kto_kernels.chunks import cut
 from kto_kernels.rows import row_pass
@@ -13,8 +24,11 @@ from torch import Tensor
 OUTPUTS = ("loss", "logps", "losses", "entropy")
 
 
-def case(lengths, width=6, vocabulary=53, *, bias=True, dtype=torch.float64, seed=0, spread=0.3, frozen=()):
-    """Leaves by name, and the other arguments of the head."""
+def case(
+    lengths, width=6, vocabulary=53, *, bias=True, dtype=torch.float64, seed=0, spread=0.3, frozen=(), backend="torch"
+):
+    """Leaves by name, and the other arguments of the head, where this backend runs."""
+    device = device_of(backend)
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -28,7 +42,7 @@ def case(lengths, width=6, vocabulary=53, *, bias=True, dtype=torch.float64, see
     }
     for name, tensor in leaves.items():
         if tensor is not None:
-            leaves[name] = tensor.to(dtype).requires_grad_(name not in frozen)
+            leaves[name] = tensor.to(device, dtype).requires_grad_(name not in frozen)
     sizes = torch.tensor(lengths, dtype=torch.int64)
     others = {
         "target": torch.randint(vocabulary, (rows,), generator=draw),
@@ -38,9 +52,9 @@ def case(lengths, width=6, vocabulary=53, *, bias=True, dtype=torch.float64, see
         "sign": torch.where(torch.rand(sequences, generator=draw) < 0.5, 1.0, -1.0),
         "row_weight": torch.rand(sequences, generator=draw, dtype=torch.float64) + 0.5,
         "z0": torch.tensor(0.4, dtype=torch.float64),
-        "beta": 0.1,
     }
-    return leaves, others
+    others = {name: value if name == "lengths" else value.to(device) for name, value in others.items()}
+    return leaves, others | {"beta": 0.1}
 
 
 def run(head, leaves, others, *, grad_out=1.0, **options):
@@ -54,14 +68,17 @@ def run(head, leaves, others, *, grad_out=1.0, **options):
     if result.loss.requires_grad:
         (result.loss * grad_out).backward()
     found = {name: getattr(result, name) for name in OUTPUTS if getattr(result, name) is not None}
-    found = {name: value.detach() for name, value in found.items()}
+    found = {name: value.detach().cpu() for name, value in found.items()}
     return found | {
-        f"{name}.grad": leaf.grad.clone() for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None
+        f"{name}.grad": leaf.grad.cpu().clone()
+        for name, leaf in leaves.items()
+        if leaf is not None and leaf.grad is not None
     }
 
 
 def exact(leaves, others, **options):
-    wide = {name: None if t is None else t.detach().double().requires_grad_() for name, t in leaves.items()}
+    wide = {name: None if t is None else t.detach().cpu().double().requires_grad_() for name, t in leaves.items()}
+    others = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in others.items()}
     return run(reference.kto_head, wide, others, **options)
 
 
@@ -89,7 +106,7 @@ def agree(found, wanted, tolerance=1e-12):
 def test_values_and_gradients_are_the_definitions_whatever_the_chunks(
     backend, lengths, width, vocabulary, rows_a_chunk, bias, entropy, transform, loss, seed
 ):
-    leaves, others = case(lengths, width, vocabulary, bias=bias, seed=seed)
+    leaves, others = case(lengths, width, vocabulary, bias=bias, seed=seed, backend=backend)
     options = {"transform": TRANSFORMS[transform], "loss": loss, "entropy": entropy, "grad_out": 1.7}
     wanted = exact(leaves, others, **options)
     budget = budget_of(rows_a_chunk, vocabulary, 8)
@@ -100,7 +117,7 @@ def test_values_and_gradients_are_the_definitions_whatever_the_chunks(
 @pytest.mark.parametrize("rows_a_chunk", (5, 1000))
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_fp32_errs_by_less_than_1e6th(transform, rows_a_chunk, backend):
-    leaves, others = case([9, 1, 0, 12, 3], 32, 333, dtype=torch.float32, spread=0.2)
+    leaves, others = case([9, 1, 0, 12, 3], 32, 333, dtype=torch.float32, spread=0.2, backend=backend)
     options = {"transform": TRANSFORMS[transform], "entropy": True}
     wanted = exact(leaves, others, **options)
     budget = budget_of(rows_a_chunk, 333, 4)
@@ -112,7 +129,7 @@ def test_fp32_errs_by_less_than_1e6th(transform, rows_a_chunk, backend):
 @pytest.mark.parametrize("rows_a_chunk", (5, 1000))
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_bf16_errs_at_most_twice_as_much_as_plain_pytorch_does(transform, rows_a_chunk, backend):
-    """Over ten draws: a single error is the sum of a few roundings, and may happen to cancel."""
+    """Over five draws: a single error is the sum of a few roundings, and may happen to cancel."""
 
     def plain(hidden, weight, target, lengths, *, bias, transform, **others):
         logits = transform((hidden @ weight.T + bias).float())
@@ -123,8 +140,8 @@ def test_bf16_errs_at_most_twice_as_much_as_plain_pytorch_does(transform, rows_a
         return reference.HeadOutput(loss=loss, logps=summed, losses=losses, entropy=None)
 
     ours, theirs = {}, {}
-    for seed in range(10):
-        leaves, others = case([9, 1, 12, 3], 32, 333, dtype=torch.bfloat16, spread=0.2, seed=seed)
+    for seed in range(5):
+        leaves, others = case([9, 1, 12, 3], 32, 333, dtype=torch.bfloat16, spread=0.2, seed=seed, backend=backend)
         options = {"transform": TRANSFORMS[transform]}
         wanted = exact(leaves, others, **options)
         budget = budget_of(rows_a_chunk, 333, 2)
@@ -133,7 +150,8 @@ def test_bf16_errs_at_most_twice_as_much_as_plain_pytorch_does(transform, rows_a
         for name in wanted:
             ours[name] = ours.get(name, 0) + found[name]
             theirs[name] = theirs.get(name, 0) + peer[name]
-    assert all(ours[name] <= 2 * theirs[name] for name in ours), (ours, theirs)
+    limit = 2 * rounding_of(backend)
+    assert all(ours[name] <= limit * theirs[name] for name in ours), (ours, theirs)
 
 
 @pytest.mark.parametrize("rows_a_chunk", (4, 11, 1000))
@@ -175,21 +193,31 @@ def test_a_tied_weight_gets_the_sum_of_both_gradients():
     torch.testing.assert_close(gradient(kto_head), gradient(reference.kto_head), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", (False, True), ids=("no bias", "bias"))
 @pytest.mark.parametrize(
-    "lengths", ([400] * 3, [12] * 100, [1200]), ids=("one a chunk", "many a chunk", "one is longer")
+    "lengths", ([40] * 3, [4] * 30, [40, 120]), ids=("one a chunk", "many a chunk", "one is longer")
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_memory_beyond_inputs_and_gradients_is_the_budget_and_fp32_sums(dtype, lengths):
-    vocabulary = 40_001
-    leaves, others = case(lengths, 8, vocabulary, bias=False, dtype=dtype)
-    budget = budget_of(400, vocabulary, dtype.itemsize)
-    assert budget > BLOCKS  # so that a second chunk would show
-    peak = measured(lambda: run(kto_head, leaves, others, budget=budget))
-    gradients = leaves["hidden"].nbytes + leaves["weight"].nbytes
-    fp32_sum = 4 * leaves["weight"].numel()
-    # of a bf16 product its own rounded result is there beside the sum; `run` clones the gradients
-    allowed = fp32_sum * (2 if max(lengths) > 400 else 1) + leaves["weight"].nbytes + 2 * gradients
-    assert budget < peak <= budget + allowed + BLOCKS
+def test_memory_beyond_inputs_and_gradients_is_the_budget_and_fp32_sums(dtype, lengths, bias):
+    width, vocabulary = 1024, 40_001
+    leaves, others = case(lengths, width, vocabulary, bias=bias, dtype=dtype)
+    budget = budget_of(40, vocabulary, dtype.itemsize)
+    arguments = {**leaves, **others}
+    positional = [arguments.pop(name) for name in ("hidden", "weight", "target", "lengths")]
+
+    def both_ways():
+        kto_head(*positional, **arguments, budget=budget).loss.backward()
+        leaves["hidden"].grad = leaves["weight"].grad = None
+
+    fp32_sum = 4 * width * vocabulary
+    # the sums become the gradients where those are fp32; a bf16 gradient is made beside its sum
+    gradient = 0 if dtype == torch.float32 else leaves["weight"].nbytes
+    # of a bf16 sum's product a block of the vocabulary is there at a time, and once more in fp32
+    block = 0 if dtype == torch.float32 else 6 * 8192 * width
+    sums = 2 if max(lengths) > 40 else 1
+    peak = measured(both_ways)
+    assert budget + block + BLOCKS < fp32_sum  # so that one more sum shows
+    assert sums * fp32_sum <= peak <= budget + sums * fp32_sum + gradient + block + BLOCKS
 
 
 def test_memory_does_not_grow_with_the_rows():
@@ -204,13 +232,14 @@ def test_memory_does_not_grow_with_the_rows():
 @pytest.mark.parametrize("size", (1e5, 1e30))
 def test_hopeless_targets_stay_finite(size, backend):
     # the target's logit is `size` below another, so exp underflows
+    device = device_of(backend)
     leaves = {
-        "hidden": torch.tensor([[size / 2, 0.0]], requires_grad=True),
-        "weight": torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], requires_grad=True),
+        "hidden": torch.tensor([[size / 2, 0.0]], device=device, requires_grad=True),
+        "weight": torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], device=device, requires_grad=True),
         "bias": None,
     }
-    _, others = case([1], 2, 3, bias=False)
-    others["target"] = torch.tensor([1])
+    _, others = case([1], 2, 3, bias=False, backend=backend)
+    others["target"] = torch.tensor([1], device=device)
     found = run(kto_head, leaves, others, backend=backend)
     assert found["logps"].item() == pytest.approx(-size, rel=1e-6)
     assert all(bool(torch.isfinite(value).all()) for value in found.values())
@@ -234,18 +263,20 @@ def test_many_bf16_chunks_add_up_as_exactly_as_one():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", ([], [0, 0]), ids=("no sequence", "empty sequences"))
 def test_a_rank_without_tokens_gets_zero_gradients(lengths, backend):
-    leaves, others = case(lengths)
+    leaves, others = case(lengths, backend=backend)
     found = run(kto_head, leaves, others, backend=backend)
     assert found["logps"].tolist() == [0.0] * len(lengths)
     assert not any(found[f"{name}.grad"].any() for name in INPUTS)
     assert found["weight.grad"].shape == leaves["weight"].shape
 
 
-def test_more_rows_than_a_16_bit_grid_holds():
-    # one row a sequence in the second half, so that chunks and sequences both pass 65,536
+def test_more_rows_and_sequences_than_16_bits_count():
     lengths = [70_000] + [1] * 70_000
-    leaves, others = case(lengths, 2, 3, bias=False)
-    agree(run(kto_head, leaves, others, budget=2**20), exact(leaves, others), tolerance=1e-10)
+    # in one chunk where a GPU's grid is to hold them
+    backend = "triton" if torch.cuda.is_available() else "torch"
+    leaves, others = case(lengths, 2, 3, bias=False, backend=backend)
+    found = run(kto_head, leaves, others, budget=2**24, backend=backend)
+    agree(found, exact(leaves, others), tolerance=1e-10)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter counts in 64 bits anyway")
@@ -259,6 +290,33 @@ def test_a_chunk_of_more_elements_than_32_bits_count_is_addressed_in_64():
     last = slice(len(logits) - 5, None)
     wanted = logits[last].float().log_softmax(-1).gather(1, target[last, None])[:, 0]
     torch.testing.assert_close(found.logps[last], wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_apart_in_memory_is_read_where_it_lies(backend):
+    leaves, others = case([3, 0, 5], backend=backend)
+    wanted = exact(leaves, others)
+    for name in ("target", "ref_logps", "sign", "row_weight"):
+        others[name] = torch.stack([others[name], torch.zeros_like(others[name])], dim=1)[:, 0]
+    for name in leaves:
+        apart = torch.stack([leaves[name].detach(), torch.zeros_like(leaves[name])], dim=-1)[..., 0]
+        leaves[name] = apart.requires_grad_()
+    agree(run(kto_head, leaves, others, backend=backend), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_that_a_bias_rules_out_take_no_part(backend):
+    leaves, others = case([3, 5], vocabulary=5000, spread=0.1, backend=backend)
+    others["target"] = others["target"] % 100 + 4700
+    with torch.no_grad():
+        leaves["bias"][:4500] = float("-inf")  # more than a block of the kernel
+    found = run(kto_head, leaves, others, backend=backend, entropy=True)
+    for name in ("weight", "bias"):
+        leaves[name] = leaves[name].detach()[4500:].clone().requires_grad_()
+    others["target"] = others["target"] - 4500
+    wanted = exact(leaves, others, entropy=True)
+    for name in ("loss", "logps", "entropy", "hidden.grad"):
+        torch.testing.assert_close(found[name], wanted[name])
 
 
 def test_a_second_backward_is_refused_since_gradients_are_scaled_in_place():
@@ -307,6 +365,7 @@ def test_a_sequence_is_saturated_where_its_sigmoid_is_flat():
     [
         ({"lengths": torch.tensor([2, 2])}, "lengths sum to 4.*hidden has 5 rows"),
         ({"target": torch.zeros(4, dtype=torch.int64)}, "4 targets.*5 rows"),
+        ({"row_weight": torch.ones(1)}, r"row_weight has shape \(1,\).*2 lengths"),
         ({"loss": "dpo"}, "'dpo'.*kto, apo_zero_unpaired"),
         ({"backend": "cuda"}, "'cuda'.*auto, torch, triton"),
         ({"weight": torch.zeros(53, 6)}, "float64.*float32.*one dtype"),

@@ -97,11 +97,18 @@ def kto_head(
             "the completion rows of every sequence, one sequence after the other"
         )
     hidden, weight = one_dtype(hidden, weight)
+    for name, tensor in (("ref_logps", ref_logps), ("sign", sign), ("row_weight", row_weight)):
+        if tensor.shape != lengths.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but there are {len(sizes)} lengths: give one value a sequence"
+            )
     logits_dtype = pick_logits_dtype(logits_dtype, hidden)
     rows = rows_per_chunk(hidden, weight, logits_dtype, budget)
     backend = pick_backend(backend, hidden.device)
     anchor = z0 if loss == "kto" else torch.zeros_like(z0)
-    terms = Terms(ref_logps=ref_logps, sign=sign, row_weight=row_weight, z0=anchor, beta=beta)
+    # as a tensor, so that another beta compiles nothing
+    slope = torch.full((), beta, dtype=torch.float64, device=hidden.device)
+    terms = Terms(ref_logps=ref_logps, sign=sign, row_weight=row_weight, z0=anchor, beta=slope)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
         value, logps, losses, entropies = _Head.apply(
@@ -156,14 +163,14 @@ class _Head(torch.autograd.Function):
                 if wants_weight:
                     own_weight = add_product(own_weight, gradient.T, hidden[span])
                 if wants_bias:
-                    own_bias += gradient.sum(0, dtype=wide)
+                    own_bias += weighted_sum(gradient, gradient.new_ones(len(gradient), dtype=wide))
                 if chunk.complete:
                     own_slope = slope[chunk.stop - 1]
                     if wants_weight:
                         if grad_weight is None:
                             grad_weight = own_weight.mul_(own_slope)
                         else:
-                            grad_weight = grad_weight.to(wide).addcmul_(own_weight, own_slope)
+                            grad_weight.addcmul_(own_weight, own_slope)
                         own_weight = None
                     if wants_bias:
                         grad_bias.addcmul_(own_bias, own_slope)
@@ -201,7 +208,5 @@ class _Head(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    factor = factor.to(grad.dtype)
-    return (
-        grad.mul_(factor) if grad.dtype == dtype else torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-    )
+    # in place: a product that is cast on the way takes a temporary as large as the gradient
+    return grad.mul_(factor.to(grad.dtype)).to(dtype)

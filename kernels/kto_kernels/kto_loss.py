@@ -52,7 +52,7 @@ def kto_loss(
     sign: Tensor,  # (S,) +1 desirable, -1 undesirable
     *,
     z0: Tensor,  # () the step's KL estimate, clamped at 0; no gradient flows into it
-    beta: float,
+    beta: float | Tensor,
     loss: str = "kto",
 ) -> Tensor:  # (S,) fp64, unweighted
     """1 - v of each sequence, where v = sigmoid(beta * d * (r - z0)) and r = logps - ref_logps.
@@ -71,7 +71,7 @@ def kto_slope(
     losses: Tensor,  # (S,) fp64, what `kto_loss` returned
     sign: Tensor,  # (S,)
     *,
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:  # (S,) fp64
     """Minus the derivative of `kto_loss` in logps: with l = sigmoid(u), dl/du = l * (1 - l)."""
     return beta * sign.double() * losses * (1 - losses)

@@ -60,11 +60,12 @@ def logits_of(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:  # (n, H),
     return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
 
 
-def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:  # (V, H) + (V, n) @ (n, H)
-    """The sum over chunks, in fp32 at least, changed in place; `total` None is 0.
+# Rows of a (V, H) product that are made at a time where the matmul rounds it: 8,192 * 4,096 in fp32 are 128 MiB.
+_PRODUCT_ROWS = 8192
 
-    On the CPU a first product of bf16 matrices, which comes rounded, stays bf16 until something is added to it.
-    """
+
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:  # (V, H) + (V, n) @ (n, H)
+    """The sum over chunks, in fp32 at least, changed in place; `total` None is 0."""
     wide = torch.promote_types(left.dtype, torch.float32)
     if left.dtype == wide:
         return torch.mm(left, right) if total is None else total.addmm_(left, right)
@@ -72,8 +73,16 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:  #
         if total is None:
             return torch.mm(left, right, out_dtype=wide)
         return torch.addmm(total, left, right, out_dtype=wide, out=total)
-    product = torch.mm(left, right)
-    return product if total is None else total.to(wide).add_(product)
+    first = total is None
+    total = right.new_empty(left.shape[0], right.shape[1], dtype=wide) if total is None else total
+    for start in range(0, left.shape[0], _PRODUCT_ROWS):
+        part = slice(start, start + _PRODUCT_ROWS)
+        product = torch.mm(left[part], right)
+        if first:
+            total[part] = product
+        else:
+            total[part] += product
+    return total
 
 
 def weighted_sum(rows: Tensor, scale: Tensor) -> Tensor:  # (n, V), (n,) fp32 or fp64 -> (V,) like scale

@@ -64,6 +64,8 @@ def row_pass(
     if backend == "triton":
         from kto_kernels.triton_rows import row_pass as triton_row_pass
 
+        # the kernel reads the next row's target, and the next column's bias, from the next place
+        target, bias = target.contiguous(), None if bias is None else bias.contiguous()
         logps, entropies = triton_row_pass(logits, target, bias, transform, gradient, entropy)
     else:
         logps, entropies = _torch_row_pass(logits, target, bias, transform, gradient, entropy)

@@ -24,11 +24,13 @@ class Terms:
     # (S,)
     z0: Tensor
     # () 0 for losses without it
-    beta: float
+    beta: Tensor
+    # ()
 
     def prepare(self, sizes: Sequence[int], device: torch.device) -> "Sequences":
         def wide(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device, torch.float64, non_blocking=True)
+            # contiguous: the kernel reads the next sequence's from the next place
+            return tensor.detach().to(device, torch.float64, non_blocking=True).contiguous()
 
         starts = torch.zeros(len(sizes) + 1, dtype=torch.int64)
         torch.cumsum(torch.tensor(sizes, dtype=torch.int64), 0, out=starts[1:])
@@ -38,11 +40,11 @@ class Terms:
                 sign=wide(self.sign),
                 row_weight=wide(self.row_weight),
                 z0=wide(self.z0),
-                beta=self.beta,
+                beta=wide(self.beta),
             ),
             sizes=sizes,
             starts=starts,
-            starts_there=starts.to(device, non_blocking=True),
+            starts_there=(starts.pin_memory() if device.type == "cuda" else starts).to(device, non_blocking=True),
             logps=torch.zeros(len(sizes), dtype=torch.float64, device=device),
             losses=torch.zeros(len(sizes), dtype=torch.float64, device=device),
         )

@@ -1,5 +1,6 @@
 """Segment sum, KTO value and slope as one Triton kernel: a program a sequence, sums in row order, so they repeat."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,11 +16,11 @@ def _sequence_kernel(
     sign,
     row_weight,
     z0,  # ()
+    beta,  # ()
     logps,
     losses,
     slope,  # (N,)
     first,
-    BETA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sequence = first + tl.program_id(0)
@@ -32,10 +33,10 @@ def _sequence_kernel(
     d = tl.load(sign + sequence)
     margin = d * (logp - tl.load(ref_logps + sequence) - tl.load(z0))
     # 1 - sigmoid(beta * margin), which keeps its digits where the sigmoid is near 1
-    loss = 1.0 / (1.0 + tl.exp(margin * BETA))
+    loss = 1.0 / (1.0 + tl.exp(margin * tl.load(beta)))
     tl.store(logps + sequence, logp)
     tl.store(losses + sequence, loss)
-    weighted = tl.load(row_weight + sequence) * d * loss * (1.0 - loss) * BETA
+    weighted = tl.load(row_weight + sequence) * d * loss * (1.0 - loss) * tl.load(beta)
     for start in range(begin, end, BLOCK):
         tl.store(slope + start + rows, weighted.to(slope.dtype.element_ty), mask=start + rows < end)
 
@@ -44,18 +45,19 @@ def sequence_pass(sequences: Sequences, first: int, last: int, token_logps: Tens
     """The contract of `sequences.sequence_pass`."""
     terms = sequences.terms
     if last > first:
-        _sequence_kernel[(last - first,)](
-            token_logps,
-            sequences.starts_there,
-            terms.ref_logps,
-            terms.sign,
-            terms.row_weight,
-            terms.z0,
-            sequences.logps,
-            sequences.losses,
-            slope,
-            first,
-            BETA=terms.beta,
-            BLOCK=1024,
-            num_warps=4,
-        )
+        with torch.cuda.device_of(token_logps):
+            _sequence_kernel[(last - first,)](
+                token_logps,
+                sequences.starts_there,
+                terms.ref_logps,
+                terms.sign,
+                terms.row_weight,
+                terms.z0,
+                terms.beta,
+                sequences.logps,
+                sequences.losses,
+                slope,
+                first,
+                BLOCK=1024,
+                num_warps=4,
+            )

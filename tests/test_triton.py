@@ -1,0 +1,47 @@
+"""The Triton kernels compile for a GPU: its compiler knows types that the interpreter lets pass."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kto_kernels import triton_rows, triton_sequences
+
+def compile(kernel, signature, constants, warps):
+    signature = signature | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+
+for logits, gradient, apart, options in (
+    ("fp32", "bf16", True, dict(HAS_BIAS=False, GRADIENT=True, ENTROPY=False)),
+    ("fp32", "fp32", False, dict(HAS_BIAS=True, GRADIENT=True, ENTROPY=True)),
+    ("bf16", "bf16", False, dict(HAS_BIAS=False, GRADIENT=False, ENTROPY=True)),
+    ("fp32", "fp32", False, dict(HAS_BIAS=False, GRADIENT=False, ENTROPY=False)),
+):
+    signature = dict(logits="*" + logits, gradient="*" + gradient, target="*i64", bias="*" + gradient, logps="*fp32")
+    signature |= dict(entropies="*fp32", V="i32", logits_stride="i32", gradient_stride="i32")
+    capped = dict(SCALE=0.3, SOFTCAP=30.0, TEMPERATURE=0.7) if options["HAS_BIAS"] else {}
+    constants = dict(SCALE=1.0, SOFTCAP=None, TEMPERATURE=1.0, WIDE=tl.float32, BLOCK=4096) | capped | options
+    compile(triton_rows._row_kernel, signature, constants, 8)
+
+signature = dict(token_logps="*fp32", starts="*i64", slope="*fp32", first="i32")
+signature |= dict.fromkeys(("ref_logps", "sign", "row_weight", "z0", "beta", "logps", "losses"), "*fp64")
+order = ("token_logps", "starts", "ref_logps", "sign", "row_weight", "z0", "beta", "logps", "losses", "slope", "first")
+compile(triton_sequences._sequence_kernel, {name: signature[name] for name in order}, dict(BLOCK=1024), 4)
+"""
+
+
+def test_every_variant_in_use_compiles_for_hopper(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
