@@ -23,6 +23,11 @@ def device_of(backend):
     return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
 
 
+def rounding_of(backend):
+    """The interpreter truncates what it stores as bf16, where a GPU rounds: twice the error, from there on."""
+    return 1 if backend == "torch" or torch.cuda.is_available() else 2
+
+
 # What the row pass on the CPU takes beside the budget: a block of a few rows, and what operations make of it.
 BLOCKS = 5 * 4 * 2**20
 

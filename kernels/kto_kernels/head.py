@@ -208,7 +208,5 @@ class _Head(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    factor = factor.to(grad.dtype)
-    return (
-        grad.mul_(factor) if grad.dtype == dtype else torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-    )
+    # in place: a product that is cast on the way takes a temporary as large as the gradient
+    return grad.mul_(factor.to(grad.dtype)).to(dtype)
