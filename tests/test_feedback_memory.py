@@ -16,11 +16,13 @@ import yaml
 from mining import MORE
 
 CHILD = """
-import json, resource, sys
+import json, sys
 from kto_dist.feedback import MiningConfig, mine
 audit = mine(MiningConfig.load(sys.argv[1]))
 rows = {file["split"]: file["rows"] for file in audit["files"]}
-print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, rows]))
+# not ru_maxrss, which a child inherits from a larger parent
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+print(json.dumps([int(peak) * 1024, rows]))
 """
 
 
