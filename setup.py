@@ -16,6 +16,7 @@ setup(
     package_data={"kto_dist": ["*.j2"], "kto_dist.feedback": ["*.j2"]},
     install_requires=[
         "torch>=2.11",
+        'triton>=3.6; platform_system == "Linux"',
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.20,<6",
         "datasets>=5,<6",

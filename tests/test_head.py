@@ -381,6 +381,7 @@ def test_a_mistake_is_told_with_its_rule(changes, message):
         kto_head(*positional, **arguments)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS or torch.cuda.is_available(), reason="needs triton and no GPU")
 def test_triton_without_a_gpu_or_its_interpreter_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     leaves, others = case([2])
