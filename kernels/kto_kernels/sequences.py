@@ -42,7 +42,6 @@ class Terms:
                 z0=wide(self.z0),
                 beta=wide(self.beta),
             ),
-            sizes=sizes,
             starts=starts,
             starts_there=(starts.pin_memory() if device.type == "cuda" else starts).to(device, non_blocking=True),
             logps=torch.zeros(len(sizes), dtype=torch.float64, device=device),
@@ -55,7 +54,6 @@ class Sequences:
     """The same, and what has been found out so far; everything fp64 and on the hidden states' device."""
 
     terms: Terms
-    sizes: Sequence[int]
     starts: Tensor
     # (S + 1,) int64 on the CPU, the row where each sequence begins
     starts_there: Tensor
