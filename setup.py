@@ -33,6 +33,7 @@ setup(
         "numpy>=2",
         "duckdb>=1.5,<3",
         "rensa>=0.5,<0.6",
+        "py3langid>=0.4,<0.5",
         "scipy>=1.13",
     ],
     extras_require={

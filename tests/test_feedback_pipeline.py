@@ -126,12 +126,29 @@ def test_votes_on_empty_prompts_and_cut_answers_leave(tmp_path):
 
 
 def test_a_pattern_that_is_none_is_told_before_the_log_is_read(tmp_path):
-    for key, value in (("refusals", ["(?=x)"]), ("errors", ["("]), ("scripts", ["Klingon"])):
+    wrong = (("refusals", ["(?=x)"]), ("errors", ["("]), ("scripts", ["Klingon"]), ("languages", ["klingon"]))
+    for key, value in wrong:
         with (
             pytest.raises(UserError, match=f"clean.{key}"),
             mined(tmp_path, "missing.jsonl", **{f"clean__{key}": value}),
         ):
             pass
+
+
+GERMAN = "Das ist ein ganz gewöhnlicher Satz, an dem man die Sprache gut erkennen kann."
+ENGLISH = "This is quite an ordinary sentence, by which the language is easily told."
+
+
+def test_answers_of_other_languages_leave_and_what_shows_none_stays(tmp_path):
+    unclear = ["Yes.", "42", "for i in range(10):\n    print(np.sqrt(i))", "42 %"]
+    rows = [vote(f"q{i}", answer) for i, answer in enumerate([GERMAN, ENGLISH, *unclear])]
+    with mined(tmp_path, rows, clean__languages=["en", "fr"]) as connection:
+        assert removed(connection) == {"language": 1}
+        assert {answer for _, answer, _ in rows_of(connection)} == {ENGLISH, *unclear}
+    with mined(tmp_path, rows, clean__languages=["de"]) as connection:
+        assert ENGLISH not in {answer for _, answer, _ in rows_of(connection)}
+    with mined(tmp_path, rows, clean__languages=["de", "en"]) as connection:
+        assert removed(connection) == {}
 
 
 # Near duplicates
@@ -286,11 +303,47 @@ def test_no_prompt_is_in_both_splits_and_none_moves_as_the_log_grows(tmp_path):
         both = "SELECT count(*) FROM (SELECT prompt_key FROM examples GROUP BY 1 HAVING count(DISTINCT split) > 1)"
         assert connection.execute(both).fetchone() == (0,)
         shares = connection.execute("SELECT label, avg((split = 'heldout')::INT) FROM examples GROUP BY 1").fetchall()
-    assert before.items() <= after.items() and len(after) > len(before)
-    # 900 prompts: three standard deviations are 0.04, and a class has no share of its own
+    # held-out rows may be left away (stratify), but nothing changes sides
+    moved = {prompt for prompt, split in before.items() if after.get(prompt, split) != split}
+    assert not moved and len(after) > len(before)
+    trained = {prompt for prompt, split in before.items() if split == "train"}
+    assert trained <= after.keys()
+    # 900 prompts: three standard deviations are 0.04
     assert len(shares) == 2 and all(abs(share - 0.2) < 0.04 for _, share in shares)
     with mined(tmp_path, rows, **options, split__seed=1) as connection:
         assert split_of(connection) != after
+
+
+def by_split(connection):
+    found = connection.execute(
+        "SELECT split, count(*) FILTER (label), count(*) FILTER (NOT label) FROM examples GROUP BY 1"
+    ).fetchall()
+    return {split: (up, down) for split, up, down in found}
+
+
+@pytest.mark.parametrize("up_share", [0.1, 0.5, 0.9])
+def test_the_held_out_classes_stand_as_in_training(tmp_path, up_share):
+    generator = random.Random(1)
+    rows = [vote(f"q{i}", "a", "up" if generator.random() < up_share else "down") for i in range(600)]
+    options = {"split__heldout": 0.2, "split__seed": 3}
+    with mined(tmp_path, rows, **options, split__stratify=False) as connection:
+        plain, everything = by_split(connection), rows_of(connection)
+    with mined(tmp_path, rows, **options) as connection:
+        found = by_split(connection)
+        took = connection.execute("SELECT label, removed FROM steps WHERE step = 'stratify'").fetchall()
+    assert len(everything) == 600 and found["train"] == plain["train"]
+    (up, down), (all_up, all_down), (train_up, train_down) = found["heldout"], plain["heldout"], plain["train"]
+    # as near as whole rows come to it, and one class is whole
+    assert abs(up - down * train_up / train_down) <= 0.5 or abs(down - up * train_down / train_up) <= 0.5
+    assert (up, down) != (all_up, all_down) and (up == all_up or down == all_down)
+    assert dict(took) == {True: all_up - up, False: all_down - down}
+
+
+def test_a_class_that_is_held_out_nowhere_takes_no_other_along(tmp_path):
+    rows = [vote(f"q{i}", "a", "up") for i in range(100)] + [vote("q0", "b", "down")]
+    for seed in range(3):
+        with mined(tmp_path, rows, split__heldout=0.3, split__seed=seed) as connection:
+            assert sum(map(sum, by_split(connection).values())) == 101
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.8])

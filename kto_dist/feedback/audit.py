@@ -51,6 +51,7 @@ NO_JUDGEMENT = (
     "truncated",
     "script",
     "length",
+    "language",
 )
 _NAMED_LISTED, _OTHERS_LISTED = 200, 20
 _TABLES = ("voices", "audit_users", "audit_after", "audit_loss", "audit_listed", "audit_critics", "audit_conflicts")
@@ -434,7 +435,7 @@ def _tallies(connection: "DuckDBPyConnection") -> np.ndarray:
     """(M, 3): votes up, votes down, and how many responses have these, before rows were chosen by votes or label."""
     found = connection.execute(
         "SELECT up, down, count(*) FROM (SELECT count(*) FILTER (label) AS up, count(*) FILTER (NOT label) AS down "
-        "FROM votes WHERE removed IS NULL OR removed IN ('conflict', 'balance') GROUP BY response_key) "
+        "FROM votes WHERE removed IS NULL OR removed IN ('conflict', 'balance', 'stratify') GROUP BY response_key) "
         "GROUP BY ALL ORDER BY ALL"
     ).fetchall()
     return np.array(found, dtype=np.int64).reshape(-1, 3)

@@ -5,7 +5,8 @@
                      last, the order in the log does, and between equal times with different labels all of them leave
                      (not in pairs and rankings: who finds b worse than a and better than c has changed no mind)
 3. empty ... length  by what the answer says; the first rule that matches names the step
-4. near_duplicate    answers that differ in little from one with more votes (near.py)
+4. language          answers that are of another language than the wanted ones (language.py)
+5. near_duplicate    answers that differ in little from one with more votes (near.py)
 
 Rules see one text an answer: texts that differ in white space alone are one answer, and its text is the one with the
 smallest hash, whatever order the log is in.
@@ -14,6 +15,7 @@ smallest hash, whatever order the log is in.
 import duckdb
 
 from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.language import find_other_languages
 from kto_dist.feedback.near import find_near_duplicates
 from kto_dist.feedback.readers import literal
 from kto_dist.feedback.votes import remove
@@ -36,6 +38,13 @@ def clean(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
             "SELECT vote FROM ballots JOIN verdicts USING (response_key) "
             f"WHERE removed IS NULL AND verdict = {literal(step)}"
             + (" UNION SELECT vote FROM ballots WHERE removed IS NULL AND cut" if step == "truncated" else ""),
+        )
+    if config.clean.languages:
+        find_other_languages(connection, config.clean.languages, config.clean.min_language_probability)
+        remove(
+            connection,
+            "language",
+            "SELECT vote FROM ballots JOIN other_languages USING (response_key) WHERE removed IS NULL",
         )
     if config.clean.near_duplicates is not None:
         find_near_duplicates(connection, config.clean.near_duplicates, config.clean.near_duplicate_scope)

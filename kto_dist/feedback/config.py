@@ -215,6 +215,14 @@ class CleanConfig(Section):
         (), description="scripts of which an answer's letters must be, such as Latin, Cyrillic, Han; []: any"
     )
     min_script_share: Share = Field(0.7, description="least share of an answer's letters in `scripts`")
+    languages: tuple[Text, ...] = Field(
+        (), description="languages of which an answer must be, as ISO 639-1 codes such as en, de, zh; []: any"
+    )
+    min_language_probability: Share = Field(
+        0.8,
+        description="an answer leaves when it is of another language with at least this probability; short answers "
+        "and code reach it for no language",
+    )
     min_characters: Annotated[int, Field(ge=0)] = Field(0, description="of an answer")
     max_characters: Positive | None = Field(None, description="of an answer")
     near_duplicates: Share | None = Field(
@@ -284,6 +292,11 @@ class SplitConfig(Section):
 
     heldout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the prompts")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="another seed draws other prompts")
+    stratify: bool = Field(
+        True,
+        description="leave out held-out rows of the class of which chance held out more, so that the classes stand as "
+        "in training; not with balance.target_up_share, which both splits reach",
+    )
 
 
 class OutputConfig(Section):

@@ -18,6 +18,7 @@ import psutil
 
 from kto_dist.errors import UserError
 from kto_dist.feedback.config import MiningConfig, folder_of
+from kto_dist.feedback.language import check_languages
 from kto_dist.feedback.mapping import macros
 from kto_dist.feedback.readers import literal
 
@@ -117,6 +118,7 @@ def _check_patterns(connection: duckdb.DuckDBPyConnection, config: MiningConfig)
                 f"clean.scripts: {script!r} is no script that RE2 knows: write it as Unicode does (Latin, Cyrillic, "
                 "Greek, Han, Hiragana, Arabic, Devanagari, ...)"
             ) from None
+    check_languages(config.clean.languages)
 
 
 def find_salt(config: MiningConfig) -> str:

@@ -3,12 +3,13 @@
 1. tallies      an answer's votes by class, in number and in weight
 2. conflict     answers judged both ways: the clear majority's label, or none, or a weight by the margin
 3. balance      rows of the larger class leave until a stated ratio is reached, in each split for itself
-4. examples     a view of the rows; `vote` leads to their texts
+4. stratify     without a stated ratio, held-out rows of the larger class leave until it has the training rows' ratio
+5. examples     a view of the rows; `vote` leads to their texts
 
 A row's weight is the mean weight of the votes for its label; with `agreement.conflicts: keep` times the margin
 |up - down| / (up + down) of all votes' weights. Whether a prompt is held out is a function of its key and
-`split.seed` alone: no growth of the log moves it. Each class is held out by that share up to chance, the more evenly
-the more prompts there are; evening it out further would move prompts between the splits as the log grows.
+`split.seed` alone: no growth of the log moves it. That holds each class out by the stated share up to chance; what is
+left of chance is evened out by leaving held-out rows away, since moving prompts would bring held-out ones to training.
 """
 
 import duckdb
@@ -74,18 +75,35 @@ def _heldout(config: MiningConfig) -> str:
 def balance(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     """Takes rows of the class of which there are too many; the smallest keys stay."""
     share = config.balance.target_up_share
-    if share is None:
-        return
-    up_per_down = share / (1 - share)
+    if share is not None:
+        _thin(connection, "balance", f"SELECT *, {share / (1 - share)!r} AS up_per_down FROM counted")
+
+
+def stratify(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
+    """Takes held-out rows of the class that has more of them than in training; the smallest keys stay.
+
+    Where a split has one class alone there is no ratio to reach, and everything stays.
+    """
+    if config.split.stratify and config.balance.target_up_share is None:
+        _thin(
+            connection,
+            "stratify",
+            """SELECT h.*, t.up::DOUBLE / t.down AS up_per_down FROM counted h, counted t
+            WHERE h.split = 'heldout' AND t.split = 'train' AND least(h.up, h.down, t.up, t.down) > 0""",
+        )
+
+
+def _thin(connection: duckdb.DuckDBPyConnection, step: str, ratios: str) -> None:
+    """Takes rows by a query over `counted` (split, up, down) that adds the wanted `up_per_down` of some splits."""
     connection.execute(
         f"""CREATE TEMP TABLE surplus AS
         WITH counted AS (
             SELECT split, count(*) FILTER (label) AS up, count(*) FILTER (NOT label) AS down FROM rows GROUP BY split
         ),
         wanted AS (
-            SELECT split, least(up, round(down * {up_per_down!r})) AS up,
-                least(down, round(up / {up_per_down!r})) AS down
-            FROM counted
+            SELECT split, least(up, greatest(1, round(down * up_per_down))) AS up,
+                least(down, greatest(1, round(up / up_per_down))) AS down
+            FROM ({ratios})
         )
         SELECT response_key FROM (
             SELECT response_key, label, split,
@@ -93,7 +111,7 @@ def balance(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None
             FROM rows
         ) JOIN wanted USING (split) WHERE place > CASE WHEN label THEN up ELSE down END"""
     )
-    remove(connection, "balance", "SELECT vote FROM ballots JOIN surplus USING (response_key) WHERE removed IS NULL")
+    remove(connection, step, "SELECT vote FROM ballots JOIN surplus USING (response_key) WHERE removed IS NULL")
     connection.execute("DELETE FROM rows WHERE response_key IN (SELECT response_key FROM surplus)")
     connection.execute("DROP TABLE surplus")
 

@@ -2,7 +2,7 @@
 
 1. ingest      files -> parts on disk, new ones only (ingest.py, mapping.py, readers.py; turns.py for conversations)
 2. load        parts -> ballots: a narrow row a judgement, in DuckDB (votes.py, labels.py)
-3. clean       duplicates, broken answers, near duplicates (clean.py, near.py)
+3. clean       duplicates, broken answers, near duplicates (clean.py, language.py, near.py)
 4. users       the cap, and the weights that shrink (users.py)
 5. examples    conflicts, splits, balance (examples.py)
 6. output      Parquet, and the audit of it (output.py, audit.py)
@@ -20,7 +20,7 @@ import duckdb
 from kto_dist.feedback.clean import clean
 from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.database import database, find_salt
-from kto_dist.feedback.examples import balance, tally, view_examples
+from kto_dist.feedback.examples import balance, stratify, tally, view_examples
 from kto_dist.feedback.ingest import ingest
 from kto_dist.feedback.labels import make_words
 from kto_dist.feedback.output import publish, write
@@ -55,6 +55,7 @@ def _run(config: MiningConfig) -> Iterator[tuple[duckdb.DuckDBPyConnection, Path
         view_votes(connection, config)
         tally(connection, config)
         balance(connection, config)
+        stratify(connection, config)
         view_examples(connection)
         yield connection, folder
 

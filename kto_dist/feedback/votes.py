@@ -28,10 +28,12 @@ STEPS = (
     "truncated",
     "script",
     "length",
+    "language",
     "near_duplicate",
     "user_cap",
     "conflict",
     "balance",
+    "stratify",
 )
 MAX_MODELS = 1000
 
