@@ -1,6 +1,7 @@
 """What `train`, `precompute` and `evaluate` do before any of them runs a model: checks, rows, plan, reference scores.
 
-In:  the config. Out: `Prepared`, and from it `Scores`: the reference's log-prob of every pair the run will meet.
+In:  the config. Out: `Prepared`; from it `ReferenceSetup`, which reference it is; and from both `Scores`: its log-prob
+of every pair that the run will meet.
 """
 
 import operator
@@ -172,24 +173,30 @@ def class_weights(train: Examples, config: Config, warn: Callable[[str], None]) 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """The reference's side of a run."""
+class ReferenceSetup:
+    """The reference as it is going to be loaded: from its own settings, and from which weights."""
 
-    train: RefLogps
-    heldout: RefLogps | None
+    path: str
+    gguf_file: str | None
+    model_config: PretrainedConfig
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    packed: bool
+    logits_dtype: torch.dtype | None
+    # None: fp32 where the device's matmul gives it
+    share: bool | None
+    # `Scorer.share_prefixes`, as far as it is known without the model
     identity: Fingerprint
-    outcome: Outcome
 
 
-def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda progress: None) -> Scores:
-    """Collective. Looks every pair up in the store and scores what is missing; no model is left in memory after.
-
-    Nothing of the policy's settings reaches it but which rows and pairs the run takes. Raises `UserError`.
-    """
+def find_reference(prepared: Prepared, console: Console) -> ReferenceSetup:
+    """Collective. Hashes the weights, and raises `UserError` where hosts differ or a setting cannot be had."""
     config = prepared.config
     section = config.reference
+    name = "reference.path" if section.path else "model.path"
     path, gguf_file = (section.path, section.gguf_file) if section.path else (config.model.path, config.model.gguf_file)
-    model_config = load_config(path, gguf_file, "reference.path" if section.path else "model.path")
+    model_config = load_config(path, gguf_file, name)
     device = reference_device(section)
     dtype = pick_dtype(section.dtype, device)
     attention = pick_attention(section.attention, device, dtype)
@@ -211,7 +218,6 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
     )
 
     # One value of a pair counts for all ranks, and all of them read equally many micro-batches.
-    name = "reference.path" if section.path else "model.path"
     again = f"copy the model in {name} to each of them again"
     for what, value, remedy in (
         ("the reference's weights", identity.weights, again),
@@ -223,9 +229,41 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
         ("reference.share_prefixes", share, "set it to false, or reference.device"),
     ):
         comm.same_everywhere(value, what, remedy)
+    return ReferenceSetup(
+        path=path,
+        gguf_file=gguf_file,
+        model_config=model_config,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        packed=packed,
+        logits_dtype=logits_dtype,
+        share=share,
+        identity=identity,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """The reference's side of a run."""
+
+    train: RefLogps
+    heldout: RefLogps | None
+    identity: Fingerprint
+    outcome: Outcome
+
+
+def score_reference(
+    prepared: Prepared, setup: ReferenceSetup, console: Console, watch: Watch = lambda progress: None
+) -> Scores:
+    """Collective. Looks every pair up in the store and scores what is missing; no model is left in memory after.
+
+    Nothing of the policy's settings reaches it but which rows and pairs the run takes. Raises `UserError`.
+    """
+    config, section, device, share = prepared.config, prepared.config.reference, setup.device, setup.share
 
     def build() -> Scorer:
-        console.say(f"loading the reference ({path}, {identity.dtype})")
+        console.say(f"loading the reference ({setup.path}, {setup.identity.dtype})")
         # kept even when another rank's fails
         loaded: list[Reference] = []
         try:
@@ -233,11 +271,11 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
                 lambda: loaded.append(
                     Reference(
                         section,
-                        path=path,
-                        gguf_file=gguf_file,
-                        model_config=model_config,
-                        dtype=dtype,
-                        attention=attention,
+                        path=setup.path,
+                        gguf_file=setup.gguf_file,
+                        model_config=setup.model_config,
+                        dtype=setup.dtype,
+                        attention=setup.attention,
                         device=device,
                     )
                 )
@@ -251,8 +289,8 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
     def tried(reference: Reference) -> bool | None:
         """Whether prompts are shared, now that the model can show what it can; for all ranks alike."""
         forward, model = reference.forward, reference.model
-        together(lambda: check_scoring(forward, model, device, packed=packed, setting="reference.packing"))
-        if share is False or not comm.any_(not sharing_is_exact(forward, model, device, ROUNDING[dtype])):
+        together(lambda: check_scoring(forward, model, device, packed=setup.packed, setting="reference.packing"))
+        if share is False or not comm.any_(not sharing_is_exact(forward, model, device, ROUNDING[setup.dtype])):
             return share
         if share:
             raise UserError(
@@ -272,14 +310,14 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
         max_length=prepared.cutting.max_length,
         prompt_limit=prepared.cutting.prompt_limit,
         tokens_per_batch=section.tokens_per_batch,
-        packed=packed,
+        packed=setup.packed,
         logits_bytes=bytes_of(section.logits_mebibytes),
-        logits_dtype=logits_dtype,
-        t0=T0_OVER_HIDDEN * model_config.get_text_config().hidden_size,
+        logits_dtype=setup.logits_dtype,
+        t0=T0_OVER_HIDDEN * setup.model_config.get_text_config().hidden_size,
         device=device,
     )
     results: list[tuple[RefLogps, Outcome]] = []
-    store = together(lambda: Store(section.store, identity, warn=console.warn, model=path))
+    store = together(lambda: Store(section.store, setup.identity, warn=console.warn, model=setup.path))
     with store, lazily(build) as engine:
         for (examples, prompts, completions), title in zip(lists, ("training pairs", "held-out pairs"), strict=False):
             with console.progress(f"reference: {title}") as show:
@@ -300,7 +338,7 @@ def score_reference(prepared: Prepared, console: Console, watch: Watch = lambda 
     scored = f"{total.pairs - total.hits:,} scored" + (" with shared prompts" if total.shared else "")
     console.say(f"reference: {total.pairs:,} pairs, {total.hits:,} from the store, {scored} in {total.seconds:.1f} s")
     return Scores(
-        train=results[0][0], heldout=results[1][0] if len(results) > 1 else None, identity=identity, outcome=total
+        train=results[0][0], heldout=results[1][0] if len(results) > 1 else None, identity=setup.identity, outcome=total
     )
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ from kto_dist.environment import environment_tags
 from kto_dist.errors import UserError
 from kto_dist.evaluate import cut_pairs, evaluate_rows, labels_of
 from kto_dist.files import write_whole
+from kto_dist.fingerprint import Fingerprint
 from kto_dist.health import Monitor
 from kto_dist.models import Policy, zero_stage
 from kto_dist.objective import kl_sums, loss_and_sums
-from kto_dist.prepare import Prepared, Scores, counts, prepare, score_reference
+from kto_dist.pass_record import PassRecord
+from kto_dist.prepare import Prepared, Scores, counts, find_reference, prepare, score_reference
 
 
 class Stopped(RuntimeError):
@@ -61,31 +63,38 @@ def train(config: Config) -> dict[str, Any]:
     if not audits:
         for doubt in prepared.train.report.doubts():
             console.warn(doubt)
-    scores = score_reference(prepared, console)
-    run = _start(prepared, scores, audits, found, console)
-    status = "FAILED"
+    setup = find_reference(prepared, console)
+    run = _start(prepared, setup.identity, audits, found, console)
+    # opened when the reference pass is under way, or over
+    record = PassRecord(lambda: _open(prepared, run, console))
+    status: tracking.Status = "FAILED"
     try:
+        scores = score_reference(prepared, setup, console, record.watch)
+        run.tracker = record.tracker
+        if found is None or scores.outcome.hits < scores.outcome.pairs:
+            record.end(scores.outcome)
         summary = _train(prepared, scores, run, console)
         status = "FINISHED"
     except (Stopped, KeyboardInterrupt) as stop:
         status = "KILLED" if not isinstance(stop, Stopped) or stop.exit_code != 1 else "FAILED"
         raise
     finally:
-        run.tracker.finish(status)
+        record.finish(status)
     return summary
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """What a run writes to."""
+    """What a run goes on from, and what it writes to."""
 
     output: Path
-    tracker: Any
     state: checkpoint.State
     # of the checkpoint that was found, or of step 0
     found: Path | None
+    reference: Fingerprint
     audits: list[Audited]
     # of the training data; on rank 0
+    tracker: Any = field(default_factory=tracking.NullTracker)
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
@@ -121,14 +130,14 @@ def _find_checkpoint(config: Config, console: Console) -> Path | None:
     return found
 
 
-def _start(prepared: Prepared, scores: Scores, audits: list[Audited], found: Path | None, console: Console) -> Run:
-    """Checks the checkpoint to go on from, writes the config, and opens the tracker. Collective."""
+def _start(
+    prepared: Prepared, reference: Fingerprint, audits: list[Audited], found: Path | None, console: Console
+) -> Run:
+    """Checks the checkpoint to go on from; writes nothing. Raises `UserError` where it is another run's."""
     config = prepared.config
     output = Path(config.train.output)
     stage = zero_stage(config, prepared.dtype)
-    identity = checkpoint.identity(
-        config, data=prepared.train.fingerprint, policy=scores.identity.weights, zero_stage=stage
-    )
+    identity = checkpoint.identity(config, data=prepared.train.fingerprint, policy=reference.weights, zero_stage=stage)
     state = checkpoint.State(
         step=0,
         world_size=comm.world_size(),
@@ -140,39 +149,42 @@ def _start(prepared: Prepared, scores: Scores, audits: list[Audited], found: Pat
         state = checkpoint.read_state(found)
         checkpoint.check_same_run(state, identity, str(output))
         console.say(f"going on from {found.name} of {prepared.plan.steps} steps")
+    return Run(output=output, state=state, found=found, reference=reference, audits=audits)
 
-    tracker: Any = tracking.NullTracker()
-    if comm.is_main():
-        output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "config.yaml", to_yaml(config).encode())
-        _keep_lines_until(output / "metrics.jsonl", state.step)
-        # the last evaluation is made again below, from the same weights
-        _keep_lines_until(output / "heldout.jsonl", min(state.step, prepared.plan.steps - 1))
-        tracker = tracking.start(
-            config,
-            run_id=state.mlflow_run,
-            tags={
-                **environment_tags(),
-                "reference_fingerprint": scores.identity.digest,
-                "world_size": str(comm.world_size()),
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                "dataset_fingerprint": prepared.train.fingerprint,
-                **audit_tags(audits),
-            },
-            default_uri=f"sqlite:///{output.resolve().parent / 'mlflow.db'}",
-            warn=console.warn,
-        )
-        for name, examples in (("training", prepared.train), ("heldout", prepared.heldout)):
-            if examples is not None:
-                apart = name == "heldout" and isinstance(config.data.heldout, str)
-                source = str(config.data.heldout) if apart else ", ".join(config.data.train)
-                tags = audit_tags(audits) if name == "training" else {}
-                tracker.log_dataset(name, name, examples.fingerprint, counts(examples), source, tags)
-        for path, folder in audit_files(audits):
-            tracker.log_artifact(path, folder)
-        if found is None:
-            tracker.log(0, scores.outcome.figures())
-    return Run(output=output, tracker=tracker, state=state, found=found, audits=audits)
+
+def _open(prepared: Prepared, run: Run, console: Console) -> tracking.Tracker | tracking.NullTracker:
+    """Rank 0: writes the config, and opens the MLflow run with its datasets and audits."""
+    if not comm.is_main():
+        return tracking.NullTracker()
+    config, output = prepared.config, run.output
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "config.yaml", to_yaml(config).encode())
+    _keep_lines_until(output / "metrics.jsonl", run.state.step)
+    # the last evaluation is made again, from the same weights
+    _keep_lines_until(output / "heldout.jsonl", min(run.state.step, prepared.plan.steps - 1))
+    tracker = tracking.start(
+        config,
+        run_id=run.state.mlflow_run,
+        tags={
+            **environment_tags(),
+            "reference_fingerprint": run.reference.digest,
+            "world_size": str(comm.world_size()),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "dataset_fingerprint": prepared.train.fingerprint,
+            **audit_tags(run.audits),
+        },
+        default_uri=f"sqlite:///{output.resolve().parent / 'mlflow.db'}",
+        warn=console.warn,
+    )
+    for name, examples in (("training", prepared.train), ("heldout", prepared.heldout)):
+        if examples is not None:
+            apart = name == "heldout" and isinstance(config.data.heldout, str)
+            source = str(config.data.heldout) if apart else ", ".join(config.data.train)
+            tags = audit_tags(run.audits) if name == "training" else {}
+            tracker.log_dataset(name, name, examples.fingerprint, counts(examples), source, tags)
+    for path, folder in audit_files(run.audits):
+        tracker.log_artifact(path, folder)
+    return tracker
 
 
 def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> dict[str, Any]:
@@ -291,7 +303,7 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
             "class_weights": {"undesirable": prepared.class_weights[0], "desirable": prepared.class_weights[1]},
         },
         "reference": {
-            "fingerprint": scores.identity.digest,
+            "fingerprint": run.reference.digest,
             "pairs": scores.outcome.pairs,
             "from_store": scores.outcome.hits,
             "scored": scores.outcome.pairs - scores.outcome.hits,

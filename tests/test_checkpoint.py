@@ -89,9 +89,12 @@ def test_killed_while_saving_the_run_goes_on_from_the_checkpoint_before(tmp_path
 def test_another_runs_checkpoint_is_refused_with_the_difference_and_the_remedy(
     tmp_path, tiny_model, tiny_log, trained, change, message
 ):
-    changed = tiny_config(tmp_path, tiny_model, tiny_log, **change)
+    store = tmp_path / "untouched"
+    changed = tiny_config(tmp_path, tiny_model, tiny_log, reference__store=str(store), **change)
     with pytest.raises(UserError, match=rf"belongs to another run: {message}.*Give another train.output"):
         run_ranks(train_all, 1, [changed])
+    # before the reference scores anything
+    assert not store.exists()
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path, tiny_model, tiny_log):

@@ -144,6 +144,7 @@ def test_a_run_under_the_launcher_leaves_everything_that_it_promises_and_nothing
     assert logged.data.tags["reference_fingerprint"] == summary["reference"]["fingerprint"]
     assert logged.data.metrics["reference/scored"] == summary["reference"]["scored"] > 0
     assert logged.data.metrics["reference/rows_per_second"] > 0
+    assert logged.data.metrics["reference/share_done"] == 1 and logged.data.metrics["reference/seconds_left"] == 0
     losses = client.get_metric_history(logged.info.run_id, "loss")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert {(point.step, point.value) for point in losses} == {(line["step"], line["loss"]) for line in lines}

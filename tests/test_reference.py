@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from kto_dist.config import Config
 from kto_dist.console import Console
 from kto_dist.errors import UserError
-from kto_dist.prepare import prepare, score_reference
+from kto_dist.prepare import find_reference, prepare, score_reference
 from kto_dist.reference import Outcome, Scorer, lazily, wanted_pairs
 
 
@@ -30,7 +30,9 @@ def scored_and_found(config: Config) -> tuple[int, int]:
 
 def logps_of_pairs(config: Config) -> np.ndarray:
     prepared = prepare(config, Console())
-    return score_reference(prepared, Console()).train(*wanted_pairs(prepared.plan, prepared.train))
+    return score_reference(prepared, find_reference(prepared, Console()), Console()).train(
+        *wanted_pairs(prepared.plan, prepared.train)
+    )
 
 
 @pytest.mark.parametrize("packing", (False, True))
@@ -252,7 +254,8 @@ def _progress_of(config: Config) -> tuple[list[dict], int]:
     module = importlib.import_module("kto_dist.reference")
     module.FIRST_SHARD = module.LARGEST_SHARD = 8
     seen: list = []
-    scores = score_reference(prepare(config, Console()), Console(), seen.append)
+    prepared = prepare(config, Console())
+    scores = score_reference(prepared, find_reference(prepared, Console()), Console(), seen.append)
     return [asdict(progress) for progress in seen], scores.outcome.scored_once
 
 
@@ -482,7 +485,7 @@ def _memory(config: Config) -> dict[str, int]:
             super().close(**settings)
 
     module.Reference = Watched
-    score_reference(prepared, Console())
+    score_reference(prepared, find_reference(prepared, Console()), Console())
     seen["after"] = process.memory_info().rss
     return seen
 
@@ -519,7 +522,7 @@ def _allocated(config: Config) -> dict[str, int]:
             super().close(**settings)
 
     module.Reference = Watched
-    score_reference(prepared, Console())
+    score_reference(prepared, find_reference(prepared, Console()), Console())
     return {**seen, "after": torch.cuda.memory_allocated()}
 
 

@@ -85,6 +85,15 @@ def test_a_run_whose_pairs_are_all_there_trains_from_a_read_only_store(tmp_path,
     more = tiny_config(tmp_path, tiny_model, tiny_log, reference__store=store, train__max_steps=2)
     with pytest.raises(UserError, match=r"reference.store \(.*store\) lacks pairs of this run, but cannot be written"):
         run_ranks(scored_and_found, 2, more)
+    tracked = more.model_copy(
+        update={
+            "train": more.train.model_copy(update={"output": str(tmp_path / "new" / "run")}),
+            "tracking": more.tracking.model_copy(update={"enabled": True}),
+        }
+    )
+    with pytest.raises(UserError, match="cannot be written"):
+        run_ranks(train_all, 1, [tracked])
+    assert not (tmp_path / "new").exists()
 
 
 def _on_s3(environment: dict[str, str], config: Config) -> tuple[int, int, float]:
