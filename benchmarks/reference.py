@@ -5,7 +5,8 @@ In:  a model folder and a log of thumbs. Out: a table, and with `--json` a file 
 1. rows      all rows of the log's first prompts, so that prompts have several completions, as in a thumbs log they
              have; the KL pairs of a run over them; the same pairs for all
 2. runs      `throughput.py`'s own implementations, each in a fresh process that ends when its reference pass does;
-             they take turns, and the median of their rates counts
+             they take turns. The medians of their rates count, and of the ratios within a turn, since what else
+             runs on a machine slows a turn as a whole
 3. measure   from a loaded model to stored log-probs, kto_dist's checks of the model and its hashing included; the bare
              loop runs the same model over the same micro-batches with a plain head, and stores nothing
 4. before    finding a run's pairs and hashing their keys, for a million rows of short random tokens
@@ -254,15 +255,17 @@ def main(
             "runs": rates,
         }
         lines.append(line)
-    bare = next((line["rows_per_second"] for line in lines if line["implementation"] == "bare"), None)
+    bare = next((line["runs"] for line in lines if line["implementation"] == "bare"), None)
     for line in lines:
+        if bare:
+            line["of_bare"] = statistics.median(own / other for own, other in zip(line["runs"], bare, strict=True))
         table.add_row(
             NAMES[line["implementation"]],
             f"{line['rows_per_second']:.1f}",
             f"{min(line['runs']):.1f}-{max(line['runs']):.1f}",
             f"{line['tokens_per_second']:,.0f}",
             f"{line['peak_bytes'] / 2**30:.2f}",
-            f"{line['rows_per_second'] / bare:.2f} x" if bare else "",
+            f"{line['of_bare']:.2f} x" if bare else "",
         )
     console.print(table)
     for title, figures in (("finding pairs", plan), ("store", store)):

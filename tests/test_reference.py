@@ -536,6 +536,48 @@ def test_the_reference_leaves_the_gpus_memory_when_it_has_scored(tmp_path, tiny_
     assert seen["after"] - seen["before"] < 0.15 * size
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_a_reference_whose_weights_lie_on_a_disk_scores_alike_and_leaves_the_disk_empty(tmp_path, tiny_log, ranks):
+    """Soak, because DeepSpeed compiles its asynchronous I/O first, which takes minutes once."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("needs libaio and its headers (apt-get install libaio-dev)")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # DeepSpeed keeps parameters of less than 100,000 numbers in memory
+    model = save_tiny(tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=2)
+    plain, swapped = (
+        tiny_config(tmp_path, model, tiny_log, reference__store=str(tmp_path / name), **settings)
+        for name, settings in (
+            ("plain", {}),
+            ("swapped", {"reference__offload": "nvme", "reference__nvme_path": str(disk)}),
+        )
+    )
+    expected = run_ranks(logps_of_pairs, ranks, plain)
+    found = run_ranks(_with_files_seen, ranks, swapped, disk, timeout=600)
+    assert all(np.allclose(own, other, rtol=1e-5, atol=1e-5) for (own, _), other in zip(found, expected, strict=True))
+    assert all(seen > 1e6 for _, seen in found) and not any(disk.iterdir())
+
+
+def _with_files_seen(config: Config, disk: Path) -> tuple[np.ndarray, int]:
+    """Values, and how many bytes lay on the disk when the reference was loaded."""
+    module = importlib.import_module("kto_dist.prepare")
+    seen = [0]
+
+    class Watched(module.Reference):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            seen[0] = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file())
+
+    module.Reference, real = Watched, module.Reference
+    try:
+        return logps_of_pairs(config), seen[0]
+    finally:
+        module.Reference = real
+
+
 def _memory_of_second_pass(warm_up: Config, config: Config) -> dict[str, int]:
     """The first pass of a process leaves behind what libraries load on first use; the second shows the model alone."""
     scored_and_found(warm_up)
