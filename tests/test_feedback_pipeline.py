@@ -235,9 +235,10 @@ def expected_weights(counts, *, volume, bias, prior, fair):
 
 
 @pytest.mark.parametrize(
-    ("volume", "bias", "prior"), [(0.5, 1.0, 10.0), (1.0, 0.5, 2.5), (0.0, 1.0, 10.0), (0.0, 0.0, 1.0)]
+    ("volume", "bias", "prior", "fair"),
+    [(0.5, 1.0, 10.0, None), (1.0, 0.5, 2.5, None), (0.0, 1.0, 10.0, None), (0.0, 0.0, 1.0, None), (0.5, 1.0, 10.0, 7)],
 )
-def test_weights_are_those_of_the_formula(tmp_path, volume, bias, prior):
+def test_weights_are_those_of_the_formula(tmp_path, volume, bias, prior, fair):
     counts = {"a": (8, 2), "b": (1, 29), "c": (3, 2), "d": (50, 10), "e": (1, 0)}
     rows = [
         vote(f"{user} {f} {i}", "a", f, u=user)
@@ -246,9 +247,12 @@ def test_weights_are_those_of_the_formula(tmp_path, volume, bias, prior):
         for i in range(n)
     ]
     options = {"users__volume": volume, "users__bias": bias, "users__prior_votes": prior, "users__hash_ids": False}
-    with mined(tmp_path, rows, WHO, **options) as connection:
+    with mined(tmp_path, rows, WHO, **options, users__fair_votes=fair) as connection:
         found = connection.execute("SELECT DISTINCT user_key, label, weight FROM votes").fetchall()
-    wanted = expected_weights(counts, volume=volume, bias=bias, prior=prior, fair=10)
+        assert connection.execute("SELECT count(*), count(DISTINCT vote) FROM votes").fetchone() == (len(rows),) * 2
+        assert connection.execute("SELECT sum(votes_up + votes_down) FROM examples").fetchone() == (len(rows),)
+    # the median user has 10 votes
+    wanted = expected_weights(counts, volume=volume, bias=bias, prior=prior, fair=fair or 10)
     assert len(found) == 9
     for user, label, weight in found:
         assert weight == pytest.approx(wanted[user][0 if label else 1], rel=1e-6)
@@ -502,6 +506,18 @@ with database(MiningConfig.load(sys.argv[1]), "the salt of this log") as (connec
     with mined(tmp_path, log, WHO):
         assert not folder.exists()
     assert [path.name for path in work.iterdir()] == ["salt"]
+
+
+def test_a_folder_for_work_keeps_what_is_not_the_runs_own(tmp_path):
+    work = tmp_path / "work"
+    foreign = [work / "run-1" / "model", work / "run-2" / "lock", work / ".kto-mining-plans" / "text", work / "lock"]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    with mined(tmp_path, [vote()]):
+        pass
+    assert [path.read_text() for path in foreign] == ["mine"] * len(foreign)
+    assert sorted(path.name for path in work.iterdir()) == [".kto-mining-plans", "lock", "run-1", "run-2", "salt"]
 
 
 def test_the_command_mines_and_tells_mistakes_without_a_traceback(tmp_path):

@@ -23,6 +23,8 @@ from kto_dist.feedback.mapping import macros
 from kto_dist.feedback.readers import literal
 
 SALT = "KTO_FEEDBACK_SALT"
+# of the folders of runs, in a folder that may hold other things
+_PREFIX = ".kto-mining-"
 
 
 @contextmanager
@@ -74,23 +76,24 @@ def database(config: MiningConfig, salt: str) -> Iterator[tuple[duckdb.DuckDBPyC
 def _make_folder(work: Path) -> tuple[Path, int]:
     """A folder that nobody else can look into, and its lock; what killed runs have left is removed first.
 
-    A run holds the lock for as long as it lives, whatever machine or container its process number belongs to.
+    A run holds the lock for as long as it lives, whatever machine or container its process number belongs to. A folder
+    without a lock's file is somebody else's, whatever it is called: `work` may be any folder.
     """
     work.mkdir(parents=True, exist_ok=True)
-    for left in work.glob("run-*"):
-        with contextlib.suppress(OSError):  # it lives, or somebody else is removing it
-            lock = _lock(left)
+    for left in work.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is not ours, it lives, or somebody else is removing it
+            lock = _lock(left, os.O_WRONLY)
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
     name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    new = work / f".new-{name}"
+    new = work / f".new{_PREFIX}{name}"
     new.mkdir(mode=0o700)
-    lock = _lock(new)
-    return new.rename(work / f"run-{name}"), lock  # under its name only once it is locked
+    lock = _lock(new, os.O_WRONLY | os.O_CREAT)
+    return new.rename(work / f"{_PREFIX}{name}"), lock  # under its name only once it is locked
 
 
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+def _lock(folder: Path, flags: int) -> int:
+    descriptor = os.open(folder / "lock", flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -43,7 +43,7 @@ def cap(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
 def weigh(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     """Makes `user_weights`: user, up_weight, down_weight."""
     users = config.users
-    fair = "median(n)" if users.fair_votes is None else f"{users.fair_votes}::DOUBLE"
+    fair = "(SELECT median(n) FROM counted)" if users.fair_votes is None else f"{users.fair_votes}::DOUBLE"
     prior = float(users.prior_votes)
     connection.execute(
         f"""CREATE TABLE user_weights AS
@@ -51,8 +51,7 @@ def weigh(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
             SELECT user, count(*) AS n, count(*) FILTER (label) AS up, count(*) FILTER (NOT label) AS down
             FROM ballots WHERE removed IS NULL AND user IS NOT NULL GROUP BY user
         ),
-        fair AS (SELECT {fair} AS votes FROM counted),
-        sized AS (SELECT *, least(1, fair.votes / n) ^ {users.volume!r}::DOUBLE AS volume FROM counted, fair),
+        sized AS (SELECT *, least(1, {fair} / n) ^ {users.volume!r}::DOUBLE AS volume FROM counted),
         everyone AS (
             -- sums of doubles depend on the order: rounded, so that a run is equal to itself on other threads
             SELECT round(sum(volume * up) / sum(volume * n), 9) AS up FROM sized
