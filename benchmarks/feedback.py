@@ -6,16 +6,16 @@ In:  nothing: logs are generated, of the shape below. Out: a table, and `--json`
 1. log      JSON lines: four votes an answer and 2.5 answers a prompt on average, users by a power law, 5 % delivered
             twice, one answer in ten a light edit of another; about 440 bytes a line
 2. mine     the whole of `kto-dist mine` in a fresh process: reading, every step of the cleaning with its defaults,
-            near duplicates, audit, report, Parquet. The process's peak is the largest resident set that the system saw
+            near duplicates, audit, report, Parquet. The peak is the largest resident set of that process's own memory
 3. growth   seconds and peak over rows; a straight line means that a row costs the same in a longer log
 
-Generating is in neither figure. Memory is bounded by `--memory` for the database; Python and Arrow come on top.
+Generating, which has a process of its own too, is in neither figure. Memory is bounded by `--memory` for the database;
+Python and Arrow come on top.
 """
 
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -65,6 +65,17 @@ def generate(path: Path, rows: int, seed: int = 0) -> None:
     )
 
 
+def generate_apart(path: Path, rows: int) -> None:
+    """The log from a process of its own, whose memory is given back with it."""
+    subprocess.run([sys.executable, __file__, "--generate", str(path), "--rows", str(rows)], check=True)
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far. ru_maxrss also counts the parent's memory at the fork."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+
+
 def mine_once(log: Path, folder: Path, memory: int, threads: int) -> tuple[float, int, dict[str, int]]:
     """Seconds, peak bytes and counts of a run in a process of its own."""
     config = folder / "mine.yaml"
@@ -90,8 +101,7 @@ def child(config: str) -> None:
 
     audit = mine(MiningConfig.load(config))
     counts = {file["split"]: file["rows"] for file in audit["files"]}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps([peak, counts]))
+    print(json.dumps([peak_bytes(), counts]))
 
 
 @click.command()
@@ -101,19 +111,29 @@ def child(config: str) -> None:
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Where to write the figures.")
 @click.option("--folder", type=click.Path(path_type=Path), help="For logs and databases.")
 @click.option("--child", "config", hidden=True, help="Mine this config and print the peak.")
+@click.option("--generate", "written", hidden=True, type=click.Path(path_type=Path), help="Write a log and end.")
 def main(
-    sizes: tuple[int, ...], memory: int, threads: int, target: Path | None, folder: Path | None, config: str | None
+    sizes: tuple[int, ...],
+    memory: int,
+    threads: int,
+    target: Path | None,
+    folder: Path | None,
+    config: str | None,
+    written: Path | None,
 ) -> None:
     """Mine generated logs of growing length."""
     if config is not None:
         child(config)
+        return
+    if written is not None:
+        generate(written, *sizes)
         return
     results, table = [], Table("rows", "log", "seconds", "rows/s", "peak memory", "dataset")
     for rows in sizes:
         here = Path(tempfile.mkdtemp(dir=folder))
         try:
             log = here / "log.jsonl"
-            generate(log, rows)
+            generate_apart(log, rows)
             seconds, peak, counts = mine_once(log, here, memory, threads)
             size = log.stat().st_size
         finally:
