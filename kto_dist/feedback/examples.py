@@ -3,7 +3,8 @@
 1. tallies      an answer's votes by class, in number and in weight
 2. conflict     answers judged both ways: the clear majority's label, or none, or a weight by the margin
 3. balance      rows of the larger class leave until a stated ratio is reached, in each split for itself
-4. stratify     without a stated ratio, held-out rows of the larger class leave until it has the training rows' ratio
+4. stratify     without a stated ratio, held-out rows of the larger class leave until it has the training rows' ratio,
+                or until half of the held-out rows are left
 5. examples     a view of the rows; `vote` leads to their texts
 
 A row's weight is the mean weight of the votes for its label; with `agreement.conflicts: keep` times the margin
@@ -14,10 +15,14 @@ left of chance is evened out by leaving held-out rows away, since moving prompts
 
 import duckdb
 
+from kto_dist.errors import UserError
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.votes import remove
 
 _MASK_BITS = 60
+# Of a split's rows, what stratify leaves at least. With 95 thumbs up and 2 down held out, chance moves the ratio by
+# more than the step repairs, and evaluation gives accuracies by class anyway: rows are then worth more than the ratio.
+_LEAST_LEFT = 0.5
 
 
 def tally(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
@@ -73,16 +78,30 @@ def _heldout(config: MiningConfig) -> str:
 
 
 def balance(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
-    """Takes rows of the class of which there are too many; the smallest keys stay."""
+    """Takes rows of the class of which there are too many; the smallest keys stay.
+
+    Raises `UserError` where a split has one class alone, of which no sample has the ratio.
+    """
     share = config.balance.target_up_share
     if share is not None:
+        for split, label, count in connection.execute(
+            "SELECT split, any_value(label), count(*) FROM rows GROUP BY split "
+            "HAVING count(DISTINCT label) = 1 ORDER BY split DESC"
+        ).fetchall():
+            raise UserError(
+                f"balance.target_up_share ({share}) needs rows of both classes in each split, and the {count:,} "
+                f"{'held out' if split == 'heldout' else 'to train on'} are all thumbs {'up' if label else 'down'}: "
+                "leave it out (null) to keep all rows, loosen the steps that took the other class, change "
+                "split.heldout (0: hold nothing out), or give a longer log"
+            )
         _thin(connection, "balance", f"SELECT *, {share / (1 - share)!r} AS up_per_down FROM counted")
 
 
 def stratify(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     """Takes held-out rows of the class that has more of them than in training; the smallest keys stay.
 
-    Where a split has one class alone there is no ratio to reach, and everything stays.
+    At least half of the held-out rows stay, whatever ratio that leaves. Where a split has one class alone there is no
+    ratio to reach, and everything stays.
     """
     if config.split.stratify and config.balance.target_up_share is None:
         _thin(
@@ -90,19 +109,24 @@ def stratify(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> Non
             "stratify",
             """SELECT h.*, t.up::DOUBLE / t.down AS up_per_down FROM counted h, counted t
             WHERE h.split = 'heldout' AND t.split = 'train' AND least(h.up, h.down, t.up, t.down) > 0""",
+            least_left=_LEAST_LEFT,
         )
 
 
-def _thin(connection: duckdb.DuckDBPyConnection, step: str, ratios: str) -> None:
-    """Takes rows by a query over `counted` (split, up, down) that adds the wanted `up_per_down` of some splits."""
+def _thin(connection: duckdb.DuckDBPyConnection, step: str, ratios: str, least_left: float = 0.0) -> None:
+    """Takes rows by a query over `counted` (split, up, down) that adds the wanted `up_per_down` of some splits.
+
+    Those splits have rows of both classes, and keep some of each. Only one class of a split has too many rows.
+    """
+    least = f"ceil({least_left!r} * (up + down))"
     connection.execute(
         f"""CREATE TEMP TABLE surplus AS
         WITH counted AS (
             SELECT split, count(*) FILTER (label) AS up, count(*) FILTER (NOT label) AS down FROM rows GROUP BY split
         ),
         wanted AS (
-            SELECT split, least(up, greatest(1, round(down * up_per_down))) AS up,
-                least(down, greatest(1, round(up / up_per_down))) AS down
+            SELECT split, least(up, greatest(1, round(down * up_per_down), {least} - down)) AS up,
+                least(down, greatest(1, round(up / up_per_down), {least} - up)) AS down
             FROM ({ratios})
         )
         SELECT response_key FROM (
