@@ -42,17 +42,6 @@ def pair_keys(
     return PairKeys(keys=_sum(front, back), prompts=front)
 
 
-def pair_key(prompt: np.ndarray, completion: np.ndarray) -> bytes:
-    """The key of one pair, from its token ids: 16 bytes, as a shard holds them."""
-    sides = [_digests("prompt", memoryview(_bytes(prompt)), [0], [4 * len(prompt)])]
-    sides.append(_digests("completion", memoryview(_bytes(completion)), [0], [4 * len(completion)]))
-    return _sum(*sides).tobytes()
-
-
-def keys_array(keys: list[bytes]) -> np.ndarray:  # (P,) KEY
-    return np.frombuffer(b"".join(keys), dtype=KEY)
-
-
 def _sum(front: np.ndarray, back: np.ndarray) -> np.ndarray:
     keys = np.empty(front.size, KEY)
     for half in ("high", "low"):

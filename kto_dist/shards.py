@@ -117,6 +117,11 @@ def disagreements(parts: Sequence[Pairs]) -> tuple[int, float]:
     return int(several.sum()), float((largest - whole.logps)[several].max(initial=0.0))
 
 
+def key_column(keys: np.ndarray) -> pa.FixedSizeBinaryArray:  # (P,) KEY
+    keys = np.ascontiguousarray(keys)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), keys.size, [None, pa.py_buffer(keys)])
+
+
 def encode(keys: np.ndarray, logps: np.ndarray, tokens: np.ndarray, fingerprint: str) -> tuple[str, bytes]:
     """A shard's name and bytes.
 
@@ -124,10 +129,10 @@ def encode(keys: np.ndarray, logps: np.ndarray, tokens: np.ndarray, fingerprint:
     damaged file can move it away by its name without touching a good one that has been written in its place.
     """
     order = np.argsort(keys["high"])
-    keys = np.ascontiguousarray(keys[order])
-    packed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), keys.size, [None, pa.py_buffer(keys)])
     schema = SCHEMA.with_metadata({"fingerprint": fingerprint, "written": f"{time.time_ns()} {uuid.uuid4().hex}"})
-    table = pa.table([packed, pa.array(logps[order]), pa.array(tokens[order], pa.int32())], schema=schema)
+    table = pa.table(
+        [key_column(keys[order]), pa.array(logps[order]), pa.array(tokens[order], pa.int32())], schema=schema
+    )
     sink = pa.BufferOutputStream()
     # hashes and sums of logarithms don't compress
     pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)

@@ -94,11 +94,27 @@ class Store:
                 found = content
         except OSError as error:
             raise self._refusal(error, "cannot be opened or created") from None
-        if any(found.get(key) != value for key, value in content.items()):
-            differing = sorted(key for key in content if found.get(key) != content[key])
+        self._check_manifest(found, content)
+
+    def _check_manifest(self, found: dict[str, Any], content: dict[str, Any]) -> None:
+        written = found.get("format")
+        if written != FORMAT:
+            # Nothing here says to remove the manifest: to this version the shards of another format look damaged.
+            older = type(written) is int and written < FORMAT
+            clear = f"; `kto-dist store gc {self._root} --fingerprint {self._digest[:12]}` removes it" if older else ""
             raise UserError(
-                f"{self.folder} belongs to another reference (they differ in {', '.join(differing)}): "
-                f"remove its {MANIFEST}, which loses no pair of this one, or give another reference.store"
+                f"{self.folder} is of format {written}, and this version of kto_dist knows format {FORMAT}: give "
+                f"another reference.store, or use the version of kto_dist that wrote it{clear}"
+            )
+        differing = [
+            f"{key} is {found.get(key)} there and {value} here"
+            for key, value in content.items()
+            if found.get(key) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self.folder} belongs to another reference ({'; '.join(differing)}): remove its {MANIFEST}, which "
+                "loses no pair of this one, or give another reference.store"
             )
 
     def lookup(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (P,) KEY -> (P,) fp64, (P,) bool
@@ -181,7 +197,7 @@ class Store:
             except OSError as error:
                 raise self._refusal(error, "cannot be read") from None
             for name, result in results.items():
-                if isinstance(result, FileNotFoundError):
+                if result is None:
                     continue
                 seen.add(name)
                 if isinstance(result, Pairs):
@@ -197,11 +213,16 @@ class Store:
             )
         return merge(list(read.values()))
 
-    def _read_shard(self, name: str) -> Pairs | BadShard | FileNotFoundError:
+    def _read_shard(self, name: str) -> Pairs | BadShard | None:
+        """None where it is gone."""
         try:
             data = self.folder.read(name)
-        except FileNotFoundError as gone:
-            return gone
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # NFS: it was removed while it was read
+                return None
+            raise
         try:
             return decode(name, data, self._digest)
         except BadShard as bad:

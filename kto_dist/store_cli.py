@@ -91,8 +91,8 @@ def verify_shards(store: str, fingerprint: str) -> None:
 def gc(store: str, fingerprint: str, unused_days: float | None, yes: bool) -> None:
     """Remove from STORE what is damaged or abandoned, and merge many small shards into few.
 
-    Models go only by --fingerprint or --unused-days. What a running job uses is left alone. A job that may only read
-    leaves no mark: neither that it is running nor that the model was used.
+    Whole models go only by --fingerprint or --unused-days, also those that another version wrote. What a running job
+    uses is left alone. A job that may only read leaves no mark: neither that it is running nor that the model was used.
     """
     from kto_dist.store_tools import collect, plan_gc, summarise
 
@@ -109,7 +109,7 @@ def gc(store: str, fingerprint: str, unused_days: float | None, yes: bool) -> No
     else:
         skipped = [removal for removal, done in collect(store, removals) if not done]
         for removal in skipped:
-            click.echo(f"{removal.folder[:12]}: left alone, a job has started to use it, or it is no longer as it was")
+            click.echo(f"{removal.folder[:12]}: left alone, a job has come to use it, or it is no longer as it was")
         click.echo(f"done: {len(removals) - len(skipped)} of {len(removals)}")
 
 

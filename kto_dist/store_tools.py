@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from kto_dist.errors import UserError
 from kto_dist.files import write_whole
-from kto_dist.shards import NAME, BadShard, Pairs, decode, disagreements, encode, merge
+from kto_dist.shards import NAME, BadShard, Pairs, decode, disagreements, encode, key_column, merge
 from kto_dist.storage import TEMPORARY, File, Storage, open_storage
 from kto_dist.store import (
     FOLDER_DIGITS,
@@ -98,6 +98,8 @@ class Removal:
     # their pairs are written to new shards first
     damaged: bool = False
     # they are read again first, and stay where they turn out to be good
+    unused_days: float | None = None
+    # days since the model was last used, which is asked again first; it stays where they are fewer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,8 +245,9 @@ def plan_gc(
     """What can go without a loss: what is damaged or abandoned, and shards that one can replace.
 
     With `unused_days` also the models that nobody has used for so long, with `prefix` the one of that fingerprint, with
-    both that one if nobody has. Never anything of a model that a job is using, nor of one with a shard that cannot be
-    judged, which `warn` tells. Raises `UserError` where `prefix` fits several models.
+    both that one if nobody has. Otherwise never anything of a model that another version's format holds, nor of one
+    with a shard that cannot be judged, which `warn` tells, and in no case of one that a job is using. Raises
+    `UserError` where `prefix` fits several models.
     """
     removals = []
     folders = folders_of(root, prefix or "")
@@ -265,27 +268,47 @@ def _plan_of(
     if in_use(folder):
         return []
     files = folder.files()
-    manifest, _ = _trusted_manifest(folder, name)
-    written, used = (manifest or {}).get("format"), last_used(folder)
-    days = None if used is None else (time.time() - used) / 86400
-    stale = None
     if prefix and unused_days is None:
-        stale = f"its fingerprint starts with {prefix}"
-    elif type(written) is int and written < FORMAT:
-        stale = f"an older version wrote it (format {written}, now {FORMAT})"
-    elif unused_days is not None and days is not None and days >= unused_days:
-        stale = f"not used for {days:.0f} days"
-    if stale:
-        return [_removal(name, files, stale)]
+        return [_removal(name, files, f"its fingerprint starts with {prefix}")]
+    days = None if unused_days is None else _days_unused(folder, unused_days)
+    if days is not None:
+        return [_removal(name, files, f"not used for {days:.0f} days", unused_days=unused_days)]
+    manifest, _ = _trusted_manifest(folder, name)
+    written = (manifest or {}).get("format")
     if manifest and written != FORMAT:
-        warn(f"{name}: left alone, {MANIFEST} names format {written}, and this version knows {FORMAT}")
+        warn(
+            f"{name}: left alone, {MANIFEST} names format {written}, and this version knows {FORMAT}: "
+            "--fingerprint or --unused-days remove it whole, the version that wrote it can use it"
+        )
         return []
     return _litter(name, folder, files, warn)
 
 
-def _removal(name: str, files: list[File], why: str, *, merged: bool = False, damaged: bool = False) -> Removal:
-    names, size = [file.name for file in files], sum(file.size for file in files)
-    return Removal(folder=name, files=names, size=size, why=why, merged=merged, damaged=damaged)
+def _days_unused(folder: Storage, least: float) -> float | None:
+    """None where they are fewer than `least`, or unknown."""
+    used = last_used(folder)
+    days = None if used is None else (time.time() - used) / 86400
+    return None if days is None or days < least else days
+
+
+def _removal(
+    name: str,
+    files: list[File],
+    why: str,
+    *,
+    merged: bool = False,
+    damaged: bool = False,
+    unused_days: float | None = None,
+) -> Removal:
+    return Removal(
+        folder=name,
+        files=[file.name for file in files],
+        size=sum(file.size for file in files),
+        why=why,
+        merged=merged,
+        damaged=damaged,
+        unused_days=unused_days,
+    )
 
 
 def _litter(name: str, folder: Storage, files: list[File], warn: Callable[[str], None]) -> list[Removal]:
@@ -324,7 +347,7 @@ def _litter(name: str, folder: Storage, files: list[File], warn: Callable[[str],
 
 
 def collect(root: str | Path, removals: list[Removal]) -> Iterator[tuple[Removal, bool]]:
-    """Does what `plan_gc` said, and yields for each whether: not where a job has started to use the model since."""
+    """Does what `plan_gc` said, and yields for each whether: not where a job has come to use the model since."""
     for removal in removals:
         with _told(root, "could not be cleared out to the end"):
             done = _carry_out(open_storage(root) / removal.folder, removal)
@@ -338,6 +361,8 @@ def _carry_out(folder: Storage, removal: Removal) -> bool:
         return _merge_shards(folder, removal)
     if removal.damaged:
         return _remove_damaged(folder, removal)
+    if removal.unused_days is not None and _days_unused(folder, removal.unused_days) is None:
+        return False
     # the manifest last: without it the rest could not be told apart if this were stopped
     for name in sorted(removal.files, key=lambda name: name in (MANIFEST, USED)):
         folder.remove(name)
@@ -394,7 +419,7 @@ def export(root: str | Path, target: Path, prefix: str = "") -> int:
             "kto-dist precompute, or remove them with kto-dist store gc, and export then"
         )
     pairs = merge(list(found.good.values()))
-    keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(pairs), [None, pa.py_buffer(pairs.keys())])
+    keys = key_column(pairs.keys())
     sink = pa.BufferOutputStream()
     if target.suffix == ".parquet":
         pq.write_table(pa.table({"key": keys, "logp": pairs.logps, "tokens": pairs.tokens}), sink)

@@ -5,11 +5,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_key import keys_array, pair_key
 from ranks import run_ranks
 
 from kto_dist.batch import pair_lengths, pair_tokens
 from kto_dist.examples import ClassReport, DataReport, Examples
-from kto_dist.keys import keys_array, pair_key, pair_keys
+from kto_dist.keys import pair_keys
 
 MAX_LENGTH, PROMPT_LIMIT = 9, 4
 

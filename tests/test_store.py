@@ -1,7 +1,9 @@
 """The store on disk: what was added is found, damage is found, and nobody ever gets a wrong number."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,11 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_scorer import IDENTITY, OTHER, fill, keys_of, shards_of, value_of
+from pair_key import keys_array, pair_key
 
 from kto_dist.errors import UserError
-from kto_dist.keys import keys_array, pair_key
 from kto_dist.shards import KEY, encode
-from kto_dist.store import Store
+from kto_dist.storage import LocalStorage
+from kto_dist.store import FORMAT, Store
 
 FILL = [sys.executable, str(Path(__file__).with_name("fake_scorer.py"))]
 
@@ -56,11 +59,6 @@ def test_keys_that_agree_in_their_first_half_are_told_apart(tmp_path):
     store.add(keys[:2], np.array([0.5, 0.25]), np.array([1, 1]))
     logps, found = Store(tmp_path, IDENTITY).lookup(keys)
     assert logps.tolist() == [0.5, 0.25, 0.0] and found.tolist() == [True, True, False]
-
-
-def test_the_boundary_between_prompt_and_completion_is_part_of_the_key():
-    tokens = np.array([1, 2, 3, 4])
-    assert pair_key(tokens[:1], tokens[1:]) != pair_key(tokens[:2], tokens[2:])
 
 
 def test_a_shard_holds_what_its_columns_say(tmp_path):
@@ -189,9 +187,26 @@ def test_a_copy_of_a_shard_under_another_name_changes_nothing(tmp_path):
 def test_a_manifest_of_another_reference_is_refused(tmp_path):
     store = Store(tmp_path, IDENTITY)
     manifest = store.folder.path / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "weights": "other"}))
-    with pytest.raises(UserError, match=r"belongs to another reference .they differ in weights.*give another"):
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "weights": "other", "dtype": "float16"}))
+    differ = f"weights is other there and {IDENTITY.weights} here; dtype is float16 there and float32 here"
+    with pytest.raises(UserError, match=rf"belongs to another reference \({differ}\): remove its .*give another"):
         Store(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("ahead", (-1, 1))
+def test_a_store_of_another_format_is_refused_with_a_remedy_that_loses_nothing(tmp_path, ahead):
+    store = Store(tmp_path, IDENTITY)
+    manifest = store.folder.path / "manifest.json"
+    # whatever else such a version says in another way
+    manifest.write_text(json.dumps({"format": FORMAT + ahead, "fingerprint": "another"}))
+    with pytest.raises(UserError) as refusal:
+        Store(tmp_path, IDENTITY)
+    text = str(refusal.value)
+    assert f"is of format {FORMAT + ahead}, and this version of kto_dist knows format {FORMAT}: " in text
+    assert "give another reference.store, or use the version of kto_dist that wrote it" in text
+    assert "manifest" not in text
+    # what a newer version wrote is nothing to clear out
+    assert (f"kto-dist store gc {tmp_path} --fingerprint {IDENTITY.digest[:12]}" in text) == (ahead < 0)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe"])
@@ -329,3 +344,26 @@ def test_many_readers_of_one_damaged_shard_agree(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: found_in(tmp_path, 500)[1].sum(), range(8)))
     assert found == [450] * 8
+
+
+@pytest.mark.parametrize(("number", "gone"), [(errno.ESTALE, True), (errno.EIO, False)])
+def test_a_shard_that_an_nfs_server_removed_while_it_was_read_is_gone(tmp_path, monkeypatch, number, gone):
+    store = Store(tmp_path, IDENTITY)
+    fill(store, range(10))
+    fill(store, range(10, 20))
+    first, said, read = shards_of(store)[0].name, [], LocalStorage.read
+
+    def removed_meanwhile(self, name):
+        if name == first:
+            if gone:
+                self.remove(name)
+            raise OSError(number, os.strerror(number), name)
+        return read(self, name)
+
+    monkeypatch.setattr(LocalStorage, "read", removed_meanwhile)
+    reader = Store(tmp_path, IDENTITY, warn=said.append)
+    if gone:
+        assert reader.lookup(keys_of(range(20)))[1].sum() == 10 and not said
+    else:
+        with pytest.raises(UserError, match=r"cannot be read: .*Input/output error"):
+            reader.lookup(keys_of(range(20)))

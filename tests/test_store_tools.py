@@ -169,9 +169,24 @@ def test_gc_by_age_takes_only_models_that_nobody_used_for_so_long(two_models):
     assert not plan_gc(two_models, unused_days=41)
     (removal,) = plan_gc(two_models, unused_days=39)
     assert removal.folder == OTHER.digest[:32] and removal.why == "not used for 40 days"
-    # using it makes it young again, between the plan and the deed as well as before
+    # using it makes it young again
     Store(two_models, OTHER)
     assert not plan_gc(two_models, unused_days=39)
+
+
+@pytest.mark.parametrize("used", ("by a job", "by nobody", "nobody knows when"))
+def test_gc_by_age_asks_for_the_last_use_again_before_it_removes(two_models, used):
+    """A job that finds all its pairs leaves no mark that it is at work, only that the model was used."""
+    note = Store(two_models, OTHER).folder.path / "used.json"
+    note.write_text(json.dumps({"time": time.time() - 40 * 86400}))
+    removals = plan_gc(two_models, unused_days=39)
+    if used == "by a job":
+        Store(two_models, OTHER).lookup(keys_of(range(30)))
+    elif used == "nobody knows when":
+        note.unlink()
+    before = tree(two_models)
+    assert [done for _, done in collect(two_models, removals)] == [used == "by nobody"]
+    assert (tree(two_models) == before) == (used != "by nobody")
 
 
 def test_gc_removes_what_killed_writers_left_once_it_is_old(two_models):
@@ -184,11 +199,27 @@ def test_gc_removes_what_killed_writers_left_once_it_is_old(two_models):
     assert young.exists() and not old.exists()
 
 
-def test_a_store_of_an_older_format_is_what_gc_offers_to_remove(two_models, monkeypatch):
-    monkeypatch.setattr("kto_dist.store_tools.FORMAT", store_module.FORMAT + 1)
-    assert [removal.why for removal in plan_gc(two_models)] == [
-        f"an older version wrote it (format {store_module.FORMAT}, now {store_module.FORMAT + 1})"
-    ] * 2
+@pytest.mark.parametrize("ahead", (-1, 1))
+@pytest.mark.parametrize("how", ((), ("--unused-days", 1)))
+def test_models_of_another_format_stay_and_are_named_until_one_asks_for_their_removal(two_models, ahead, how):
+    path = Store(two_models, OTHER).folder.path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": store_module.FORMAT + ahead}))
+    (path.parent / "x.damaged").write_bytes(b"as that version says")
+    before = tree(two_models)
+    status, said = command("gc", two_models, "--yes", *how)
+    names = f"names format {store_module.FORMAT + ahead}, and this version knows {store_module.FORMAT}"
+    assert status == 0 and tree(two_models) == before
+    assert f"{OTHER.digest[:32]}: left alone, manifest.json {names}: --fingerprint or --unused-days remove it" in said
+
+
+@pytest.mark.parametrize("how", ("--fingerprint", "--unused-days"))
+def test_a_model_of_an_older_format_goes_when_one_asks_for_it(two_models, how):
+    path = Store(two_models, OTHER).folder.path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": store_module.FORMAT - 1}))
+    (path.parent / "used.json").write_text(json.dumps({"time": time.time() - 40 * 86400}))
+    status, said = command("gc", two_models, "--yes", how, OTHER.digest[:8] if how == "--fingerprint" else 39)
+    assert status == 0 and "done: 1 of 1" in said and not path.parent.exists()
+    assert found_in(two_models, 100)[1].all()
 
 
 def test_a_reader_finds_everything_while_shards_are_merged_under_it(tmp_path, monkeypatch):
