@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +237,22 @@ def test_large_tensors_are_hashed_in_blocks_and_every_byte_counts(tmp_path, read
         file.write_bytes(content)
         seen.add(file_digests([file])[0][""])
     assert len(seen) == 7 and len(reads) == 7 * 4
+
+
+@pytest.mark.parametrize("files", (1, 2))
+def test_blocks_of_a_file_and_of_several_are_hashed_at_the_same_time(tmp_path, monkeypatch, files):
+    monkeypatch.setattr(hashes, "BLOCK", 1000)
+    meeting, hashed = threading.Barrier(2), hashes._sha256
+
+    def both(*block):
+        meeting.wait(timeout=30)  # for ever, if one block were hashed after the other
+        return hashed(*block)
+
+    monkeypatch.setattr(hashes, "_sha256", both)
+    paths = [tmp_path / f"{n}.bin" for n in range(files)]
+    for path in paths:
+        path.write_bytes(bytes(2000 // files))
+    assert len(file_digests(paths)) == files
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(model, monkeypatch):
