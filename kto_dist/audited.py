@@ -1,14 +1,16 @@
 """Whether the data that a run trains on was audited, and what the audit found.
 
-In:  the paths of `data.train`. Out: an `Audited` for each audit.json that describes one of the files.
+In:  the paths of `data.train`. Out: an `Audited` for each audit.json that describes one of the files, and whether
+     these audits describe all of the data.
 
 An audit.json beside a Parquet file belongs to it only if it names the file's sha256: a file that was replaced, filtered
 or appended to is other data than the one that passed. Only what is on this machine's disk is looked at.
 """
 
 import glob
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 from kto_dist.files import sha256_of
 
 _VERSION = 1  # of audit.json, that this module reads; docs/audit.md
+_TAG_LENGTH = 500  # what a tag of MLflow's datasets holds
+_READ_OF_FOLDERS = (".parquet", ".jsonl", ".jsonl.gz")  # as sources.py does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +62,7 @@ def find_audits(paths: Sequence[str], warn: Callable[[str], None]) -> list[Audit
                 )
                 continue
             known = {entry["sha256"] for entry in content["files"]}
-            failed = tuple(
-                f"{check['message']}; {check['remedy']}" for check in content["checks"] if check["status"] == "warn"
-            )
+            failed = tuple(line_of(check) for check in content["checks"] if check["status"] == "warn")
             described_by = sha256_of(audit)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             warn(f"{audit} is not readable as an audit ({error!r}): run `kto-dist mine` again")
@@ -93,15 +95,41 @@ def find_audits(paths: Sequence[str], warn: Callable[[str], None]) -> list[Audit
     return list(found.values())
 
 
+def line_of(check: Mapping[str, Any]) -> str:
+    """A check of audit.json as one line: its figures and, where it doesn't pass, what to do."""
+    return f"{check['message']}; {check['remedy']}" if check["remedy"] else check["message"]
+
+
+def describes_all(audits: Sequence[Audited], paths: Sequence[str]) -> bool:
+    """Whether `audits`, as found among `paths`, describe every file that these lead to.
+
+    They describe no JSONL, no saved dataset and no name of a hub, nor Parquet whose audit is missing or of other data.
+    """
+    described = {audit.path.with_name(name) for audit in audits for name in audit.files}
+    found = [_files(path) for path in paths]
+    return all(files and described.issuperset(files) for files in found)
+
+
 def audit_tags(audits: list[Audited]) -> dict[str, str]:
-    """What leads from a run, and from its dataset, to the audits of its data."""
+    """What leads from a run, and from its dataset, to the audits of its data.
+
+    Digests stand there one by one as long as they fit; of more, how many they are and the sha256 of their list (sorted,
+    joined by commas). The audits that are kept with the run name them all.
+    """
     if not audits:
         return {}
     return {
-        "audit.sha256": ",".join(audit.sha256 for audit in audits),
-        "audit.files": ",".join(digest for audit in audits for digest in audit.files.values()),
+        "audit.sha256": _listed([audit.sha256 for audit in audits]),
+        "audit.files": _listed([digest for audit in audits for digest in audit.files.values()]),
         "audit.failed": str(sum(len(audit.failed) for audit in audits)),
     }
+
+
+def _listed(digests: list[str]) -> str:
+    listed = ",".join(digests)
+    if len(listed) <= _TAG_LENGTH:
+        return listed
+    return f"{len(digests)} in a list of sha256 {hashlib.sha256(','.join(sorted(digests)).encode()).hexdigest()}"
 
 
 def audit_files(audits: list[Audited]) -> Iterator[tuple[Path, str]]:
@@ -113,11 +141,14 @@ def audit_files(audits: list[Audited]) -> Iterator[tuple[Path, str]]:
 
 def _parquet_files(paths: Sequence[str]) -> Iterator[Path]:
     for path in paths:
-        here = Path(path)
-        if here.is_file():
-            files = [here]
-        elif here.is_dir():
-            files = sorted(here.rglob("*.parquet"))
-        else:
-            files = sorted(Path(match) for match in glob.glob(path, recursive=True))
-        yield from (file for file in files if file.name.endswith(".parquet") and file.is_file())
+        yield from (file for file in _files(path) if file.name.endswith(".parquet"))
+
+
+def _files(path: str) -> list[Path]:
+    """The files on this machine's disk that training reads from `path`."""
+    here = Path(path)
+    if here.is_file():
+        return [here]
+    if here.is_dir():
+        return sorted(file for file in here.rglob("*") if file.name.endswith(_READ_OF_FOLDERS) and file.is_file())
+    return sorted(file for match in glob.glob(path, recursive=True) if (file := Path(match)).is_file())

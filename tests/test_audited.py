@@ -1,5 +1,6 @@
 """`train` knows whether its data was audited, says what the audit or its own look found, and keeps it with the run."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kto_dist.audited import audit_files, audit_tags, find_audits
+from kto_dist.audited import audit_files, audit_tags, describes_all, find_audits, line_of
 from kto_dist.config import DataConfig
 from kto_dist.data import prepare
 from kto_dist.examples import DataReport, load
@@ -127,6 +128,48 @@ def test_data_without_an_audit_and_names_of_a_hub_say_nothing(tmp_path):
     said = []
     assert find_audits([str(dataset(tmp_path)), "someone/dataset:train", str(tmp_path / "none")], said.append) == []
     assert not said and audit_tags([]) == {}
+
+
+def test_data_is_described_only_where_each_of_its_files_is(tmp_path):
+    files = [dataset(tmp_path / name) for name in ("a", "b")]
+    for file in files:
+        describe(file)
+    bare, raw = dataset(tmp_path / "c"), write_jsonl(tmp_path / "raw.jsonl", thumbs(4, 2))
+
+    def described(*paths: Path | str) -> bool:
+        given = [str(path) for path in paths]
+        return describes_all(find_audits(given, lambda line: None), given)
+
+    assert described(files[0]) and described(*files) and described(tmp_path / "a", files[1])
+    assert described(tmp_path / "[ab]" / "*.parquet") and described(tmp_path / "a", tmp_path / "a")
+    for other in (bare, raw, tmp_path, tmp_path / "none", "someone/dataset:train"):
+        assert not described(files[0], other), other
+    dataset(tmp_path / "b", rows=4)
+    assert not described(*files)
+    # a folder is read with its JSONL
+    raw.rename(tmp_path / "a" / "raw.jsonl")
+    assert not described(tmp_path / "a")
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 40])
+def test_the_tags_of_many_files_fit_and_tell_one_list_from_another(tmp_path, count):
+    files = [dataset(tmp_path / str(number), rows=number + 1) for number in range(count)]
+    for file in files:
+        describe(file)
+    tags = audit_tags(find_audits([str(file) for file in files], lambda line: None))
+    again = audit_tags(find_audits([str(file) for file in reversed(files)], lambda line: None))
+    digests = [sha256_of(file) for file in files]
+    assert all(len(value) <= 500 for value in tags.values())
+    if count < 8:
+        assert tags["audit.files"].split(",") == digests
+    else:
+        assert tags == again and tags["audit.files"].startswith(f"{count} in a list of sha256 ")
+        assert hashlib.sha256(",".join(sorted(digests)).encode()).hexdigest() in tags["audit.files"]
+
+
+def test_a_check_is_one_line_with_its_remedy_where_it_has_one():
+    assert line_of(FAILED) == "users agree with an alpha of 0.12 (wanted: 0.4); collect more votes"
+    assert line_of(PASSED) == "all is well"
 
 
 def test_train_reads_the_layout_that_the_audit_writes():

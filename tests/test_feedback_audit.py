@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from feedback_log import START, Generated, fill, generate, vote
 
 from kto_dist import cli
+from kto_dist.audited import line_of
 from kto_dist.config import build
 from kto_dist.feedback import MiningConfig, mine
 from kto_dist.feedback.audit import Audit, audit, write_audit
@@ -258,8 +259,8 @@ def test_a_clean_log_passes_every_check():
 def failing(found: Audit, name: str) -> str:
     check = next(check for check in found.checks if check.name == name)
     assert check.status == "warn", check
-    assert check.remedy and check.line().endswith(check.remedy)
-    return check.line()
+    assert check.remedy and line_of(asdict(check)).endswith(check.remedy)
+    return line_of(asdict(check))
 
 
 def test_too_few_rows_warn():
@@ -371,7 +372,7 @@ def test_what_the_log_cannot_tell_is_unknown_and_says_what_to_log():
         "drift_by_model",
     }
     assert found.users is None and found.agreement.alpha is None
-    assert "columns.user" in next(check.line() for check in found.checks if check.name == "user_share")
+    assert "columns.user" in next(line_of(asdict(check)) for check in found.checks if check.name == "user_share")
 
 
 def test_votes_that_are_no_judgements_count_for_nobody():
