@@ -171,9 +171,9 @@ def run_kto_dist(job: Job, output: Path) -> dict[str, Any]:
             super().__init__(*args, **kwargs)
             clock.start_reference()
 
-        def close(self) -> None:
+        def close(self, **settings: Any) -> None:
             clock.end_reference()
-            super().close()
+            super().close(**settings)
 
     class Policy(train.Policy):
         def step(self, lr: float) -> float:
@@ -253,11 +253,11 @@ def run_bare(job: Job, output: Path) -> dict[str, Any]:
     from kto_dist.causal_lm import DTYPES, load_model
     from kto_dist.console import Console
     from kto_dist.evaluate import cut_pairs
-    from kto_dist.prepare import prepare
+    from kto_dist.prepare import prepare_training
     from kto_dist.reference import wanted_pairs
 
     comm.init()
-    prepared = prepare(_kto_dist_config(job, output), Console())
+    prepared = prepare_training(_kto_dist_config(job, output), Console())
     device, examples, cutting = comm.device(), prepared.train, prepared.cutting
     model = load_model(job.model, gguf_file=None, dtype=DTYPES[job.dtype], attention=prepared.attention).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, fused=True)

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from kto_dist import comm
 
@@ -47,6 +55,7 @@ class Console:
     @contextmanager
     def progress(self, title: str) -> Iterator[Callable[[int, int, float, float, float], None]]:
         """Yields a function of (done, total, rows a second, tokens a second, seconds left)."""
+        # rich's own estimate goes by rows, of which the longest come first
         bar = self._bar()
         task = bar.add_task(title, total=None, note="")
         line = self._line(title)
@@ -54,9 +63,10 @@ class Console:
         def update(
             done: int, total: int, rows_per_second: float, tokens_per_second: float, seconds_left: float
         ) -> None:
-            note = f"{rows_per_second:,.1f} rows/s, {tokens_per_second:,.0f} tokens/s"
+            left = timedelta(seconds=round(seconds_left))
+            note = f"{rows_per_second:,.1f} rows/s, {tokens_per_second:,.0f} tokens/s, {left} left"
             if not self._out.is_terminal:
-                line(done, total, f"{note}, {timedelta(seconds=round(seconds_left))} left")
+                line(done, total, note)
                 return
             bar.start()  # only when there is something to show; a second start does nothing
             bar.update(task, completed=done, total=total, note=note)
@@ -74,7 +84,7 @@ class Console:
             line = self._line(title)
             yield lambda step, note: line(step, total, note)
             return
-        with self._bar() as bar:
+        with self._bar(TimeRemainingColumn()) as bar:
             task = bar.add_task(title, total=total, completed=done, note="")
             yield lambda step, note: bar.update(task, completed=step, note=note)
 
@@ -90,13 +100,13 @@ class Console:
 
         return say
 
-    def _bar(self) -> Progress:
+    def _bar(self, *more: ProgressColumn) -> Progress:
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            *more,
             TextColumn("{task.fields[note]}"),
             console=self._out,
             refresh_per_second=2,

@@ -10,11 +10,13 @@ import os
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
 from kto_dist import comm
 from kto_dist.config import Config
 from kto_dist.errors import UserError
+from kto_dist.launcher import DONE_MARK
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
             from kto_dist.precompute import precompute
 
             precompute(settings)
+        if comm.is_main() and DONE_MARK in os.environ:
+            Path(os.environ[DONE_MARK]).touch()
     except UserError as mistake:
         if comm.local_rank() == 0:  # another host may lack a file that rank 0's has
             print(f"error: {mistake}", file=sys.stderr, flush=True)

@@ -2,7 +2,8 @@
 
 `deepspeed` itself, when it is told to terminate, exits and leaves its ranks running, and its helper kills ranks that
 take more than 30 seconds to save. Here the launcher and the ranks form one process group of their own: a signal goes to
-the ranks, which save and end, the launcher ends with them, and nothing of the group stays behind.
+the ranks, which save and end, the launcher ends with them, and nothing of the group stays behind. `deepspeed` also
+reports success when one of its own processes is killed, so rank 0 leaves a mark when the job is done.
 """
 
 import contextlib
@@ -11,13 +12,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import torch
 
 # A rank finishes its step and saves a checkpoint before it ends.
 GRACE_SECONDS = 600
+# Of the environment: the file that rank 0 makes at the end.
+DONE_MARK = "KTO_DIST_DONE_MARK"
 
 
 def run(job: str, arguments: list[str], ranks: int | None = None) -> int:
@@ -25,7 +30,16 @@ def run(job: str, arguments: list[str], ranks: int | None = None) -> int:
 
     `ranks`: processes; None is one a GPU, or without GPUs one a core up to two.
     """
-    environment = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="kto-run-") as folder:
+        mark = Path(folder) / "done"
+        status = _run(job, arguments, ranks, dict(os.environ) | {DONE_MARK: str(mark)})
+        if status == 0 and not mark.exists():
+            print(f"error: the ranks ended without finishing {job}", file=sys.stderr, flush=True)
+            return 1
+    return status
+
+
+def _run(job: str, arguments: list[str], ranks: int | None, environment: dict[str, str]) -> int:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
     if not torch.cuda.is_available():
         # without GPUs: one a core, but two at the most, since more ranks only split the same cores

@@ -2,12 +2,18 @@
 
 In:  `Progress` of the pass, and at its end the `Outcome`. Out: metrics; their step is the number of pairs scored.
 
-The run is opened with the first point, so that a pass which is refused before it scores anything leaves no run behind.
+The run is opened when something has to be scored, or after the pass, so that a pass which is refused before that
+leaves no run behind.
 """
 
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from kto_dist import comm
 from kto_dist.reference import Outcome, Progress
 from kto_dist.tracking import NullTracker, Status, Tracker
 
@@ -15,23 +21,24 @@ SECONDS_BETWEEN_POINTS = 10.0
 
 
 class PassRecord:
-    """`open_run` is called once, on the first use of `tracker`."""
+    """`open_run` is called once, on rank 0; the other ranks track nothing."""
 
     def __init__(self, open_run: Callable[[], Tracker | NullTracker]):
         self._open_run = open_run
-        self._tracker: Tracker | NullTracker | None = None
+        self.tracker: Tracker | NullTracker = NullTracker()
+        self._opened = False
         self._step, self._said = 0, 0.0
 
-    @property
-    def tracker(self) -> Tracker | NullTracker:
-        if self._tracker is None:
-            self._tracker = self._open_run()
-        return self._tracker
+    def open(self) -> None:
+        """Does nothing the second time."""
+        if comm.is_main() and not self._opened:
+            self.tracker = self._open_run()
+        self._opened = True
 
     def watch(self, progress: Progress) -> None:
         self._step = progress.before + progress.done
         now = time.monotonic()
-        if self._tracker is None or now - self._said >= SECONDS_BETWEEN_POINTS or progress.done == progress.total:
+        if now - self._said >= SECONDS_BETWEEN_POINTS or progress.done == progress.total:
             self._said = now
             self.tracker.log(
                 self._step,
@@ -48,5 +55,22 @@ class PassRecord:
 
     def finish(self, status: Status) -> None:
         """Closes the run if it was opened."""
-        if self._tracker is not None:
-            self._tracker.finish(status)
+        self.tracker.finish(status)
+
+    @contextmanager
+    def ended_by_sigterm(self) -> Iterator[None]:
+        """Inside, SIGTERM ends the process as it always does, and the MLflow run as KILLED before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread alone
+            return
+
+        def stop(number: int, frame: object) -> None:
+            signal.signal(number, signal.SIG_DFL)
+            self.finish("KILLED")
+            os.kill(os.getpid(), number)
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

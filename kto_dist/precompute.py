@@ -9,9 +9,10 @@ from kto_dist import comm, tracking
 from kto_dist.config import Config
 from kto_dist.console import Console
 from kto_dist.environment import environment_tags
+from kto_dist.errors import UserError
 from kto_dist.pass_record import PassRecord
 from kto_dist.prepare import find_reference, prepare, score_reference
-from kto_dist.reference import Outcome
+from kto_dist.reference import Outcome, together
 
 
 def precompute(config: Config) -> Outcome:
@@ -19,11 +20,13 @@ def precompute(config: Config) -> Outcome:
     comm.init()
     console = Console()
     prepared = prepare(config, console)
-    setup = find_reference(prepared, console)
-    record = PassRecord(lambda: _open_run(config, setup.identity.digest, console))
+    setup, identity = find_reference(prepared, console)
+    record = PassRecord(lambda: _open_run(config, identity.digest, console))
     status: tracking.Status = "FAILED"
     try:
-        scores = score_reference(prepared, setup, console, record.watch)
+        with record.ended_by_sigterm():
+            scores = score_reference(prepared, setup, identity, console, record.watch, record.open)
+        together(record.open)
         record.end(scores.outcome)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -35,12 +38,13 @@ def precompute(config: Config) -> Outcome:
 
 
 def _open_run(config: Config, fingerprint: str, console: Console) -> tracking.Tracker | tracking.NullTracker:
-    if not comm.is_main():
-        return tracking.NullTracker()
     output = Path(config.train.output).resolve()
     name = f"precompute-{config.tracking.run_name or output.name}"
     named = config.model_copy(update={"tracking": config.tracking.model_copy(update={"run_name": name})})
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.output ({output}) cannot be written: {error}; give a folder with room") from None
     return tracking.start(
         named,
         run_id=None,

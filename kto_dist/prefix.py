@@ -136,8 +136,8 @@ def lay_out(trees: list[tuple[np.ndarray, list[np.ndarray]]], position: np.ndarr
 def sharing_is_exact(forward: Forward, model: ScoringModel, device: torch.device, rounding: float) -> bool:
     """Collective where weights are sharded. Scores a few completions in trees and alone, and compares.
 
-    It finds families that carry a state along the row (Mamba, RWKV, linear attention), and those that build another
-    mask than the one that they are given.
+    It finds families that carry a state along the row (Mamba, RWKV, linear attention), those that build another mask
+    than the one that they are given, and those that take none of this form.
     """
     vocabulary = model.lm.config.get_text_config().vocab_size
     draw = np.random.default_rng(1)
@@ -148,7 +148,10 @@ def sharing_is_exact(forward: Forward, model: ScoringModel, device: torch.device
     trees = [(tokens(5), [tokens(7), tokens(4), tokens(9)]), (tokens(3), [tokens(6)])]
     flat = [(prompt, completion) for prompt, completions in trees for completion in completions]
     places = np.arange(len(flat))
-    together = completion_logps(forward, lay_out(trees, places).to(device), model.transform, 2**28)
+    try:
+        together = completion_logps(forward, lay_out(trees, places).to(device), model.transform, 2**28)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # of whatever the family's own code makes of the mask
+        return False
     alone = torch.cat(
         [
             completion_logps(forward, collate([pair], np.zeros(1), packed=False).to(device), model.transform, 2**28)

@@ -7,7 +7,7 @@ of every pair that the run will meet.
 import operator
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -58,32 +58,35 @@ from kto_dist.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Everything that is decided before a model is loaded."""
+    """What the reference pass and training share: the rows, and which of them every step takes."""
 
     config: Config
     tokenizer: PreTrainedTokenizerBase
     model_config: PretrainedConfig
-    dtype: torch.dtype
-    attention: str
-    cutting: Cutting
+    # of the policy
     train: Examples
     heldout: Examples | None
     plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedTraining(Prepared):
+    """And what is decided of the policy before it is loaded."""
+
+    dtype: torch.dtype
+    attention: str
+    cutting: Cutting
     class_weights: tuple[float, float]
     # (undesirable, desirable)
     objective: Objective
 
 
 def prepare(config: Config, console: Console) -> Prepared:
-    """Collective. Raises `UserError` for whatever can be known to be wrong before long work starts."""
-    model = config.model
-    model_config = load_config(model.path, model.gguf_file)
-    check_context(model_config, config.data.max_length)
-    if config.reference.path:
-        check_context(
-            load_config(config.reference.path, config.reference.gguf_file, "reference.path"), config.data.max_length
-        )
-    tokenizer = load_tokenizer(model.path, model.gguf_file)
+    """Collective. Raises `UserError` for whatever can be known to be wrong of the rows before long work starts.
+
+    Nothing here asks whether this machine could run the policy: the reference pass may have one of its own.
+    """
+    model_config, tokenizer = together(lambda: _models(config))
 
     console.phase("data")
     print_name = data.tokenizer_fingerprint(tokenizer)
@@ -106,16 +109,6 @@ def prepare(config: Config, console: Console) -> Prepared:
             "the rows are plain text, which is taken as it is, but the tokenizer has a chat template: if the model is "
             'going to be asked through it, write prompts as messages ([{"role": "user", "content": ...}])'
         )
-    dtype = pick_dtype(config.train.dtype, comm.device())
-    attention = pick_attention(model.attention, comm.device(), dtype)
-    for setting, value in (("train.dtype", dtype), ("model.attention", attention)):
-        comm.same_everywhere(value, setting, "set it to one that all of them can use")
-    cutting = Cutting(
-        max_length=config.data.max_length,
-        prompt_limit=config.data.prompt_limit,
-        budget=config.train.tokens_per_microbatch,
-        packed=pick_packing(config.train.packing, attention),
-    )
     plan = Plan(
         seed=config.train.seed,
         rows=len(train),
@@ -130,26 +123,54 @@ def prepare(config: Config, console: Console) -> Prepared:
         console.warn(
             f"train.global_batch ({plan.global_batch}) exceeds the {plan.rows} training rows: every step takes them all"
         )
-    transform: LogitTransform = logit_transform(model_config)
     return Prepared(
-        config=config,
-        tokenizer=tokenizer,
-        model_config=model_config,
+        config=config, tokenizer=tokenizer, model_config=model_config, train=train, heldout=heldout, plan=plan
+    )
+
+
+def prepare_training(config: Config, console: Console) -> PreparedTraining:
+    """Collective. `prepare`, and what the policy needs. Raises `UserError`."""
+    prepared = prepare(config, console)
+    device = comm.device()
+
+    def picks() -> tuple[torch.dtype, str, torch.dtype | None]:
+        dtype = pick_dtype(config.train.dtype, device)
+        attention = pick_attention(config.model.attention, device, dtype)
+        return dtype, attention, pick_logits("train.logits_dtype", config.train.logits_dtype, dtype, device)
+
+    dtype, attention, logits_dtype = together(picks)
+    for setting, value in (("train.dtype", dtype), ("model.attention", attention)):
+        comm.same_everywhere(value, setting, "set it to one that all of them can use")
+    transform: LogitTransform = logit_transform(prepared.model_config)
+    return PreparedTraining(
+        **vars(prepared),
         dtype=dtype,
         attention=attention,
-        cutting=cutting,
-        train=train,
-        heldout=heldout,
-        plan=plan,
-        class_weights=class_weights(train, config, console.warn),
+        cutting=Cutting(
+            max_length=config.data.max_length,
+            prompt_limit=config.data.prompt_limit,
+            budget=config.train.tokens_per_microbatch,
+            packed=pick_packing(config.train.packing, attention),
+        ),
+        class_weights=class_weights(prepared.train, config, console.warn),
         objective=Objective(
             loss=config.kto.loss,
             beta=config.kto.beta,
             transform=transform,
             budget=bytes_of(config.train.logits_mebibytes),
-            logits_dtype=pick_logits("train.logits_dtype", config.train.logits_dtype, dtype, comm.device()),
+            logits_dtype=logits_dtype,
         ),
     )
+
+
+def _models(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The policy's config and tokenizer; raises `UserError` where a model's context is too short for the rows."""
+    model, reference = config.model, config.reference
+    model_config = load_config(model.path, model.gguf_file)
+    check_context(model_config, config.data.max_length)
+    if reference.path:
+        check_context(load_config(reference.path, reference.gguf_file, "reference.path"), config.data.max_length)
+    return model_config, load_tokenizer(model.path, model.gguf_file)
 
 
 def bytes_of(mebibytes: int | None) -> int | None:
@@ -172,10 +193,12 @@ def class_weights(train: Examples, config: Config, warn: Callable[[str], None]) 
     return down, up
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ReferenceSetup:
     """The reference as it is going to be loaded: from its own settings, and from which weights."""
 
+    name: str
+    # the setting that names it
     path: str
     gguf_file: str | None
     model_config: PretrainedConfig
@@ -187,49 +210,47 @@ class ReferenceSetup:
     # None: fp32 where the device's matmul gives it
     share: bool | None
     # `Scorer.share_prefixes`, as far as it is known without the model
-    identity: Fingerprint
+
+    @property
+    def logits(self) -> str:
+        """In which precision the logits come."""
+        default = torch.float32 if self.device.type == "cuda" else self.dtype
+        return _named(self.logits_dtype or default)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of the weights: what is hashed is what is loaded, whatever a hub's name means by then."""
+        return local_folder(self.path, self.gguf_file)
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the weights as they lie there now; files that are as they were are not read again."""
+        return fingerprint(
+            self.folder,
+            self.gguf_file,
+            self.model_config.to_dict(),
+            dtype=_named(self.dtype),
+            logits=self.logits,
+            attention=self.attention,
+        )
 
 
-def find_reference(prepared: Prepared, console: Console) -> ReferenceSetup:
-    """Collective. Hashes the weights, and raises `UserError` where hosts differ or a setting cannot be had."""
-    config = prepared.config
-    section = config.reference
-    name = "reference.path" if section.path else "model.path"
-    path, gguf_file = (section.path, section.gguf_file) if section.path else (config.model.path, config.model.gguf_file)
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def pick_reference(prepared: Prepared) -> ReferenceSetup:
+    """Raises `UserError` where a setting of the reference cannot be had on this rank."""
+    config, section = prepared.config, prepared.config.reference
+    name, path, gguf_file = ("reference.path", section.path, section.gguf_file)
+    if not path:
+        name, path, gguf_file = ("model.path", config.model.path, config.model.gguf_file)
     model_config = load_config(path, gguf_file, name)
     device = reference_device(section)
     dtype = pick_dtype(section.dtype, device)
     attention = pick_attention(section.attention, device, dtype)
     packed = pick_packing(section.packing, attention)
-    logits_dtype = pick_logits("reference.logits_dtype", section.logits_dtype, dtype, device)
-    logits = str(logits_dtype or (torch.float32 if device.type == "cuda" else dtype)).removeprefix("torch.")
-    share = together(lambda: _may_share(section, model_config, attention, device, packed, config.data.max_length))
-
-    console.phase("reference")
-    identity = comm.once_per_host(
-        lambda: fingerprint(
-            local_folder(path, gguf_file),
-            gguf_file,
-            model_config.to_dict(),
-            dtype=str(dtype).removeprefix("torch."),
-            logits=logits,
-            attention=attention,
-        )
-    )
-
-    # One value of a pair counts for all ranks, and all of them read equally many micro-batches.
-    again = f"copy the model in {name} to each of them again"
-    for what, value, remedy in (
-        ("the reference's weights", identity.weights, again),
-        ("the reference's config.json", identity.config, again),
-        ("reference.dtype", str(dtype).removeprefix("torch."), "set it to one that all of them can use"),
-        ("reference.logits_dtype", logits, "set it, or reference.device"),
-        ("reference.attention", attention, "set it to one that all of them have"),
-        ("reference.packing", packed, "set it"),
-        ("reference.share_prefixes", share, "set it to false, or reference.device"),
-    ):
-        comm.same_everywhere(value, what, remedy)
     return ReferenceSetup(
+        name=name,
         path=path,
         gguf_file=gguf_file,
         model_config=model_config,
@@ -237,10 +258,30 @@ def find_reference(prepared: Prepared, console: Console) -> ReferenceSetup:
         dtype=dtype,
         attention=attention,
         packed=packed,
-        logits_dtype=logits_dtype,
-        share=share,
-        identity=identity,
+        logits_dtype=pick_logits("reference.logits_dtype", section.logits_dtype, dtype, device),
+        share=_may_share(section, model_config, attention, device, packed, config.data.max_length),
     )
+
+
+def find_reference(prepared: Prepared, console: Console) -> tuple[ReferenceSetup, Fingerprint]:
+    """Collective. Hashes the weights, and raises `UserError` where hosts differ or a setting cannot be had."""
+    setup = together(lambda: pick_reference(prepared))
+    console.phase("reference")
+    identity = comm.once_per_host(setup.fingerprint)
+
+    # One value of a pair counts for all ranks, and all of them read equally many micro-batches.
+    again = f"copy the model in {setup.name} to each of them again"
+    for what, value, remedy in (
+        ("the reference's weights", identity.weights, again),
+        ("the reference's config.json", identity.config, again),
+        ("reference.dtype", _named(setup.dtype), "set it to one that all of them can use"),
+        ("reference.logits_dtype", setup.logits, "set it, or reference.device"),
+        ("reference.attention", setup.attention, "set it to one that all of them have"),
+        ("reference.packing", setup.packed, "set it"),
+        ("reference.share_prefixes", setup.share, "set it to false, or reference.device"),
+    ):
+        comm.same_everywhere(value, what, remedy)
+    return setup, identity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,16 +295,23 @@ class Scores:
 
 
 def score_reference(
-    prepared: Prepared, setup: ReferenceSetup, console: Console, watch: Watch = lambda progress: None
+    prepared: Prepared,
+    setup: ReferenceSetup,
+    identity: Fingerprint,
+    console: Console,
+    watch: Watch = lambda progress: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Collective. Looks every pair up in the store and scores what is missing; no model is left in memory after.
 
-    Nothing of the policy's settings reaches it but which rows and pairs the run takes. Raises `UserError`.
+    Nothing of the policy's settings reaches it but which rows and pairs the run takes. `begin` is called on every rank
+    when it is clear that something has to be scored, before the reference is loaded. Raises `UserError`.
     """
     config, section, device, share = prepared.config, prepared.config.reference, setup.device, setup.share
 
     def build() -> Scorer:
-        console.say(f"loading the reference ({setup.path}, {setup.identity.dtype})")
+        together(begin)
+        console.say(f"loading the reference ({setup.path}, {identity.dtype})")
         # kept even when another rank's fails
         loaded: list[Reference] = []
         try:
@@ -271,7 +319,7 @@ def score_reference(
                 lambda: loaded.append(
                     Reference(
                         section,
-                        path=setup.path,
+                        path=str(setup.folder),
                         gguf_file=setup.gguf_file,
                         model_config=setup.model_config,
                         dtype=setup.dtype,
@@ -280,6 +328,8 @@ def score_reference(
                     )
                 )
             )
+            now = comm.once_per_host(setup.fingerprint)
+            together(lambda: _refuse_unless_same(identity, now, setup))
             return Scorer(reference=loaded[0], share_prefixes=tried(loaded[0]))
         except BaseException:
             for reference in loaded:
@@ -304,11 +354,11 @@ def score_reference(
     ]
     if prepared.heldout is not None:
         rows = np.arange(len(prepared.heldout))
-        prompts, completions = heldout_pairs(config.train.seed, prepared.heldout)
-        lists.append((prepared.heldout, np.concatenate([rows, prompts]), np.concatenate([rows, completions])))
+        pairs = heldout_pairs(config.train.seed, prepared.heldout) if config.kto.loss == "kto" else (rows[:0], rows[:0])
+        lists.append((prepared.heldout, *(np.concatenate([rows, more]) for more in pairs)))
     scoring = Scoring(
-        max_length=prepared.cutting.max_length,
-        prompt_limit=prepared.cutting.prompt_limit,
+        max_length=prepared.plan.max_length,
+        prompt_limit=prepared.plan.prompt_limit,
         tokens_per_batch=section.tokens_per_batch,
         packed=setup.packed,
         logits_bytes=bytes_of(section.logits_mebibytes),
@@ -317,7 +367,8 @@ def score_reference(
         device=device,
     )
     results: list[tuple[RefLogps, Outcome]] = []
-    store = together(lambda: Store(section.store, setup.identity, warn=console.warn, model=setup.path))
+    warnings = _Warnings(console)
+    store = together(lambda: Store(section.store, identity, warn=warnings.add, model=setup.path))
     with store, lazily(build) as engine:
         for (examples, prompts, completions), title in zip(lists, ("training pairs", "held-out pairs"), strict=False):
             with console.progress(f"reference: {title}") as show:
@@ -334,12 +385,47 @@ def score_reference(
                         examples, prompts, completions, store=store, engine=engine, scoring=scoring, watch=both
                     )
                 )
+            warnings.tell()
     total = reduce(operator.add, (outcome for _, outcome in results))
     scored = f"{total.pairs - total.hits:,} scored" + (" with shared prompts" if total.shared else "")
     console.say(f"reference: {total.pairs:,} pairs, {total.hits:,} from the store, {scored} in {total.seconds:.1f} s")
     return Scores(
-        train=results[0][0], heldout=results[1][0] if len(results) > 1 else None, identity=setup.identity, outcome=total
+        train=results[0][0], heldout=results[1][0] if len(results) > 1 else None, identity=identity, outcome=total
     )
+
+
+class _Warnings:
+    """What the store has to say: rank 0's at once, the other ranks' when all of them meet.
+
+    Ranks look at one folder at once, and only the one that sets a damaged shard aside knows of it.
+    """
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._waiting: list[str] = []
+        self._told: set[str] = set()
+
+    def add(self, text: str) -> None:
+        self._waiting.append(text)
+        if comm.is_main():
+            self._console.warn(text)
+            self._told.add(text)
+
+    def tell(self) -> None:
+        """Collective."""
+        for text in dict.fromkeys(text for texts in comm.gather(self._waiting) for text in texts):
+            if text not in self._told:
+                self._console.warn(text)
+        self._waiting.clear()
+
+
+def _refuse_unless_same(before: Fingerprint, now: Fingerprint, setup: ReferenceSetup) -> None:
+    if now != before:
+        raise UserError(
+            f"the weights in {setup.name} ({setup.path}) changed while they were loaded: their fingerprint was "
+            f"{before.digest} and is {now.digest}, so nothing was scored. Start again, and let nobody write there "
+            "meanwhile"
+        )
 
 
 def _may_share(

@@ -7,7 +7,8 @@
 
 Hit or miss is decided once for all ranks, so hosts without a shared file system may hold different shards.
 
-A shard is what a rank scores in about a minute: that much is lost when a pass is killed. How pairs are cut into
+A shard is what a rank scores in about a minute, and a micro-batch at the least: that much is lost when a pass is
+killed. How pairs are cut into
 shards and micro-batches changes no key, so a pass goes on with another world size or token budget as well.
 """
 
@@ -306,8 +307,11 @@ def _score(
         logps[places], found[places] = scored_values, True
         meter.meet()
         rate = pairs / max(time.monotonic() - began, 1e-9)
-        wanted = comm.broadcast(int(np.clip(rate * SHARD_SECONDS, ranks, LARGEST_SHARD * ranks)))
         start = stop
+        # Less than a micro-batch costs as much where a forward has a price of its own: weights that come from a disk.
+        whole = scoring.tokens_per_batch // units[order[start]] if start < units.size else 1
+        per_rank = np.clip(rate * SHARD_SECONDS / ranks, max(1, whole), LARGEST_SHARD)
+        wanted = comm.broadcast(int(per_rank) * ranks)
     logps, found = _exchange(logps, found)
     assert found.all()
     return logps

@@ -39,7 +39,8 @@ from kto_dist.health import Monitor
 from kto_dist.models import Policy, zero_stage
 from kto_dist.objective import kl_sums, loss_and_sums
 from kto_dist.pass_record import PassRecord
-from kto_dist.prepare import Prepared, Scores, counts, find_reference, prepare, score_reference
+from kto_dist.prepare import PreparedTraining, Scores, counts, find_reference, prepare_training, score_reference
+from kto_dist.reference import together
 
 
 class Stopped(RuntimeError):
@@ -59,17 +60,18 @@ def train(config: Config) -> dict[str, Any]:
     console = Console()
     found = _find_checkpoint(config, console)
     audits = find_audits(config.data.train, console.warn) if comm.is_main() else []
-    prepared = prepare(config, console)
+    prepared = prepare_training(config, console)
     if not audits:
         for doubt in prepared.train.report.doubts():
             console.warn(doubt)
-    setup = find_reference(prepared, console)
-    run = _start(prepared, setup.identity, audits, found, console)
-    # opened when the reference pass is under way, or over
+    setup, identity = find_reference(prepared, console)
+    run = _start(prepared, identity, audits, found, console)
     record = PassRecord(lambda: _open(prepared, run, console))
     status: tracking.Status = "FAILED"
     try:
-        scores = score_reference(prepared, setup, console, record.watch)
+        with record.ended_by_sigterm():
+            scores = score_reference(prepared, setup, identity, console, record.watch, record.open)
+        together(record.open)
         run.tracker = record.tracker
         if found is None or scores.outcome.hits < scores.outcome.pairs:
             record.end(scores.outcome)
@@ -131,7 +133,7 @@ def _find_checkpoint(config: Config, console: Console) -> Path | None:
 
 
 def _start(
-    prepared: Prepared, reference: Fingerprint, audits: list[Audited], found: Path | None, console: Console
+    prepared: PreparedTraining, reference: Fingerprint, audits: list[Audited], found: Path | None, console: Console
 ) -> Run:
     """Checks the checkpoint to go on from; writes nothing. Raises `UserError` where it is another run's."""
     config = prepared.config
@@ -152,16 +154,17 @@ def _start(
     return Run(output=output, state=state, found=found, reference=reference, audits=audits)
 
 
-def _open(prepared: Prepared, run: Run, console: Console) -> tracking.Tracker | tracking.NullTracker:
-    """Rank 0: writes the config, and opens the MLflow run with its datasets and audits."""
-    if not comm.is_main():
-        return tracking.NullTracker()
+def _open(prepared: PreparedTraining, run: Run, console: Console) -> tracking.Tracker | tracking.NullTracker:
+    """Writes the config, and opens the MLflow run with its datasets and audits. Raises `UserError`."""
     config, output = prepared.config, run.output
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "config.yaml", to_yaml(config).encode())
-    _keep_lines_until(output / "metrics.jsonl", run.state.step)
-    # the last evaluation is made again, from the same weights
-    _keep_lines_until(output / "heldout.jsonl", min(run.state.step, prepared.plan.steps - 1))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / "config.yaml", to_yaml(config).encode())
+        _keep_lines_until(output / "metrics.jsonl", run.state.step)
+        # the last evaluation is made again, from the same weights
+        _keep_lines_until(output / "heldout.jsonl", min(run.state.step, prepared.plan.steps - 1))
+    except OSError as error:
+        raise UserError(f"train.output ({output}) cannot be written: {error}; give a folder with room") from None
     tracker = tracking.start(
         config,
         run_id=run.state.mlflow_run,
@@ -187,7 +190,7 @@ def _open(prepared: Prepared, run: Run, console: Console) -> tracking.Tracker | 
     return tracker
 
 
-def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> dict[str, Any]:
+def _train(prepared: PreparedTraining, scores: Scores, run: Run, console: Console) -> dict[str, Any]:
     config, plan, objective = prepared.config, prepared.plan, prepared.objective
     console.phase("policy")
     if zero_stage(config, prepared.dtype) != config.deepspeed.zero_stage:
@@ -324,7 +327,7 @@ def _train(prepared: Prepared, scores: Scores, run: Run, console: Console) -> di
     return comm.broadcast(summary)
 
 
-def _step(prepared: Prepared, scores: Scores, policy: Policy, step: int, *, check_start: bool):
+def _step(prepared: PreparedTraining, scores: Scores, policy: Policy, step: int, *, check_start: bool):
     """One optimizer step: (2, Q) sums, (2,) KL sum and count, tokens, gradient norm and learning rate, all global."""
     config, plan, objective, examples = prepared.config, prepared.plan, prepared.objective, prepared.train
     device = comm.device()
@@ -356,7 +359,7 @@ def _step(prepared: Prepared, scores: Scores, policy: Policy, step: int, *, chec
     return sums, kl, int(tokens[0]), policy.step(lr), lr
 
 
-def _refuse_unless_reference(worst_of_ranks: list[float], prepared: Prepared, scores: Scores) -> None:
+def _refuse_unless_reference(worst_of_ranks: list[float], prepared: PreparedTraining, scores: Scores) -> None:
     """Before the first update every reward is 0; anything else means a wrong reference, template or precision."""
     limit = max(ROUNDING[prepared.dtype], ROUNDING[getattr(torch, scores.identity.dtype)])
     if not all(worst <= limit for worst in worst_of_ranks):
@@ -373,7 +376,7 @@ def _refuse_unless_reference(worst_of_ranks: list[float], prepared: Prepared, sc
 def _finish(
     weights: dict[str, torch.Tensor],
     generation: GenerationConfig | None,
-    prepared: Prepared,
+    prepared: PreparedTraining,
     run: Run,
     summary: dict[str, Any],
 ) -> None:

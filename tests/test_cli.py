@@ -192,7 +192,7 @@ def test_sigterm_saves_leaves_no_rank_behind_and_the_same_command_goes_on(tmp_pa
 
 def test_precompute_fills_the_store_and_train_then_scores_nothing(tmp_path, tiny_model, tiny_log):
     config = write_config(tmp_path, tiny_model, tiny_log)
-    done = run(sys.executable, "-m", "kto_dist.entry", "precompute", config)
+    done = run(*KTO_DIST, "precompute", config, "--ranks", 2)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "store").glob("*/*.parquet")) and not (tmp_path / "run").exists()
     done = run(sys.executable, "-m", "kto_dist.entry", "train", config)
@@ -231,23 +231,36 @@ def test_the_public_function_trains_in_the_callers_own_process(tmp_path, tiny_mo
     assert done.stdout.splitlines()[-1] == "5"
 
 
-def test_without_a_device_the_default_is_two_ranks_at_most():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def run_launcher(monkeypatch, job: str, ranks_do: str) -> tuple[list[str], int]:
+    """The command and the status of `launcher.run`, with a line of Python in place of DeepSpeed and its ranks."""
     from kto_dist import launcher
 
-    seen = []
+    seen, real = [], subprocess.Popen
 
-    class Spy(subprocess.Popen):
-        def __init__(self, command, **options):
-            seen.append(command)
-            super().__init__([sys.executable, "-c", "pass"], **options)
+    def spy(command, **options):
+        seen.append(command)
+        return real([sys.executable, "-c", ranks_do], **options)
 
-    original = launcher.subprocess.Popen
-    launcher.subprocess.Popen = Spy
-    try:
-        assert launcher.run("train", ["x.yaml"]) == 0
-    finally:
-        launcher.subprocess.Popen = original
-    command = seen[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher.subprocess, "Popen", spy)
+        status = launcher.run(job, ["x.yaml"])
+    return seen[0], status
+
+
+FINISH = "import os, pathlib; pathlib.Path(os.environ['KTO_DIST_DONE_MARK']).touch()"
+
+
+@pytest.mark.parametrize("job", ["train", "precompute"])
+@pytest.mark.parametrize(("ranks_do", "status"), [(FINISH, 0), ("pass", 1), (f"{FINISH}; exit(3)", 3)])
+def test_a_launcher_that_reports_success_is_believed_when_rank_0_has_finished(
+    monkeypatch, capfd, job, ranks_do, status
+):
+    assert run_launcher(monkeypatch, job, ranks_do)[1] == status
+    assert (f"the ranks ended without finishing {job}" in capfd.readouterr().err) == (ranks_do == "pass")
+
+
+def test_without_a_device_the_default_is_two_ranks_at_most(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command, _ = run_launcher(monkeypatch, "train", FINISH)
     assert int(command[command.index("--num_gpus") + 1]) == min(2, os.cpu_count() or 1)

@@ -9,11 +9,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llama
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
 
 from kto_dist.batch import collate
 from kto_dist.causal_lm import ScoringModel, completion_logps
+from kto_dist.config import ReferenceConfig
+from kto_dist.errors import UserError
 from kto_dist.prefix import can_share, cost, grow, lay_out, sharing_is_exact
+from kto_dist.prepare import _may_share
+from kto_dist.reference import Scoring, Work
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -135,6 +139,66 @@ def test_models_in_which_completions_see_each_other_are_found():
     lm.backbone.forward = lambda input_ids, position_ids, attention_mask, **more: forward(input_ids, **more)
     model = ScoringModel(lm)
     assert not sharing_is_exact(model, model, CPU, 2e-3)
+
+
+def test_a_model_that_takes_no_mask_of_this_form_is_no_model_to_share_in():
+    model = family("llama")
+    forward = model.lm.model.forward
+
+    def strict(*arguments, attention_mask=None, **more):
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError("attention_mask must have two dimensions")
+        return forward(*arguments, attention_mask=attention_mask, **more)
+
+    model.lm.model.forward = strict
+    assert not sharing_is_exact(model, model, CPU, 2e-3)
+
+
+@pytest.mark.parametrize(("answers", "prompt", "pays"), [(8, 200, True), (1, 200, False), (8, 1, False)])
+def test_prompts_are_shared_where_the_cost_model_says_that_it_pays(answers, prompt, pays):
+    pairs = 8 * answers
+    work = Work(
+        examples=None,
+        prompts=np.arange(pairs),
+        completions=np.arange(pairs),
+        prompt_kept=np.full(pairs, prompt),
+        completion_kept=np.full(pairs, 50),
+        keys=np.zeros(pairs),
+        prompt_group=np.arange(pairs) // answers,
+    )
+    scoring = Scoring(
+        max_length=512,
+        prompt_limit=256,
+        tokens_per_batch=4096,
+        packed=False,
+        logits_bytes=None,
+        logits_dtype=None,
+        t0=1440.0,
+        device=CPU,
+    )
+    assert (work.trees(scoring, None) is not None) == pays
+    assert work.trees(scoring, False) is None and work.trees(scoring, True) is not None
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "attention", "packed", "may"),
+    [
+        ("auto", "cpu", "sdpa", False, None),
+        ("auto", "cpu", "sdpa", True, False),
+        ("auto", "cpu", "eager", False, False),
+        ("auto", "cuda", "sdpa", False, False),
+        (True, "cuda", "sdpa", False, True),
+        (False, "cpu", "sdpa", False, False),
+    ],
+)
+def test_auto_shares_prompts_on_the_cpu_alone_where_it_was_measured(setting, device, attention, packed, may):
+    section = ReferenceConfig(share_prefixes=setting)
+    assert _may_share(section, LlamaConfig(), attention, torch.device(device), packed, 512) is may
+
+
+def test_sharing_that_was_asked_for_and_cannot_be_had_is_refused():
+    with pytest.raises(UserError, match="reference.share_prefixes is true, but attention eager takes no mask"):
+        _may_share(ReferenceConfig(share_prefixes=True), LlamaConfig(), "eager", CPU, False, 512)
 
 
 @pytest.mark.parametrize(

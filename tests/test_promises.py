@@ -21,7 +21,7 @@ from kto_dist.config import Config
 from kto_dist.console import Console
 from kto_dist.errors import UserError
 from kto_dist.evaluate import cut_pairs
-from kto_dist.prepare import prepare
+from kto_dist.prepare import prepare, prepare_training
 
 WORLDS = (1, 2, 4)
 STAGES = (0, 2, 3)
@@ -74,7 +74,7 @@ def test_a_micro_batch_is_never_cut_the_same_way_in_two_budgets(trajectories):
 
 
 def _microbatches_of_first_step(config: Config) -> int:
-    prepared = prepare(config, Console())
+    prepared = prepare_training(config, Console())
     rows = step_rows(prepared.plan, 0)
     return len(cut_pairs(prepared.train, rows, rows, prepared.cutting))
 

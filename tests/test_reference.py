@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,15 +31,17 @@ def scored_and_found(config: Config) -> tuple[int, int]:
 
 def logps_of_pairs(config: Config) -> np.ndarray:
     prepared = prepare(config, Console())
-    return score_reference(prepared, find_reference(prepared, Console()), Console()).train(
+    return score_reference(prepared, *find_reference(prepared, Console()), Console()).train(
         *wanted_pairs(prepared.plan, prepared.train)
     )
 
 
-@pytest.mark.parametrize("packing", (False, True))
-@pytest.mark.parametrize("stage", (0, 3))
-def test_scores_are_the_log_probs_of_the_model_itself(tmp_path, tiny_model, tiny_log, stage, packing):
-    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__zero_stage=stage, reference__packing=packing)
+@pytest.mark.parametrize(
+    ("stage", "packing", "offload"), [(0, False, "none"), (0, True, "none"), (3, True, "none"), (3, False, "cpu")]
+)
+def test_scores_are_the_log_probs_of_the_model_itself(tmp_path, tiny_model, tiny_log, stage, packing, offload):
+    settings = {"reference__zero_stage": stage, "reference__packing": packing, "reference__offload": offload}
+    config = tiny_config(tmp_path, tiny_model, tiny_log, **settings)
     found = run_ranks(logps_of_pairs, 2, config)
     prepared = prepare(config, Console())
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
@@ -250,12 +253,85 @@ def test_trouble_of_one_rank_with_its_store_ends_all_of_them_with_its_message(tm
     assert said == ["reference.store is full: free some space"] * 2
 
 
+@pytest.mark.parametrize(
+    "policy", [{"train__dtype": "bf16", "train__logits_dtype": "fp32"}, {"kto__desirable_weight": 0.001}]
+)
+def test_what_this_machine_or_the_loss_makes_of_the_policy_is_nothing_to_the_reference(
+    tmp_path, tiny_model, tiny_log, policy
+):
+    """fp32 logits of a bf16 model are a GPU's; the reference pass runs where there is none."""
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1, **policy)
+    assert run_ranks(scored_and_found, 1, config)[0][0] > 0
+
+
+def test_hosts_may_differ_in_what_the_policy_alone_uses(tmp_path, tiny_model, tiny_log):
+    configs = [
+        tiny_config(tmp_path / name, tiny_model, tiny_log, train__dtype=dtype, train__max_steps=1)
+        for name, dtype in (("a", "fp32"), ("b", "bf16"))
+    ]
+    assert run_ranks(_as_hosts, 2, configs, timeout=60) == ["nothing", "nothing"]
+
+
+def test_without_z0_held_out_rows_are_scored_alone(tmp_path, tiny_model, tiny_log):
+    changes = {"kto__loss": "apo_zero_unpaired", "data__heldout": 0.3, "train__max_steps": None, "train__epochs": 1.0}
+    scored, _ = run_ranks(scored_and_found, 1, tiny_config(tmp_path, tiny_model, tiny_log, **changes))[0]
+    assert scored == len(tiny_log.read_text().splitlines())
+
+
+def _with_weights_that_change(config: Config, other: Path) -> str:
+    """What is said when another model lies in the folder by the time that the weights are loaded."""
+    module = importlib.import_module("kto_dist.prepare")
+
+    class Late(module.Reference):
+        def __init__(self, *arguments, **settings):
+            (other / "model.safetensors").replace(Path(config.model.path) / "model.safetensors")
+            super().__init__(*arguments, **settings)
+
+    module.Reference, real = Late, module.Reference
+    try:
+        scored_and_found(config)
+    except UserError as error:
+        return str(error)
+    finally:
+        module.Reference = real
+    return "nothing"
+
+
+def test_weights_that_change_while_they_are_loaded_are_not_scored_under_their_old_name(tmp_path, tiny_log):
+    model, other = save_tiny(tmp_path / "model"), save_tiny(tmp_path / "other", seed=1)
+    config = tiny_config(tmp_path, model, tiny_log)
+    (said,) = run_ranks(_with_weights_that_change, 1, config, other)
+    assert said.startswith(f"the weights in model.path ({model}) changed while they were loaded")
+    assert not list((tmp_path / "store").rglob("*.parquet"))
+
+
+def _terminated(config: Config) -> None:
+    module = importlib.import_module("kto_dist.reference")
+    score = module.completion_logps
+
+    def end(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score(*arguments)
+
+    module.completion_logps = end
+    scored_and_found(config)
+
+
+def test_a_pass_that_is_terminated_ends_its_mlflow_run(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, tracking__enabled=True)
+    with pytest.raises(RuntimeError, match="died without a result"):
+        run_ranks(_terminated, 1, config)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("kto").experiment_id])
+    assert run.info.status == "KILLED"
+
+
 def _progress_of(config: Config) -> tuple[list[dict], int]:
     module = importlib.import_module("kto_dist.reference")
     module.FIRST_SHARD = module.LARGEST_SHARD = 8
     seen: list = []
     prepared = prepare(config, Console())
-    scores = score_reference(prepared, find_reference(prepared, Console()), Console(), seen.append)
+    scores = score_reference(prepared, *find_reference(prepared, Console()), Console(), seen.append)
     return [asdict(progress) for progress in seen], scores.outcome.scored_once
 
 
@@ -276,14 +352,14 @@ def test_progress_ends_at_the_last_pair_and_never_runs_backwards(tmp_path, tiny_
         assert len(set(steps)) > 5
 
 
-def _sizes_of_windows(config: Config, seconds_a_pair: float) -> list[int]:
+def _sizes_of_windows(config: Config, seconds_a_pair: float, seconds_a_forward: float) -> list[int]:
     """How many pairs of all ranks are between two meetings, by a clock that only the model moves."""
     module = importlib.import_module("kto_dist.reference")
     clock, sizes = [0.0], []
     score, begin = module.completion_logps, module._Meter.begin
 
     def slow(forward, batch, *more):
-        clock[0] += seconds_a_pair * batch.lengths.numel()
+        clock[0] += seconds_a_forward + seconds_a_pair * batch.lengths.numel()
         return score(forward, batch, *more)
 
     module.completion_logps = slow
@@ -297,10 +373,20 @@ def _sizes_of_windows(config: Config, seconds_a_pair: float) -> list[int]:
 
 
 def test_a_slow_reference_has_shards_of_few_pairs(tmp_path, tiny_model, tiny_log):
-    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__share_prefixes=False, train__max_steps=2)
-    (sizes,) = run_ranks(_sizes_of_windows, 1, config, 20.0)
+    settings = {"reference__share_prefixes": False, "reference__packing": False, "train__max_steps": 2}
+    # a micro-batch of one or two of the longer pairs
+    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__tokens_per_batch=96, **settings)
+    (sizes,) = run_ranks(_sizes_of_windows, 1, config, 20.0, 0.0)
     # 20 s a pair: three a minute; the first window is made before the rate is known
-    assert sizes[0] == 16 and set(sizes[1:-1]) == {3}
+    assert sizes[0] == 16 and sizes[1:4] == [3, 3, 3]
+
+
+def test_where_a_forward_has_a_price_of_its_own_a_shard_is_a_whole_micro_batch(tmp_path, tiny_model, tiny_log):
+    settings = {"reference__share_prefixes": False, "reference__packing": False, "train__max_steps": 5}
+    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__tokens_per_batch=256, **settings)
+    (sizes,) = run_ranks(_sizes_of_windows, 1, config, 0.0, 100.0)
+    # rows of at most 59 tokens, the longest first: four a micro-batch, and more of the shorter ones
+    assert sizes[0] == 16 and min(sizes[1:-1]) >= 4 and sizes[-2] > sizes[1]
 
 
 def test_a_precompute_is_an_mlflow_run_with_its_throughput(tmp_path, tiny_model, tiny_log):
@@ -436,7 +522,6 @@ def _as_hosts(configs: list[Config]) -> str:
         ("reference.attention", {"reference__attention": "eager"}),
         ("reference.packing", {"reference__packing": True}),
         ("reference.share_prefixes", {"reference__share_prefixes": True}),
-        ("train.dtype", {"train__dtype": "bf16"}),
     ],
 )
 def test_hosts_that_differ_are_refused_before_anything_is_stored(tmp_path, tiny_model, tiny_log, what, changes):
@@ -485,7 +570,7 @@ def _memory(config: Config) -> dict[str, int]:
             super().close(**settings)
 
     module.Reference = Watched
-    score_reference(prepared, find_reference(prepared, Console()), Console())
+    score_reference(prepared, *find_reference(prepared, Console()), Console())
     seen["after"] = process.memory_info().rss
     return seen
 
@@ -522,7 +607,7 @@ def _allocated(config: Config) -> dict[str, int]:
             super().close(**settings)
 
     module.Reference = Watched
-    score_reference(prepared, find_reference(prepared, Console()), Console())
+    score_reference(prepared, *find_reference(prepared, Console()), Console())
     return {**seen, "after": torch.cuda.memory_allocated()}
 
 
