@@ -7,7 +7,9 @@ DeepSpeed averages gradients over ranks and divides by accumulation steps. Both 
 what it is given is this rank's share of a sum, and what arrives in the optimizer is the gradient of the sum.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import logging
@@ -98,6 +100,51 @@ def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
     return options
 
 
+# Locks of this process's swap folders, held until it ends, however it ends.
+_held: dict[str, int] = {}
+
+
+def _claim_swap_folders(options: dict[str, Any]) -> set[str]:
+    """Locks the swap folders of an engine, and removes those beside them whose owners were killed.
+
+    Raises `UserError` where they cannot be made.
+    """
+    zero = options["zero_optimization"]
+    found = {zero[key].get("nvme_path") for key in ("offload_optimizer", "offload_param") if key in zero} - {None}
+    for folder in map(Path, found):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if str(folder) not in _held:
+                _held[str(folder)] = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+                fcntl.flock(_held[str(folder)], fcntl.LOCK_SH)
+            for lock in folder.parent.glob("kto-*.lock"):
+                if lock.with_suffix("") != folder:
+                    _remove_if_abandoned(lock)
+        except OSError as error:
+            raise UserError(f"nvme_path ({folder.parent}) cannot be used: {error}; name a folder that can") from None
+    return found
+
+
+def _remove_if_abandoned(lock: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another rank was faster
+        descriptor = os.open(lock, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
+
+
+def _release_swap_folder(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(f"{folder}.lock").unlink(missing_ok=True)
+    if folder in _held:
+        os.close(_held.pop(folder))
+
+
 _SET_BY = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.tokens_per_microbatch",
@@ -165,6 +212,7 @@ class Policy:
         options = deepspeed_options(config, dtype)
         if universal:
             options["checkpoint"] = {"load_universal": True}
+        self._swap_folders = _claim_swap_folders(options)
         lm = _sharded_load(
             options,
             path=config.model.path,
@@ -179,10 +227,6 @@ class Policy:
         lm.train()
         self.model = ScoringModel(lm)
         self._stage = options["zero_optimization"]["stage"]
-        zero = options["zero_optimization"]
-        self._swap_folders = {
-            zero[key].get("nvme_path") for key in ("offload_optimizer", "offload_param") if key in zero
-        }
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self.model,
             optimizer=_adamw(self.model, config.train, on_cpu=config.deepspeed.offload_optimizer != "none"),
@@ -233,9 +277,9 @@ class Policy:
 
     def close(self) -> None:
         _destroy(self.engine, self.model)
-        for folder in self._swap_folders - {None}:
+        for folder in self._swap_folders:
             comm.barrier()
-            shutil.rmtree(folder, ignore_errors=True)
+            _release_swap_folder(folder)
 
 
 def _adamw(model: nn.Module, train: TrainConfig, *, on_cpu: bool) -> torch.optim.Optimizer:
@@ -288,6 +332,7 @@ class Reference:
         }
         if section.offload != "none":
             options["zero_optimization"]["offload_param"] = _offload(section.offload, section.nvme_path)
+        self._swap_folders = _claim_swap_folders(options)
         lm = _sharded_load(
             options, path=path, gguf_file=gguf_file, dtype=dtype, attention=attention, config=model_config
         )
@@ -297,7 +342,6 @@ class Reference:
         if sharded:
             self._engine, *_ = deepspeed.initialize(model=self.model, config=options, dist_init_required=False)
             self._engine.eval()
-            self._swap_folder = options["zero_optimization"].get("offload_param", {}).get("nvme_path")
         else:
             self.model.to(device)
         self.forward = self._engine or self.model
@@ -309,10 +353,10 @@ class Reference:
         """
         if self._engine is not None:
             _destroy(self._engine, self.model)
-            if self._swap_folder:
+            for folder in self._swap_folders:
                 if wait:
                     comm.barrier()
-                shutil.rmtree(self._swap_folder, ignore_errors=True)
+                _release_swap_folder(folder)
         del self.forward, self.model, self._engine
         _return_memory()
 

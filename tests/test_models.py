@@ -1,5 +1,6 @@
 """The policy engine: DeepSpeed's options from ours and the user's, and settings that must not change the result."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 
 from kto_dist.config import Config
 from kto_dist.errors import UserError
-from kto_dist.models import deepspeed_options
+from kto_dist.models import _claim_swap_folders, _release_swap_folder, deepspeed_options
 
 
 def with_file(tmp_path, options: object, **changes: object) -> Config:
@@ -156,3 +157,25 @@ def test_the_learned_rule_shows_on_held_out_rows(tmp_path, tiny_model, tiny_log)
     assert after["auc"] > max(0.8, before["auc"])
     assert after["rewards/desirable"] > after["rewards/undesirable"]
     assert after["loss"] < before["loss"]
+
+
+def test_swap_folders_of_killed_jobs_are_removed_and_those_of_living_ones_stay(tmp_path):
+    for name in ("kto-1-1", "kto-2-2", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.swp").touch()
+    (tmp_path / "kto-1-1.lock").touch()
+    own = str(tmp_path / "kto-3-3")
+    options = {"zero_optimization": {"offload_param": {"nvme_path": own}, "offload_optimizer": {"nvme_path": own}}}
+    with open(tmp_path / "kto-2-2.lock", "w") as living:
+        fcntl.flock(living, fcntl.LOCK_SH)
+        assert _claim_swap_folders(options) == {own}
+        assert {path.name for path in tmp_path.iterdir()} == {"kto-2-2", "kto-2-2.lock", "kto-3-3.lock", "mine"}
+        _release_swap_folder(own)
+        assert not (tmp_path / "kto-3-3.lock").exists()
+    assert _claim_swap_folders({"zero_optimization": {"stage": 2}}) == set()
+
+
+def test_a_swap_folder_that_cannot_be_made_is_told_with_its_path(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"nvme_path \(.*file\) cannot be used"):
+        _claim_swap_folders({"zero_optimization": {"offload_param": {"nvme_path": str(tmp_path / "file" / "kto-1-1")}}})
