@@ -114,6 +114,27 @@ def test_files_globs_and_folders_are_read_once_each(tmp_path):
             assert connection.execute("SELECT count(*) FROM sources").fetchone() == (3,)
 
 
+def test_folders_of_a_partitioned_log_are_no_columns(tmp_path):
+    folder = tmp_path / "m=theirs" / "f=down" / "part=1"
+    folder.mkdir(parents=True)
+    for path in (as_parquet(folder / "a.parquet"), write_log(folder / "a.jsonl", ROWS)):
+        with mined(tmp_path, path, MORE) as connection:
+            models = connection.execute("SELECT DISTINCT model FROM votes").fetchall()
+            assert models == [("v1",)] and {label for *_, label in rows_of(connection)} == {True, False}
+
+
+def test_a_delimiter_and_a_format_can_be_said(tmp_path):
+    with mined(tmp_path, ROWS, MORE, users__salt="s") as connection:
+        expected = everything(connection)
+    path = as_csv(tmp_path / "log.txt", delimiter=";")
+    with mined(tmp_path, path, MORE, users__salt="s", input__format="csv", input__delimiter=";") as connection:
+        assert everything(connection) == expected
+    assert "no column q" in mistake(tmp_path, path, input__format="csv")
+    path = gzipped(write_log(tmp_path / "log", ROWS))
+    with mined(tmp_path, path, MORE, users__salt="s", input__format="jsonl") as connection:
+        assert everything(connection) == expected
+
+
 def test_names_with_signs_of_globs_and_sql_are_names(tmp_path):
     for name in ("a*[b]?.parquet", "it's.parquet"):
         path = as_parquet(tmp_path / name)
@@ -143,6 +164,11 @@ def test_a_bad_line_is_named_with_its_place_rule_and_remedy(tmp_path, line):
     assert all(part in message for part in BAD[line]), message
 
 
+def test_a_line_of_blanks_is_none_however_long(tmp_path):
+    with mined(tmp_path, [vote("1"), " " * 40, "\t" * 9 + "\r", vote("2")]) as connection:
+        assert len(rows_of(connection)) == 2
+
+
 def test_bad_lines_are_counted_by_reason_and_nothing_else_is_lost(tmp_path):
     rows = [vote(f"q{i}", "a") for i in range(300)]
     lines = [*rows]
@@ -153,6 +179,42 @@ def test_bad_lines_are_counted_by_reason_and_nothing_else_is_lost(tmp_path):
         assert rows_of(connection) == sorted(((row["q"], "a", True) for row in rows), key=repr)
         counts = dict(connection.execute("SELECT reason, rows FROM bad_rows").fetchall())
     assert sum(counts.values()) == 3 * len(BAD) and counts["encoding"] == 3 and counts["broken JSON"] == 9
+
+
+def test_bad_rows_of_a_csv_are_counted_by_reason_and_nothing_else_is_lost(tmp_path):
+    rows = [f'q{i},"a, {i}\nand more",up' for i in range(300)]
+    bad = {'x,"y"z,up': "no CSV", "x,y": "2 fields in place of 3", '"x,y,up': "no CSV", 'x,"y,up': "no CSV"}
+    lines = [*rows]
+    generator = random.Random(0)
+    for line in [*bad] * 3:
+        lines.insert(generator.randrange(len(lines)), line)
+    lines.append('"never closed, up')
+    path = tmp_path / "log.csv"
+    path.write_text("q,a,f\n" + "\n".join(lines) + "\nlast,one,up\n")
+    with mined(tmp_path, path, input__on_bad_row="skip") as connection:
+        expected = [*((f"q{i}", f"a, {i}\nand more", True) for i in range(300)), ("last", "one", True)]
+        assert rows_of(connection) == sorted(expected, key=repr)
+        counts = dict(connection.execute("SELECT reason, rows FROM bad_rows").fetchall())
+    assert counts == {"no CSV": 10, "2 fields in place of 3": 3}
+
+
+def test_a_csv_row_over_the_limit_is_bad_and_its_neighbours_are_not(tmp_path):
+    long = "x" * (3 << 20)
+    path = tmp_path / "log.csv"
+    path.write_text(f'q,a,f\n1,a,up\n"long","{long}",up\n2,a,up\nlong,"b\n{long}\n",up\n3,a,up\n{long}\n')
+    with mined(tmp_path, path, input__max_row_mebibytes=1, input__on_bad_row="skip") as connection:
+        assert [row[0] for row in rows_of(connection)] == ["1", "2", "3"]
+        assert connection.execute("SELECT reason, rows FROM bad_rows").fetchall() == [("too long", 3)]
+    message = mistake(tmp_path, path, input__max_row_mebibytes=1)
+    assert f"{path}:3: the row is longer than input.max_row_mebibytes" in message and "(3 rows" in message
+
+
+def test_a_day_without_votes_stops_no_other(tmp_path):
+    full = as_csv(tmp_path / "full.csv")
+    for name, content in (("empty.csv", b""), ("blank.csv", b"\n\n"), ("empty.jsonl", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pipeline(config_of(tmp_path, [tmp_path / name, full])) as connection:
+            assert len(rows_of(connection)) == len(ROWS)
 
 
 def test_a_row_over_the_limit_is_bad_and_its_neighbours_are_not(tmp_path):
@@ -168,10 +230,9 @@ def test_a_row_over_the_limit_is_bad_and_its_neighbours_are_not(tmp_path):
     ("text", "parts"),
     [
         ("q,a,f\nx,y,up\nx,y\n", [":3: ", "2 fields in place of 3"]),
-        ('q,a,f\nx,y,up\n"x,y,up\nx,y,up\n', [":3: ", "lines 3 to 4"]),
+        ('q,a,f\nx,y,up\n"x,y,up\nx,y,up\n', [":3: ", "never closed", "(1 rows", "x,y,up"]),
         ("q,a\nx,y\n", ["no column f (columns.feedback)", "it has q, a"]),
         ("q,a,f,f\nx,y,up,up\n", ["columns.feedback (f) stands 2 times"]),
-        ("", ["no column q (columns.prompt)", "it has none"]),
     ],
 )
 def test_a_broken_csv_is_told_by_line(tmp_path, text, parts):
@@ -199,12 +260,13 @@ def test_latin_1_in_a_csv_is_told_by_line_and_read_when_named(tmp_path):
         ("log.xlsx", b"", "input.format"),
         ("log.jsonl", b"", "not one row"),
         ("log.jsonl", b"\n\n", "not one row"),
+        ("log.csv", b"", "not one row"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path, name, content, part):
     (tmp_path / name).write_bytes(content)
     message = mistake(tmp_path, tmp_path / name)
-    assert str(tmp_path / name) in message or name == "log.jsonl", message
+    assert str(tmp_path / name) in message or part == "not one row" or part == "jq -c", message
     assert part in message, message
 
 
@@ -377,6 +439,24 @@ def test_a_turn_that_cannot_be_used_says_why(tmp_path, row, part):
     assert "log.jsonl:2: " in message and part in message, message
 
 
+@pytest.mark.parametrize("write", [as_csv, as_sqlite, as_parquet], ids=["csv", "db", "parquet"])
+def test_pairs_rankings_and_turns_come_in_every_format(tmp_path, write):
+    listed = json.dumps(["a", "b"])
+    cases = [
+        ([{"q": "?", "good": "a", "bad": "b"}], {"prompt": "q", "chosen": "good", "rejected": "bad"}),
+        ([{"q": "?", "list": listed, "n": "[1, 2]"}], {"prompt": "q", "responses": "list", "ranks": "n"}),
+        ([turn("s", 1, "user", "?"), turn("s", 2, "assistant", "b", "down"), turn("s", 3, "assistant", "a", "up")],
+         SESSION),
+    ]  # fmt: skip
+    for number, (rows, columns) in enumerate(cases):
+        path = write(tmp_path / f"{number}.{ {as_csv: 'csv', as_sqlite: 'db', as_parquet: 'parquet'}[write] }", rows)
+        with mined(tmp_path, path, columns) as connection:
+            assert rows_of(connection) == [("?", "a", True), ("?", "b", False)]
+    if write is as_parquet:
+        with mined(tmp_path, write(path, [{"q": "?", "list": ["a", "b"], "n": [1, 2]}]), cases[1][1]) as connection:
+            assert rows_of(connection) == [("?", "a", True), ("?", "b", False)]
+
+
 def test_pairs_become_two_rows(tmp_path):
     rows = [
         {"q": "why?", "good": "so", "bad": "dunno"},
@@ -499,8 +579,9 @@ def test_times_in_every_dress_are_utc(tmp_path):
 
 
 def test_a_time_that_is_none_is_a_bad_row(tmp_path):
-    times = ["soon", "infinity", "0001-01-01", "294000-01-01", 1e30, "2026-13-01", "now"]
-    rows = [vote(t="2026-01-01"), *(vote(str(time), t=time) for time in times)]
+    times = ["soon", "infinity", "0001-01-01", "294000-01-01", 1e30, "2026-13-01", "now", "9999-12-31"]
+    times += ["2200-01-01"]
+    rows = [vote(t="2199-12-31"), *(vote(str(time), t=time) for time in times)]
     message = mistake(tmp_path, rows, COLUMNS | {"time": "t"})
     assert "log.jsonl:2: columns.time must be" in message
     with mined(tmp_path, rows, COLUMNS | {"time": "t"}, input__on_bad_row="skip") as connection:

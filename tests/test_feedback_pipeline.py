@@ -48,6 +48,13 @@ def test_without_users_the_same_vote_at_the_same_time_counts_once(tmp_path):
         assert removed(connection) == {"exact_duplicate": 1}
 
 
+def test_votes_that_share_a_date_alone_are_as_many_as_they_are(tmp_path):
+    rows = [vote(t=day) for day in ("20260131", "2026-01-31", "2026-01-31T00:00:00Z")]
+    with mined(tmp_path, rows, COLUMNS | {"time": "t"}) as connection:
+        assert removed(connection) == {}
+        assert connection.execute("SELECT votes_up FROM examples").fetchall() == [(3,)]
+
+
 def test_the_last_vote_of_a_user_on_an_answer_counts(tmp_path):
     cases = [
         ([("up", 2), ("down", 1)], True),

@@ -1,6 +1,7 @@
 """Which votes leave before anyone's taste is looked at, step by step.
 
-1. exact_duplicate   the same user's same judgement again; without user ids, the same judgement at the same time
+1. exact_duplicate   the same user's same judgement again; without user ids, the same judgement at the same time,
+                     where the time is finer than a day
 2. changed_mind      a user's earlier votes on an answer that they judged both ways; where no time tells which was
                      last, the order in the log does, and between equal times with different labels all of them leave
                      (not in pairs and rankings: who finds b worse than a and better than c has changed no mind)
@@ -21,8 +22,9 @@ from kto_dist.feedback.readers import literal
 from kto_dist.feedback.votes import remove
 
 _RULES = ("empty", "error", "refusal", "truncated", "script", "length")
-# Of a vote: who gave it. Without a user id, votes at the same time are one (a log that was delivered twice).
-_WHO = "coalesce(user, key_of(time::VARCHAR))"
+# Of a vote: who gave it. Without a user id, votes at the same time are one (a log that was delivered twice), if the
+# time is finer than a day: all votes of a day have its date.
+_WHO = "coalesce(user, CASE WHEN time::TIME <> TIME '00:00:00' THEN key_of(time::VARCHAR) END)"
 
 
 def clean(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
@@ -105,7 +107,7 @@ def _judge_texts(connection: duckdb.DuckDBPyConnection, config: MiningConfig) ->
             ("length", _out_of_bounds(config)),
         )
     )
-    make_responses(connection)
+    _make_responses(connection)
     connection.execute(
         f"""CREATE TABLE verdicts AS SELECT response_key, verdict FROM (
             SELECT r.response_key, CASE {verdict} END AS verdict
@@ -114,10 +116,10 @@ def _judge_texts(connection: duckdb.DuckDBPyConnection, config: MiningConfig) ->
     )
 
 
-def make_responses(connection: duckdb.DuckDBPyConnection) -> None:
+def _make_responses(connection: duckdb.DuckDBPyConnection) -> None:
     """Makes `responses`: each answer that still has votes, and the vote whose text stands for it."""
     connection.execute(
-        """CREATE OR REPLACE TABLE responses AS
+        """CREATE TABLE responses AS
         SELECT response_key, any_value(prompt_key) AS prompt_key, arg_min(vote, text_key) AS representative
         FROM ballots WHERE removed IS NULL GROUP BY response_key"""
     )

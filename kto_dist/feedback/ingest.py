@@ -240,7 +240,8 @@ def _cells(
     if file.format == "parquet":
         return _parquet_cells(connection, file, columns)
     rows = (CsvRows if file.format == "csv" else SqliteRows)(file, config.input)
-    _check_names(file, columns, rows.names)
+    if rows.names or file.format != "csv":  # a day without votes may leave a CSV without a header
+        _check_names(file, columns, rows.names)
     batches = _guarded(rows.batches(list(columns.values())), mistakes)
     return text_cells(columns), pa.RecordBatchReader.from_batches(cells_schema(len(columns)), batches), rows.names
 
@@ -248,7 +249,7 @@ def _cells(
 def _parquet_cells(
     connection: duckdb.DuckDBPyConnection, file: LogFile, columns: dict[str, str]
 ) -> tuple[str, None, list[str]]:
-    described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({path_literal(file.path)})").fetchall()
+    described = connection.execute(f"DESCRIBE SELECT * FROM {_rows(Path(file.path))}").fetchall()
     types = {name: type for name, type, *_ in described}
     heads = {name: column.split("/")[1] if column.startswith("/") else column for name, column in columns.items()}
     _check_names(file, {name: heads[name] for name in columns}, list(types))
@@ -269,7 +270,7 @@ def _parquet_cells(
             cells.append(f"{head}::VARCHAR AS v_{name}")
             cells.append(f"CASE WHEN {head} IS NULL THEN 'NULL' ELSE 'VARCHAR' END AS t_{name}")
     sql = f"""SELECT (file_row_number + 1)::UBIGINT AS position, NULL::VARCHAR AS problem, '' AS excerpt,
-        {", ".join(cells)} FROM read_parquet({path_literal(file.path)}, file_row_number = true)"""
+        {", ".join(cells)} FROM {_rows(Path(file.path), options=", file_row_number = true")}"""
     return sql, None, list(types)
 
 
@@ -353,7 +354,7 @@ def _describe(
 
 
 def _rows(*paths: Path, options: str = "") -> str:
-    """Parts in SQL; a folder above them that is called key=value is a folder, and no column."""
+    """Parquet files in SQL; a folder above them that is called key=value is a folder, and no column."""
     listed = ", ".join(path_literal(str(path)) for path in paths)
     return f"read_parquet([{listed}], hive_partitioning = false{options})"
 

@@ -3,7 +3,7 @@
 In:  a relation with position, problem, excerpt and, for every mapped column, its text `v_NAME` and its type `t_NAME`
      (JSON's: VARCHAR, ARRAY, OBJECT, NULL, ...; no type: the row has no such column).
 Out: the rows of a part (the last SELECT of `_answers_sql` and `_turns_sql`). A row that cannot be used has a problem,
-     and an excerpt for the message where it is an error; everything else in it is null. A part that stays has no
+     and an excerpt for the message where it is an error; its texts and their keys are null. A part that stays has no
      excerpt: what a bad row says is as private as any other row, and nothing in it has been hashed.
 
 Texts are compared by keys. A prompt's key is a hash of its normalised turns, so that a text and the same text as a
@@ -27,10 +27,16 @@ ROLES = {name: name for name in ("system", "developer", "user", "assistant", "to
     "function": "tool",
 }
 
+# the first year in which no vote was given
+_END = 2200
+
 # code -> (rule, remedy). `{column}` is the name in the log.
 PROBLEMS = {
-    "encoding": ("the bytes are not text in the file's encoding", "give input.encoding, or repair the line"),
+    "encoding": ("the bytes are not text in the file's encoding",
+                 "give input.encoding if all text files are written in it, else convert this one to UTF-8"),
     "too long": ("the row is longer than input.max_row_mebibytes", "raise it, or take the row out"),
+    "no CSV": ("a quote opens or closes in the middle of a field, or is never closed",
+               "write quotes inside of a quoted field twice, or check input.delimiter"),
     "broken JSON": ("the line is not a JSON object", "repair it; a log has one object a line"),
     "messages": (
         "columns.messages must be a list of turns with a known role and text as content",
@@ -39,8 +45,8 @@ PROBLEMS = {
     "no answer": ("the last turn of columns.messages must be the assistant's, the answer that was rated",
                   "cut what follows it, or map columns.response"),
     "answer twice": ("the turn before the rated answer must not be the assistant's", "join the two turns"),
-    "time": ("columns.time must be ISO 8601, a date as 20260131 or a number of seconds since 1970, from 1970 to 9999",
-             "correct it"),
+    "time": ("columns.time must be ISO 8601, a date as 20260131 or a number of seconds since 1970, "
+             f"from 1970 to {_END - 1}", "correct it (a sentinel such as 9999-12-31 means no time: leave it empty)"),
     "ranks": ("columns.responses must list texts, at most 1,000, and columns.ranks as many numbers", "correct it"),
     "role": (f"columns.role must be one of {', '.join(ROLES)}", "correct it, or take the row out"),
     "turn": ("columns.turn must be a number (or, without it, columns.time a time)", "correct it"),
@@ -112,7 +118,7 @@ def macros(config: MiningConfig, salt: str) -> list[str]:
                 WHEN abs(x::DOUBLE) < 1e17 THEN x::DOUBLE / 1e6 WHEN abs(x::DOUBLE) < 2e19 THEN x::DOUBLE / 1e9
                 END)::TIMESTAMP
             ELSE try_cast(x AS TIMESTAMPTZ)::TIMESTAMP END""",
-        "MACRO sane(x) AS CASE WHEN x BETWEEN TIMESTAMP '1970-01-01' AND TIMESTAMP '9999-12-31' THEN x END",
+        f"MACRO sane(x) AS CASE WHEN x >= TIMESTAMP '1970-01-01' AND x < TIMESTAMP '{_END}-01-01' THEN x END",
         "MACRO filled(x) AS CASE WHEN trim(x) <> '' THEN x END",
         # a macro that is not temporary would be written to the database's file, and the salt with it
         f"TEMP MACRO user_of(x) AS {f'left(sha256({literal(salt)} || chr(0) || x), 32)' if hashed else 'x'}",
@@ -132,7 +138,7 @@ def json_cells(columns: dict[str, str]) -> str:
                 CASE WHEN problem IS NULL THEN json_type(record, [{paths}]) END AS t
             FROM (SELECT position, record, CASE WHEN problem IS NOT NULL THEN problem WHEN NOT json_valid(record)
                     THEN 'broken JSON' WHEN json_type(record) <> 'OBJECT' THEN 'broken JSON' END AS problem
-                FROM source WHERE length(record) > 8 OR trim(record, chr(32) || chr(9) || chr(13) || chr(10)) <> ''))"""
+                FROM source WHERE trim(record, chr(32) || chr(9) || chr(13) || chr(10)) <> ''))"""
 
 
 def text_cells(columns: dict[str, str]) -> str:

@@ -163,38 +163,80 @@ def json_names(file: LogFile, config: InputConfig) -> list[str]:
     return list(names)
 
 
+class _CsvLines:
+    """Lines for Python's csv, which asks for as many as a row's open quotes need; they can be given back.
+
+    A line over the limit is a blank one here, so that a quote in what is left of it opens nothing.
+    """
+
+    def __init__(self, blocks: Iterator[tuple[int, Any, bytes]], limit: int) -> None:
+        self._lines, self._limit = self._checked(blocks), limit
+        self._given_back: list[tuple[str, str | None]] = []
+        self._number = 0
+        self.taken: list[tuple[str, str | None]] = []
+        # (text, problem) of the lines since `start`
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._given_back.pop() if self._given_back else next(self._lines)
+        self.taken.append(line)
+        return line[0]
+
+    def _checked(self, blocks: Iterator[tuple[int, Any, bytes]]) -> Iterator[tuple[str, str | None]]:
+        for _, offsets, whole in blocks:
+            for start, end in itertools.pairwise(offsets.tolist()):
+                if end - start > self._limit + 1:
+                    yield "\n", "too long"
+                    continue
+                try:
+                    yield whole[start:end].decode("utf-8"), None
+                except UnicodeDecodeError:
+                    yield whole[start:end].decode("utf-8", "replace"), "encoding"
+
+    def start(self) -> int:
+        """A new row begins: the number of its line."""
+        self._number += len(self.taken)
+        self.taken.clear()
+        return self._number + 1
+
+    def give_back(self) -> None:
+        """All lines of the row but its first are read again."""
+        self._given_back.extend(reversed(self.taken[1:]))
+        del self.taken[1:]
+
+    def problem(self) -> str | None:
+        return next((problem for _, problem in self.taken if problem), None)
+
+
 class CsvRows:
-    """A CSV file: the names in its first row, and batches of the wanted columns."""
+    """A CSV file: the names in its first row (none of a file without any), and batches of the wanted columns.
+
+    A row whose quotes do not close costs its first line alone: what it swallowed is read again.
+    """
 
     def __init__(self, file: LogFile, config: InputConfig) -> None:
         self._file, self._limit = file, config.max_row_mebibytes << 20
-        self._broken_line = False
         tabs = file.path.lower().removesuffix(".gz").endswith(".tsv") and config.delimiter == ","
-        self._reader = csv.reader(
-            self._text(lines(file, config)), delimiter="\t" if tabs else config.delimiter, strict=True
-        )
+        self._lines = _CsvLines(lines(file, config), self._limit)
+        self._reader = csv.reader(self._lines, delimiter="\t" if tabs else config.delimiter, strict=True)
         # a module-wide limit of Python's csv; rows are bounded by it and by the number of columns
         csv.field_size_limit(max(csv.field_size_limit(), self._limit))
         try:
-            self.names = next(self._reader, [])
+            self.names = next((row for row in self._reader if row), [])
         except csv.Error as error:
             raise UserError(f"{file.path}:1: the first row is no CSV: {error}; it has to name the columns") from None
-        if self._broken_line:
-            raise UserError(
-                f"{file.path}:1: the column names are not valid in {config.encoding}: give input.encoding (cp1252, ...)"
-            )
-
-    def _text(self, blocks: Iterator[tuple[int, Any, bytes]]) -> Iterator[str]:
-        for _, offsets, whole in blocks:
-            for start, end in itertools.pairwise(offsets.tolist()):
-                line = whole[start:end]
-                try:
-                    yield line.decode("utf-8")
-                except UnicodeDecodeError:
-                    self._broken_line = True
-                    yield line.decode("utf-8", "replace")
+        if problem := self._lines.problem():
+            rule, remedy = {
+                "encoding": (f"not valid in {config.encoding}", "give input.encoding (cp1252, ...)"),
+                "too long": ("longer than input.max_row_mebibytes", "raise it"),
+            }[problem]
+            raise UserError(f"{file.path}:1: the column names are {rule}: {remedy}, or convert the file")
 
     def batches(self, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        if not self.names:
+            return
         places = [self.names.index(name) for name in wanted]
         while rows := list(itertools.islice(self._rows(places), _ROWS)):
             yield _batch(rows, len(places))
@@ -202,20 +244,21 @@ class CsvRows:
     def _rows(self, places: list[int]) -> Iterator[tuple[Any, ...]]:
         nothing = (None,) * len(places)
         while True:
-            start, self._broken_line = self._reader.line_num + 1, False
+            start = self._lines.start()
             try:
                 row = next(self._reader)
             except StopIteration:
                 return
-            except csv.Error as error:
-                # An open quote runs on: the message says how far, since those lines are one row now.
-                yield start, f"no CSV ({error}; lines {start} to {self._reader.line_num})", "", *nothing
+            except csv.Error:
+                self._lines.give_back()
+                yield start, "no CSV", self._cut(self._lines.taken[0][0]), *nothing
                 continue
-            if not row:
+            problem = self._lines.problem()
+            if not row and not problem:
                 continue
             quoted = self._cut(",".join(row))
-            if self._broken_line:
-                yield start, "encoding", quoted, *nothing
+            if problem:
+                yield start, problem, quoted, *nothing
             elif len(row) != len(self.names):
                 yield start, f"{len(row)} fields in place of {len(self.names)}", quoted, *nothing
             elif sum(map(len, row)) > self._limit:

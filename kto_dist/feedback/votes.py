@@ -49,7 +49,7 @@ def load(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     connection.execute(
         f"""CREATE TABLE ballots AS
         SELECT vote, source::UINTEGER AS source, prompt_key, response_key, text_key, words.label, raw_feedback,
-            {user} AS user, time, models.number AS model, length(completion)::INTEGER AS characters, blank,
+            {user} AS user, time, models.number AS model, length(completion)::INTEGER AS characters,
             coalesce(finish IN ({_words(config.clean.truncated_finish)}), false) AS cut,
             CASE WHEN words.label IS NULL THEN 'no_label'::step END AS removed
         FROM parts LEFT JOIN words USING (raw_feedback) LEFT JOIN models ON models.name = parts.model"""
