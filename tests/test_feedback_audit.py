@@ -17,8 +17,9 @@ from kto_dist import cli
 from kto_dist.audited import line_of
 from kto_dist.config import build
 from kto_dist.feedback import MiningConfig, mine
-from kto_dist.feedback.audit import Audit, audit, write_audit
+from kto_dist.feedback.audit import NO_JUDGEMENT, Audit, audit, audit_log, write_audit
 from kto_dist.feedback.report import page
+from kto_dist.feedback.votes import STEPS
 from kto_dist.files import sha256_of
 
 COLUMNS = {
@@ -296,6 +297,22 @@ def test_shares_of_the_loss_are_of_all_votes_also_of_those_without_a_user():
     assert found.users.top_votes["1"] == pytest.approx(0.25)
 
 
+def test_shares_of_the_training_loss_are_of_the_rows_that_are_trained_on():
+    votes = [vote(f"by {n}", n % 2 == 0, f"u{n % 5}", prompt=f"q{n}") for n in range(100)]
+    with duckdb.connect() as connection:
+        fill(connection, votes)
+        # all of u0's rows but two are held out
+        connection.execute(
+            "UPDATE examples SET split = 'heldout' WHERE completion IN "
+            "(SELECT 'by ' || n * 5 FROM range(20) t(n) WHERE n >= 2)"
+        )
+        found = audit(connection, config(audit=LOOSE))
+    shares = {user.user: (user.loss_before, user.loss_after) for user in found.users.top}
+    assert shares["u0"] == pytest.approx((0.2, 2 / 82), rel=0.02)
+    assert shares["u1"] == pytest.approx((0.2, 20 / 82), rel=0.02)
+    assert sum(after for _, after in shares.values()) == pytest.approx(1)
+
+
 def test_critics_share_is_of_all_votes_also_of_those_without_a_user():
     votes = crowd(responses=120, up=0.9) + [
         vote(f"more {number}", False, "sour", prompt=f"and {number}") for number in range(40)
@@ -432,6 +449,23 @@ def test_the_same_tables_give_the_same_bytes():
     first, second = audited(crowd()), audited(list(reversed(crowd())))
     assert json.dumps(first.to_dict()) == json.dumps(second.to_dict())
     assert page(first) == page(second)
+
+
+def test_an_output_folder_in_the_home_is_found_by_the_audit(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    log = generate(votes=300, prompts=20, users=20).write(tmp_path / "log.jsonl")
+    audit_log(mining_config(tmp_path, log, output={"folder": "~/mined"}))
+    assert (tmp_path / "home" / "mined" / "audit" / "audit.json").is_file() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_each_step_takes_judgements_or_what_is_none(step):
+    # what looks at one vote or one answer comes first; what weighs them against others comes last
+    later = ("near_duplicate", "user_cap", "conflict", "balance", "stratify")
+    assert (step in NO_JUDGEMENT) == (step not in later)
+    found = audited([*crowd(), vote("answer 000", False, "odd", prompt="question 0", removed=step)], audit=LOOSE)
+    assert found.log.judgements == 180 + (step in later)
 
 
 def test_the_audit_command_says_each_check_and_writes_no_dataset(tmp_path):

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import browser
@@ -55,6 +56,15 @@ def test_every_plot_is_in_the_page_with_how_to_read_it(shown):
     assert shown.count("data:image/svg+xml;base64,") == 2 * len(PLOTS)  # light and dark
     for plot in PLOTS:
         assert f'id="{plot.name}"' in shown and plot.how_to_read.replace("'", "&#39;") in shown
+
+
+@pytest.mark.parametrize("far", ["9999-12-31", "0001-01-01"])
+def test_a_date_at_the_end_of_the_calendar_is_drawn(far):
+    away = vote("far", True, "u1", prompt="when?")
+    away["time"] = datetime.fromisoformat(far)
+    found = audited([*crowd(), away])
+    assert far[:4] in {found.drift.first[:4], found.drift.last[:4]}
+    assert 'id="ratio"' in page(found)
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_has_no_script(shown):

@@ -1,6 +1,7 @@
 """The audit's statistics: against their definitions, examples from the literature, and draws whose truth is known."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -83,6 +84,27 @@ def test_the_interval_redraws_responses_and_narrows_with_their_number():
     assert (low, high) == pytest.approx(tuple(np.quantile(by_hand, (0.025, 0.975))), abs=0.02)
     wide, narrow = (np.diff(agreement.intervals(judged(rng, count, 0.1), 500)[0])[0] for count in (100, 10_000))
     assert narrow < wide / 5
+
+
+def test_the_intervals_memory_is_bounded_however_many_votes_answers_have():
+    rng = np.random.default_rng(3)
+    votes = rng.integers(2, 5000, 12_000)
+    drawn = np.stack([votes, rng.binomial(votes, rng.beta(2, 1, len(votes))), rng.integers(1, 4, len(votes))], 1)
+    tracemalloc.start()
+    try:
+        alpha, noise = agreement.intervals(drawn, 1000)
+        # all draws at once are 96 MB, and as much again as floats
+        assert tracemalloc.get_traced_memory()[1] < 32e6
+    finally:
+        tracemalloc.stop()
+    # blocks draw what one draw would
+    total = drawn[:, 2].sum()
+    counts = np.random.default_rng(0).multinomial(total, drawn[:, 2] / total, size=1000).astype(float)
+    pairs = counts @ (drawn[:, 1] * (votes - drawn[:, 1]) / (votes - 1))
+    ballots, ups = counts @ votes, counts @ drawn[:, 1]
+    whole = 1 - (ballots - 1) * pairs / (ups * (ballots - ups))
+    assert alpha == pytest.approx(tuple(np.quantile(whole, (0.025, 0.975))), rel=1e-9)
+    assert noise[0] < noise[1]
 
 
 def test_wrong_labels_after_a_majority_are_what_the_votes_let_expect():

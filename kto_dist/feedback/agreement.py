@@ -17,7 +17,8 @@ honestly differ e counts that as error; where users copy one another or share a 
 
 Confidence. The responses are what was drawn independently, so the bootstrap redraws responses. Those with the same
 (n_u, k_u) are interchangeable: redrawing M of them is one multinomial draw over the few distinct (n_u, k_u), which
-costs the same for a thousand responses and for a hundred million.
+costs the same for a thousand responses and for a hundred million. There are more distinct ones where answers have
+thousands of votes, so the draws are made in blocks of bounded memory.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _SEED = 0  # of the bootstrap: the same votes have the same interval
+_DRAWN = 1 << 20  # counts of the bootstrap at a time: 8 MiB, and as much again as floats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +99,14 @@ def intervals(units: np.ndarray, resamples: int) -> tuple[tuple[float, float] | 
     total = int(units[:, 2].sum()) if len(units) else 0
     if total < 2:
         return None, None
-    draws = np.random.default_rng(_SEED).multinomial(total, units[:, 2] / total, size=resamples)
-    alpha, differ = _alpha_and_disagreement(units, draws)
+    generator, block = np.random.default_rng(_SEED), max(1, _DRAWN // len(units))
+    figures = [
+        _alpha_and_disagreement(
+            units, generator.multinomial(total, units[:, 2] / total, size=min(block, resamples - r))
+        )
+        for r in range(0, resamples, block)
+    ]
+    alpha, differ = np.concatenate(figures, axis=1)
     return _middle(alpha), _middle(_noise(differ))
 
 

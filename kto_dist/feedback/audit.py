@@ -30,6 +30,7 @@ from kto_dist.feedback.checks import Check, checks_of
 from kto_dist.feedback.concentration import User, Users
 from kto_dist.feedback.content import Conflicts, Lengths, StepCounts, conflicts_of, lengths_of, steps_of
 from kto_dist.feedback.drift import Balance, Classes, Drift, balance_of, drift_of
+from kto_dist.feedback.votes import STEPS
 from kto_dist.files import sha256_of, write_whole
 
 if TYPE_CHECKING:
@@ -40,19 +41,11 @@ if TYPE_CHECKING:
 # Of audit.json: raise it when a key changes its meaning or goes away.
 VERSION = 1
 
-# Votes that these steps removed are no person's judgement of a real answer, or not that person's last one.
-NO_JUDGEMENT = (
-    "no_label",
-    "exact_duplicate",
-    "changed_mind",
-    "empty",
-    "error",
-    "refusal",
-    "truncated",
-    "script",
-    "length",
-    "language",
-)
+# Votes that these steps removed are no person's judgement of a real answer, or not that person's last one. Those after
+# them look at how answers and users stand to one another.
+NO_JUDGEMENT = STEPS[: STEPS.index("language") + 1]
+# These choose among answers by their votes.
+_CHOICES = STEPS[STEPS.index("conflict") :]
 _NAMED_LISTED, _OTHERS_LISTED = 200, 20
 _TABLES = ("voices", "audit_users", "audit_after", "audit_loss", "audit_listed", "audit_critics", "audit_conflicts")
 
@@ -180,10 +173,9 @@ def audit(
 
 def _define(connection: "DuckDBPyConnection") -> None:
     """`judgements`, and `voices`: a user's last vote on a response; without users each vote is another's."""
-    listed = ", ".join(f"'{name}'" for name in NO_JUDGEMENT)
     connection.execute(
         'CREATE OR REPLACE TEMP VIEW judgements AS SELECT vote, prompt_key, response_key, label, "user", time, model '
-        f"FROM votes WHERE label IS NOT NULL AND (removed IS NULL OR removed NOT IN ({listed}))"
+        f"FROM votes WHERE label IS NOT NULL AND (removed IS NULL OR removed NOT IN {NO_JUDGEMENT})"
     )
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE voices AS "
@@ -310,7 +302,8 @@ def _losses(connection: "DuckDBPyConnection", balance: Balance) -> tuple[bool, f
     shares of such votes before and after, each vote counting as another user's.
 
     At the start of training a row's loss is half of its weight times its class weight (every reward is 0), so shares of
-    weight are shares of loss. A row's weight belongs to the votes it rests on, by the votes' weights.
+    weight are shares of loss. After, it is the rows of the training split; a row's weight belongs to the votes it rests
+    on, by the votes' weights.
     """
     judged = balance.judgements
     down_before, up_before = class_weights(judged.up, judged.down) if judged.up and judged.down else (1.0, 1.0)
@@ -320,7 +313,7 @@ def _losses(connection: "DuckDBPyConnection", balance: Balance) -> tuple[bool, f
         -- kept votes have the label of their row, and a response has one row
         mass AS (
             SELECT response_key, any_value(e.weight) / nullif(sum(kept.weight), 0) AS each
-            FROM kept JOIN examples AS e USING (response_key) GROUP BY 1
+            FROM kept JOIN examples AS e USING (response_key) WHERE e.split = 'train' GROUP BY 1
         ),
         single AS (
             SELECT "user", mass.each * kept.weight * if(kept.label, $up, $down) AS mass
@@ -435,7 +428,7 @@ def _tallies(connection: "DuckDBPyConnection") -> np.ndarray:
     """(M, 3): votes up, votes down, and how many responses have these, before rows were chosen by votes or label."""
     found = connection.execute(
         "SELECT up, down, count(*) FROM (SELECT count(*) FILTER (label) AS up, count(*) FILTER (NOT label) AS down "
-        "FROM votes WHERE removed IS NULL OR removed IN ('conflict', 'balance', 'stratify') GROUP BY response_key) "
+        f"FROM votes WHERE removed IS NULL OR removed IN {_CHOICES} GROUP BY response_key) "
         "GROUP BY ALL ORDER BY ALL"
     ).fetchall()
     return np.array(found, dtype=np.int64).reshape(-1, 3)
@@ -452,9 +445,10 @@ def audit_log(config: "MiningConfig") -> dict[str, Any]:
 
     The folder of its own leaves the audit of a dataset that is there already in place. Raises `UserError`.
     """
+    from kto_dist.feedback.config import folder_of
     from kto_dist.feedback.mine import pipeline, settings
 
     with pipeline(config) as connection:
         found = audit(connection, config, settings=settings(config))
-    write_audit(found, Path(config.output.folder) / "audit")
+    write_audit(found, folder_of(config.output.folder) / "audit")
     return found.to_dict()

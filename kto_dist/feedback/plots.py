@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
@@ -74,6 +74,10 @@ def _ratio(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     below.get_legend().remove()
     below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
     below.yaxis.set_major_formatter(FuncFormatter(_short))
+    # a margin that no calendar holds would have no ticks: the sentinel 9999-12-31 is a day as any other
+    margin = 0.03 * (days[-1] - days[0]).days + width
+    low, high = date2num(days[0]) - margin, date2num(days[-1]) + margin
+    below.set_xlim(max(low, date2num(date.min)), min(high, date2num(date.max)))
     locator = AutoDateLocator(maxticks=6)
     below.xaxis.set_major_locator(locator)
     below.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
