@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from mining import MORE, config_of, mined, removed, rows_of, vote, write_log
 
 from kto_dist.errors import UserError
-from kto_dist.feedback import pipeline
+from kto_dist.feedback import ingest, pipeline
 
 DRAWN = st.lists(
     st.builds(
@@ -92,6 +94,97 @@ def test_the_same_content_is_read_once_and_a_grown_file_replaces_itself(tmp_path
     assert sources(tmp_path, log) == (3, [(str(log),)])
     write_log(log, [vote("4")])  # rotated: another log under the same name
     assert sources(tmp_path, log)[0] == 4
+
+
+ROTATIONS = ["app-0105.jsonl", "app.jsonl-20260105", "app.jsonl.1", "old/app.jsonl", "app-1.jsonl.gz"]
+
+
+@pytest.mark.parametrize("rotated", ROTATIONS)
+def test_a_file_that_grew_and_was_renamed_replaces_itself(tmp_path, rotated):
+    rows = [vote(str(number)) for number in range(5)]
+    log, target = write_log(tmp_path / "app.jsonl", rows[:2]), tmp_path / rotated
+    state = {"input__state": str(tmp_path / "state"), "input__format": "jsonl", "users__salt": "s"}
+
+    def read(*files):
+        with pipeline(config_of(tmp_path, list(files), **state)) as connection:
+            return connection.execute("SELECT file, rows FROM sources ORDER BY number").fetchall()
+
+    assert read(log) == [(str(log), 2)]
+    target.parent.mkdir(exist_ok=True)
+    content = write_log(log, rows[:4]).read_bytes()
+    log.unlink()
+    target.write_bytes(gzip.compress(content) if rotated.endswith("gz") else content)
+    for new in (rows[4:], [*rows[4:], vote("more")]):  # under the old name another log begins, and grows
+        write_log(log, new)
+        for files in ((target, log), (log, target)):
+            assert read(*files) == [(str(target), 4), (str(log), len(new))]
+
+
+def test_another_days_file_that_begins_like_one_that_is_gone_is_another(tmp_path):
+    for number in range(1, 4):
+        day = write_log(tmp_path / f"day-{number}.jsonl", [vote("1")] * number)
+        assert sources(tmp_path, day)[0] == sum(range(number + 1))
+        day.unlink()
+
+
+def test_files_of_equal_bytes_are_as_many_deliveries_and_a_renamed_one_is_one(tmp_path):
+    one, two = (write_log(tmp_path / f"server-{number}.jsonl", [vote("1")]) for number in (1, 2))
+    for state in ({}, {"input__state": str(tmp_path / "state")}):
+        for _ in range(2):
+            with pipeline(config_of(tmp_path, [one, two], users__salt="s", **state)) as connection:
+                assert connection.execute("SELECT votes_up FROM examples").fetchall() == [(2,)]
+                found = connection.execute("SELECT file, rows FROM sources ORDER BY number").fetchall()
+                assert found == [(str(one), 1), (str(two), 1)]
+    moved = one.rename(tmp_path / "moved.jsonl")
+    assert sources(tmp_path, moved)[0] == 2
+    write_log(two, [vote("1"), vote("2")])
+    assert sources(tmp_path, two)[0] == 3
+    zipped = tmp_path / "server-2.jsonl.gz"
+    zipped.write_bytes(gzip.compress(two.read_bytes()))
+    with pipeline(config_of(tmp_path, [two, zipped])) as connection:
+        assert connection.execute("SELECT count(*) FROM votes").fetchone() == (2,)
+
+
+def test_a_parquet_file_that_was_renamed_stays_beside_the_new_one_of_its_name(tmp_path):
+    path, kept = tmp_path / "log.parquet", tmp_path / "kept.parquet"
+    pq.write_table(pa.Table.from_pylist([vote("1")]), path)
+    assert sources(tmp_path, path)[0] == 1
+    path.rename(kept)
+    state = {"input__state": str(tmp_path / "state"), "users__salt": "s"}
+    for count in (2, 3):
+        pq.write_table(pa.Table.from_pylist([vote(str(number)) for number in range(2, 2 + count)]), path)
+        with pipeline(config_of(tmp_path, [kept, path], **state)) as connection:
+            assert connection.execute("SELECT count(*) FROM votes").fetchone() == (1 + count,)
+    pq.write_table(pa.Table.from_pylist([vote("last")]), path)
+    assert sources(tmp_path, path)[0] == 2
+
+
+def test_a_manifest_is_written_once_for_many_small_files(tmp_path, monkeypatch):
+    written = []
+    write = ingest.write_whole
+    monkeypatch.setattr(ingest, "write_whole", lambda *given: (written.append(given), write(*given)))
+    files = [write_log(tmp_path / f"{number}.jsonl", [vote(str(number))]) for number in range(8)]
+    with pipeline(config_of(tmp_path, files, input__state=str(tmp_path / "state"))) as connection:
+        assert connection.execute("SELECT count(*) FROM votes").fetchone() == (8,)
+    assert len(written) == 1
+
+
+def test_a_disk_without_room_is_told_as_such(tmp_path):
+    log = write_log(tmp_path / "log.jsonl", [vote(str(i), os.urandom(3000).hex()) for i in range(400)])
+    code = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import mining
+config = mining.config_of(Path(sys.argv[2]), sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+with mining.pipeline(config):
+    pass
+"""
+    run = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), str(log)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    last = next(line for line in done.stderr.splitlines() if line.startswith("kto_dist.errors.UserError"))
+    assert "make room" in last and "damaged" not in last, last
 
 
 def test_rows_that_sqlite_has_not_merged_yet_are_new_content(tmp_path):

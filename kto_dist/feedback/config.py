@@ -1,7 +1,9 @@
 """What a mining run is: where the log lies, what its columns mean, and what is done to it.
 
 In:  a YAML file and `section.key=value` overrides, read like a training run's (`kto_dist.config`).
-Out: `MiningConfig`, frozen and validated. Every step of the cleaning has a setting that turns it off.
+Out: `MiningConfig`, frozen and validated. Every step that takes votes has a setting that turns it off. Only what can be
+no row to train on always leaves, and is counted like the rest: votes without a label or on an empty prompt, and, with
+`agreement.conflicts: keep`, answers whose votes are even.
 
 Regular expressions are RE2's (no look-around, linear time), because DuckDB runs them; `pipeline` tries each one before
 it reads a byte of the log.
@@ -62,7 +64,7 @@ class InputConfig(Section):
         "auto", description="auto: by the ending of each file's name"
     )
     encoding: Text = Field(
-        "auto", description="of text files; auto: UTF-8, or what a byte order mark says; else a name such as cp1252"
+        "auto", description="of all text files; auto: UTF-8, or what a byte order mark says; else a name such as cp1252"
     )
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = Field(",", description="between CSV's fields")
     table: str | None = Field(None, description="SQLite's table or view; null: the only one there is")
@@ -73,8 +75,9 @@ class InputConfig(Section):
     state: str | None = Field(
         None,
         description="folder that keeps what was read, by content: later runs read new files only and go over "
-        "everything; a Parquet or SQLite file that changed replaces what it was, so new days get new files; null: each "
-        "run reads `files` alone",
+        "everything; a text file that grew, also if a rotation then renamed it (app.jsonl to app-0131.jsonl), and a "
+        "Parquet or SQLite file that changed replace what they were, so new days get new files; files of equal bytes "
+        "in one run are as many deliveries; null: each run reads `files` alone",
     )
 
 
@@ -197,7 +200,9 @@ class CleanConfig(Section):
     )
     ignore_case: bool = Field(False, description="texts that differ in upper and lower case alone are the same")
     exact_duplicates: bool = Field(
-        True, description="a user's judgement of an answer counts once; without user ids, once a time stamp"
+        True,
+        description="a user's judgement of an answer counts once; without user ids, once a time stamp that"
+        " is finer than a day",
     )
     last_vote_counts: bool = Field(
         True,
@@ -244,7 +249,8 @@ class CleanConfig(Section):
 
 
 class UsersConfig(Section):
-    """Whose taste. A kept vote of user u for class y weighs volume(u) * bias(u, y); see votes.py for the formula."""
+    """Whose taste. A kept vote of user u for class y weighs volume(u) * bias(u, y): see "How users are weighed" in
+    docs/mining.md."""
 
     hash_ids: bool = Field(True, description="outputs carry salted hashes in place of user ids")
     salt: str | None = Field(

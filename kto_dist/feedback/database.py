@@ -4,6 +4,7 @@ Nothing is downloaded: no extension is installed or loaded beyond those that are
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -23,6 +24,8 @@ from kto_dist.feedback.mapping import macros
 from kto_dist.feedback.readers import literal
 
 SALT = "KTO_FEEDBACK_SALT"
+# of a write that fails for want of room
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # of the folders of runs, in a folder that may hold other things
 _PREFIX = ".kto-mining-"
 
@@ -65,6 +68,13 @@ def database(config: MiningConfig, salt: str) -> Iterator[tuple[duckdb.DuckDBPyC
         raise UserError(
             f"resources.memory_mebibytes ({memory}) is not enough for this log: {error}; raise it, or lower "
             "resources.threads"
+        ) from None
+    except duckdb.Error as error:
+        if not any(os.strerror(number) in str(error) for number in NO_ROOM):
+            raise
+        raise UserError(
+            f"resources.work ({resources.work}) has no room for the database: {error}; make room, or give another "
+            "folder"
         ) from None
     finally:
         if connection is not None:

@@ -8,9 +8,12 @@ Out: the tables and views that the later steps start from:
     parts      a view of all parts' good rows, with `vote`: source, position and place in the row in one number
 
 With `input.state`, parts stay there and later runs read new files only: a file is known by its content, wherever it
-lies now and whether it is gzipped, and may be gone. A file that has grown at its end takes the place of what it was; so
-does a Parquet or SQLite file that changed at all, since these are rewritten as a whole. manifest.json is written last,
-so a part without an entry is no part.
+lies now and whether it is gzipped, and may be gone. Files of equal bytes that one run is given are as many deliveries;
+a file of the bytes of one that an earlier run was given, and that this run is not, is that one.
+
+A file that has grown at its end takes the place of what it was, also where a rotation has renamed it; so does a Parquet
+or SQLite file that changed at all, since these are rewritten as a whole. manifest.json is written last, so a part
+without an entry is no part.
 """
 
 import contextlib
@@ -19,9 +22,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,7 @@ import pyarrow as pa
 
 from kto_dist.errors import UserError
 from kto_dist.feedback.config import MiningConfig, folder_of
+from kto_dist.feedback.database import NO_ROOM
 from kto_dist.feedback.mapping import PROBLEMS, json_cells, mapped, part_sql, pointer, text_cells
 from kto_dist.feedback.mask import mask
 from kto_dist.feedback.readers import (
@@ -47,19 +54,21 @@ from kto_dist.feedback.sources import Digest, LogFile, digest, find_files
 from kto_dist.files import write_whole
 
 # Raise it when the same file becomes other rows, or when what a part holds changes.
-_FORMAT = 2
+_FORMAT = 3
 _REWRITTEN = ("parquet", "sqlite")
+# The manifest is written as often, and at the end: with each of many small files it would be the most that is written.
+_SECONDS = 10
 # bits of a vote's number: source, position, place in the row
 PLACE_BITS, POSITION_BITS = 10, 34
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, eq=False)
 class Part:
     """One file that was read."""
 
     digest: str
     path: str
-    # where it lay when it was read, whatever the working directory was
+    # where it lay when it was read, or under which name it was seen since then, whatever the working directory was
     format: str
     bytes: int
     # unpacked
@@ -82,17 +91,7 @@ def ingest(connection: duckdb.DuckDBPyConnection, config: MiningConfig, salt: st
     except OSError as error:
         raise UserError(f"input.state ({state}) cannot be written: {error}; give another folder, or null") from None
     with _locked(state):
-        parts = _read_manifest(state, config, salt)
-        known = {part.digest for part in parts}
-        for file in files:
-            earlier = [part for part in parts if _place(part.path) == _place(file.path)]
-            found = digest(file, {part.bytes for part in earlier})
-            if found.hex in known:
-                continue
-            part = _read(connection, config, file, found, state)
-            parts = _with(parts, part, earlier, found)
-            known.add(found.hex)
-            _write_manifest(state, config, salt, parts)
+        parts = _read_all(connection, config, salt, state, files)
         _check_columns(config, files, parts)
         if not any(part.rows for part in parts):
             problem = next((text for part in parts for text in part.examples.values()), "the files are empty")
@@ -100,9 +99,106 @@ def ingest(connection: duckdb.DuckDBPyConnection, config: MiningConfig, salt: st
         _make_views(connection, config, state, parts)
 
 
+def _read_all(
+    connection: duckdb.DuckDBPyConnection, config: MiningConfig, salt: str, state: Path, files: list[LogFile]
+) -> list[Part]:
+    """The parts of the state and of the files that are new to it."""
+    settings = _settings(config, salt)
+    parts = _read_manifest(state, settings)
+    found = [(file, digest(file)) for file in files]
+    held, new = _match(parts, found)
+    # of what earlier runs read: files of one run are as many deliveries, though one begins like another
+    free = [part for part in parts if id(part) not in held]
+    read, written = {part.digest: part for part in parts}, time.monotonic()
+    try:
+        for file, content in new:
+            same = read.get(content.hex)
+            if same is None:
+                part = _read(connection, config, file, content, state)
+            else:  # another delivery of the same bytes
+                part = replace(same, path=os.path.realpath(file.path))
+            read[content.hex] = part
+            grown = _grown(free, file)
+            if grown is None:
+                parts.append(part)
+            else:
+                free = [other for other in free if other is not grown]
+                parts = [part if other is grown else other for other in parts]
+            if time.monotonic() - written > _SECONDS:
+                _write_manifest(state, settings, parts)
+                written = time.monotonic()
+    finally:
+        _write_manifest(state, settings, parts)
+    return parts
+
+
+def _match(parts: list[Part], found: list[tuple[LogFile, Digest]]) -> tuple[set[int], list[tuple[LogFile, Digest]]]:
+    """Ids of the parts that a file still holds, and the files that no part holds, in order.
+
+    Each part is the content of one file: a second file of the same bytes is another delivery. But a file and the same
+    file gzipped, which lie side by side while a rotation goes on, are one.
+    """
+    held, new, seen = set(), [], set()
+    free = defaultdict(list)
+    for part in reversed(parts):
+        free[part.digest].append(part)
+    here = {_place(file.path): content.hex for file, content in found}
+    for file, content in found:
+        delivery = (_place(file.path), content.hex)
+        if delivery in seen:
+            continue
+        seen.add(delivery)
+        if not free[content.hex]:
+            new.append((file, content))
+            continue
+        part = free[content.hex].pop()
+        held.add(id(part))
+        there = here.get(_stem(part.path))
+        if there not in (None, part.digest) or not os.path.exists(part.path):
+            part.path = os.path.realpath(file.path)  # it was renamed
+    return held, new
+
+
+def _grown(parts: list[Part], file: LogFile) -> Part | None:
+    """What the file was before it grew, whether it was renamed since or not; or None."""
+    path = os.path.realpath(file.path)
+    here = [part for part in parts if _stem(part.path) == _stem(path)]
+    if file.format in _REWRITTEN:
+        return next((part for part in here if part.format == file.format), None)
+    candidates = [*here, *(part for part in parts if part not in here and _may_be_rotated(part.path, path))]
+    if not candidates:
+        return None
+    prefixes = digest(file, {part.bytes for part in candidates}).prefixes
+    return next(
+        (
+            part
+            for part in sorted(candidates, key=lambda part: (part not in here, -part.bytes))
+            if (part.bytes, part.digest) in prefixes and (part in here or not _still_there(part))
+        ),
+        None,
+    )
+
+
+def _may_be_rotated(old: str, new: str) -> bool:
+    """app.jsonl -> app.jsonl.1, app-20260131.jsonl.gz, archive/app.jsonl: a rotation adds to the name."""
+    stem = os.path.basename(old).split(".")[0]
+    return re.match(re.escape(stem) + r"[._-]", os.path.basename(new)) is not None
+
+
+def _still_there(part: Part) -> bool:
+    if not os.path.exists(part.path):
+        return False
+    file = LogFile(path=part.path, format=part.format, gzipped=part.path.lower().endswith(".gz"))
+    return digest(file).hex == part.digest
+
+
 def _place(path: str) -> str:
     """Where a file lies, which stays the same when a rotation gzips it."""
-    return os.path.realpath(path).removesuffix(".gz")
+    return _stem(os.path.realpath(path))
+
+
+def _stem(path: str) -> str:
+    return path.removesuffix(".gz")
 
 
 @contextlib.contextmanager
@@ -129,13 +225,14 @@ def _settings(config: MiningConfig, salt: str) -> dict[str, Any]:
         "clean.ignore_case": config.clean.ignore_case,
         "output.form": config.output.form,
         "users.hash_ids": config.users.hash_ids,
-        "users.salt": hashlib.sha256(salt.encode()).hexdigest(),
+        # slow on purpose: a guessable salt must not be guessed from here
+        "users.salt": hashlib.pbkdf2_hmac("sha256", salt.encode(), b"kto_dist.feedback", 200_000).hex(),
         "the state's format": _FORMAT,
     }
 
 
-def _read_manifest(state: Path, config: MiningConfig, salt: str) -> list[Part]:
-    path, settings = state / "manifest.json", _settings(config, salt)
+def _read_manifest(state: Path, settings: dict[str, Any]) -> list[Part]:
+    path = state / "manifest.json"
     if not path.exists():
         return []
     try:
@@ -155,25 +252,25 @@ def _read_manifest(state: Path, config: MiningConfig, salt: str) -> list[Part]:
     return parts
 
 
-def _write_manifest(state: Path, config: MiningConfig, salt: str, parts: list[Part]) -> None:
-    content = {"settings": _settings(config, salt), "parts": [asdict(part) for part in parts]}
-    write_whole(state / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
-    kept = {_part_path(state, part.digest) for part in parts}
-    for path in {*state.glob("*.parquet"), *state.glob(".*.parquet")} - kept:
-        path.unlink()
+def _write_manifest(state: Path, settings: dict[str, Any], parts: list[Part]) -> None:
+    content = {"settings": settings, "parts": [asdict(part) for part in parts]}
+    try:
+        write_whole(state / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+        kept = {_part_path(state, part.digest) for part in parts}
+        for path in {*state.glob("*.parquet"), *state.glob(".*.parquet")} - kept:
+            path.unlink()
+    except OSError as error:
+        raise _no_room(state, error) from None
+
+
+def _no_room(state: Path, error: Exception) -> UserError:
+    return UserError(
+        f"what was read of the log cannot be written to {state}: {error}; make room, or give another folder"
+    )
 
 
 def _part_path(state: Path, digest: str) -> Path:
     return state / f"{digest}.parquet"
-
-
-def _with(parts: list[Part], part: Part, earlier: list[Part], found: Digest) -> list[Part]:
-    """The parts and a new one, which takes the place of what the same file held before it grew."""
-    grown = {old.digest for old in earlier if part.format in _REWRITTEN or (old.bytes, old.digest) in found.prefixes}
-    if not grown:
-        return [*parts, part]
-    place = next(i for i, old in enumerate(parts) if old.digest in grown)
-    return [part if i == place else old for i, old in enumerate(parts) if i == place or old.digest not in grown]
 
 
 def _read(
@@ -195,6 +292,8 @@ def _read(
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
+            if any(os.strerror(number) in str(error) for number in NO_ROOM):
+                raise _no_room(state, error) from None
             damaged = f"{file.path} is damaged or not what its name says: {error}; check the file, and input.format"
             raise (mistakes or [UserError(damaged)])[0] from None
         finally:
@@ -207,9 +306,12 @@ def _read(
                 f"{first} ({sum(part.bad.values()):,} rows of the file are bad; input.on_bad_row: skip counts them and "
                 "goes on)"
             )
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, _part_path(state, found.hex))
+        try:
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, _part_path(state, found.hex))
+        except OSError as error:
+            raise _no_room(state, error) from None
         return part
     finally:
         temporary.unlink(missing_ok=True)
@@ -403,7 +505,8 @@ def _make_views(connection: duckdb.DuckDBPyConnection, config: MiningConfig, sta
             connection.execute(
                 "INSERT INTO bad_rows VALUES (?, ?, ?, ?)", [part.path, reason, rows, part.examples[reason]]
             )
-    rows = _rows(*(_part_path(state, part.digest) for part in parts), options=", filename = true")
+    paths = dict.fromkeys(_part_path(state, part.digest) for part in parts)  # several deliveries may share one
+    rows = _rows(*paths, options=", filename = true")
     vote = f"(number << {POSITION_BITS + PLACE_BITS}) | (position << {PLACE_BITS}) | sub::UBIGINT"
     connection.execute(
         f"""CREATE VIEW parts AS SELECT {vote} AS vote, number AS source, rows.* EXCLUDE (filename, problem, excerpt)
