@@ -49,6 +49,7 @@ def generate(
     votes: int = 4000,
     prompts: int = 200,
     answers: int = 4,  # a prompt
+    words_each: tuple[int, int] = (3, 6),  # of an answer: at least, at most
     users: int = 100,
     noise: float = 0.1,
     critics: int = 0,
@@ -80,7 +81,7 @@ def generate(
             model = rng.choice(sorted(models))
             share = good_share + models[model] + drift * (week / max(1, weeks - 1) - 0.5)
             wanted = rng.random() < share
-            text = words(rng.randint(3, 6), "abcdghilmno")
+            text = words(rng.randint(*words_each), "abcdghilmno")
             if not wanted:
                 for place in rng.sample(range(len(text)), rng.randint(1, len(text))):
                     text[place] = text[place][:-1] + "e"

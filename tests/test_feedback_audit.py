@@ -1,6 +1,8 @@
 """The audit recovers what is known of a generated log, and each threshold that fails says what to do."""
 
+import base64
 import json
+import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -118,6 +121,55 @@ def test_shares_of_users_are_those_counted_by_hand(mined):
     assert found["users"]["gini_votes"] == pytest.approx(by_hand)
 
 
+def test_shares_of_downvotes_are_those_counted_by_hand(mined):
+    _, log, found = mined
+    users = found["users"]
+    votes = Counter(row["user_id"] for row in once(log))
+    downs = Counter(row["user_id"] for row in once(log) if row["feedback"] == "down")
+    assert users["top_downvotes"]["1"] == pytest.approx(max(downs.values()) / downs.total())
+    ordered = sorted(downs[user] for user in votes)
+    count = len(ordered)
+    by_hand = sum((2 * rank - count - 1) * value for rank, value in enumerate(ordered, 1)) / (count * downs.total())
+    assert users["gini_downvotes"] == pytest.approx(by_hand) and abs(by_hand - users["gini_votes"]) > 0.02
+    # the named are the critics, by a test of its own
+    assert users["named_votes"] == pytest.approx(sum(votes[user] for user in log.critics) / votes.total())
+    assert users["named_downvotes"] == pytest.approx(sum(downs[user] for user in log.critics) / downs.total())
+    assert users["named_downvotes"] > users["named_votes"] + 0.02
+    for user in users["top"]:
+        assert user["share_of_votes"] == pytest.approx(user["votes"] / votes.total())
+        assert user["share_of_downvotes"] == pytest.approx(user["downvotes"] / downs.total())
+    # of the others each rate lies near the log's
+    others = votes.keys() - log.critics
+    rate = sum(downs[user] for user in others) / sum(votes[user] for user in others)
+    assert users["usual_down_rate"] == pytest.approx(rate, abs=0.05)
+
+
+def test_near_copies_are_recovered(tmp_path):
+    # long answers: of short ones a sign at the end is much, by the shingles that it changes
+    log = generate(votes=2000, prompts=100, words_each=(40, 60), near_copies=0.15, noise=0.0, seed=4)
+    # of each pair that was voted on, the one with fewer votes leaves
+    votes = Counter(row["response"] for row in log.rows)
+    pairs = [(votes[text], votes[f"{text}!"]) for text in votes if f"{text}!" in votes]
+    expected = sum(min(pair) for pair in pairs)
+    assert log.near_copies - 10 <= len(pairs) <= log.near_copies
+    found = mine(mining_config(tmp_path, log.write(tmp_path / "log.jsonl")))
+    (step,) = [step for step in found["steps"] if step["step"] == "near_duplicate"]
+    assert step["up_removed"] + step["down_removed"] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("up_share", [0.2, 0.55, 0.9])
+def test_the_recommended_weights_are_those_that_auto_chooses(up_share):
+    votes = [vote(f"a{n}", n < 200 * up_share, f"u{n % 20}", prompt=f"q{n}", weight=1 - n % 2 / 2) for n in range(200)]
+    found = audited(votes, audit=LOOSE).balance
+    up, down = (sum(entry["weight"] for entry in votes if entry["label"] == label) for label in (True, False))
+    assert (found.train_weight_up, found.train_weight_down) == pytest.approx((up, down))
+    # Eq. 8: the rarer class is raised until the ratio is in [1, 1.5]
+    raised = {0.2: (down / up, 1.0), 0.55: (1.0, 1.0), 0.9: (1.0, up / down / 1.5)}[up_share]
+    assert (found.desirable_weight, found.undesirable_weight) == pytest.approx(raised)
+    assert found.weighted_ratio == pytest.approx(raised[0] * up / (raised[1] * down))
+    assert 1 - 1e-9 <= found.weighted_ratio <= 1.5 + 1e-9
+
+
 def test_answers_judged_both_ways_are_those_counted_by_hand(mined):
     _, log, found = mined
     kinds = defaultdict(Counter)
@@ -191,10 +243,60 @@ def test_the_audit_describes_its_files_by_content(mined):
 def test_neither_raw_ids_nor_the_salt_are_in_any_output(mined):
     folder, log, _ = mined
     ids = {row["user_id"] for row in log.rows}
+    private = [SALT, *ids, *(name.split("@")[0] + "@" for name in ids)]
     for path in folder.iterdir():
-        content = path.read_bytes()
-        assert SALT.encode() not in content
-        assert not [name for name in ids if name.encode() in content or name.split("@")[0].encode() in content]
+        content = shown_by(path)
+        assert len(content) > 1000 and not [name for name in private if name in content], path
+
+
+def shown_by(path: Path) -> str:
+    """All text of a file: of Parquet its metadata and values, of a page its pictures too (their letters are paths,
+    but names and titles would be text)."""
+    if path.suffix == ".parquet":
+        table = pq.read_table(path)
+        return f"{pq.read_metadata(path).metadata} {table.schema} {table.to_pylist()}"
+    text = path.read_text(encoding="utf-8")
+    pictures = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", text)
+    assert bool(pictures) == (path.suffix == ".html")
+    return "\n".join([text, *(base64.b64decode(picture).decode() for picture in pictures)])
+
+
+def test_a_raw_id_in_any_kind_of_output_would_be_seen(mined, tmp_path):
+    secret = "anna@example.org"
+    pq.write_table(pa.table({"models": [[secret]]}), tmp_path / "leak.parquet", compression="zstd")
+    picture = base64.b64encode(f"<svg><text>{secret}</text></svg>".encode()).decode()
+    (tmp_path / "leak.html").write_text(f'<img src="data:image/svg+xml;base64,{picture}">')
+    (tmp_path / "leak.json").write_text(secret)
+    assert all(secret in shown_by(path) for path in tmp_path.iterdir())
+
+
+def test_the_same_log_gives_the_same_files_on_any_threads_and_in_any_order_of_files(tmp_path):
+    log = generate(votes=1200, prompts=80, critics=2, critic_votes=60, exact_copies=0.05, near_copies=0.1, seed=6)
+    lines = log.write(tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    files = []
+    for number in range(3):
+        files.append(tmp_path / f"part-{number}.jsonl")
+        files[-1].write_text("".join(lines[number::3]), encoding="utf-8")
+    outputs = []
+    for threads, order in ((1, files), (4, files[::-1])):
+        settings = mining_config(
+            tmp_path,
+            files[0],
+            input={"files": [str(file) for file in order]},
+            resources={"work": str(tmp_path / "work"), "threads": threads, "memory_mebibytes": 512},
+            output={"folder": str(tmp_path / f"mined-{threads}")},
+        )
+        mine(settings)
+        folder = tmp_path / f"mined-{threads}"
+        outputs.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    one, other = outputs
+    assert set(one) == {"train.parquet", "heldout.parquet", "audit.json", "report.html"} == set(other)
+    assert one["train.parquet"] == other["train.parquet"] and one["heldout.parquet"] == other["heldout.parquet"]
+    found = [json.loads(output["audit.json"]) for output in outputs]
+    for audit_of_run in found:
+        # which files, threads and folder were asked for
+        del audit_of_run["settings"]
+    assert found[0] == found[1]
 
 
 def test_every_key_of_the_audit_is_documented(mined):
