@@ -59,15 +59,49 @@ def test_a_log_cut_into_days_gives_what_the_whole_log_gives(tmp_path, rows, cuts
     days = [rows[start:end] for start, end in itertools.pairwise(edges) if start < end]
     for number, day in enumerate(days):
         path = write_log(tmp_path / f"{number}.jsonl", day)
-        columns = {name: column for name, column in MORE.items()}
-        try:
-            found = dataset(config_of(tmp_path, path, columns, input__state=str(tmp_path / "state"), **SETTINGS))
-        except UserError as mistake:
-            # an early day may lack a column, or leave no row; it was read all the same
-            assert "no value in any row" in str(mistake) or "not one of" in str(mistake)
-            found = None
+        found = looked_at(config_of(tmp_path, path, MORE, input__state=str(tmp_path / "state"), **SETTINGS))
         path.unlink()
     assert found == whole
+
+
+def looked_at(config):
+    try:
+        return dataset(config)
+    except UserError as mistake:
+        # an early day may lack a column, or leave no row; it was read all the same
+        assert any(part in str(mistake) for part in ("no value in any row", "not one of", "both classes in each split"))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    DRAWN,
+    st.lists(st.tuples(st.integers(0, 56), st.booleans()), max_size=5),
+    st.sampled_from([{}, {"balance__target_up_share": 0.5}, {"split__stratify": False}]),
+)
+def test_a_log_that_grows_and_rotates_between_runs_gives_what_the_whole_log_gives(tmp_path, rows, stops, more):
+    """After each stop's row the log is mined, or rotated: renamed, and begun anew."""
+    # both classes in both splits, so that there is a ratio to sample to
+    rows = [*(vote(f"prompt {i}", "one", "up" if i % 2 else "down") for i in range(16)), *rows]
+    rows = [*rows, vote("last", "one", "up", u="u", t=20, m="m1")]
+    logs = tmp_path / "logs"
+    for folder in ("state", "logs"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    logs.mkdir()
+    options = SETTINGS | {"split__heldout": 0.4} | more
+    whole = dataset(config_of(tmp_path, write_log(tmp_path / "all.jsonl", rows), MORE, **options))
+    config = config_of(tmp_path, str(logs), MORE, input__state=str(tmp_path / "state"), **options)
+    start, log = 0, logs / "app.jsonl"
+    for number, (stop, rotates) in enumerate(sorted((min(stop, len(rows)), rotates) for stop, rotates in stops)):
+        if stop > start:
+            write_log(log, rows[start:stop])
+            if rotates:
+                log.rename(logs / f"app-{number}.jsonl")
+                start = stop
+            else:
+                looked_at(config)
+    if start < len(rows):
+        write_log(log, rows[start:])
+    assert dataset(config) == whole
 
 
 def test_the_order_of_the_files_makes_no_difference_where_votes_have_times(tmp_path):
