@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +18,9 @@ from test_feedback_audit import audited, crowd
 from kto_dist.feedback.audit import Audit, File
 from kto_dist.feedback.content import readable
 from kto_dist.feedback.mask import excerpt, mask
-from kto_dist.feedback.plots import PLOTS
+from kto_dist.feedback.plots import PLOTS, RATIO, render
 from kto_dist.feedback.report import page
+from kto_dist.theme import LIGHT
 
 SCRIPT = "<script>window.pwned=1;console.log('pwned')</script>"
 HOSTILE = (
@@ -65,6 +67,15 @@ def test_a_date_at_the_end_of_the_calendar_is_drawn(far):
     found = audited([*crowd(), away])
     assert far[:4] in {found.drift.first[:4], found.drift.last[:4]}
     assert 'id="ratio"' in page(found)
+
+
+@pytest.mark.parametrize("days", [2, 3, 5, 6, 30])
+def test_a_log_of_few_days_is_drawn_without_a_warning(days):
+    votes = [vote(f"a{n}", n % 3 > 0, f"u{n % 5}", prompt=f"q{n}", day=n % days) for n in range(60)]
+    found = audited(votes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert render(RATIO, found, LIGHT)
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_has_no_script(shown):

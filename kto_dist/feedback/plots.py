@@ -78,7 +78,8 @@ def _ratio(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     margin = 0.03 * (days[-1] - days[0]).days + width
     low, high = date2num(days[0]) - margin, date2num(days[-1]) + margin
     below.set_xlim(max(low, date2num(date.min)), min(high, date2num(date.max)))
-    locator = AutoDateLocator(maxticks=6)
+    # a log of few days has few ticks: none within a day
+    locator = AutoDateLocator(minticks=2 if (days[-1] - days[0]).days < 5 else 5, maxticks=6)
     below.xaxis.set_major_locator(locator)
     below.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
     return True
