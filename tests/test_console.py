@@ -21,6 +21,20 @@ def test_a_log_file_gets_lines_while_the_work_goes_on_not_one_bar_at_its_end(cap
     ]
 
 
+@pytest.mark.parametrize("terminal", (False, True))
+def test_progress_tells_both_rates_and_the_time_that_is_left_as_handed_in(capsys, monkeypatch, terminal):
+    """Rows are scored longest first, so what is left is not what the share of rows says."""
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    monkeypatch.setenv("COLUMNS", "200")
+    with Console().progress("reference") as show:
+        show(250, 1000, 12.34, 5678.9, 3725.4)
+    said = capsys.readouterr().out
+    assert ("\x1b[" in said) == terminal
+    for part in ("reference", "12.3 rows/s", "5,679 tokens/s", "1:02:05"):
+        assert part in said
+    assert ("250/1000" if terminal else "250 of 1,000") in said
+
+
 def test_work_that_is_never_needed_shows_nothing(capsys):
     with Console().progress("reference"):
         pass

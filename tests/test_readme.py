@@ -25,7 +25,7 @@ def settings_table(kind: type[Section] = Config) -> list[str]:
                 default = str(list(field.default))
                 # long lists, and patterns whose bars would end the table's cell
                 default = "built-in list" if len(default) > 60 or "|" in default else default
-            words = [word for word in _choices(field.annotation) if word not in (True, False)]
+            words = [word for word in _choices(field.annotation) if not isinstance(word, bool)]
             choices = f" ({', '.join(map(str, words))})" if len(words) > 1 else ""
             lines.append(f"| `{section}.{field.alias or name}` | {default} | {field.description}{choices} |")
     return lines
