@@ -92,6 +92,7 @@ def mine(config: Path, overrides: tuple[str, ...]) -> None:
     CONFIG is a mining config of its own: input.files, and the log's columns, are what it needs.
     """
     from kto_dist import feedback
+    from kto_dist.feedback.config import folder_of
 
     settings = feedback.MiningConfig.load(config, overrides)
     audit = feedback.mine(settings)
@@ -100,7 +101,7 @@ def mine(config: Path, overrides: tuple[str, ...]) -> None:
         removed = (step[f"{name}_removed"] for name in ("up", "down", "unlabelled"))
         table.add_row(step["step"], *(f"-{votes:,}" if votes else "" for votes in removed))
     Terminal(highlight=False, markup=False).print(table)
-    _say_checks(audit, Path(settings.output.folder))
+    _say_checks(audit, folder_of(settings.output.folder))
 
 
 def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
@@ -120,19 +121,22 @@ def audit(config: Path, overrides: tuple[str, ...]) -> None:
     """
     from kto_dist.feedback import MiningConfig
     from kto_dist.feedback.audit import audit_log
+    from kto_dist.feedback.config import folder_of
 
     settings = MiningConfig.load(config, overrides)
-    _say_checks(audit_log(settings), Path(settings.output.folder) / "audit")
+    _say_checks(audit_log(settings), folder_of(settings.output.folder) / "audit")
 
 
 def _say_checks(audit: dict[str, Any], folder: Path) -> None:
     """What a person should know before training on this."""
+    from kto_dist.audited import line_of
+
     if unreadable := audit["log"]["unreadable_by_reason"]:
         listed = ", ".join(f"{reason} ({rows:,})" for reason, rows in unreadable.items())
         click.echo(f"left out: {audit['log']['unreadable']:,} rows that could not be read: {listed}")
     for check in audit["checks"]:
         mark = {"pass": "ok", "warn": "warning", "unknown": "unknown"}[check["status"]]
-        click.echo(f"{mark}: {check['message']}" + (f"; {check['remedy']}" if check["remedy"] else ""))
+        click.echo(f"{mark}: {line_of(check)}")
     click.echo(f"report: {folder / 'report.html'}")
 
 

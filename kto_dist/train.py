@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig
 
 from kto_dist import checkpoint, comm, metrics, report, tracking, tracking_uri
-from kto_dist.audited import Audited, audit_files, audit_tags, find_audits
+from kto_dist.audited import Audited, audit_files, audit_tags, describes_all, find_audits
 from kto_dist.batch import step_kl_pairs, step_rows
 from kto_dist.causal_lm import ROUNDING, check_scoring
 from kto_dist.config import Config, to_yaml
@@ -61,7 +61,7 @@ def train(config: Config) -> dict[str, Any]:
     found = _find_checkpoint(config, console)
     audits = find_audits(config.data.train, console.warn) if comm.is_main() else []
     prepared = prepare_training(config, console)
-    if not audits:
+    if not describes_all(audits, config.data.train):
         for doubt in prepared.train.report.doubts():
             console.warn(doubt)
     setup, identity = find_reference(prepared, console)

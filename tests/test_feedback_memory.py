@@ -46,6 +46,7 @@ def mine_apart(folder: Path, log: Path, memory: int) -> tuple[int, dict[str, int
             {
                 "input": {"files": str(log)},
                 "columns": MORE,
+                "split": {"stratify": False},
                 "output": {"folder": str(folder / "mined")},
                 "resources": {"memory_mebibytes": memory, "threads": 2, "work": str(folder / "work")},
             }
@@ -58,11 +59,11 @@ def mine_apart(folder: Path, log: Path, memory: int) -> tuple[int, dict[str, int
 
 def test_a_log_larger_than_the_memory_of_the_database_is_mined_whole(tmp_path):
     rows = 120_000
-    assert generate(tmp_path / "log.jsonl", rows, words=45) > 180e6
+    assert generate(tmp_path / "log.jsonl", rows, words=75) > 1.1 * 256 * 2**20
     peak, kept = mine_apart(tmp_path, tmp_path / "log.jsonl", memory=256)
     assert sum(kept.values()) == rows
-    # the interpreter, Arrow and matplotlib take about 250 MB whatever the log
-    assert peak < 700e6
+    # the interpreter, Arrow and matplotlib, and what DuckDB takes beyond its limit: about 400 MB whatever the log
+    assert peak < 750e6
 
 
 @pytest.mark.soak

@@ -225,8 +225,8 @@ class CleanConfig(Section):
     )
     min_language_probability: Share = Field(
         0.8,
-        description="an answer leaves when it is of another language with at least this probability; short answers "
-        "and code reach it for no language",
+        description="an answer leaves when it is of another language with at least this probability; single words "
+        "and numbers reach it for no language, and fenced code is cut first",
     )
     min_characters: Annotated[int, Field(ge=0)] = Field(0, description="of an answer")
     max_characters: Positive | None = Field(None, description="of an answer")

@@ -4,21 +4,31 @@
     label, weight        what the trainer takes
     votes_up, votes_down, users, first_time, last_time, models, prompt_key, response_key    where the row comes from
 
-Rows stand in the order of their keys, which is no order of time, topic or class. All files of a run are written under
+Rows stand in the order of their keys, which is no order of time, topic or class. A database would sort the texts along
+with the keys, in memory that it does not have: rows are dealt into buckets by their keys as they come, and each bucket
+is sorted alone and becomes a row group. All files of a run are written under
 temporary names first and then renamed, so that a run which fails leaves the output as it was.
 """
 
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kto_dist.errors import UserError
 from kto_dist.feedback.config import MiningConfig
-from kto_dist.feedback.readers import literal
 
 SPLITS = ("train", "heldout")
+# Of a bucket, which is sorted in memory; the number of buckets is bounded by the files that a process may have open.
+_BUCKET_ROWS, _MOST_BUCKETS = 8192, 256
+_BATCH_ROWS, _CHUNK_BYTES = 512, 2**23
 _TURNS = '[{"role":"VARCHAR","content":"VARCHAR"}]'
 
 
@@ -46,18 +56,67 @@ def write(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder: P
     else:
         prompt, completion = "prompt", "completion"
     for split in SPLITS:
-        if not rows[split]:
-            continue
-        path = folder / f"{split}.parquet"
-        connection.execute(
-            f"""COPY (
-                SELECT {prompt} AS prompt, {completion} AS completion, label, weight, votes_up, votes_down, users,
-                    first_time, last_time, models, replace(prompt_key::VARCHAR, '-', '') AS prompt_key,
+        if rows[split]:
+            query = f"""SELECT {prompt} AS prompt, {completion} AS completion, label, weight,
+                    votes_up, votes_down, users, first_time, last_time, models,
+                    replace(prompt_key::VARCHAR, '-', '') AS prompt_key,
                     replace(response_key::VARCHAR, '-', '') AS response_key
-                FROM examples JOIN texts USING (vote) WHERE split = '{split}' ORDER BY examples.response_key
-            ) TO {literal(str(path))} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE_BYTES 16777216)"""
-        )
+                FROM examples JOIN texts USING (vote) WHERE split = '{split}'"""
+            with _folder(folder / f"{split}.buckets") as buckets:
+                _write_sorted(connection, query, rows[split], buckets, folder / f"{split}.parquet")
     return rows
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def _write_sorted(connection: duckdb.DuckDBPyConnection, query: str, rows: int, buckets: Path, target: Path) -> None:
+    """The query's rows by `response_key`. How they are cut into row groups is a function of their number and keys."""
+    count = min(_MOST_BUCKETS, -(-rows // _BUCKET_ROWS))
+    reader = (
+        connection.cursor()
+        .sql(f"SELECT *, ('0x' || left(response_key, 4))::INTEGER * {count} // 65536 AS bucket FROM ({query})")
+        .to_arrow_reader(_BATCH_ROWS)
+    )
+    schema = reader.schema.remove(reader.schema.get_field_index("bucket"))
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(pa.ipc.new_stream(str(buckets / str(bucket)), schema, options=options))
+            for bucket in range(count)
+        ]
+        for table in _in_chunks(reader):
+            table = table.sort_by("bucket")
+            starts = np.searchsorted(table.column("bucket").to_numpy(), np.arange(count + 1))
+            table = table.drop_columns("bucket")
+            for writer, start, stop in zip(writers, starts[:-1], starts[1:], strict=True):
+                if stop > start:
+                    writer.write_table(table.slice(start, stop - start))
+    with pq.ParquetWriter(target, schema, compression="zstd") as parquet:
+        for bucket in range(count):
+            with pa.memory_map(str(buckets / str(bucket))) as file:
+                table = pa.ipc.open_stream(file).read_all().sort_by("response_key")
+            if table.num_rows:
+                parquet.write_table(table.combine_chunks(), row_group_size=table.num_rows)
+
+
+def _in_chunks(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Batches put together to some megabytes, so that a bucket's share of one is worth a write."""
+    waiting, size = [], 0
+    for batch in reader:
+        waiting.append(batch)
+        size += batch.nbytes
+        if size >= _CHUNK_BYTES:
+            yield pa.Table.from_batches(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)
 
 
 def publish(staged: Path, folder: Path) -> None:
