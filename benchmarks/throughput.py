@@ -162,11 +162,11 @@ def _kto_dist_config(job: Job, output: Path) -> Any:
 
 def run_kto_dist(job: Job, output: Path) -> dict[str, Any]:
     """`kto_dist.train` with its two engines replaced by ones that look at the clock."""
-    prepare = importlib.import_module("kto_dist.prepare")
+    score = importlib.import_module("kto_dist.score")
     train = importlib.import_module("kto_dist.train")
     clock = Clock(job)
 
-    class Reference(prepare.Reference):
+    class Reference(score.Reference):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             clock.start_reference()
@@ -181,7 +181,7 @@ def run_kto_dist(job: Job, output: Path) -> dict[str, Any]:
             clock.updated()
             return norm
 
-    prepare.Reference, train.Policy = Reference, Policy
+    score.Reference, train.Policy = Reference, Policy
     summary = train.train(_kto_dist_config(job, output))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return clock.result([line["loss"] for line in lines], pairs=summary["reference"]["scored"])

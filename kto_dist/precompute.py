@@ -11,8 +11,9 @@ from kto_dist.console import Console
 from kto_dist.environment import environment_tags
 from kto_dist.errors import UserError
 from kto_dist.pass_record import PassRecord
-from kto_dist.prepare import find_reference, prepare, score_reference
+from kto_dist.prepare import prepare
 from kto_dist.reference import Outcome, together
+from kto_dist.score import find_reference, score_reference
 
 
 def precompute(config: Config) -> Outcome:

@@ -39,8 +39,9 @@ from kto_dist.health import Monitor
 from kto_dist.models import Policy, zero_stage
 from kto_dist.objective import kl_sums, loss_and_sums
 from kto_dist.pass_record import PassRecord
-from kto_dist.prepare import PreparedTraining, Scores, counts, find_reference, prepare_training, score_reference
+from kto_dist.prepare import PreparedTraining, counts, prepare_training
 from kto_dist.reference import together
+from kto_dist.score import Scores, find_reference, score_reference
 
 
 class Stopped(RuntimeError):

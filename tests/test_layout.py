@@ -21,7 +21,7 @@ LAYERS = (
     {"environment", "tracking_uri", "mlmodel", "plots", "storage", "hashes", "shards", "fingerprint"},
     {"causal_lm", "metrics", "objective", "models", "store", "keys", "prefix", "store_tools", "reference", "checkpoint"}
     | {"tracking", "health", "report"},
-    {"evaluate", "compare", "plan", "pass_record", "prepare", "precompute", "train"},
+    {"evaluate", "compare", "plan", "pass_record", "prepare", "score", "precompute", "train"},
     {"launcher", "entry", "store_cli", "cli"},
 )
 

@@ -16,8 +16,8 @@ from kto_dist.causal_lm import ScoringModel, completion_logps
 from kto_dist.config import ReferenceConfig
 from kto_dist.errors import UserError
 from kto_dist.prefix import can_share, cost, grow, lay_out, sharing_is_exact
-from kto_dist.prepare import _may_share
 from kto_dist.reference import Scoring, Work
+from kto_dist.score import _may_share
 
 CPU = torch.device("cpu")
 SMALL = {

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from kto_dist.config import Config
 from kto_dist.console import Console
 from kto_dist.errors import UserError
-from kto_dist.prepare import find_reference, prepare, score_reference
+from kto_dist.prepare import prepare
 from kto_dist.reference import Outcome, Scorer, lazily, wanted_pairs
+from kto_dist.score import find_reference, score_reference
 
 
 def scored_and_found(config: Config) -> tuple[int, int]:
@@ -280,7 +281,7 @@ def test_without_z0_held_out_rows_are_scored_alone(tmp_path, tiny_model, tiny_lo
 
 def _with_weights_that_change(config: Config, other: Path) -> str:
     """What is said when another model lies in the folder by the time that the weights are loaded."""
-    module = importlib.import_module("kto_dist.prepare")
+    module = importlib.import_module("kto_dist.score")
 
     class Late(module.Reference):
         def __init__(self, *arguments, **settings):
@@ -425,7 +426,7 @@ def test_hosts_need_no_shared_file_system(tmp_path, tiny_model, tiny_log):
 
 def _with_a_rank_that_differs(config: Config, trouble: str) -> tuple[str, list[bool | None], int]:
     """What was said, whether prompts were shared, and how many references were loaded but not closed."""
-    module = importlib.import_module("kto_dist.prepare")
+    module = importlib.import_module("kto_dist.score")
     still_open, shared, second = [], [], os.environ["RANK"] == "1"
 
     class Watched(module.Reference):
@@ -543,7 +544,7 @@ def test_hosts_that_differ_are_refused_before_anything_is_stored(tmp_path, tiny_
 
 @pytest.mark.parametrize("safe", (True, False))
 def test_weights_in_the_older_format_are_fetched_only_where_there_are_no_others(tmp_path, monkeypatch, safe):
-    module, asked = importlib.import_module("kto_dist.prepare"), []
+    module, asked = importlib.import_module("kto_dist.score"), []
 
     def download(path, allow_patterns, ignore_patterns):
         asked.extend(allow_patterns)
@@ -560,7 +561,7 @@ def test_weights_in_the_older_format_are_fetched_only_where_there_are_no_others(
 
 def _memory(config: Config) -> dict[str, int]:
     process = psutil.Process()
-    module = importlib.import_module("kto_dist.prepare")
+    module = importlib.import_module("kto_dist.score")
     prepared = prepare(config, Console())
     seen = {"before": process.memory_info().rss}
 
@@ -597,7 +598,7 @@ def test_the_reference_leaves_memory_when_it_has_scored(tmp_path, tiny_log, stag
 
 
 def _allocated(config: Config) -> dict[str, int]:
-    module = importlib.import_module("kto_dist.prepare")
+    module = importlib.import_module("kto_dist.score")
     prepared = prepare(config, Console())
     seen = {"before": torch.cuda.memory_allocated()}
 
@@ -648,7 +649,7 @@ def test_a_reference_whose_weights_lie_on_a_disk_scores_alike_and_leaves_the_dis
 
 def _with_files_seen(config: Config, disk: Path) -> tuple[np.ndarray, int]:
     """Values, and how many bytes lay on the disk when the reference was loaded."""
-    module = importlib.import_module("kto_dist.prepare")
+    module = importlib.import_module("kto_dist.score")
     seen = [0]
 
     class Watched(module.Reference):
