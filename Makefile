@@ -21,6 +21,9 @@ soak: setup
 bench: setup
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/reference.py
+	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/feedback.py --rows 1000000
 
 lint: setup
 	$(BIN)/ruff check .
