@@ -14,8 +14,6 @@ Python and Arrow come on top.
 """
 
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -148,9 +146,10 @@ def main(
         )  # fmt: skip
     Console().print(table)
     if target is not None:
+        from throughput import device_name  # it brings torch, which a miner's memory should not hold
+
         about = {
-            "machine": platform.platform(),
-            "cores": os.cpu_count(),
+            "device": device_name(),
             "versions": {name: version(name) for name in ("kto_dist", "duckdb", "rensa", "pyarrow", "numpy")},
             "memory_mebibytes": memory,
             "threads": threads,
