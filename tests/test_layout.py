@@ -1,6 +1,7 @@
 """Who may import whom: the arrows of the design, read from the sources."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from functools import cache
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "kto_dist").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 # From the bottom up: a module imports from its own layer and from those below. A module that is not here (a new one)
 # is held by the other rules alone.
@@ -70,6 +72,25 @@ def layer(module):
 
 def named(paths):
     return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
+
+
+def taken_names(path):
+    """(module, name) for all that a file imports by name from the project's packages, also inside functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("kto_dist", "kto_kernels")
+        for alias in node.names
+    ]
+
+
+@pytest.mark.parametrize("path", named(LAUNCH + BENCHMARKS))
+def test_what_scripts_import_is_there(path):
+    """No test runs the demo or a benchmark whole."""
+    for module, name in taken_names(path):
+        found = importlib.import_module(module)
+        assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module} has no {name}"
 
 
 @pytest.mark.parametrize("path", named(KERNELS))

@@ -28,7 +28,7 @@ from kto_dist import UserError, data, launcher, report, tracking
 from kto_dist.causal_lm import load_model, load_tokenizer
 from kto_dist.config import Config
 from kto_dist.examples import load
-from kto_dist.store import write_whole
+from kto_dist.files import write_whole
 from kto_dist.tracking_uri import ui_command
 
 CONFIG = "launch/demo/demo.yaml"
