@@ -601,3 +601,18 @@ def test_normalisation_knows_every_spelling_that_unicode_calls_the_same(tmp_path
     ]
     with mined(tmp_path, rows, clean__near_duplicates=None) as connection:
         assert len(rows_of(connection)) == len(changed)
+
+
+@pytest.mark.parametrize("unknown", ["error", "ignore"])
+def test_a_rating_without_thresholds_is_refused_for_its_1_would_be_a_thumbs_up(tmp_path, unknown):
+    rows = [vote(f"q{i}", "a", i % 5 + 1) for i in range(20)]
+    message = r"numbers beyond 1, 0 and -1 \(2, 3, 4, 5\), so it is a rating.*labels.up_from"
+    with pytest.raises(UserError, match=message), mined(tmp_path, rows, labels__unknown=unknown):
+        pass
+    with mined(tmp_path, rows, labels__unknown=unknown, labels__up_from=4, labels__down_to=2) as connection:
+        assert dict(connection.execute("SELECT label, count(*) FROM examples GROUP BY 1").fetchall()) == {
+            True: 8,
+            False: 8,
+        }
+    with mined(tmp_path, rows, labels__unknown="ignore", labels__up=["5"]) as connection:
+        assert connection.execute("SELECT count(*) FROM examples").fetchone() == (4,)

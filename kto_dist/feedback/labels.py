@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from kto_dist.errors import UserError
-from kto_dist.feedback.config import DOWN, MiningConfig
+from kto_dist.feedback.config import DOWN, UP, MiningConfig
 
 # Skin tones and the emoji variation selector change a thumb's look, not its meaning.
 _EMOJI_MODIFIERS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
@@ -28,7 +28,7 @@ class Unknown(ValueError):
 def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     """Makes `words` from `parts`. Raises `UserError` that lists words of no table, if they are errors."""
     connection.execute("CREATE TABLE words (raw_feedback VARCHAR, label BOOLEAN)")
-    meaning, unknown, scale = meaning_of(config), {}, set()
+    meaning, unknown, scale, numbers = meaning_of(config), {}, set(), set()
     counted = connection.cursor().execute(
         "SELECT raw_feedback, count(*) FROM parts WHERE raw_feedback IS NOT NULL GROUP BY raw_feedback"
     )
@@ -41,6 +41,8 @@ def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> N
             except Unknown:
                 labels.append(None)
                 unknown[word] = votes
+                if len(numbers) < _LISTED and _is_number(word):
+                    numbers.add(word)
                 if len(unknown) > 1000:
                     unknown = dict(sorted(unknown.items(), key=_by_votes)[:_LISTED])
         batch = pa.table({"word": pa.array([word for word, _ in found]), "label": pa.array(labels, pa.bool_())})
@@ -51,6 +53,12 @@ def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> N
         raise UserError(
             f"columns.feedback ({config.columns.feedback}) has both 0 and -1, and 0 may mean no vote or thumbs down: "
             'give labels.neutral: ["0", "0.0"] for no vote, or labels.down: ["0", "0.0", "-1", "-1.0"] for thumbs down'
+        )
+    if numbers and _one_is_a_guess(config):
+        raise UserError(
+            f"columns.feedback ({config.columns.feedback}) has numbers beyond 1, 0 and -1 "
+            f"({', '.join(sorted(numbers, key=float))}), so it is a rating, whose 1 would count as a thumbs up: give "
+            "labels.up_from and labels.down_to, or labels.up and labels.down without the built-in numbers"
         )
     if unknown and config.labels.unknown == "error":
         words = sorted(unknown.items(), key=_by_votes)[:_LISTED]
@@ -67,6 +75,21 @@ def _zero_is_a_guess(config: MiningConfig) -> bool:
     labels = config.labels
     said = set(map(str.casefold, labels.neutral))
     return "0" not in said and labels.up_from is None and set(labels.down) == set(DOWN) - said
+
+
+def _one_is_a_guess(config: MiningConfig) -> bool:
+    """Whether 1 is thumbs up by the built-in list alone, in a log of single answers."""
+    labels = config.labels
+    said = set(map(str.casefold, labels.neutral))
+    own = config.columns.layout in ("answers", "turns")
+    return own and labels.up_from is None and set(labels.up) == set(UP) - said
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
 
 
 def _by_votes(item: tuple[str, int]) -> tuple[int, str]:
