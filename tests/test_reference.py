@@ -668,3 +668,29 @@ def _memory_of_second_pass(warm_up: Config, config: Config) -> dict[str, int]:
     """The first pass of a process leaves behind what libraries load on first use; the second shows the model alone."""
     scored_and_found(warm_up)
     return _memory(config)
+
+
+def _warnings_of_rank_0(config: Config) -> list[str]:
+    """What is told where the store of rank 1 alone has something to say."""
+    module, said = importlib.import_module("kto_dist.score"), []
+
+    class Talking(module.Store):
+        def __init__(self, *arguments, warn, **settings):
+            super().__init__(*arguments, warn=warn, **settings)
+            warn("of everyone")
+            if os.environ["RANK"] == "1":
+                warn("of rank 1")
+
+    module.Store, real, console = Talking, module.Store, Console()
+    console.warn = said.append
+    try:
+        prepared = prepare(config, Console())
+        score_reference(prepared, *find_reference(prepared, Console()), console)
+    finally:
+        module.Store = real
+    return said
+
+
+def test_what_another_ranks_store_has_to_say_is_told_once(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    assert run_ranks(_warnings_of_rank_0, 2, config)[0] == ["of everyone", "of rank 1"]
