@@ -24,3 +24,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 rows, 24 prompts."""
     return write_jsonl(tmp_path_factory.mktemp("log") / "thumbs.jsonl", thumbs(80, 24))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("soak") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))

@@ -5,9 +5,18 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import kto_dist
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,32 +50,62 @@ def test_without_a_new_enough_python_the_message_says_how_to_name_one(tmp_path):
     assert "3.10 or newer (Python 3.9.1)" in done.stderr and "make PYTHON=" in done.stderr
 
 
-def test_every_dependency_of_setup_py_is_pinned():
+def metadata() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_every_dependency_is_pinned_for_the_tests():
     pins = {
         re.split(r"[=;]", line)[0].lower()
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if "==" in line
     }
-    wanted = re.findall(r'^\s+"([A-Za-z0-9_-]+)[<>=]', (ROOT / "setup.py").read_text(), flags=re.MULTILINE)
-    assert len(wanted) > 10
-    assert {name.lower() for name in wanted} <= pins
+    project = metadata()
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    assert len(wanted) > 20
+    assert {re.split(r"[^A-Za-z0-9_-]", name)[0].lower() for name in wanted} <= pins
 
 
 @pytest.fixture(scope="module")
-def kernels_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but kto_kernels, as pip installs it from `kernels/`."""
-    folder = tmp_path_factory.mktemp("kernels")
-    shutil.copytree(ROOT / "kernels", folder / "source", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"]
-    done = subprocess.run([*command, folder / "site", folder / "source"], capture_output=True, text=True)
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """What `pip install .` installs, built from a copy: a build leaves folders in its tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("kto_dist", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, folder / "out"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder / "site"
+    return zipfile.ZipFile(folder / "out" / done.stdout.splitlines()[-1])
+
+
+def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
+    found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    wanted = {
+        str(path.relative_to(base))
+        for base, package in ((ROOT, "kto_dist"), (ROOT / "kernels", "kto_kernels"))
+        for path in (base / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert found == wanted
+
+
+def test_the_version_stands_in_one_place_and_is_told_everywhere(wheel):
+    (named,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    told = wheel.read(named).decode()
+    assert f"\nVersion: {kto_dist.__version__}\n" in told and "\nLicense-Expression: Apache-2.0\n" in told
+    assert f"\nversion: {kto_dist.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("without", ("kto_dist", "triton"))
-def test_the_kernels_install_and_work_alone_with_and_without_triton(kernels_alone, without):
+def test_the_kernels_work_alone_with_and_without_triton(tmp_path, without):
+    shutil.copytree(ROOT / "kernels" / "kto_kernels", tmp_path / "kto_kernels")
     code = (
-        f"import sys; sys.path.insert(0, {str(kernels_alone)!r}); sys.modules[{without!r}] = None\n"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.modules[{without!r}] = None\n"
         "import torch, kto_kernels\n"
         "hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)\n"
         "given = dict(ref_logps=torch.zeros(2), sign=torch.tensor([1., -1.]), row_weight=torch.ones(2))\n"
@@ -75,7 +114,7 @@ def test_the_kernels_install_and_work_alone_with_and_without_triton(kernels_alon
         "head.loss.backward()\n"
         "print(kto_kernels.__file__, weight.grad.shape, sorted(m for m in sys.modules if m.startswith('kto_dist')))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=kernels_alone)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     loaded = " ['kto_dist']" if without == "kto_dist" else " []"
-    assert done.stdout.strip() == f"{kernels_alone / 'kto_kernels' / '__init__.py'} torch.Size([9, 4]){loaded}"
+    assert done.stdout.strip() == f"{tmp_path / 'kto_kernels' / '__init__.py'} torch.Size([9, 4]){loaded}"
