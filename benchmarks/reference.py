@@ -113,10 +113,10 @@ def measure_plan(rows: int) -> dict[str, float]:
     """Seconds to find the pairs of one epoch over so many short rows, and to hash their keys, on one rank."""
     import pyarrow as pa
 
-    from kto_dist.batch import Plan, pair_lengths
-    from kto_dist.examples import ClassReport, DataReport, Examples
-    from kto_dist.keys import pair_keys
-    from kto_dist.reference import wanted_pairs
+    from kto_dist.data.batch import Plan, pair_lengths
+    from kto_dist.data.examples import ClassReport, DataReport, Examples
+    from kto_dist.reference.keys import pair_keys
+    from kto_dist.reference.scoring import wanted_pairs
 
     rng = np.random.default_rng(0)
 
@@ -208,7 +208,7 @@ def main(
     from rich.console import Console
     from rich.table import Table
 
-    from kto_dist.causal_lm import DTYPES, pick_attention, pick_dtype
+    from kto_dist.model.causal_lm import DTYPES, pick_attention, pick_dtype
 
     if not Path(model, "config.json").exists():
         raise click.UsageError(f"--model ({model}) holds no model: run `make demo` once, or name a folder")

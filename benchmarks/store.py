@@ -24,9 +24,9 @@ from typing import Any
 import click
 import numpy as np
 
-from kto_dist.fingerprint import Fingerprint
-from kto_dist.shards import KEY, NAME
-from kto_dist.store import Store
+from kto_dist.store.fingerprint import Fingerprint
+from kto_dist.store.shards import KEY, NAME
+from kto_dist.store.store import Store
 
 IDENTITY = Fingerprint(weights="benchmark", config="none", dtype="float32", logits="float32", attention="sdpa")
 STEPS, ROWS_A_STEP = 200, 1000

@@ -128,9 +128,9 @@ def _peak() -> int:
 
 
 def _kto_dist_config(job: Job, output: Path) -> Any:
-    from kto_dist.config import build
+    from kto_dist.training.config import Config
 
-    return build(
+    return Config.build(
         {
             "model": {"path": job.model},
             "reference": {
@@ -161,9 +161,9 @@ def _kto_dist_config(job: Job, output: Path) -> Any:
 
 
 def run_kto_dist(job: Job, output: Path) -> dict[str, Any]:
-    """`kto_dist.train` with its two engines replaced by ones that look at the clock."""
-    score = importlib.import_module("kto_dist.score")
-    train = importlib.import_module("kto_dist.train")
+    """`kto_dist.training.loop` with its two engines replaced by ones that look at the clock."""
+    score = importlib.import_module("kto_dist.reference.scores")
+    train = importlib.import_module("kto_dist.training.loop")
     clock = Clock(job)
 
     class Reference(score.Reference):
@@ -248,13 +248,12 @@ def run_bare(job: Job, output: Path) -> dict[str, Any]:
     The passes are those of KTO (a forward over the KL pairs, forward and backward over the rows, AdamW), but nothing
     comes of them: no reference, no loss of KTO, no master weights, no clipping, no engine, no metrics.
     """
-    from kto_dist import comm
-    from kto_dist.batch import step_kl_pairs, step_rows
-    from kto_dist.causal_lm import DTYPES, load_model
-    from kto_dist.console import Console
-    from kto_dist.evaluate import cut_pairs
-    from kto_dist.prepare import prepare_training
-    from kto_dist.reference import wanted_pairs
+    from kto_dist.base import comm
+    from kto_dist.base.console import Console
+    from kto_dist.data.batch import microbatches, step_kl_pairs, step_rows
+    from kto_dist.model.causal_lm import DTYPES, load_model
+    from kto_dist.reference.scoring import wanted_pairs
+    from kto_dist.training.prepare import prepare_training
 
     comm.init()
     prepared = prepare_training(_kto_dist_config(job, output), Console())
@@ -277,7 +276,7 @@ def run_bare(job: Job, output: Path) -> dict[str, Any]:
     clock.start_reference()
     with torch.no_grad():
         pairs = wanted_pairs(prepared.plan, examples)
-        for batch in cut_pairs(examples, *pairs, cutting):
+        for batch in microbatches(examples, *pairs, cutting, rank=0, ranks=1):
             loss_of(batch).item()
     clock.end_reference()
 
@@ -285,11 +284,12 @@ def run_bare(job: Job, output: Path) -> dict[str, Any]:
     for step in range(job.all_steps):
         rows = step_rows(prepared.plan, step)
         with torch.no_grad():
-            for batch in cut_pairs(examples, *step_kl_pairs(prepared.plan, step, rows, examples.prompt_group), cutting):
+            kl = step_kl_pairs(prepared.plan, step, rows, examples.prompt_group)
+            for batch in microbatches(examples, *kl, cutting, rank=0, ranks=1):
                 loss_of(batch).item()
         tokens = int(examples.completion_lengths[rows].sum())
         total = 0.0
-        for batch in cut_pairs(examples, rows, rows, cutting):
+        for batch in microbatches(examples, rows, rows, cutting, rank=0, ranks=1):
             loss = loss_of(batch) / tokens
             loss.backward()
             total += loss.item()
@@ -358,10 +358,11 @@ class Workload:
 
 def write_rows(log: str, job: Job, folder: Path) -> Workload:
     """Writes ROWS and ORDERED. Raises `ClickException` when the log has too few rows for the job."""
-    from kto_dist import data, examples
-    from kto_dist.batch import Plan, step_rows
-    from kto_dist.causal_lm import load_tokenizer
-    from kto_dist.config import DataConfig
+    from kto_dist.data import examples
+    from kto_dist.data import tokenise as data
+    from kto_dist.data.batch import Plan, step_rows
+    from kto_dist.data.config import DataConfig
+    from kto_dist.model.causal_lm import load_tokenizer
 
     tokenizer = load_tokenizer(job.model)
 
@@ -567,7 +568,7 @@ def main(
     """Measures KTO's throughput with kto_dist, TRL and a bare loop on the same rows."""
     from rich.console import Console
 
-    from kto_dist.causal_lm import DTYPES, pick_attention, pick_dtype
+    from kto_dist.model.causal_lm import DTYPES, pick_attention, pick_dtype
 
     if not Path(model, "config.json").exists():
         raise click.UsageError(f"--model ({model}) holds no model: run `make demo` once, or name a folder")

@@ -1,6 +1,6 @@
 """`deepspeed [--hostfile H] launch/precompute.py CONFIG [section.key=value ...]`: every rank runs this file."""
 
-from kto_dist.entry import script
+from kto_dist.commands.entry import script
 
 if __name__ == "__main__":
     script("precompute")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kto_dist.errors import UserError
-from kto_dist.fingerprint import Fingerprint
-from kto_dist.shards import KEY, NAME
-from kto_dist.store import Store
+from kto_dist.base.errors import UserError
+from kto_dist.store.fingerprint import Fingerprint
+from kto_dist.store.shards import KEY, NAME
+from kto_dist.store.store import Store
 
 IDENTITY = Fingerprint(weights="w", config="c", dtype="float32", logits="float32", attention="sdpa")
 OTHER = Fingerprint(weights="w", config="c", dtype="bfloat16", logits="float32", attention="sdpa")

@@ -8,7 +8,7 @@ from typing import Any
 
 import duckdb
 
-from kto_dist.config import build
+from kto_dist.base.config import build
 from kto_dist.feedback import MiningConfig, pipeline
 
 COLUMNS = {"prompt": "q", "response": "a", "feedback": "f"}

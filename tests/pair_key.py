@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kto_dist.shards import KEY
+from kto_dist.store.shards import KEY
 
 
 def pair_key(prompt: Iterable[int], completion: Iterable[int]) -> bytes:

@@ -64,7 +64,7 @@ def _rank(sender: Any, environment: dict[str, Any], function: Callable[..., Any]
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     import torch
 
-    from kto_dist import comm
+    from kto_dist.base import comm
 
     torch.set_num_threads(1)
     comm.init()

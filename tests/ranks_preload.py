@@ -4,13 +4,12 @@
 """
 
 import hypothesis
+import kto_dist.precompute
+import kto_dist.train
 import pytest
 import torch._dynamo
 import transformers.models.llama.modeling_llama
 from deepspeed.runtime.zero.muon import muon_optimizer
 from mlflow import MlflowClient
-
-import kto_dist.precompute
-import kto_dist.train
 
 __all__ = ["MlflowClient", "hypothesis", "kto_dist", "muon_optimizer", "pytest", "torch", "transformers"]

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kto_dist.audited import audit_files, audit_tags, describes_all, find_audits, line_of
-from kto_dist.config import DataConfig
-from kto_dist.data import prepare
-from kto_dist.examples import DataReport, load
+from kto_dist.base.files import sha256_of
+from kto_dist.data.audited import audit_files, audit_tags, describes_all, find_audits, line_of
+from kto_dist.data.config import DataConfig
+from kto_dist.data.examples import DataReport, load
+from kto_dist.data.tokenise import prepare
 from kto_dist.feedback import audit as auditing
-from kto_dist.files import sha256_of
 from tests.tiny import thumbs, tiny_tokenizer, write_jsonl
 
 FAILED = {
@@ -173,7 +173,7 @@ def test_a_check_is_one_line_with_its_remedy_where_it_has_one():
 
 
 def test_train_reads_the_layout_that_the_audit_writes():
-    from kto_dist import audited
+    from kto_dist.data import audited
 
     assert audited._VERSION == auditing.VERSION
 

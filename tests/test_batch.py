@@ -11,8 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kto_dist.batch import Plan, collate, cut, kl_pairs, microbatches, pair_lengths, step_kl_pairs, step_rows
-from kto_dist.examples import Examples
+from kto_dist.data.batch import (
+    Cutting,
+    Plan,
+    collate,
+    cut,
+    kl_pairs,
+    microbatches,
+    pair_lengths,
+    step_kl_pairs,
+    step_rows,
+)
+from kto_dist.data.examples import Examples
 
 
 def plan_of(rows=80, global_batch=16, seed=0, **changes):
@@ -389,10 +399,7 @@ def test_the_ranks_micro_batches_hold_every_pair_under_its_place(lengths, ranks,
             examples,
             prompts,
             completions,
-            max_length=18,
-            prompt_limit=9,
-            budget=30,
-            packed=packed,
+            Cutting(max_length=18, prompt_limit=9, tokens=30, packed=packed),
             rank=rank,
             ranks=ranks,
         ):
@@ -409,10 +416,7 @@ def test_a_kl_pair_that_is_too_long_loses_the_prompts_start_and_then_the_complet
         examples,
         np.array([0]),
         np.array([1]),
-        max_length=12,
-        prompt_limit=5,
-        budget=12,
-        packed=True,
+        Cutting(max_length=12, prompt_limit=5, tokens=12, packed=True),
         rank=0,
         ranks=1,
     )

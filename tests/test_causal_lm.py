@@ -6,9 +6,10 @@ import torch
 from tiny import save_tiny, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kto_dist import causal_lm
-from kto_dist.batch import collate
-from kto_dist.causal_lm import (
+from kto_dist.base.errors import UserError
+from kto_dist.data.batch import collate
+from kto_dist.model import causal_lm
+from kto_dist.model.causal_lm import (
     ScoringModel,
     check_context,
     completion_logps,
@@ -21,7 +22,6 @@ from kto_dist.causal_lm import (
     pick_packing,
     score,
 )
-from kto_dist.errors import UserError
 
 CPU = torch.device("cpu")
 VOCABULARY = 99

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kto_dist import checkpoint, comm
-from kto_dist.config import Config
-from kto_dist.errors import UserError
+from kto_dist.base import comm
+from kto_dist.base.errors import UserError
+from kto_dist.training import checkpoint
+from kto_dist.training.config import Config
 
 
 def names(config: Config) -> list[str]:
@@ -53,7 +54,7 @@ def test_a_checkpoint_that_was_never_finished_is_not_found(trained):
 
 def _die_while_saving(config: Config) -> None:
     """Killed after the engine has written its files, before the checkpoint gets its name."""
-    module = importlib.import_module("kto_dist.checkpoint")
+    module = importlib.import_module("kto_dist.training.checkpoint")
     replace, finished = module.os.replace, []
 
     def deadly(source, target):
@@ -130,7 +131,7 @@ def test_resume_false_never_overwrites_a_checkpointed_run(tmp_path, tiny_model, 
 
 def _signalled_at(config: Config, step_of_signal: int, rank: int) -> int:
     """SIGTERM to one rank during a step: all of them stop after it."""
-    module = importlib.import_module("kto_dist.train")
+    module = importlib.import_module("kto_dist.training.loop")
     step = module._step
 
     def signalling(*arguments, **options):
@@ -147,7 +148,7 @@ def _signalled_at(config: Config, step_of_signal: int, rank: int) -> int:
 
 
 def _stopped_by_health(config: Config) -> tuple[int, str]:
-    module = importlib.import_module("kto_dist.train")
+    module = importlib.import_module("kto_dist.training.loop")
     try:
         train_all([config])
     except module.Stopped as stop:

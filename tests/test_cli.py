@@ -15,10 +15,10 @@ import yaml
 from tiny_runs import tiny_config
 from transformers import AutoModelForCausalLM
 
-from kto_dist.config import to_yaml
+from kto_dist.base.config import to_yaml
 
 ROOT = Path(__file__).parents[1]
-KTO_DIST = [sys.executable, "-m", "kto_dist.cli"]
+KTO_DIST = [sys.executable, "-m", "kto_dist.commands.cli"]
 
 
 def write_config(folder: Path, model: Path, log: Path, **changes: object) -> Path:
@@ -111,7 +111,7 @@ def test_what_the_ranks_find_wrong_ends_as_one_message_and_status_2(
         log = tmp_path / "bad.jsonl"
         log.write_text(rows + "\n")
     config = write_config(tmp_path, tiny_model, log, **changes)
-    done = run(sys.executable, "-m", "kto_dist.entry", "train", config)
+    done = run(sys.executable, "-m", "kto_dist.commands.entry", "train", config)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -195,7 +195,7 @@ def test_precompute_fills_the_store_and_train_then_scores_nothing(tmp_path, tiny
     done = run(*KTO_DIST, "precompute", config, "--ranks", 2)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "store").glob("*/*.parquet")) and not (tmp_path / "run").exists()
-    done = run(sys.executable, "-m", "kto_dist.entry", "train", config)
+    done = run(sys.executable, "-m", "kto_dist.commands.entry", "train", config)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["reference"]["scored"] == 0
 
@@ -222,7 +222,7 @@ def test_a_ranks_exit_status_does_not_depend_on_how_the_interpreter_goes_down(ou
 def test_the_public_function_trains_in_the_callers_own_process(tmp_path, tiny_model, tiny_log):
     config = write_config(tmp_path, tiny_model, tiny_log)
     code = (
-        "import sys, kto_dist.train, kto_dist\n"
+        "import sys, kto_dist.training.loop, kto_dist\n"
         "config = kto_dist.Config.load(sys.argv[1])\n"
         "print(kto_dist.train(config)['steps'])\n"
     )
@@ -233,7 +233,7 @@ def test_the_public_function_trains_in_the_callers_own_process(tmp_path, tiny_mo
 
 def run_launcher(monkeypatch, job: str, ranks_do: str) -> tuple[list[str], int]:
     """The command and the status of `launcher.run`, with a line of Python in place of DeepSpeed and its ranks."""
-    from kto_dist import launcher
+    from kto_dist.commands import launcher
 
     seen, real = [], subprocess.Popen
 

@@ -6,8 +6,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from kto_dist.config import Config, build, flatten, read_deepspeed_json, resolve, to_yaml
-from kto_dist.errors import UserError
+from kto_dist.base.config import flatten, resolve, to_yaml
+from kto_dist.base.errors import UserError
+from kto_dist.model.config import read_deepspeed_json
+from kto_dist.training.config import Config
 
 LEAST = {"model": {"path": "some/model"}, "data": {"train": "log.jsonl"}}
 
@@ -153,7 +155,7 @@ def test_all_mistakes_are_reported_at_once(file):
 def test_what_is_required_is_named_with_its_meaning(file, name):
     section, key = name.split(".")
     message = mistake(file, tree={**LEAST, section: {}})
-    meaning = type(getattr(build(LEAST), section)).model_fields[key].description
+    meaning = type(getattr(Config.build(LEAST), section)).model_fields[key].description
     assert f"{name} is required" in message and meaning in message
 
 
@@ -222,7 +224,7 @@ def test_overrides_win_over_the_file_and_the_last_over_the_others(file):
 
 def test_every_setting_has_an_origin(file):
     path = file({**LEAST, "train": {"lr": 1e-3, "seed": 4}, "tracking": {"register": "name"}})
-    config, origin = resolve(path, ["train.lr=2e-3", "kto.beta=0.2"])
+    config, origin = resolve(path, ["train.lr=2e-3", "kto.beta=0.2"], kind=Config)
     assert origin["train.lr"] == origin["kto.beta"] == "override"
     assert origin["train.seed"] == origin["model.path"] == origin["tracking.register"] == str(path)
     assert origin["train.clip"] == "default"
@@ -251,7 +253,7 @@ def test_a_config_survives_being_written_and_read_again(file, overrides):
 
 def test_a_config_cannot_be_changed():
     with pytest.raises(ValidationError, match="frozen"):
-        build(LEAST).train.lr = 1.0
+        Config.build(LEAST).train.lr = 1.0
 
 
 def test_every_setting_says_what_it_is():

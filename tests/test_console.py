@@ -2,8 +2,8 @@
 
 import pytest
 
-from kto_dist import console as module
-from kto_dist.console import Console
+from kto_dist.base import console as module
+from kto_dist.base.console import Console
 
 
 def test_a_log_file_gets_lines_while_the_work_goes_on_not_one_bar_at_its_end(capsys, monkeypatch):

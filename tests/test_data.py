@@ -7,11 +7,11 @@ import sys
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from kto_dist import data
-from kto_dist.config import DataConfig
-from kto_dist.data import prepare, tokenizer_fingerprint
-from kto_dist.errors import UserError
-from kto_dist.examples import load
+from kto_dist.base.errors import UserError
+from kto_dist.data import tokenise as data
+from kto_dist.data.config import DataConfig
+from kto_dist.data.examples import load
+from kto_dist.data.tokenise import prepare, tokenizer_fingerprint
 from tests.tiny import CHAT_TEMPLATE, thumbs, tiny_tokenizer, write_jsonl
 
 BOS, EOS = 0, 1

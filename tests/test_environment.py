@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kto_dist import environment
-from kto_dist.environment import environment_tags
+from kto_dist.record import environment
+from kto_dist.record.environment import environment_tags
 
 
 def test_importing_and_tagging_load_neither_mlflow_nor_deepspeed() -> None:

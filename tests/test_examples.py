@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kto_dist.config import DataConfig
-from kto_dist.data import prepare
-from kto_dist.errors import UserError
-from kto_dist.examples import DataReport, check, fit, load
+from kto_dist.base.errors import UserError
+from kto_dist.data.config import DataConfig
+from kto_dist.data.examples import DataReport, check, fit, load
+from kto_dist.data.tokenise import prepare
 from tests.tiny import thumbs, tiny_tokenizer, write_jsonl
 
 CHAT = {

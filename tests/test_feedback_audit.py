@@ -16,14 +16,14 @@ import pytest
 from click.testing import CliRunner
 from feedback_log import START, Generated, fill, generate, vote
 
-from kto_dist import cli
-from kto_dist.audited import line_of
-from kto_dist.config import build
+from kto_dist.base.config import build
+from kto_dist.base.files import sha256_of
+from kto_dist.commands import cli
+from kto_dist.data.audited import line_of
 from kto_dist.feedback import MiningConfig, mine
 from kto_dist.feedback.audit import NO_JUDGEMENT, Audit, audit, audit_log, write_audit
 from kto_dist.feedback.report import page
 from kto_dist.feedback.votes import STEPS
-from kto_dist.files import sha256_of
 
 COLUMNS = {
     "prompt": "prompt",

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mining import MORE, config_of, mined, removed, rows_of, vote, write_log
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 from kto_dist.feedback import ingest, pipeline
 
 DRAWN = st.lists(
@@ -217,7 +217,7 @@ with mining.pipeline(config):
 """
     run = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), str(log)]
     done = subprocess.run(run, capture_output=True, text=True)
-    last = next(line for line in done.stderr.splitlines() if line.startswith("kto_dist.errors.UserError"))
+    last = next(line for line in done.stderr.splitlines() if line.startswith("kto_dist.base.errors.UserError"))
     assert "make room" in last and "damaged" not in last, last
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from mining import COLUMNS, MORE, config_of, mined, removed, rows_of, vote, write_log
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 from kto_dist.feedback import pipeline
 
 ROWS = [

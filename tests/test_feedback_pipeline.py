@@ -13,11 +13,11 @@ import pytest
 import yaml
 from mining import COLUMNS, MORE, config_of, mined, removed, rows_of, vote, write_log
 
-from kto_dist.data import read_rows
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
+from kto_dist.data.formats import BadRows
+from kto_dist.data.sources import find_sources
+from kto_dist.data.tokenise import read_rows
 from kto_dist.feedback import mine, output
-from kto_dist.formats import BadRows
-from kto_dist.sources import find_sources
 
 WHO = COLUMNS | {"user": "u"}
 WHEN = WHO | {"time": "t"}
@@ -536,7 +536,7 @@ def test_the_command_mines_and_tells_mistakes_without_a_traceback(tmp_path):
              "resources": {"work": str(tmp_path / "work")}}
         )
     )  # fmt: skip
-    command = [sys.executable, "-m", "kto_dist.cli", "mine", str(config)]
+    command = [sys.executable, "-m", "kto_dist.commands.cli", "mine", str(config)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no_label" in done.stdout and (tmp_path / "mined" / "heldout.parquet").exists()

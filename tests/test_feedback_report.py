@@ -20,7 +20,7 @@ from kto_dist.feedback.content import readable
 from kto_dist.feedback.mask import excerpt, mask
 from kto_dist.feedback.plots import PLOTS, RATIO, render
 from kto_dist.feedback.report import page
-from kto_dist.theme import LIGHT
+from kto_dist.record.theme import LIGHT
 
 SCRIPT = "<script>window.pwned=1;console.log('pwned')</script>"
 HOSTILE = (
@@ -197,7 +197,7 @@ def test_messages_are_shown_as_people_read_them():
 
 def test_the_audit_needs_no_torch_and_no_pyplot():
     code = (
-        "import sys, kto_dist.feedback.audit, kto_dist.feedback.report, kto_dist.audited\n"
+        "import sys, kto_dist.feedback.audit, kto_dist.feedback.report, kto_dist.data.audited\n"
         "print(sorted({'torch', 'transformers', 'mlflow', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ import random
 import pytest
 from mining import mined, removed, rows_of, vote
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 from kto_dist.feedback.language import check_languages
 
 GERMAN = "Die Schleife läuft über alle Zahlen und gibt jede von ihnen aus."

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kto_dist.class_weights import class_weights
+from kto_dist.base.class_weights import class_weights
 from kto_dist.feedback import agreement
 from kto_dist.feedback.concentration import gini, heavy_downvoters, lorenz, top_shares
 from kto_dist.feedback.content import auc

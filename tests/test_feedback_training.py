@@ -17,8 +17,8 @@ from test_feedback_audit import mining_config
 from tiny import write_jsonl
 from tiny_runs import tiny_config, train_all
 
+from kto_dist.base.files import sha256_of
 from kto_dist.feedback import mine
-from kto_dist.files import sha256_of
 
 LOG: dict[str, Any] = {"votes": 2500, "prompts": 100, "users": 60, "noise": 0.15}
 CRITICS: dict[str, Any] = {"critics": 8, "critic_votes": 350, "contrary": True}

@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import save_tiny
 
-from kto_dist import hashes
-from kto_dist.errors import UserError
-from kto_dist.fingerprint import Fingerprint, fingerprint
-from kto_dist.hashes import file_digests
+from kto_dist.base.errors import UserError
+from kto_dist.store import hashes
+from kto_dist.store.fingerprint import Fingerprint, fingerprint
+from kto_dist.store.hashes import file_digests
 
 FACTS = {"dtype": "float32", "logits": "float32", "attention": "sdpa"}
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from thumbs_logs import ANSWER, CHAT_ROW, GOOD, TEXT_ROW, USER, WORSE, content, read, write
 
-from kto_dist.errors import UserError
-from kto_dist.formats import BadRows, read_rows
-from kto_dist.sources import find_sources
+from kto_dist.base.errors import UserError
+from kto_dist.data.formats import BadRows, read_rows
+from kto_dist.data.sources import find_sources
 
 CHAT_PAIR = [CHAT_ROW, ((USER,), (WORSE,), False, 1.0)]
 TEXT_PAIR = [TEXT_ROW, ("hi", "what", False, 1.0)]

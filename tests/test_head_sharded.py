@@ -7,7 +7,7 @@ from ranks import run_ranks
 from tiny import save_tiny
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 
-from kto_dist import objective
+from kto_dist.objective import objective
 
 
 def train_with_the_definition(configs):

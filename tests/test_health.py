@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from kto_dist.config import HealthConfig
-from kto_dist.health import CLAMPED_STEPS, Monitor
+from kto_dist.training.config import HealthConfig
+from kto_dist.training.health import CLAMPED_STEPS, Monitor
 
 FINE = {"loss": 0.5, "kl_raw": 1.0, "kl_clamped": 0.0}
 RUNAWAY = {**FINE, "kl_raw": 300.0}

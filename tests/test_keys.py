@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from pair_key import keys_array, pair_key
 from ranks import run_ranks
 
-from kto_dist.batch import pair_lengths, pair_tokens
-from kto_dist.examples import ClassReport, DataReport, Examples
-from kto_dist.keys import pair_keys
+from kto_dist.data.batch import pair_lengths, pair_tokens
+from kto_dist.data.examples import ClassReport, DataReport, Examples
+from kto_dist.reference.keys import pair_keys
 
 MAX_LENGTH, PROMPT_LIMIT = 9, 4
 

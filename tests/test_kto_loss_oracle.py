@@ -13,15 +13,14 @@ from kto_kernels import kto_loss, sequence_logps, token_logps
 from kto_kernels import reference as definition
 from tiny import tiny_llama, tiny_tokenizer
 
-from kto_dist import metrics
-from kto_dist.batch import Plan, microbatches, step_kl_pairs, step_rows
-from kto_dist.causal_lm import ScoringModel
-from kto_dist.config import build
-from kto_dist.evaluate import Cutting
-from kto_dist.examples import Examples
-from kto_dist.objective import Labels, Objective, kl_sums, loss_and_sums
-from kto_dist.reference import RefLogps
-from kto_dist.train import _step
+from kto_dist.data.batch import Cutting, Plan, microbatches, step_kl_pairs, step_rows
+from kto_dist.data.examples import Examples
+from kto_dist.model.causal_lm import ScoringModel
+from kto_dist.objective import metrics
+from kto_dist.objective.objective import Labels, Objective, kl_sums, loss_and_sums
+from kto_dist.reference.scoring import RefLogps
+from kto_dist.training.config import Config
+from kto_dist.training.loop import _step
 
 MAX_LENGTH, PROMPT_LIMIT = 24, 12
 STEPS = (0, 3)  # one whose kl_raw is clamped and one whose is not
@@ -175,13 +174,13 @@ def through_the_trainer(models, examples, *, loss, packed, tokens, class_weights
         prompt_limit=PROMPT_LIMIT,
     )
     prepared = SimpleNamespace(
-        config=build({"model": {"path": "-"}, "data": {"train": "-"}}),
+        config=Config.build({"model": {"path": "-"}, "data": {"train": "-"}}),
         plan=plan,
         objective=Objective(
             loss=loss, beta=beta, transform=policy.forward.transform, budget=BUDGET_OF_LOGITS, logits_dtype=None
         ),
         train=examples,
-        cutting=Cutting(max_length=MAX_LENGTH, prompt_limit=PROMPT_LIMIT, budget=tokens, packed=packed),
+        cutting=Cutting(max_length=MAX_LENGTH, prompt_limit=PROMPT_LIMIT, tokens=tokens, packed=packed),
         class_weights=class_weights,
         dtype=torch.float64,
     )
@@ -326,10 +325,7 @@ def ours_on_trls_rows(policy, reference, rows, loss):
             examples,
             prompts,
             completions,
-            max_length=256,
-            prompt_limit=128,
-            budget=80,
-            packed=True,
+            Cutting(max_length=256, prompt_limit=128, tokens=80, packed=True),
             rank=0,
             ranks=1,
         )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kto_dist.metrics import CLASSES, QUANTITIES, auc, clamp_kl, empty_sums, row_sums, step_metrics
+from kto_dist.objective.metrics import CLASSES, QUANTITIES, auc, clamp_kl, empty_sums, row_sums, step_metrics
 
 CPU = torch.device("cpu")
 NO_KL = torch.zeros(2, dtype=torch.float64)

@@ -10,9 +10,13 @@ import torch
 from ranks import run_ranks
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 
-from kto_dist.config import Config
-from kto_dist.errors import UserError
-from kto_dist.models import _claim_swap_folders, _release_swap_folder, deepspeed_options
+from kto_dist.base.errors import UserError
+from kto_dist.model.engines import _claim_swap_folders, _release_swap_folder, deepspeed_options
+from kto_dist.training.config import Config
+
+
+def options_of(config: Config, dtype: torch.dtype) -> dict:
+    return deepspeed_options(config.deepspeed, dtype, config.train.clip)
 
 
 def with_file(tmp_path, options: object, **changes: object) -> Config:
@@ -23,7 +27,7 @@ def with_file(tmp_path, options: object, **changes: object) -> Config:
 
 def test_the_users_options_are_merged_into_ours(tmp_path):
     mine = {"zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
-    options = deepspeed_options(with_file(tmp_path, mine), torch.float32)
+    options = options_of(with_file(tmp_path, mine), torch.float32)
     assert options["zero_optimization"] == {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000}
     assert options["wall_clock_breakdown"] is True
     assert options["gradient_clipping"] == 1.0
@@ -37,8 +41,8 @@ def test_a_file_made_for_another_trainer_means_ours_where_it_says_auto(tmp_path)
         "zero_optimization": {"stage": 2},
         "fp16": {"enabled": False},
     }
-    options = deepspeed_options(with_file(tmp_path, theirs), torch.bfloat16)
-    assert options == deepspeed_options(tiny_config(tmp_path, tmp_path, tmp_path), torch.bfloat16)
+    options = options_of(with_file(tmp_path, theirs), torch.bfloat16)
+    assert options == options_of(tiny_config(tmp_path, tmp_path, tmp_path), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,7 @@ def test_a_file_made_for_another_trainer_means_ours_where_it_says_auto(tmp_path)
 )
 def test_a_contradiction_names_both_values_and_the_setting_to_change(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        deepspeed_options(with_file(tmp_path, options), torch.float32)
+        options_of(with_file(tmp_path, options), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -71,13 +75,13 @@ def test_a_contradiction_names_both_values_and_the_setting_to_change(tmp_path, o
 )
 def test_a_broken_options_file_is_an_error(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
-        deepspeed_options(with_file(tmp_path, content), torch.float32)
+        options_of(with_file(tmp_path, content), torch.float32)
 
 
 def test_a_missing_options_file_is_an_error(tmp_path):
     config = tiny_config(tmp_path, tmp_path, tmp_path, deepspeed__config="nowhere.json")
     with pytest.raises(UserError, match=r"deepspeed.config \(nowhere.json\) does not exist"):
-        deepspeed_options(config, torch.float32)
+        options_of(config, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from kto_dist import plots
-from kto_dist.plots import curve, running_mean
-from kto_dist.theme import LIGHT
+from kto_dist.record import plots
+from kto_dist.record.plots import curve, running_mean
+from kto_dist.record.theme import LIGHT
 
 
 def test_a_class_absent_from_a_step_leaves_a_gap_not_a_zero() -> None:

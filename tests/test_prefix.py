@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tiny import tiny_llama
 from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
 
-from kto_dist.batch import collate
-from kto_dist.causal_lm import ScoringModel, completion_logps
-from kto_dist.config import ReferenceConfig
-from kto_dist.errors import UserError
-from kto_dist.prefix import can_share, cost, grow, lay_out, sharing_is_exact
-from kto_dist.reference import Scoring, Work
-from kto_dist.score import _may_share
+from kto_dist.base.errors import UserError
+from kto_dist.data.batch import collate
+from kto_dist.model.causal_lm import ScoringModel, completion_logps
+from kto_dist.reference.config import ReferenceConfig
+from kto_dist.reference.prefix import can_share, cost, grow, lay_out, sharing_is_exact
+from kto_dist.reference.scoring import Scoring, Work
+from kto_dist.reference.setup import _may_share
 
 CPU = torch.device("cpu")
 SMALL = {

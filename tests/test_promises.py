@@ -16,12 +16,11 @@ import torch
 from ranks import run_ranks
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 
-from kto_dist.batch import step_kl_pairs, step_rows
-from kto_dist.config import Config
-from kto_dist.console import Console
-from kto_dist.errors import UserError
-from kto_dist.evaluate import cut_pairs
-from kto_dist.prepare import prepare, prepare_training
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.data.batch import microbatches, step_kl_pairs, step_rows
+from kto_dist.training.config import Config
+from kto_dist.training.prepare import prepare, prepare_training
 
 WORLDS = (1, 2, 4)
 STAGES = (0, 2, 3)
@@ -76,7 +75,7 @@ def test_a_micro_batch_is_never_cut_the_same_way_in_two_budgets(trajectories):
 def _microbatches_of_first_step(config: Config) -> int:
     prepared = prepare_training(config, Console())
     rows = step_rows(prepared.plan, 0)
-    return len(cut_pairs(prepared.train, rows, rows, prepared.cutting))
+    return len(microbatches(prepared.train, rows, rows, prepared.cutting, rank=0, ranks=1))
 
 
 @pytest.mark.parametrize("world", (1, 2))
@@ -124,7 +123,7 @@ def test_a_policy_with_dropout_is_refused_before_the_first_update(tmp_path, tiny
 
 
 def _train_with_dropout(config: Config) -> None:
-    models = importlib.import_module("kto_dist.models")
+    models = importlib.import_module("kto_dist.model.engines")
     load = models.load_model
 
     def leaky(**arguments):
@@ -136,7 +135,7 @@ def _train_with_dropout(config: Config) -> None:
 
     models.load_model = leaky
     # an earlier check would notice as well
-    importlib.import_module("kto_dist.train").check_scoring = lambda *arguments, **options: None
+    importlib.import_module("kto_dist.training.loop").check_scoring = lambda *arguments, **options: None
     train_all([config])
 
 
@@ -170,7 +169,7 @@ TIMED = {"seconds", "tokens_per_second"}
 
 def _train_and_die_after(config: Config, steps: int) -> None:
     """SIGKILL to every rank in the middle of a step: nothing gets to clean up."""
-    module = importlib.import_module("kto_dist.train")
+    module = importlib.import_module("kto_dist.training.loop")
     step = module._step
 
     def deadly(*arguments, **options):
@@ -218,7 +217,7 @@ def test_only_completion_rows_reach_the_head_and_padding_reaches_nothing_when_pa
 
 def _count_rows(config: Config) -> tuple[int, int]:
     """Rows that the policy's LM head sees and positions that its decoder sees, in one step of training."""
-    module = importlib.import_module("kto_dist.train")
+    module = importlib.import_module("kto_dist.training.loop")
     seen = [0, 0]
     step = module._step
 

@@ -7,8 +7,9 @@ from typing import Literal, get_args, get_origin
 import pytest
 import yaml
 
-from kto_dist.config import Config, Section, resolve
+from kto_dist.base.config import Section, resolve
 from kto_dist.feedback import MiningConfig
+from kto_dist.training.config import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,7 +65,7 @@ def test_no_setting_of_the_readme_is_unknown():
 
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("launch/configs/*.yaml"), ROOT / "launch/demo/demo.yaml"]), ids=str)
 def test_every_config_that_is_shipped_is_valid(path):
-    assert resolve(path)[0].train.output
+    assert resolve(path, kind=Config)[0].train.output
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))

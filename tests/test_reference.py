@@ -16,23 +16,23 @@ from tiny import save_tiny, thumbs, write_jsonl
 from tiny_runs import tiny_config
 from transformers import AutoModelForCausalLM
 
-from kto_dist.config import Config
-from kto_dist.console import Console
-from kto_dist.errors import UserError
-from kto_dist.prepare import prepare
-from kto_dist.reference import Outcome, Scorer, lazily, wanted_pairs
-from kto_dist.score import find_reference, score_reference
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.reference.scores import lazily, score_reference
+from kto_dist.reference.scoring import Outcome, Scorer, wanted_pairs
+from kto_dist.training.config import Config
+from kto_dist.training.prepare import find, prepare, wanted
 
 
 def scored_and_found(config: Config) -> tuple[int, int]:
     """On every rank: how many pairs a pass scores, and how many it finds in the store."""
-    outcome = importlib.import_module("kto_dist.precompute").precompute(config)
+    outcome = importlib.import_module("kto_dist.training.precompute").precompute(config)
     return outcome.pairs - outcome.hits, outcome.hits
 
 
 def logps_of_pairs(config: Config) -> np.ndarray:
     prepared = prepare(config, Console())
-    return score_reference(prepared, *find_reference(prepared, Console()), Console()).train(
+    return score_reference(wanted(prepared), *find(prepared, Console()), Console()).train(
         *wanted_pairs(prepared.plan, prepared.train)
     )
 
@@ -192,7 +192,7 @@ def test_settings_of_the_policy_change_no_value_in_any_bit(tmp_path, tiny_model,
 
 
 def _values_and_tokens(config: Config) -> tuple[np.ndarray, int]:
-    module = importlib.import_module("kto_dist.reference")
+    module = importlib.import_module("kto_dist.reference.scoring")
     score, read = module.completion_logps, []
     module.completion_logps = lambda forward, batch, *more: (read.append(batch.tokens), score(forward, batch, *more))[1]
     try:
@@ -235,7 +235,7 @@ def test_what_the_reference_cannot_do_is_refused_before_it_is_loaded(tmp_path, t
 
 
 def _with_a_full_disk_on_one_rank(config: Config) -> str:
-    module = importlib.import_module("kto_dist.reference")
+    module = importlib.import_module("kto_dist.reference.scoring")
 
     def full(*arguments):
         raise UserError("reference.store is full: free some space")
@@ -281,7 +281,7 @@ def test_without_z0_held_out_rows_are_scored_alone(tmp_path, tiny_model, tiny_lo
 
 def _with_weights_that_change(config: Config, other: Path) -> str:
     """What is said when another model lies in the folder by the time that the weights are loaded."""
-    module = importlib.import_module("kto_dist.score")
+    module = importlib.import_module("kto_dist.reference.scores")
 
     class Late(module.Reference):
         def __init__(self, *arguments, **settings):
@@ -307,7 +307,7 @@ def test_weights_that_change_while_they_are_loaded_are_not_scored_under_their_ol
 
 
 def _terminated(config: Config) -> None:
-    module = importlib.import_module("kto_dist.reference")
+    module = importlib.import_module("kto_dist.reference.scoring")
     score = module.completion_logps
 
     def end(*arguments):
@@ -328,11 +328,11 @@ def test_a_pass_that_is_terminated_ends_its_mlflow_run(tmp_path, tiny_model, tin
 
 
 def _progress_of(config: Config) -> tuple[list[dict], int]:
-    module = importlib.import_module("kto_dist.reference")
+    module = importlib.import_module("kto_dist.reference.scoring")
     module.FIRST_SHARD = module.LARGEST_SHARD = 8
     seen: list = []
     prepared = prepare(config, Console())
-    scores = score_reference(prepared, *find_reference(prepared, Console()), Console(), seen.append)
+    scores = score_reference(wanted(prepared), *find(prepared, Console()), Console(), seen.append)
     return [asdict(progress) for progress in seen], scores.outcome.scored_once
 
 
@@ -355,7 +355,7 @@ def test_progress_ends_at_the_last_pair_and_never_runs_backwards(tmp_path, tiny_
 
 def _sizes_of_windows(config: Config, seconds_a_pair: float, seconds_a_forward: float) -> list[int]:
     """How many pairs of all ranks are between two meetings, by a clock that only the model moves."""
-    module = importlib.import_module("kto_dist.reference")
+    module = importlib.import_module("kto_dist.reference.scoring")
     clock, sizes = [0.0], []
     score, begin = module.completion_logps, module._Meter.begin
 
@@ -426,7 +426,7 @@ def test_hosts_need_no_shared_file_system(tmp_path, tiny_model, tiny_log):
 
 def _with_a_rank_that_differs(config: Config, trouble: str) -> tuple[str, list[bool | None], int]:
     """What was said, whether prompts were shared, and how many references were loaded but not closed."""
-    module = importlib.import_module("kto_dist.score")
+    module = importlib.import_module("kto_dist.reference.scores")
     still_open, shared, second = [], [], os.environ["RANK"] == "1"
 
     class Watched(module.Reference):
@@ -544,7 +544,7 @@ def test_hosts_that_differ_are_refused_before_anything_is_stored(tmp_path, tiny_
 
 @pytest.mark.parametrize("safe", (True, False))
 def test_weights_in_the_older_format_are_fetched_only_where_there_are_no_others(tmp_path, monkeypatch, safe):
-    module, asked = importlib.import_module("kto_dist.score"), []
+    module, asked = importlib.import_module("kto_dist.reference.setup"), []
 
     def download(path, allow_patterns, ignore_patterns):
         asked.extend(allow_patterns)
@@ -561,7 +561,7 @@ def test_weights_in_the_older_format_are_fetched_only_where_there_are_no_others(
 
 def _memory(config: Config) -> dict[str, int]:
     process = psutil.Process()
-    module = importlib.import_module("kto_dist.score")
+    module = importlib.import_module("kto_dist.reference.scores")
     prepared = prepare(config, Console())
     seen = {"before": process.memory_info().rss}
 
@@ -571,7 +571,7 @@ def _memory(config: Config) -> dict[str, int]:
             super().close(**settings)
 
     module.Reference = Watched
-    score_reference(prepared, *find_reference(prepared, Console()), Console())
+    score_reference(wanted(prepared), *find(prepared, Console()), Console())
     seen["after"] = process.memory_info().rss
     return seen
 
@@ -598,7 +598,7 @@ def test_the_reference_leaves_memory_when_it_has_scored(tmp_path, tiny_log, stag
 
 
 def _allocated(config: Config) -> dict[str, int]:
-    module = importlib.import_module("kto_dist.score")
+    module = importlib.import_module("kto_dist.reference.scores")
     prepared = prepare(config, Console())
     seen = {"before": torch.cuda.memory_allocated()}
 
@@ -608,7 +608,7 @@ def _allocated(config: Config) -> dict[str, int]:
             super().close(**settings)
 
     module.Reference = Watched
-    score_reference(prepared, *find_reference(prepared, Console()), Console())
+    score_reference(wanted(prepared), *find(prepared, Console()), Console())
     return {**seen, "after": torch.cuda.memory_allocated()}
 
 
@@ -649,7 +649,7 @@ def test_a_reference_whose_weights_lie_on_a_disk_scores_alike_and_leaves_the_dis
 
 def _with_files_seen(config: Config, disk: Path) -> tuple[np.ndarray, int]:
     """Values, and how many bytes lay on the disk when the reference was loaded."""
-    module = importlib.import_module("kto_dist.score")
+    module = importlib.import_module("kto_dist.reference.scores")
     seen = [0]
 
     class Watched(module.Reference):
@@ -672,7 +672,7 @@ def _memory_of_second_pass(warm_up: Config, config: Config) -> dict[str, int]:
 
 def _warnings_of_rank_0(config: Config) -> list[str]:
     """What is told where the store of rank 1 alone has something to say."""
-    module, said = importlib.import_module("kto_dist.score"), []
+    module, said = importlib.import_module("kto_dist.reference.scores"), []
 
     class Talking(module.Store):
         def __init__(self, *arguments, warn, **settings):
@@ -685,7 +685,7 @@ def _warnings_of_rank_0(config: Config) -> list[str]:
     console.warn = said.append
     try:
         prepared = prepare(config, Console())
-        score_reference(prepared, *find_reference(prepared, Console()), console)
+        score_reference(wanted(prepared), *find(prepared, Console()), console)
     finally:
         module.Store = real
     return said

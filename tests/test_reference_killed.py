@@ -14,13 +14,13 @@ from ranks import run_ranks
 from test_reference import logps_of_pairs, scored_and_found
 from tiny_runs import tiny_config
 
-from kto_dist.config import Config
-from kto_dist.store_tools import summarise
+from kto_dist.store.tools import summarise
+from kto_dist.training.config import Config
 
 
 def _counted(config: Config, shard: int) -> int:
     """On every rank: a pass with shards of so many pairs; what this rank scores is noted in a file, batch by batch."""
-    module = importlib.import_module("kto_dist.reference")
+    module = importlib.import_module("kto_dist.reference.scoring")
     module.FIRST_SHARD = module.LARGEST_SHARD = shard
     notes = os.open(f"{config.train.output}-scored", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     score = module.completion_logps
@@ -43,7 +43,7 @@ def _killed(config: Config, shard: int, victim: int, batches: int, after: float)
     Without `after` the rank waits for it.
     """
     if int(os.environ["RANK"]) == victim:
-        module, left = importlib.import_module("kto_dist.reference"), [batches]
+        module, left = importlib.import_module("kto_dist.reference.scoring"), [batches]
         score = module.completion_logps
 
         def waited_for(*arguments):
@@ -125,7 +125,7 @@ def test_many_kills_lose_a_shard_a_rank_each_at_most(tmp_path, tiny_model, tiny_
 
 def _die_after_a_window(config: Config) -> None:
     """The last rank does, with its second shard scored and not yet written."""
-    module = importlib.import_module("kto_dist.reference")
+    module = importlib.import_module("kto_dist.reference.scoring")
     module.FIRST_SHARD = module.LARGEST_SHARD = 16
     add, windows = module.Store.add, []
 

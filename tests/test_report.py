@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kto_dist.plots import PLOTS
-from kto_dist.report import read_steps, show, write_report
+from kto_dist.record.plots import PLOTS
+from kto_dist.record.report import read_steps, show, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVIL = "<script>alert('x')</script>"
@@ -183,6 +183,6 @@ def test_a_failed_write_leaves_the_last_page_whole(tmp_path: Path, monkeypatch: 
 
 
 def test_a_report_leaves_pyplot_and_mlflow_alone() -> None:
-    code = "import sys, kto_dist.report; print([n for n in ('matplotlib.pyplot', 'mlflow') if n in sys.modules])"
+    code = "import sys, kto_dist.record.report; print([n for n in ('matplotlib.pyplot', 'mlflow') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

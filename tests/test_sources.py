@@ -7,8 +7,8 @@ import datasets
 import pytest
 from thumbs_logs import ANSWER, CHAT_ROW, GOOD, TEXT_ROW, USER, content, read, write
 
-from kto_dist.errors import UserError
-from kto_dist.sources import find_sources
+from kto_dist.base.errors import UserError
+from kto_dist.data.sources import find_sources
 
 
 def test_a_json_array_has_the_rows_and_lines_of_its_elements(tmp_path):

@@ -15,11 +15,11 @@ import pytest
 from fake_scorer import IDENTITY, OTHER, fill, keys_of, value_of
 from test_store import FILL
 
-from kto_dist.errors import UserError
-from kto_dist.shards import NAME
-from kto_dist.storage import open_storage, write_whole
-from kto_dist.store import Store
-from kto_dist.store_tools import collect, export, plan_gc, summarise, verify
+from kto_dist.base.errors import UserError
+from kto_dist.store.shards import NAME
+from kto_dist.store.storage import open_storage, write_whole
+from kto_dist.store.store import Store
+from kto_dist.store.tools import collect, export, plan_gc, summarise, verify
 
 SERVER = """
 import sys, threading, logging

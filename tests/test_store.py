@@ -20,10 +20,10 @@ import pytest
 from fake_scorer import IDENTITY, OTHER, fill, keys_of, shards_of, value_of
 from pair_key import keys_array, pair_key
 
-from kto_dist.errors import UserError
-from kto_dist.shards import KEY, encode
-from kto_dist.storage import LocalStorage
-from kto_dist.store import FORMAT, Store
+from kto_dist.base.errors import UserError
+from kto_dist.store.shards import KEY, encode
+from kto_dist.store.storage import LocalStorage
+from kto_dist.store.store import FORMAT, Store
 
 FILL = [sys.executable, str(Path(__file__).with_name("fake_scorer.py"))]
 

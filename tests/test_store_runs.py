@@ -16,9 +16,9 @@ from tiny_runs import tiny_config, train_all
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from kto_dist.config import Config
-from kto_dist.errors import UserError
-from kto_dist.store_tools import summarise, verify
+from kto_dist.base.errors import UserError
+from kto_dist.store.tools import summarise, verify
+from kto_dist.training.config import Config
 
 
 def _other_template(folder: Path) -> None:

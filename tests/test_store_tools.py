@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from fake_scorer import IDENTITY, OTHER, fill, keys_of, shards_of, value_of
 from test_store import found_in, run_fill
 
-from kto_dist import store as store_module
-from kto_dist.cli import main
-from kto_dist.errors import UserError
-from kto_dist.shards import KEY
-from kto_dist.storage import LocalStorage
-from kto_dist.store import Store
-from kto_dist.store_tools import _merge_shards, collect, export, plan_gc, summarise, verify
+from kto_dist.base.errors import UserError
+from kto_dist.commands.cli import main
+from kto_dist.store import store as store_module
+from kto_dist.store.shards import KEY
+from kto_dist.store.storage import LocalStorage
+from kto_dist.store.store import Store
+from kto_dist.store.tools import _merge_shards, collect, export, plan_gc, summarise, verify
 
 
 def command(*arguments: object) -> tuple[int, str]:
@@ -98,7 +98,7 @@ def test_gc_shows_and_does_nothing_until_it_is_told_to(two_models):
 
 
 def test_gc_merges_many_small_shards_and_keeps_every_pair(tmp_path, monkeypatch):
-    monkeypatch.setattr("kto_dist.store_tools.LARGE_SHARD", 64)
+    monkeypatch.setattr("kto_dist.store.tools.LARGE_SHARD", 64)
     store = Store(tmp_path, IDENTITY)
     for start in range(0, 200, 10):
         fill(store, range(start, start + 10))

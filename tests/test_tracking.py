@@ -10,14 +10,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import save_tiny
 
-from kto_dist import tracking
-from kto_dist.config import Config, flatten
-from kto_dist.tracking import NullTracker, Tracker
-from kto_dist.tracking_uri import without_password
+from kto_dist.base.config import flatten
+from kto_dist.record import tracking
+from kto_dist.record.tracking import NullTracker, Tracker
+from kto_dist.record.tracking_uri import without_password
+from kto_dist.training.config import Config
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -38,6 +40,12 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def begin(config: Config, **more: Any) -> Tracker | NullTracker:
+    """The run's tracker, as training asks for it."""
+    output = Path(config.train.output).resolve()
+    return tracking.start(config.tracking, settings=config, name=output.name, folder=output.parent, **more)
+
+
 class Store:
     """A database in a folder whose name has a space, and the warnings of the runs in it."""
 
@@ -53,7 +61,13 @@ class Store:
         self.warnings: list[str] = []
 
     def start(self, config: Config, run_id: str | None = None, **tags: str) -> Tracker:
-        tracker = tracking.start(config, run_id=run_id, tags=tags, default_uri=self.uri, warn=self.warnings.append)
+        tracker = begin(
+            config,
+            run_id=run_id,
+            tags=tags,
+            default_uri=self.uri,
+            warn=self.warnings.append,
+        )
         assert isinstance(tracker, Tracker), self.warnings
         return tracker
 
@@ -342,7 +356,7 @@ def test_an_unusable_uri_costs_one_warning_and_seconds(
         )
         warnings: list[str] = []
         begun = time.perf_counter()
-        tracker = tracking.start(config, run_id="old", tags={}, default_uri="unused", warn=warnings.append)
+        tracker = begin(config, run_id="old", tags={}, default_uri="unused", warn=warnings.append)
         seconds = time.perf_counter() - begun
 
     assert type(tracker) is NullTracker and tracker.run_id == "old"
@@ -356,7 +370,7 @@ def test_an_unusable_uri_costs_one_warning_and_seconds(
 
 def test_a_deleted_experiment_is_named_with_its_remedy(store: Store) -> None:
     store.client.delete_experiment(store.client.create_experiment("kto"))
-    tracker = tracking.start(store.config(), run_id=None, tags={}, default_uri=store.uri, warn=store.warnings.append)
+    tracker = begin(store.config(), run_id=None, tags={}, default_uri=store.uri, warn=store.warnings.append)
     assert type(tracker) is NullTracker
     assert "mlflow experiments restore" in store.warnings[0]
 
@@ -365,7 +379,7 @@ def test_the_uri_is_the_configs_then_the_environments_then_the_default(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
-    by_environment = tracking.start(
+    by_environment = begin(
         store.config(), run_id=None, tags={}, default_uri="sqlite:////proc/no.db", warn=store.warnings.append
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/no.db")
@@ -378,7 +392,7 @@ def test_the_uri_is_the_configs_then_the_environments_then_the_default(
 def test_a_disabled_tracker_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = Config(model={"path": "m"}, data={"train": "rows.jsonl"}, tracking={"enabled": False})
-    tracker = tracking.start(config, run_id=None, tags={}, default_uri="sqlite:///x.db", warn=pytest.fail)
+    tracker = begin(config, run_id=None, tags={}, default_uri="sqlite:///x.db", warn=pytest.fail)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("FINISHED")
     assert list(tmp_path.iterdir()) == []
@@ -403,9 +417,7 @@ def test_a_new_store_is_made_in_silence_and_only_where_asked(
     monkeypatch.chdir(tmp_path / "here")
     config = Config(model={"path": "m"}, data={"train": "rows.jsonl"}, train={"output": "../runs/first"})
     warnings: list[str] = []
-    tracker = tracking.start(
-        config, run_id=None, tags={}, default_uri="sqlite:///../runs/mlflow.db", warn=warnings.append
-    )
+    tracker = begin(config, run_id=None, tags={}, default_uri="sqlite:///../runs/mlflow.db", warn=warnings.append)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("FINISHED")
     captured = capfd.readouterr()
@@ -416,9 +428,10 @@ def test_a_new_store_is_made_in_silence_and_only_where_asked(
 
 def test_runs_that_start_together_share_a_new_store(tmp_path: Path) -> None:
     code = (
-        "import sys; from kto_dist import tracking; from kto_dist.config import Config;"
+        "import sys; from pathlib import Path; from kto_dist import Config; from kto_dist.record import tracking;"
         "config = Config(model={'path': 'm'}, data={'train': 'rows'}, train={'output': sys.argv[1]});"
-        "tracker = tracking.start(config, run_id=None, tags={}, default_uri=sys.argv[2], warn=print);"
+        "tracker = tracking.start(config.tracking, settings=config, name='run', folder=Path(sys.argv[1]).parent,"
+        " run_id=None, tags={}, default_uri=sys.argv[2], warn=print);"
         "tracker.log(1, {'loss': 1.0}); tracker.finish('FINISHED')"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run"), f"sqlite:///{tmp_path}/mlflow.db"]

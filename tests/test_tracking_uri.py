@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kto_dist.tracking_uri import absolute, artifact_location, ui_command, without_password
+from kto_dist.record.tracking_uri import absolute, artifact_location, ui_command, without_password
 
 
 def test_the_ui_command_quotes_the_path_and_hides_the_password(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from kto_dist.formats import BadRows, Row, read_rows
-from kto_dist.sources import find_sources
+from kto_dist.data.formats import BadRows, Row, read_rows
+from kto_dist.data.sources import find_sources
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 WORSE = {"role": "assistant", "content": "what"}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from kto_dist.config import Config, build
+from kto_dist.training.config import Config
 
 
 def tiny_config(folder: Path, model: Path, log: Path, **overrides: Any) -> Config:
@@ -33,7 +33,7 @@ def tiny_config(folder: Path, model: Path, log: Path, **overrides: Any) -> Confi
     for name, value in overrides.items():
         section, key = name.split("__")
         tree.setdefault(section, {})[key] = value
-    return build(tree)
+    return Config.build(tree)
 
 
 def metrics_of(config: Config) -> list[dict[str, float]]:
@@ -46,6 +46,6 @@ def weights_of(config: Config) -> dict[str, torch.Tensor]:
 
 def train_all(configs: list[Config]) -> list[dict[str, Any]]:
     """On every rank: the runs one after the other, in one process, without the report's plots (they take longer)."""
-    module = importlib.import_module("kto_dist.train")
+    module = importlib.import_module("kto_dist.training.loop")
     module.report.write_report = lambda run: run / "summary.json"
     return [module.train(config) for config in configs]

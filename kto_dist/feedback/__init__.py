@@ -4,7 +4,9 @@
     audit = mine(MiningConfig.load("mine.yaml"))
 
 The log becomes clean, weighted, split Parquet that `kto-dist train` reads as it is, and a report to look at before.
-No torch is needed. mine.py is the map of the package.
+No torch is needed.
+
+May import: `record`, `base`. Open first: `mine.py`, the map of the wing.
 """
 
 from kto_dist.feedback.config import MiningConfig

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from kto_dist.class_weights import class_weights
+from kto_dist.base.class_weights import class_weights
+from kto_dist.base.files import sha256_of, write_whole
 from kto_dist.feedback import agreement, concentration
 from kto_dist.feedback.agreement import Agreement, Estimate
 from kto_dist.feedback.checks import Check, checks_of
@@ -31,7 +32,6 @@ from kto_dist.feedback.concentration import User, Users
 from kto_dist.feedback.content import Conflicts, Lengths, StepCounts, conflicts_of, lengths_of, steps_of
 from kto_dist.feedback.drift import Balance, Classes, Drift, balance_of, drift_of
 from kto_dist.feedback.votes import STEPS
-from kto_dist.files import sha256_of, write_whole
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

@@ -1,6 +1,6 @@
 """What a mining run is: where the log lies, what its columns mean, and what is done to it.
 
-In:  a YAML file and `section.key=value` overrides, read like a training run's (`kto_dist.config`).
+In:  a YAML file and `section.key=value` overrides, read like a training run's (`kto_dist.base.config`).
 Out: `MiningConfig`, frozen and validated. Every step that takes votes has a setting that turns it off. Only what can be
 no row to train on always leaves, and is counted like the rest: votes without a label or on an empty prompt, and, with
 `agreement.conflicts: keep`, answers whose votes are even.
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kto_dist.config import NonNegativeFloat, Paths, Positive, Section, Text, resolve
+from kto_dist.base.config import NonNegativeFloat, Paths, Positive, Section, Text, resolve
 from kto_dist.feedback.thresholds import AuditConfig
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -351,4 +351,4 @@ class MiningConfig(Section):
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "MiningConfig":
         """Reads a YAML file and applies `section.key=value` overrides. Raises `UserError`."""
-        return resolve(path, overrides, cls)[0]
+        return resolve(path, overrides, kind=cls)[0]

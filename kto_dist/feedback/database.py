@@ -17,7 +17,7 @@ from pathlib import Path
 import duckdb
 import psutil
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.language import check_languages
 from kto_dist.feedback.mapping import macros

@@ -19,7 +19,7 @@ from datetime import date, timedelta
 import numpy as np
 from scipy import stats
 
-from kto_dist.class_weights import class_weights
+from kto_dist.base.class_weights import class_weights
 from kto_dist.feedback.agreement import Estimate
 from kto_dist.feedback.concentration import rate
 

@@ -15,7 +15,7 @@ left of chance is evened out by leaving held-out rows away, since moving prompts
 
 import duckdb
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.votes import remove
 

@@ -34,7 +34,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
+from kto_dist.base.files import write_whole
 from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.database import NO_ROOM
 from kto_dist.feedback.mapping import PROBLEMS, json_cells, mapped, part_sql, pointer, text_cells
@@ -51,7 +52,6 @@ from kto_dist.feedback.readers import (
     quoted,
 )
 from kto_dist.feedback.sources import Digest, LogFile, digest, find_files
-from kto_dist.files import write_whole
 
 # Raise it when the same file becomes other rows, or when what a part holds changes.
 _FORMAT = 3

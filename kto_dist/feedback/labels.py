@@ -12,7 +12,7 @@ from collections.abc import Callable
 import duckdb
 import pyarrow as pa
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import DOWN, UP, MiningConfig
 
 # Skin tones and the emoji variation selector change a thumb's look, not its meaning.

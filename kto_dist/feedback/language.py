@@ -17,7 +17,7 @@ import duckdb
 import pyarrow as pa
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 
 _READ = 1000  # characters; some 10,000 such answers a second and core
 _TEXTS = 2048

@@ -17,7 +17,7 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from kto_dist.theme import Theme, finish
+from kto_dist.record.theme import Theme, finish
 
 if TYPE_CHECKING:
     from kto_dist.feedback.audit import Audit

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kto_dist.feedback.agreement import Estimate
 from kto_dist.feedback.plots import PLOTS, render, user_names
-from kto_dist.theme import DARK, LIGHT
+from kto_dist.record.theme import DARK, LIGHT
 
 if TYPE_CHECKING:
     from kto_dist.feedback.audit import Audit
@@ -28,7 +28,7 @@ def page(audit: "Audit") -> str:
     """The whole page."""
     folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader([folder, folder.parent]),
+        loader=FileSystemLoader([folder, folder.parent / "record"]),
         # Not select_autoescape: that goes by the name, and `.j2` would turn escaping off.
         autoescape=True,
         undefined=StrictUndefined,

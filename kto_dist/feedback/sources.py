@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import InputConfig
 
 Format = Literal["jsonl", "csv", "parquet", "sqlite"]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kto_dist.config import Positive, Section
+from kto_dist.base.config import Positive, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import duckdb
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.readers import literal, path_literal
 

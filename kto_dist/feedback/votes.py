@@ -14,7 +14,7 @@ join them even where a query does not ask for them. A step gets a query for the 
 
 import duckdb
 
-from kto_dist.errors import UserError
+from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.readers import literal
 

@@ -24,12 +24,15 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from wish import approves, measure
 
-from kto_dist import UserError, data, launcher, report, tracking
-from kto_dist.causal_lm import load_model, load_tokenizer
-from kto_dist.config import Config
-from kto_dist.examples import load
-from kto_dist.files import write_whole
-from kto_dist.tracking_uri import ui_command
+from kto_dist import UserError
+from kto_dist.base.files import write_whole
+from kto_dist.commands import launcher
+from kto_dist.data import tokenise as data
+from kto_dist.data.examples import load
+from kto_dist.model.causal_lm import load_model, load_tokenizer
+from kto_dist.record import report, tracking
+from kto_dist.record.tracking_uri import ui_command
+from kto_dist.training.config import Config
 
 CONFIG = "launch/demo/demo.yaml"
 out = Console(highlight=False, soft_wrap=True)

@@ -1,0 +1,114 @@
+"""Ranks: who am I, sums over all, and work that only one rank does. Identity at world size 1.
+
+The launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) name the ranks; without
+them this is a single process, which gets a process group of its own, since DeepSpeed wants one.
+"""
+
+import ctypes
+import os
+import socket
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+
+
+def init() -> None:
+    """Joins the process group; a second call does nothing."""
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    else:
+        _keep_large_blocks()
+    # Both backends: values on the host (keys, messages, sums) never travel through the device.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def _keep_large_blocks() -> None:
+    """Lets glibc reuse logits-sized blocks instead of mapping them afresh for every operation: on the CPU page faults
+    took 15 % of a training step. What is free is still given back where `malloc_trim` is called."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier(device_ids=[local_rank()] if torch.cuda.is_available() else None)
+
+
+def sum_(values: Tensor) -> Tensor:
+    """Sum over all ranks, in place; the tensor lives on the CPU or the device."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def min_(values: Tensor) -> Tensor:
+    """Minimum over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values
+
+
+def any_(flag: bool) -> bool:
+    """True everywhere when it is true on some rank."""
+    return bool(sum_(torch.tensor([int(flag)]))[0])
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's picklable value, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's picklable value, in rank order, on every rank."""
+    boxes: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(boxes, value)
+    return boxes

@@ -1,0 +1,149 @@
+"""`kto-dist ...`: the commands, each a few lines around a function of the package.
+
+Exit status: 0 on success, 2 on a user's mistake (a message, no traceback), 1 on a failure, 128 + the signal's number
+where a signal stopped the run.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from kto_dist.base.config import flatten, resolve
+from kto_dist.base.errors import UserError
+from kto_dist.commands.store import store
+from kto_dist.model.config import check_model_path
+from kto_dist.training.config import Config
+
+
+class _Commands(click.Group):
+    """Mistakes become messages, whichever command they are made in."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as mistake:
+            click.echo(f"error: {mistake}", err=True)
+            raise SystemExit(2) from None
+
+
+def _command(job: Callable[..., Any]) -> Callable[..., Any]:
+    """CONFIG and overrides as arguments."""
+    job = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")(job)
+    return click.argument("config", type=click.Path(path_type=Path))(job)
+
+
+_ranks = click.option(
+    "--ranks", type=click.IntRange(min=1), help="Processes; default: one a GPU, or without GPUs one a core up to 2."
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kto_dist")
+def main() -> None:
+    """Align a language model from thumbs-up/thumbs-down feedback (KTO), on one machine or a cluster.
+
+    CONFIG is a YAML file; SECTION.KEY=VALUE overrides come last and win, as in `train.lr=1e-6`. `kto-dist config
+    CONFIG` shows every setting. On several hosts use the deepspeed launcher itself: `deepspeed --hostfile H
+    launch/train.py CONFIG`.
+    """
+
+
+@main.command("config")
+@_command
+def show_config(config: Path, overrides: tuple[str, ...]) -> None:
+    """Print every setting: its value, where the value comes from, and what it means."""
+    resolved, origin = resolve(config, overrides, kind=Config)
+    table = Table("setting", "value", "from", "meaning", box=None, pad_edge=False)
+    for section, key, value in flatten(resolved):
+        fields = Config.model_fields[section].annotation.model_fields
+        meaning = next(field.description for name, field in fields.items() if key in (name, field.alias))
+        table.add_row(f"{section}.{key}", str(value), origin[f"{section}.{key}"], meaning)
+    # piped output is for grep: one line a setting, however long
+    Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
+
+
+@main.command()
+@_ranks
+@_command
+def train(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+    """Train on this machine's devices, under the deepspeed launcher.
+
+    After a stop, the same command goes on from the newest checkpoint.
+    """
+    _launch("train", config, overrides, ranks)
+
+
+@main.command()
+@_ranks
+@_command
+def precompute(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+    """Score with the reference whatever its store lacks for CONFIG, and train nothing."""
+    _launch("precompute", config, overrides, ranks)
+
+
+@main.command()
+@_command
+def mine(config: Path, overrides: tuple[str, ...]) -> None:
+    """Make a training set from a raw log of feedback: clean, weighted, split; with a report to look at first.
+
+    CONFIG is a mining config of its own: input.files, and the log's columns, are what it needs.
+    """
+    from kto_dist import feedback
+    from kto_dist.feedback.config import folder_of
+
+    settings = feedback.MiningConfig.load(config, overrides)
+    audit = feedback.mine(settings)
+    table = Table("step", "thumbs up", "thumbs down", "neither", box=None, pad_edge=False)
+    for step in audit["steps"]:
+        removed = (step[f"{name}_removed"] for name in ("up", "down", "unlabelled"))
+        table.add_row(step["step"], *(f"-{votes:,}" if votes else "" for votes in removed))
+    Terminal(highlight=False, markup=False).print(table)
+    _say_checks(audit, folder_of(settings.output.folder))
+
+
+def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+    from kto_dist.commands import launcher
+
+    settings = Config.load(config, overrides)  # a mistake shows at once, not once the ranks have started
+    check_model_path("model.path", settings.model.path)
+    raise SystemExit(launcher.run(job, [str(config), *overrides], ranks))
+
+
+@main.command()
+@_command
+def audit(config: Path, overrides: tuple[str, ...]) -> None:
+    """Look at a log of thumbs before anything is made of it: how far it can be trusted, and whose taste it is.
+
+    CONFIG is that of `mine`. Writes report.html and audit.json into `<output.folder>/audit`, and no dataset.
+    """
+    from kto_dist.feedback import MiningConfig
+    from kto_dist.feedback.audit import audit_log
+    from kto_dist.feedback.config import folder_of
+
+    settings = MiningConfig.load(config, overrides)
+    _say_checks(audit_log(settings), folder_of(settings.output.folder) / "audit")
+
+
+def _say_checks(audit: dict[str, Any], folder: Path) -> None:
+    """What a person should know before training on this."""
+    from kto_dist.data.audited import line_of
+
+    if unreadable := audit["log"]["unreadable_by_reason"]:
+        listed = ", ".join(f"{reason} ({rows:,})" for reason, rows in unreadable.items())
+        click.echo(f"left out: {audit['log']['unreadable']:,} rows that could not be read: {listed}")
+    for check in audit["checks"]:
+        mark = {"pass": "ok", "warn": "warning", "unknown": "unknown"}[check["status"]]
+        click.echo(f"{mark}: {line_of(check)}")
+    click.echo(f"report: {folder / 'report.html'}")
+
+
+main.add_command(store)
+
+
+if __name__ == "__main__":
+    main()

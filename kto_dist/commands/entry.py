@@ -1,0 +1,99 @@
+"""What every rank runs: `python -m kto_dist.commands.entry train|precompute CONFIG [section.key=value ...]`.
+
+Turns the outcome into the exit status that the launcher passes on: 0 done, 2 the user's mistake (said once a host),
+143 stopped by a signal, 1 anything else.
+"""
+
+import atexit
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+from kto_dist.base import comm
+from kto_dist.base.errors import UserError
+from kto_dist.commands.launcher import DONE_MARK
+from kto_dist.training.config import Config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # DeepSpeed's launcher adds --local_rank=N; the environment says the same
+    job, config, *overrides = [word for word in arguments if not word.startswith("--local_rank")]
+    try:
+        comm.init()
+        settings = Config.load(config, overrides)
+        _quiet()
+        if job == "train":
+            from kto_dist.training.loop import Stopped, train
+
+            try:
+                train(settings)
+            except Stopped as stop:
+                if comm.is_main():
+                    print(f"stopped: {stop}", file=sys.stderr, flush=True)
+                comm.barrier()  # the launcher ends every rank as soon as one has left
+                return stop.exit_code
+        else:
+            from kto_dist.training.precompute import precompute
+
+            precompute(settings)
+        if comm.is_main() and DONE_MARK in os.environ:
+            Path(os.environ[DONE_MARK]).touch()
+    except UserError as mistake:
+        if comm.local_rank() == 0:  # another host may lack a file that rank 0's has
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        comm.shutdown()
+    return 0
+
+
+def _quiet() -> None:
+    """Libraries report progress of their own on every rank; the run's own lines say what matters."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)(\..*)?")
+    if not comm.is_main():
+        logging.disable(logging.WARNING)
+
+
+def run_and_leave(arguments: list[str] | None = None) -> NoReturn:
+    """Runs `main` and ends this process with its status, without taking the interpreter down.
+
+    Gloo's worker threads outlive `destroy_process_group` (DeepSpeed keeps groups of its own), and may hold the last
+    collective's tensors. One that lets go of them while the interpreter goes down aborts the process, and a run that
+    has succeeded would end with status 250.
+    """
+    try:
+        status = main(arguments)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def usage(job: str) -> str:
+    return f"usage: deepspeed launch/{job}.py CONFIG [section.key=value ...]\n"
+
+
+def script(job: str) -> None:
+    """The body of `launch/<job>.py`."""
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(job), file=sys.stderr)
+        sys.exit(0 if arguments else 2)
+    run_and_leave([job, *arguments])
+
+
+if __name__ == "__main__":
+    run_and_leave()

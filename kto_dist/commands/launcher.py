@@ -1,0 +1,113 @@
+"""The deepspeed launcher on this machine, stopped as a whole.
+
+`deepspeed` itself, when it is told to terminate, exits and leaves its ranks running, and its helper kills ranks that
+take more than 30 seconds to save. Here the launcher and the ranks form one process group of their own: a signal goes to
+the ranks, which save and end, the launcher ends with them, and nothing of the group stays behind. `deepspeed` also
+reports success when one of its own processes is killed, so rank 0 leaves a mark when the job is done.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+# A rank finishes its step and saves a checkpoint before it ends.
+GRACE_SECONDS = 600
+# What every rank runs.
+ENTRY = "kto_dist.commands.entry"
+# Of the environment: the file that rank 0 makes at the end.
+DONE_MARK = "KTO_DIST_DONE_MARK"
+
+
+def run(job: str, arguments: list[str], ranks: int | None = None) -> int:
+    """Runs a job of `kto_dist.commands.entry` on every rank. Returns the exit status, 128 + n after signal n.
+
+    `ranks`: processes; None is one a GPU, or without GPUs one a core up to two.
+    """
+    with tempfile.TemporaryDirectory(prefix="kto-run-") as folder:
+        mark = Path(folder) / "done"
+        status = _run(job, arguments, ranks, dict(os.environ) | {DONE_MARK: str(mark)})
+        if status == 0 and not mark.exists():
+            print(f"error: the ranks ended without finishing {job}", file=sys.stderr, flush=True)
+            return 1
+    return status
+
+
+def _run(job: str, arguments: list[str], ranks: int | None, environment: dict[str, str]) -> int:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
+    if not torch.cuda.is_available():
+        # without GPUs: one a core, but two at the most, since more ranks only split the same cores
+        ranks = ranks or min(2, os.cpu_count() or 1)
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        # each rank would otherwise start a thread a core, and they would fight for them
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    if ranks:
+        # not given for all GPUs: the launcher would overrule CUDA_VISIBLE_DEVICES
+        command += ["--num_gpus", str(ranks)]
+    command += ["--master_port", str(_free_port()), "--module", ENTRY, job, *arguments]
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    received: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        ranks_now = _ranks_below(child.pid)
+        for process in ranks_now:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        if not ranks_now:  # they have not started yet
+            _signal_group(child.pid, signal.SIGTERM)
+
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    previous = {number: signal.signal(number, forward) for number in stops}
+    try:
+        status = child.wait()
+        _wait_for_group(child.pid, GRACE_SECONDS if received else 30)
+    finally:
+        _signal_group(child.pid, signal.SIGKILL)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return status if status >= 0 else 128 - status
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _ranks_below(pid: int) -> list[psutil.Process]:
+    """The processes that run `ENTRY`, without DeepSpeed's own, whose command lines name it as well."""
+    ranks = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                words = process.cmdline()
+                if ENTRY in words and not any(word.startswith("deepspeed.launcher") for word in words):
+                    ranks.append(process)
+    return ranks
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # everyone has ended
+        os.killpg(group, number)
+
+
+def _wait_for_group(group: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)

@@ -1,0 +1,311 @@
+"""Which rows a step takes, which KL pairs they form, and how both are cut into micro-batches.
+
+1. `step_rows`      (seed, epoch, step) -> the rows of one optimizer step
+2. `kl_pairs`       (seed, epoch, step), rows -> prompts with another prompt's completion, to estimate z0
+3. `cut`            lengths, token budget, ranks -> micro-batches, balanced, the same number on every rank
+4. `collate`        the pairs of one micro-batch -> tensors
+5. `microbatches`   2 to 4 for a list of pairs: the one way from pairs to micro-batches, each made when it is its turn
+
+All of 1 to 3 is a function of its arguments alone: every rank computes the whole plan and takes its own share, so
+no cluster shape changes which rows or pairs a step uses, and the reference can score them ahead.
+
+A pair (j, k) is the prompt of row j with the completion of row k; (i, i) is row i itself.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kto_dist.data.examples import Examples, fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything that decides the rows and pairs of every step of a run."""
+
+    seed: int
+    rows: int
+    # rows of the training set
+    global_batch: int
+    # rows of a full step; an epoch's last step takes what is left
+    epochs: float
+    max_steps: int | None
+    kl_pairs_per_step: int | None
+    # 0: none; None: one a row
+    max_length: int
+    prompt_limit: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        full, rest = divmod(self.rows, self.global_batch)
+        # one row alone would have no KL partner, so it joins the step before
+        return max(1, full + (rest > 1))
+
+    @property
+    def steps(self) -> int:
+        return self.max_steps or max(1, round(self.epochs * self.steps_per_epoch))
+
+    def epoch_of(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it) of a step, both from 0."""
+        return divmod(step, self.steps_per_epoch)
+
+
+def step_rows(plan: Plan, step: int) -> np.ndarray:  # (B,) int64
+    """The rows of one optimizer step: each epoch is a fresh shuffle in which every row appears once."""
+    epoch, within = plan.epoch_of(step)
+    start = within * plan.global_batch
+    stop = plan.rows if within == plan.steps_per_epoch - 1 else start + plan.global_batch
+    return _shuffle(plan.seed, epoch, plan.rows)[start:stop]
+
+
+@lru_cache(maxsize=2)
+def _shuffle(seed: int, epoch: int, rows: int) -> np.ndarray:
+    order = np.random.default_rng([seed, 0, epoch]).permutation(rows)
+    order.setflags(write=False)  # the cache hands out the same array again
+    return order
+
+
+def kl_pairs(
+    seed: tuple[int, ...],
+    rows: np.ndarray,  # (B,) int64
+    group: np.ndarray,  # (B,) int64, equal for rows with the same prompt
+    limit: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # (K,) rows that give the prompt, (K,) rows that give the completion
+    """A random derangement: every prompt meets a completion of another prompt, every completion is used at most once.
+
+    Rows of one prompt are laid side by side, in random order, and completions are shifted by the size of the largest
+    such group m: nobody then meets its own group, unless m exceeds half of the rows. In that case 2 (B - m) rows
+    find a partner, the most there can be, and the others have none.
+    """
+    rng = np.random.default_rng(seed)
+    member, size = _groups(group)
+    order = np.lexsort((rng.random(rows.size), rng.permutation(size.size)[member]))
+    largest = int(size.max(initial=0))
+    partner = np.concatenate([order[largest:], order[:largest]])
+    valid = group[order] != group[partner]
+    prompts, completions = rows[order[valid]], rows[partner[valid]]
+    keep = rng.permutation(prompts.size)[:limit]
+    return prompts[keep], completions[keep]
+
+
+def _groups(group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) the group's number by its value, (groups,) sizes: `np.unique` in a third of its time, once a step."""
+    order = group.argsort(kind="stable")
+    ordered = group[order]
+    new = np.empty(group.size, dtype=bool)
+    new[:1], new[1:] = True, ordered[1:] != ordered[:-1]
+    member = np.empty(group.size, np.int64)
+    member[order] = new.cumsum() - 1
+    return member, np.bincount(member)
+
+
+def step_kl_pairs(plan: Plan, step: int, rows: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The KL pairs of a training step (`group` as in `Examples.prompt_group`, of the whole training set)."""
+    if plan.kl_pairs_per_step == 0:
+        return rows[:0], rows[:0]
+    epoch, within = plan.epoch_of(step)
+    return kl_pairs((plan.seed, 1, epoch, within), rows, group[rows], plan.kl_pairs_per_step)
+
+
+def heldout_pairs(seed: int, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """KL pairs of the held-out rows: a function of the seed alone, so every evaluation asks about the same ones."""
+    return kl_pairs((seed, 2), np.arange(len(examples)), examples.prompt_group)
+
+
+def pair_lengths(
+    examples: Examples, prompts: np.ndarray, completions: np.ndarray, max_length: int, prompt_limit: int
+) -> tuple[np.ndarray, np.ndarray]:  # (P,) prompt tokens, (P,) completion tokens
+    """Tokens that each pair keeps: both rows fit alone, but a long prompt with a long completion may not."""
+    return fit(examples.prompt_lengths[prompts], examples.completion_lengths[completions], max_length, prompt_limit)
+
+
+def pair_tokens(
+    examples: Examples, prompt: int, completion: int, prompt_kept: int, completion_kept: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a pair: the end of one row's prompt, the start of one row's completion."""
+    ids = examples.prompt(prompt)
+    return ids[len(ids) - prompt_kept :], examples.completion(completion)[:completion_kept]
+
+
+def cut(
+    lengths: np.ndarray,  # (P,) tokens of each pair
+    *,
+    budget: int,  # tokens of one micro-batch, padding included
+    ranks: int,
+    packed: bool,
+) -> list[list[np.ndarray]]:  # [rank][micro-batch] -> positions into `lengths`; all ranks have equally many
+    """Few micro-batches, each within the token budget, of nearly equal cost at the same turn of all ranks.
+
+    Packed: longest first into the emptiest bin that has room. Padded: neighbours in length share a micro-batch.
+    Some micro-batches may be empty. Raises `ValueError` where one row alone exceeds the budget.
+    """
+    if lengths.size and lengths.max() > budget:
+        raise ValueError(f"a row of {lengths.max()} tokens exceeds the budget of {budget} tokens a micro-batch")
+    order = np.argsort(-lengths, kind="stable")
+    bins = _packed_bins(lengths, order, budget, ranks) if packed else _padded_bins(lengths, order, budget, ranks)
+    cost = np.array([lengths[b].sum() if packed else lengths[b].max(initial=0) * b.size for b in bins])
+    turns = np.argsort(-cost, kind="stable").reshape(-1, ranks)
+    return [[bins[turns[turn, rank]] for turn in range(turns.shape[0])] for rank in range(ranks)]
+
+
+def _packed_bins(lengths: np.ndarray, order: np.ndarray, budget: int, ranks: int) -> list[np.ndarray]:
+    count = ranks * max(1, -(-int(lengths.sum()) // (budget * ranks)))
+    while True:
+        load, members = np.zeros(count, dtype=np.int64), [[] for _ in range(count)]
+        for position in order:
+            emptiest = int(load.argmin())
+            if load[emptiest] + lengths[position] > budget:
+                break
+            load[emptiest] += lengths[position]
+            members[emptiest].append(position)
+        else:
+            return [np.array(m, dtype=np.int64) for m in members]
+        count += ranks
+
+
+def _padded_bins(lengths: np.ndarray, order: np.ndarray, budget: int, ranks: int) -> list[np.ndarray]:
+    bins: list[np.ndarray] = []
+    start = 0
+    while start < order.size:
+        width = max(1, int(lengths[order[start]]))
+        stop = min(order.size, start + budget // width)
+        bins.append(order[start:stop])
+        start = stop
+    # a multiple of the number of ranks, by halving the costliest: idle ranks would wait for it anyway
+    while len(bins) % ranks or not bins:
+        costs = [lengths[b].max(initial=0) * b.size if b.size > 1 else -1 for b in bins]
+        if not bins or max(costs) < 0:
+            bins.append(order[:0])
+            continue
+        widest = int(np.argmax(costs))
+        whole = bins.pop(widest)
+        bins += [whole[: whole.size // 2], whole[whole.size // 2 :]]
+    return bins
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """What one forward takes. R rows of T positions, N completion tokens, S sequences; R = 1 when packed."""
+
+    input_ids: Tensor
+    # (R, T) int64
+    position_ids: Tensor
+    # (R, T) int64; restart at 0 with every sequence
+    attention_mask: Tensor | None
+    # (R, T) int64, 1 where there is a token; None where nothing is padded
+    gather: Tensor
+    # (N,) int64 into the flattened (R * T) hidden states: the position before each completion token
+    target: Tensor
+    # (N,) int64, the completion tokens, sequence after sequence
+    lengths: Tensor
+    # (S,) int64, completion tokens of each sequence, sum N; stays on the CPU, where the LM head's rows are cut by it
+    position: Tensor
+    # (S,) int64 into the list of pairs that was cut
+    tokens: int
+    # positions that hold a token
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "position_ids", "gather", "target", "position")
+        }
+        mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
+        return replace(self, attention_mask=mask, **moved)
+
+
+def collate(
+    sequences: list[tuple[np.ndarray, np.ndarray]],  # (prompt ids, completion ids) of S pairs, cut to length
+    position: np.ndarray,  # (S,) their places in the list that was cut
+    *,
+    packed: bool,
+) -> MicroBatch:
+    """One micro-batch. Without sequences it is one position and no completion row: a rank with nothing to do still
+    runs the model, because the others wait for its share of the weights."""
+    lengths = np.array([len(p) + len(c) for p, c in sequences], dtype=np.int64)
+    width = int(lengths.sum() if packed else lengths.max(initial=0)) or 1
+    rows = 1 if packed or not sequences else len(sequences)
+    ids = np.zeros((rows, width), dtype=np.int64)
+    positions = np.zeros((rows, width), dtype=np.int64)
+    mask = np.zeros((rows, width), dtype=np.int64)
+    starts = np.zeros(len(sequences), dtype=np.int64)
+    if len(sequences):
+        starts = np.cumsum(lengths) - lengths if packed else np.arange(rows, dtype=np.int64) * width
+
+    gather, target = [], []
+    for (prompt, completion), start in zip(sequences, starts, strict=True):
+        span = slice(start, start + len(prompt) + len(completion))
+        ids.reshape(-1)[span] = np.concatenate([prompt, completion])
+        positions.reshape(-1)[span] = np.arange(span.stop - span.start)
+        mask.reshape(-1)[span] = 1
+        first = start + len(prompt)
+        gather.append(np.arange(first - 1, first - 1 + len(completion)))
+        target.append(completion)
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        attention_mask=None if mask.all() or packed or not sequences else torch.from_numpy(mask),
+        gather=torch.from_numpy(np.concatenate(gather).astype(np.int64) if gather else np.zeros(0, np.int64)),
+        target=torch.from_numpy(np.concatenate(target).astype(np.int64) if target else np.zeros(0, np.int64)),
+        lengths=torch.tensor([len(c) for _, c in sequences], dtype=torch.int64),
+        position=torch.from_numpy(np.asarray(position, dtype=np.int64)),
+        tokens=int(lengths.sum()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cutting:
+    """How pairs become micro-batches, for every pass of a run."""
+
+    max_length: int
+    """Tokens that a pair keeps at the most."""
+    prompt_limit: int
+    """Tokens that the prompt of an over-long pair keeps."""
+    tokens: int
+    """Of one micro-batch at the most, padding included."""
+    packed: bool
+    """Whether sequences lie end to end in one row, or padded in rows of their own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatches:
+    """A rank's micro-batches of a list of pairs: how many is known at once, each is made when it is its turn."""
+
+    shares: Sequence[np.ndarray]
+    """Of each micro-batch the positions in the list that was cut."""
+    make: Callable[[np.ndarray], MicroBatch]
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return map(self.make, self.shares)
+
+
+def microbatches(
+    examples: Examples,
+    prompts: np.ndarray,  # (P,) rows that give the prompt
+    completions: np.ndarray,  # (P,) rows that give the completion
+    cutting: Cutting,
+    *,
+    rank: int,
+    ranks: int,
+) -> MicroBatches:
+    """This rank's micro-batches of a list of pairs, equally many on every rank; `position` points into the list."""
+    prompt_kept, completion_kept = pair_lengths(
+        examples, prompts, completions, cutting.max_length, cutting.prompt_limit
+    )
+    shares = cut(prompt_kept + completion_kept, budget=cutting.tokens, ranks=ranks, packed=cutting.packed)[rank]
+
+    def sequence(place: int) -> tuple[np.ndarray, np.ndarray]:
+        return pair_tokens(
+            examples, int(prompts[place]), int(completions[place]), prompt_kept[place], completion_kept[place]
+        )
+
+    def make(share: np.ndarray) -> MicroBatch:
+        return collate([sequence(int(place)) for place in share], share, packed=cutting.packed)
+
+    return MicroBatches(shares=shares, make=make)

@@ -1,0 +1,217 @@
+"""One split's tokenised rows, memory-mapped by every rank.
+
+In:  a folder that `data.prepare` made: rows.arrow and, written last, about.json.
+Out: `Examples`: tokens as views into the file, and what an estimate of z0 or a report needs of all rows at once.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kto_dist.base.errors import UserError
+from kto_dist.data.formats import Messages
+
+Length = TypeVar("Length", int, np.ndarray)
+
+# Shares of the rows above (and, for the rarer class, below) which `doubts` speaks up.
+_CONTRADICTIONS, _DUPLICATES, _RARE = 0.01, 0.1, 0.05
+
+
+def fit(prompt: Length, completion: Length, max_length: int, prompt_limit: int) -> tuple[Length, Length]:
+    """Tokens that the prompt (from its end) and the completion (from its start) keep.
+
+    An over-long pair first loses the start of its prompt, as much as needed but not below `prompt_limit`,
+    then the end of its completion. Lengths are ints or arrays of them; needs prompt_limit < max_length.
+    """
+    prompt_kept = np.maximum(np.minimum(prompt, prompt_limit), np.minimum(prompt, max_length - completion))
+    completion_kept = np.minimum(completion, max_length - prompt_kept)
+    if isinstance(prompt, int):
+        return int(prompt_kept), int(completion_kept)
+    return prompt_kept, completion_kept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassReport:
+    """What became of the rows of one class."""
+
+    kept: int
+    prompts_cut: int
+    completions_cut: int
+    dropped: int
+    # their completion, or the text of their prompt, makes no token
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataReport:
+    """What a split holds, and what happened on the way."""
+
+    rows_read: int
+    # rows of this split that could be read: kept + dropped, both classes
+    skipped: dict[str, int]
+    # reason -> rows of the files that could not be read; a split made by fraction shows those of the whole
+    # log
+    skipped_examples: list[str]
+    shortened_headers: int
+    # rows whose prompt ends before the template's answer header does (see data.py)
+    desirable: ClassReport
+    undesirable: ClassReport
+    duplicates: int
+    # kept rows whose tokens and label an earlier row has
+    contradictions: int
+    # kept rows whose tokens another row has with the other label
+    prompt_lengths: dict[str, int]
+    completion_lengths: dict[str, int]
+    # quantile -> tokens, of the kept rows, after cutting
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DataReport":
+        classes = {name: ClassReport(**values[name]) for name in ("desirable", "undesirable")}
+        return cls(**{**values, **classes})
+
+    def lines(self) -> list[str]:
+        """The summary for people."""
+        classes = {"desirable": self.desirable, "undesirable": self.undesirable}
+        kept = " + ".join(f"{counts.kept:,} {name}" for name, counts in classes.items())
+        skipped = sum(self.skipped.values())
+        lines = [f"{self.rows_read:,} rows read, {skipped:,} skipped; kept {kept}"]
+        lines += [f"  skipped, {reason}: {count:,}" for reason, count in sorted(self.skipped.items())]
+        lines += [f"    {example}" for example in self.skipped_examples]
+        for name, counts in classes.items():
+            lines.append(
+                f"  {name}: {counts.prompt_tokens:,} prompt and {counts.completion_tokens:,} completion "
+                f"tokens; {counts.prompts_cut:,} prompts and {counts.completions_cut:,} completions cut, "
+                f"{counts.dropped:,} rows dropped (empty)"
+            )
+        for name, lengths in (("prompt", self.prompt_lengths), ("completion", self.completion_lengths)):
+            lines.append(f"  {name} tokens: " + ", ".join(f"{key} {value:,}" for key, value in lengths.items()))
+        if self.shortened_headers:
+            lines.append(f"  {self.shortened_headers:,} prompts end before the template's answer header does")
+        if self.duplicates or self.contradictions:
+            twins = f"{self.contradictions:,} have a twin with the other label"
+            lines.append(f"  {self.duplicates:,} rows repeat another one, {twins}")
+        return lines
+
+    def doubts(self) -> list[str]:
+        """What speaks against training on these rows, each with its number and a remedy."""
+        rows = self.desirable.kept + self.undesirable.kept
+        least, name = min((self.desirable.kept, "thumbs up"), (self.undesirable.kept, "thumbs down"))
+        found = []
+        if self.contradictions > _CONTRADICTIONS * rows:
+            found.append(
+                f"{self.contradictions:,} of {rows:,} rows ({self.contradictions / rows:.1%}) have a twin with the "
+                "other label, which pulls the model both ways: `kto-dist mine` settles such conflicts by majority"
+            )
+        if self.duplicates > _DUPLICATES * rows:
+            found.append(
+                f"{self.duplicates:,} of {rows:,} rows ({self.duplicates / rows:.1%}) repeat another one, so that "
+                "their answers count several times: `kto-dist mine` makes one row of them"
+            )
+        if least < _RARE * rows:
+            found.append(
+                f"{least:,} of {rows:,} rows ({least / rows:.1%}) are {name}: class weights even out the sum and not "
+                "the variety; collect more of them, or leave out some of the others"
+            )
+        return found
+
+
+class Examples:
+    """The tokenised rows of one split (N of them), read-only, as `load` opens them."""
+
+    def __init__(self, table: pa.Table, *, fingerprint: str, report: DataReport) -> None:
+        self._table = table
+        self.prompt_lengths: np.ndarray = pc.list_value_length(table["prompt_ids"]).to_numpy()
+        self.completion_lengths: np.ndarray = pc.list_value_length(table["completion_ids"]).to_numpy()
+        # (N,) int32 each, tokens after cutting; completions have at least one
+        self.desirable: np.ndarray = table["desirable"].to_numpy()
+        # (N,) bool
+        self.weights: np.ndarray = table["weight"].to_numpy()
+        # (N,) float64, 0 or more, from the log
+        self.prompt_group: np.ndarray = table["prompt_group"].to_numpy()
+        # (N,) int64, a hash: equal for rows whose prompt tokens are equal
+        self.fingerprint = fingerprint
+        # of all tokens, labels and weights, in order
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def prompt(self, row: int) -> np.ndarray:
+        """(P,) int32"""
+        return self._table["prompt_ids"][row].values.to_numpy()
+
+    def completion(self, row: int) -> np.ndarray:
+        """(C,) int32"""
+        return self._table["completion_ids"][row].values.to_numpy()
+
+    def token_chunks(self, side: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each stretch of rows (n of them): (n + 1,) int64 offsets, and the (T,) int32 tokens that they cut.
+
+        `side`: prompt or completion. For passes over all rows, where a look-up a row would take most of the time.
+        """
+        for chunk in self._table[f"{side}_ids"].chunks:
+            yield chunk.offsets.to_numpy().astype(np.int64), chunk.values.to_numpy()
+
+    def original(self, row: int) -> tuple[str | Messages, str | Messages]:
+        """Prompt and completion as they were in the log, uncut: text, or messages."""
+        sides = (json.loads(self._table[name][row].as_py()) for name in ("prompt", "completion"))
+        prompt, completion = (side if isinstance(side, str) else tuple(side) for side in sides)
+        return prompt, completion
+
+    def prompt_text(self, row: int) -> str:
+        """The prompt for people to read; messages become `role: content` paragraphs."""
+        prompt = self.original(row)[0]
+        if isinstance(prompt, str):
+            return prompt
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+    def completion_text(self, row: int) -> str:
+        """The completion for people to read."""
+        completion = self.original(row)[1]
+        return completion if isinstance(completion, str) else "\n\n".join(turn["content"] for turn in completion)
+
+
+def load(folder: str | Path) -> Examples:
+    """Opens a folder that `data.prepare` returned. Costs neither reading the tokens nor memory for them."""
+    folder = Path(folder)
+    if not is_whole(folder):
+        raise UserError(f"tokenised data {folder} is missing or damaged: delete the folder above it and run again")
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
+    return Examples(table, fingerprint=about["fingerprint"], report=DataReport.from_dict(about["report"]))
+
+
+def check(examples: Examples, *, needs_pairs: bool, name: str = "data.train") -> None:
+    """Raises `UserError` where rows cannot train: a class, or (needs_pairs) a second prompt, is absent."""
+    up = int(examples.desirable.sum())
+    for label, count in (("desirable", up), ("undesirable", len(examples) - up)):
+        if not count:
+            raise UserError(
+                f"{name} has {len(examples)} rows and not one {label} among them: KTO needs both classes; "
+                "add thumbs of the other kind, or check how the label column is written"
+            )
+    if needs_pairs and not (examples.prompt_group != examples.prompt_group[0]).any():
+        raise UserError(
+            f"{name} has {len(examples)} rows with one and the same prompt: z0 is estimated on a prompt "
+            "with another prompt's completion; add prompts, raise data.max_length if cutting made them "
+            "equal, or use kto.loss=apo_zero_unpaired, which has no z0"
+        )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder has all of its rows; what a crash or a full disk left behind has not."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        return (folder / "rows.arrow").stat().st_size == about["bytes"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False

@@ -1,0 +1,4 @@
+"""Held-out rows under the current policy.
+
+May import: `objective`, `reference` and what these may import. Open first: `heldout.py`.
+"""

@@ -1,0 +1,288 @@
+"""A Hugging Face causal language model, made to score completions: loading, dtype, attention, and the head.
+
+In:  a model folder or hub name. Out: `ScoringModel`, whose forward runs the decoder, keeps only the hidden states that
+predict completion tokens, and hands them to a `Head` together with the LM head's weight.
+
+The head runs *inside* `lm_head.forward`, so that whatever hooks a sharding engine has put on that module gather the
+weight for it and release it after, in forward and in backward. Nothing here knows about ranks or DeepSpeed.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from kto_kernels import LogitTransform, sequence_logps, token_logps
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from kto_dist.base.errors import UserError
+from kto_dist.data.batch import MicroBatch, collate
+from kto_dist.model.config import check_model_path
+
+Head = Callable[[Tensor, Tensor, Tensor | None], Any]
+# (N, H) hidden states of completion rows, (V, H) weight, (V,) bias or None -> tensors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the device multiplies matrices in bf16, and fp32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def pick_logits(setting: str, name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """None, the kernels' own choice, for `auto`. Raises `UserError` for a precision that the matmul cannot give."""
+    if name == "auto":
+        return None
+    if DTYPES[name] != dtype and not (device.type == "cuda" and name == "fp32"):
+        raise UserError(
+            f"{setting} ({name}) cannot be had from a {str(dtype).removeprefix('torch.')} model on {device.type}: its "
+            "matmul returns what it is given, and only CUDA can return fp32 from bf16; use auto"
+        )
+    return DTYPES[name]
+
+
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`auto` is the variable-length kernel where there is one for this dtype, because packing then costs nothing."""
+    if name != "auto":
+        return name
+    possible = device.type == "cuda" and dtype == torch.bfloat16
+    return "flash_attention_2" if possible and transformers.utils.is_flash_attn_2_available() else "sdpa"
+
+
+def pick_packing(setting: str | bool, attention: str) -> bool:
+    """`auto` packs where attention skips foreign tokens; a block-diagonal mask computes them only to hide them."""
+    return attention == "flash_attention_2" if setting == "auto" else bool(setting)
+
+
+def load_config(path: str, gguf_file: str | None = None, name: str = "model.path") -> PretrainedConfig:
+    """Raises `UserError` where there is no model to load."""
+    check_model_path(name, path)
+    try:
+        return AutoConfig.from_pretrained(path, **_gguf(gguf_file))
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{name} ({path}) holds no Hugging Face model: {first}; give a folder with config.json and weights, "
+            "or the name of a model on the hub"
+        ) from None
+
+
+def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **_gguf(gguf_file))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path ({path}) has no tokenizer that loads: {error}; save one beside the weights "
+            "(tokenizer.save_pretrained)"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {path} has no EOS token: a completion needs an end; set tokenizer.eos_token")
+    return tokenizer
+
+
+def load_model(
+    path: str, *, gguf_file: str | None, dtype: torch.dtype, attention: str, config: PretrainedConfig | None = None
+) -> nn.Module:
+    """The model in `dtype` with dropout off, since the policy must equal its reference before the first step."""
+    # a copy: the export writes the given one
+    config = copy.deepcopy(config) if config else load_config(path, gguf_file)
+    for key, value in config.to_dict().items():
+        # dropout, layerdrop, resid_pdrop, router_jitter_noise
+        if isinstance(value, float) and value > 0 and ("drop" in key or "jitter" in key):
+            setattr(config, key, 0.0)
+    extra = _gguf(gguf_file)
+    if gguf_file:
+        # packed GGUF weights can be neither trained nor saved
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=attention, **extra
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the model at {path} does not load with attention {attention}: {error}") from None
+
+
+def _gguf(gguf_file: str | None) -> dict[str, Any]:
+    return {"gguf_file": gguf_file} if gguf_file else {}
+
+
+def check_context(config: PretrainedConfig, max_length: int) -> None:
+    """Raises `UserError` when rows may be longer than what the model has positions for."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and max_length > limit:
+        raise UserError(
+            f"data.max_length ({max_length}) must be at most the model's context of {limit} tokens "
+            "(max_position_embeddings): lower it; longer rows are then cut, and counted"
+        )
+
+
+# Where model families keep what they do to the logits after the matmul. Each value multiplies, divides or caps.
+_MULTIPLIERS = {
+    "logit_scale": ("cohere", "cohere2", "cohere2_moe", "cohere_compass"),
+    "lm_head_multiplier": ("falcon_h1",),
+    "logits_scaling": ("hyperclovax",),
+}
+_DIVISORS = ("logits_scaling",)  # the Granite families, minicpm3
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    text = config.get_text_config()
+    scale = 1.0
+    for name, families in _MULTIPLIERS.items():
+        if text.model_type in families and getattr(text, name, None) is not None:
+            scale *= float(getattr(text, name))
+    for name in _DIVISORS:
+        if getattr(text, name, None) and text.model_type not in _MULTIPLIERS.get(name, ()):
+            scale /= float(getattr(text, name))
+    softcaps = [getattr(text, name) for name in _SOFTCAPS if getattr(text, name, None)]
+    return LogitTransform(scale=scale, softcap=softcaps[0] if softcaps else None)
+
+
+class ScoringModel(nn.Module):
+    """`lm` with one forward: tokens of a micro-batch and a head -> what the head returns."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+        self.transform = logit_transform(lm.config)
+        lm_head = lm.get_output_embeddings()
+        if hasattr(lm_head, "base_layer"):  # what peft puts in a layer's place
+            raise UserError(
+                f"{type(lm).__name__}'s LM head is adapted ({type(lm_head).__name__}): the fused head multiplies by "
+                "one weight and makes the gradient of all of it; leave lm_head out of the adapter's target_modules"
+            )
+        if not isinstance(lm_head, nn.Linear):
+            raise UserError(
+                f"{type(lm).__name__} has no linear LM head ({type(lm_head).__name__}): it cannot be trained here"
+            )
+        plain_forward = lm_head.forward
+
+        def forward(hidden: Tensor, head: Head | None = None) -> Any:
+            return plain_forward(hidden) if head is None else head(hidden, lm_head.weight, lm_head.bias)
+
+        lm_head.forward = forward
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (R, T)
+        position_ids: Tensor,  # (R, T)
+        attention_mask: Tensor | None,  # (R, T)
+        gather: Tensor | None = None,  # (N,) rows of the flattened hidden states
+        head: Head | None = None,
+    ) -> Any:
+        """Without a head: the model's own logits (R, T, V), for checks."""
+        tokens = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        if head is None:
+            return self.lm(**tokens, use_cache=False).logits
+        decoder = getattr(self.lm, self.lm.base_model_prefix)
+        with self._attention_kernel(input_ids):
+            hidden = decoder(**tokens, use_cache=False)[0]
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, gather)
+        return self.lm.get_output_embeddings()(rows, head=head)
+
+    def _attention_kernel(self, input_ids: Tensor) -> AbstractContextManager[None]:
+        """On the CPU the fused kernel's backward takes twice the time of plain matmuls, while rows are short."""
+        plain = (
+            torch.is_grad_enabled()
+            and input_ids.device.type == "cpu"
+            and input_ids.shape[1] <= SHORT_ROW
+            # its second forward, in backward, would choose again and find other tensors saved
+            and not self.lm.is_gradient_checkpointing
+        )
+        return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+SHORT_ROW = 256
+
+Forward = Callable[..., Any]
+# a ScoringModel, or an engine around one
+
+
+def score(forward: Forward, batch: MicroBatch, head: Head) -> Any:
+    """Runs the model on a micro-batch that lies on the model's device."""
+    return forward(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        gather=batch.gather,
+        head=head,
+    )
+
+
+def completion_logps(
+    forward: Forward,
+    batch: MicroBatch,
+    transform: LogitTransform,
+    budget: int | None,
+    logits_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(S,) fp64: the log-prob of every completion of a micro-batch. `budget`: bytes of logits at a time."""
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logps = token_logps(
+            hidden, weight, batch.target, bias=bias, transform=transform, budget=budget, logits_dtype=logits_dtype
+        )
+        return sequence_logps(logps, batch.lengths)
+
+    return score(forward, batch, head)
+
+
+# Largest |difference| / sqrt(tokens) that rounding explains between two ways of scoring the same tokens: errors of
+# single tokens add up like a random walk.
+ROUNDING = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+
+
+@torch.no_grad()
+def check_scoring(
+    forward: Forward, model: ScoringModel, device: torch.device, *, packed: bool, setting: str = "train.packing"
+) -> None:
+    """Scores a few tokens as training does, and compares with the model's own logits on each sequence alone.
+
+    Collective where weights are sharded. Raises `UserError` where the head's result differs (the family changes its
+    logits in a way that `logit_transform` does not know), or where packed sequences see each other (a state or a mask
+    that runs on over a restart of the positions): neither shows at step 0, since the reference would be wrong too.
+    """
+    dtype = next(model.parameters()).dtype
+    vocabulary = model.lm.config.get_text_config().vocab_size
+    draw = np.random.default_rng(0)
+    pairs = [
+        (draw.integers(vocabulary, size=p), draw.integers(vocabulary, size=c)) for p, c in ((3, 9), (2, 6), (4, 8))
+    ]
+
+    def scored(*chosen: tuple[np.ndarray, np.ndarray], packed: bool) -> Tensor:
+        batch = collate(list(chosen), np.arange(len(chosen)), packed=packed).to(device)
+        return completion_logps(forward, batch, model.transform, 2**28)
+
+    own = []
+    for prompt, completion in pairs:
+        batch = collate([(prompt, completion)], np.zeros(1), packed=False).to(device)
+        logits = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None)[0]
+        logps = logits.index_select(0, batch.gather).double().log_softmax(-1)
+        own.append(logps.gather(-1, batch.target[:, None]).sum())
+    tokens = torch.tensor([len(completion) for _, completion in pairs], device=device)
+    limit = ROUNDING[dtype] * tokens.sqrt()
+    alone = torch.cat([scored(pair, packed=False) for pair in pairs])
+    if ((alone - torch.stack(own)).abs() > limit).any():
+        raise UserError(
+            f"{type(model.lm).__name__} changes the logits after its LM head in a way that kto_dist does not know, or "
+            "is random (dropout), so log-probs would be wrong: see logit_transform in causal_lm.py for what is known"
+        )
+    if packed and ((scored(*pairs, packed=True) - alone).abs() > limit).any():
+        raise UserError(
+            f"packed sequences see each other in {type(model.lm).__name__}: set {setting}=false, which pads instead"
+        )

@@ -1,0 +1,396 @@
+"""The two engines, and the only importer of deepspeed: a policy that ZeRO shards, and a reference of its own.
+
+In:  the config's sections, the process group. Out: `Policy` (forward, backward, step, save, load, weights) and
+`Reference` (forward, close). Both wrap a `ScoringModel`; the objective sees only something to call.
+
+DeepSpeed averages gradients over ranks and divides by accumulation steps. Both are undone in `Policy.backward`, once:
+what it is given is this rank's share of a sum, and what arrives in the optimizer is the gradient of the sum.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import gc
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from kto_dist.base import comm
+from kto_dist.base.errors import UserError
+from kto_dist.model.causal_lm import ScoringModel, load_model
+from kto_dist.model.config import DeepspeedConfig, ModelConfig, read_deepspeed_json
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """DeepSpeed's import probes for compilers and libraries, and lets their complaints through on every rank."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+with _quiet_import():
+    import deepspeed
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+# Its shared-memory collective leaves a segment of 66 MB a rank in /dev/shm after every run, and needs a compiler.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def zero_stage(section: DeepspeedConfig, dtype: torch.dtype) -> int:
+    """The stage that is used. In bf16 without ZeRO DeepSpeed would update bf16 weights directly and lose every update
+    below half an ulp, so stage 0 becomes 1 there: same results, fp32 master weights, less memory."""
+    asked = section.zero_stage
+    return 1 if asked == 0 and dtype == torch.bfloat16 else asked
+
+
+def deepspeed_options(section: DeepspeedConfig, dtype: torch.dtype, clip: float) -> dict[str, Any]:
+    """What DeepSpeed is given: our own options, then the user's file merged in.
+
+    Raises `UserError` where the file contradicts a setting of ours; its `"auto"` values mean ours.
+    """
+    zero: dict[str, Any] = {"stage": zero_stage(section, dtype)}
+    for target, device in (
+        ("offload_optimizer", section.offload_optimizer),
+        ("offload_param", section.offload_parameters),
+    ):
+        if device != "none":
+            zero[target] = _offload(device, section.nvme_path)
+    options = {
+        # Micro-batches hold as many rows as their token budget does, and a step as many micro-batches as it needs:
+        # the boundary of a step is set by hand, and these two only have to multiply to train_batch_size.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+    }
+    if section.config:
+        _merge(options, read_deepspeed_json(section.config), section.config)
+    return options
+
+
+def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"device": device, "pin_memory": torch.cuda.is_available()}
+    if device == "nvme":
+        # An engine deletes what another left below its path, so each job and engine has a path of its own.
+        options["nvme_path"] = str(Path(str(nvme_path)) / f"kto-{os.environ['MASTER_PORT']}-{os.getppid()}")
+    return options
+
+
+# Locks of this process's swap folders, held until it ends, however it ends.
+_held: dict[str, int] = {}
+
+
+def _claim_swap_folders(options: dict[str, Any]) -> set[str]:
+    """Locks the swap folders of an engine, and removes those beside them whose owners were killed.
+
+    Raises `UserError` where they cannot be made.
+    """
+    zero = options["zero_optimization"]
+    found = {zero[key].get("nvme_path") for key in ("offload_optimizer", "offload_param") if key in zero} - {None}
+    for folder in map(Path, found):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if str(folder) not in _held:
+                _held[str(folder)] = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+                fcntl.flock(_held[str(folder)], fcntl.LOCK_SH)
+            for lock in folder.parent.glob("kto-*.lock"):
+                if lock.with_suffix("") != folder:
+                    _remove_if_abandoned(lock)
+        except OSError as error:
+            raise UserError(f"nvme_path ({folder.parent}) cannot be used: {error}; name a folder that can") from None
+    return found
+
+
+def _remove_if_abandoned(lock: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another rank was faster
+        descriptor = os.open(lock, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
+
+
+def _release_swap_folder(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(f"{folder}.lock").unlink(missing_ok=True)
+    if folder in _held:
+        os.close(_held.pop(folder))
+
+
+_SET_BY = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.tokens_per_microbatch",
+    "gradient_accumulation_steps": "train.global_batch and train.tokens_per_microbatch",
+    "gradient_clipping": "train.clip",
+    "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
+    "scheduler": "train.schedule and train.warmup",
+    "bf16.enabled": "train.dtype",
+    "fp16.enabled": "train.dtype",
+    "torch_autocast.enabled": "train.dtype",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "deepspeed.nvme_path",
+    "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
+    "zero_optimization.offload_param.nvme_path": "deepspeed.nvme_path",
+}
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any], file: str, prefix: str = "") -> None:
+    for key, value in theirs.items():
+        name = prefix + key
+        if value == "auto":
+            continue
+        if name in _SET_BY:
+            # an absent option of ours is a "no": fp16, an offload target
+            if value != ours.get(key, False):
+                raise UserError(
+                    f"deepspeed.config ({file}): {name} ({json.dumps(value)}) contradicts this run's "
+                    f"{json.dumps(ours.get(key, 'unset'))}: remove it there and set {_SET_BY[name]}"
+                )
+        elif isinstance(value, dict):
+            nested = ours.setdefault(key, {})
+            _merge(nested, value, file, name + ".")
+            if not nested:
+                del ours[key]
+        else:
+            ours[key] = value
+
+
+def _sharded_load(options: dict[str, Any], **arguments: Any) -> nn.Module:
+    """Loads a model so that with ZeRO-3 no rank ever holds all of it. (GGUF is unpacked whole, then sharded.)"""
+    if options["zero_optimization"]["stage"] != 3 or arguments["gguf_file"]:
+        return load_model(**arguments)
+    keep_alive = HfDeepSpeedConfig(options)  # transformers looks for it, and holds only a weak reference
+    try:
+        return load_model(**arguments)
+    finally:
+        unset_hf_deepspeed_config()
+        del keep_alive
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW:
+    """The optimizer: decoupled weight decay, norms and biases exempt."""
+
+    lr: float
+    """Of the first update; `Policy.step` is given each step's own."""
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip: float
+    """Largest global gradient norm; 0: no clipping."""
+
+
+class Policy:
+    """The model that is trained, as a DeepSpeed engine."""
+
+    def __init__(
+        self,
+        section: ModelConfig,
+        sharding: DeepspeedConfig,
+        optimizer: AdamW,
+        *,
+        model_config: PretrainedConfig,
+        dtype: torch.dtype,
+        attention: str,
+        universal: bool = False,
+    ):
+        """`universal`: a checkpoint of another world size is going to be loaded."""
+        options = deepspeed_options(sharding, dtype, optimizer.clip)
+        if universal:
+            options["checkpoint"] = {"load_universal": True}
+        self._swap_folders = _claim_swap_folders(options)
+        lm = _sharded_load(
+            options,
+            path=section.path,
+            gguf_file=section.gguf_file,
+            dtype=dtype,
+            attention=attention,
+            config=model_config,
+        )
+        if section.gradient_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # checkpointing is only active in training mode; dropout is off by configuration
+        lm.train()
+        self.model = ScoringModel(lm)
+        self._stage = options["zero_optimization"]["stage"]
+        self.engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=self.model,
+            optimizer=_adamw(self.model, optimizer, on_cpu=sharding.offload_optimizer != "none"),
+            config=options,
+            dist_init_required=False,
+        )
+        self.forward = self.engine
+        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of this rank's share; `last` marks the step's final micro-batch, on every rank alike."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """One AdamW update; returns the global gradient norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self._stage == 0:
+            # the engine reports none without ZeRO; gradients are reduced by now
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Collective. Writes `folder/tag`; does not touch DeepSpeed's `latest`, which is not written atomically."""
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Collective. Weights, optimizer states and the engine's own counters."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Collective. The whole model in its training dtype on rank 0's CPU, None elsewhere."""
+        state: dict[str, Tensor] = {}
+        copies: dict[int, Tensor] = {}  # tied weights stay one tensor, and are saved once
+        for name, tensor in self.model.lm.state_dict(keep_vars=True).items():
+            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                if comm.is_main():
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                    state[name] = copies[id(tensor)]
+        return state if comm.is_main() else None
+
+    def close(self) -> None:
+        _destroy(self.engine, self.model)
+        for folder in self._swap_folders:
+            comm.barrier()
+            _release_swap_folder(folder)
+
+
+def _adamw(model: nn.Module, settings: AdamW, *, on_cpu: bool) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.requires_grad and len(getattr(p, "ds_shape", p.shape)) > 1]
+    exempt = [p for p in model.parameters() if p.requires_grad and len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    arguments: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if on_cpu:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+    return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a frozen model's parameters lie."""
+
+    sharded: bool
+    """ZeRO-3 over the ranks, in place of a whole copy on every device."""
+    offload: Literal["none", "cpu", "nvme"]
+    """Where ZeRO-3 keeps them."""
+    nvme_path: str | None
+
+
+class Reference:
+    """The frozen model, in memory only while pairs are scored."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        *,
+        path: str,
+        gguf_file: str | None,
+        model_config: PretrainedConfig,
+        dtype: torch.dtype,
+        attention: str,
+        device: torch.device,
+    ):
+        options: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "zero_optimization": {"stage": 3 if placement.sharded else 0},
+        }
+        if placement.offload != "none":
+            options["zero_optimization"]["offload_param"] = _offload(placement.offload, placement.nvme_path)
+        self._swap_folders = _claim_swap_folders(options)
+        lm = _sharded_load(
+            options, path=path, gguf_file=gguf_file, dtype=dtype, attention=attention, config=model_config
+        )
+        lm.eval().requires_grad_(False)
+        self.model = ScoringModel(lm)
+        self._engine = None
+        if placement.sharded:
+            self._engine, *_ = deepspeed.initialize(model=self.model, config=options, dist_init_required=False)
+            self._engine.eval()
+        else:
+            self.model.to(device)
+        self.forward = self._engine or self.model
+
+    def close(self, *, wait: bool = True) -> None:
+        """Gives the memory back. The object is not usable afterwards.
+
+        Collective; not with `wait` False, for when an error is on its way, which the other ranks may not have met.
+        """
+        if self._engine is not None:
+            _destroy(self._engine, self.model)
+            for folder in self._swap_folders:
+                if wait:
+                    comm.barrier()
+                _release_swap_folder(folder)
+        del self.forward, self.model, self._engine
+        _return_memory()
+
+
+def _destroy(engine: Any, model: nn.Module) -> None:
+    # `engine.destroy()` alone frees nothing: a global stack holds the modules, a cache on a class the coordinator.
+    engine.destroy()
+    own = {id(module) for module in model.modules()}
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if id(module) not in own]
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    # the cache lies below a decorator that keeps no reference to what it wraps but its closure
+    cached = coordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in cached.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+def _return_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc keeps freed blocks for itself otherwise
+        trim(0)

@@ -1,0 +1,214 @@
+"""The reference's log-prob of every pair that a run will meet: looked up, or scored by a reference that then leaves.
+
+In:  `ReferenceSetup`, its fingerprint, and lists of pairs. Out: `Scores`. The reference is loaded if the store lacks
+something, and is gone afterwards.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from functools import reduce
+
+import numpy as np
+
+from kto_dist.base import agree, comm
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.data.batch import Plan, heldout_pairs
+from kto_dist.data.examples import Examples
+from kto_dist.model.causal_lm import ROUNDING, check_scoring
+from kto_dist.model.engines import Reference
+from kto_dist.reference.prefix import sharing_is_exact
+from kto_dist.reference.scoring import Outcome, Progress, RefLogps, Scorer, Watch, reference_logps, wanted_pairs
+from kto_dist.reference.setup import ReferenceSetup
+from kto_dist.store.fingerprint import Fingerprint
+from kto_dist.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """The reference's side of a run."""
+
+    train: RefLogps
+    heldout: RefLogps | None
+    identity: Fingerprint
+    outcome: Outcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairList:
+    """Pairs of one data set that have to be known."""
+
+    title: str
+    """What the progress bar says."""
+    examples: Examples
+    prompts: np.ndarray
+    """(P,) rows that give the prompt."""
+    completions: np.ndarray
+    """(P,) rows that give the completion."""
+
+
+def training_pairs(plan: Plan, train: Examples) -> PairList:
+    """Collective. Every row that a step takes, and the KL pairs of the steps."""
+    prompts, completions = wanted_pairs(plan, train)
+    return PairList(title="training pairs", examples=train, prompts=prompts, completions=completions)
+
+
+def evaluation_pairs(seed: int, heldout: Examples, *, with_z0: bool) -> PairList:
+    """Every held-out row, and, for a loss with z0, their KL pairs."""
+    rows = np.arange(len(heldout))
+    prompts, completions = heldout_pairs(seed, heldout) if with_z0 else (rows[:0], rows[:0])
+    return PairList(
+        title="held-out pairs",
+        examples=heldout,
+        prompts=np.concatenate([rows, prompts]),
+        completions=np.concatenate([rows, completions]),
+    )
+
+
+def score_reference(
+    lists: Sequence[PairList],
+    setup: ReferenceSetup,
+    identity: Fingerprint,
+    console: Console,
+    watch: Watch = lambda progress: None,
+    begin: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Collective. Looks every pair up in the store and scores what is missing; no model is left in memory after.
+
+    `lists`: the training pairs, then the held-out ones if there are any. `begin` is called on every rank when it is
+    clear that something has to be scored, before the reference is loaded. Raises `UserError`.
+    """
+    results: list[tuple[RefLogps, Outcome]] = []
+    warnings = _Warnings(console)
+    store = agree.together(lambda: Store(setup.store, identity, warn=warnings.add, model=setup.path))
+    with store, lazily(lambda: _load(setup, identity, console, begin)) as engine:
+        for pairs in lists:
+            before = sum(outcome.scored_once for _, outcome in results)
+            with console.progress(f"reference: {pairs.title}") as show:
+                results.append(
+                    reference_logps(
+                        pairs.examples,
+                        pairs.prompts,
+                        pairs.completions,
+                        store=store,
+                        engine=engine,
+                        scoring=setup.scoring,
+                        watch=_shown(show, watch, before),
+                    )
+                )
+            warnings.tell()
+    total = reduce(operator.add, (outcome for _, outcome in results))
+    scored = f"{total.pairs - total.hits:,} scored" + (" with shared prompts" if total.shared else "")
+    console.say(f"reference: {total.pairs:,} pairs, {total.hits:,} from the store, {scored} in {total.seconds:.1f} s")
+    return Scores(
+        train=results[0][0], heldout=results[1][0] if len(results) > 1 else None, identity=identity, outcome=total
+    )
+
+
+def _shown(show: Callable[..., None], watch: Watch, before: int) -> Watch:
+    """`before`: pairs of the lists before this one, which were scored already."""
+
+    def both(progress: Progress) -> None:
+        show(*astuple(progress)[:-1])
+        watch(replace(progress, before=before))
+
+    return both
+
+
+def _load(setup: ReferenceSetup, identity: Fingerprint, console: Console, begin: Callable[[], None]) -> Scorer:
+    """Collective. The reference in memory; gone again where loading fails on some rank. Raises `UserError`."""
+    agree.together(begin)
+    console.say(f"loading the reference ({setup.path}, {identity.dtype})")
+    # kept even when another rank's fails
+    loaded: list[Reference] = []
+    try:
+        agree.together(
+            lambda: loaded.append(
+                Reference(
+                    setup.placement,
+                    path=str(setup.folder),
+                    gguf_file=setup.gguf_file,
+                    model_config=setup.model_config,
+                    dtype=setup.dtype,
+                    attention=setup.attention,
+                    device=setup.device,
+                )
+            )
+        )
+        now = agree.once_per_host(setup.fingerprint)
+        agree.together(lambda: _refuse_unless_same(identity, now, setup))
+        return Scorer(reference=loaded[0], share_prefixes=_may_share_after_all(loaded[0], setup))
+    except BaseException:
+        for reference in loaded:
+            reference.close(wait=False)
+        raise
+
+
+def _may_share_after_all(reference: Reference, setup: ReferenceSetup) -> bool | None:
+    """Whether prompts are shared, now that the model can show what it can; for all ranks alike."""
+    forward, model, device = reference.forward, reference.model, setup.device
+    agree.together(lambda: check_scoring(forward, model, device, packed=setup.packed, setting="reference.packing"))
+    if setup.share is False or not comm.any_(not sharing_is_exact(forward, model, device, ROUNDING[setup.dtype])):
+        return setup.share
+    if setup.share:
+        raise UserError(
+            f"reference.share_prefixes is true, but completions of one prompt see each other in "
+            f"{type(model.lm).__name__}: use auto or false, which score them one by one"
+        )
+    return False
+
+
+@contextmanager
+def lazily(build: Callable[[], Scorer]) -> Iterator[Callable[[], Scorer]]:
+    """An engine that is built on first use, shared by several passes, and freed at the end."""
+    scorers: list[Scorer] = []
+
+    def get() -> Scorer:
+        if not scorers:
+            scorers.append(build())
+        return scorers[0]
+
+    try:
+        yield get
+    except BaseException:
+        while scorers:
+            scorers.pop().reference.close(wait=False)
+        raise
+    while scorers:
+        scorers.pop().reference.close()
+
+
+class _Warnings:
+    """What the store has to say: rank 0's at once, the other ranks' when all of them meet.
+
+    Ranks look at one folder at once, and only the one that sets a damaged shard aside knows of it.
+    """
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._waiting: list[str] = []
+        self._told: set[str] = set()
+
+    def add(self, text: str) -> None:
+        self._waiting.append(text)
+        if comm.is_main():
+            self._console.warn(text)
+            self._told.add(text)
+
+    def tell(self) -> None:
+        """Collective."""
+        for text in dict.fromkeys(text for texts in comm.gather(self._waiting) for text in texts):
+            if text not in self._told:
+                self._console.warn(text)
+        self._waiting.clear()
+
+
+def _refuse_unless_same(before: Fingerprint, now: Fingerprint, setup: ReferenceSetup) -> None:
+    if now != before:
+        raise UserError(
+            f"the weights in {setup.name} ({setup.path}) changed while they were loaded: their fingerprint was "
+            f"{before.digest} and is {now.digest}, so nothing was scored. Start again, and let nobody write there "
+            "meanwhile"
+        )

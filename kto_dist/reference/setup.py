@@ -1,0 +1,194 @@
+"""Which reference a run has: from which weights, on which device, in which precision, and its fingerprint.
+
+In:  the `reference` and `model` sections and the rows' lengths. Out: `ReferenceSetup` and its fingerprint, both known
+without loading a model. `scores.py` goes on from them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PretrainedConfig
+
+from kto_dist.base import agree, comm
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.model.causal_lm import load_config, pick_attention, pick_dtype, pick_logits, pick_packing
+from kto_dist.model.config import ModelConfig
+from kto_dist.model.engines import Placement
+from kto_dist.reference.config import ReferenceConfig
+from kto_dist.reference.prefix import T0_OVER_HIDDEN, can_share
+from kto_dist.reference.scoring import Scoring
+from kto_dist.store.fingerprint import Fingerprint, fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSetup:
+    """The reference as it is going to be loaded: from its own settings, and from which weights."""
+
+    name: str
+    """The setting that names it."""
+    path: str
+    gguf_file: str | None
+    model_config: PretrainedConfig
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    packed: bool
+    logits_dtype: torch.dtype | None
+    """None: fp32 where the device's matmul gives it."""
+    share: bool | None
+    """`Scorer.share_prefixes`, as far as it is known without the model."""
+    placement: Placement
+    scoring: Scoring
+    """How pairs are cut and scored."""
+    store: str
+    """Folder or URL of the store."""
+
+    @property
+    def logits(self) -> str:
+        """In which precision the logits come."""
+        default = torch.float32 if self.device.type == "cuda" else self.dtype
+        return _named(self.logits_dtype or default)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of the weights: what is hashed is what is loaded, whatever a hub's name means by then."""
+        return local_folder(self.path, self.gguf_file)
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the weights as they lie there now; files that are as they were are not read again."""
+        return fingerprint(
+            self.folder,
+            self.gguf_file,
+            self.model_config.to_dict(),
+            dtype=_named(self.dtype),
+            logits=self.logits,
+            attention=self.attention,
+        )
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def pick_reference(
+    section: ReferenceConfig, model: ModelConfig, *, max_length: int, prompt_limit: int
+) -> ReferenceSetup:
+    """Raises `UserError` where a setting of the reference cannot be had on this rank."""
+    name, path, gguf_file = ("reference.path", section.path, section.gguf_file)
+    if not path:
+        name, path, gguf_file = ("model.path", model.path, model.gguf_file)
+    model_config = load_config(path, gguf_file, name)
+    device = reference_device(section)
+    dtype = pick_dtype(section.dtype, device)
+    attention = pick_attention(section.attention, device, dtype)
+    packed = pick_packing(section.packing, attention)
+    logits_dtype = pick_logits("reference.logits_dtype", section.logits_dtype, dtype, device)
+    return ReferenceSetup(
+        name=name,
+        path=path,
+        gguf_file=gguf_file,
+        model_config=model_config,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        packed=packed,
+        logits_dtype=logits_dtype,
+        share=_may_share(section, model_config, attention, device, packed, max_length),
+        placement=Placement(
+            sharded=section.zero_stage == 3 or section.offload != "none",
+            offload=section.offload,
+            nvme_path=section.nvme_path,
+        ),
+        scoring=Scoring(
+            max_length=max_length,
+            prompt_limit=prompt_limit,
+            tokens_per_batch=section.tokens_per_batch,
+            packed=packed,
+            logits_bytes=None if section.logits_mebibytes is None else section.logits_mebibytes * 2**20,
+            logits_dtype=logits_dtype,
+            t0=T0_OVER_HIDDEN * model_config.get_text_config().hidden_size,
+            device=device,
+        ),
+        store=section.store,
+    )
+
+
+def find_reference(
+    section: ReferenceConfig, model: ModelConfig, *, max_length: int, prompt_limit: int, console: Console
+) -> tuple[ReferenceSetup, Fingerprint]:
+    """Collective. Hashes the weights, and raises `UserError` where hosts differ or a setting cannot be had."""
+    setup = agree.together(lambda: pick_reference(section, model, max_length=max_length, prompt_limit=prompt_limit))
+    console.phase("reference")
+    identity = agree.once_per_host(setup.fingerprint)
+
+    # One value of a pair counts for all ranks, and all of them read equally many micro-batches.
+    again = f"copy the model in {setup.name} to each of them again"
+    for what, value, remedy in (
+        ("the reference's weights", identity.weights, again),
+        ("the reference's config.json", identity.config, again),
+        ("reference.dtype", _named(setup.dtype), "set it to one that all of them can use"),
+        ("reference.logits_dtype", setup.logits, "set it, or reference.device"),
+        ("reference.attention", setup.attention, "set it to one that all of them have"),
+        ("reference.packing", setup.packed, "set it"),
+        ("reference.share_prefixes", setup.share, "set it to false, or reference.device"),
+    ):
+        agree.same_everywhere(value, what, remedy)
+    return setup, identity
+
+
+def reference_device(section: ReferenceConfig) -> torch.device:
+    """Where the reference runs. Raises `UserError` where that is not possible."""
+    if section.device == "auto":
+        return comm.device()
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("reference.device (cuda) needs a GPU, and torch finds none here: use auto or cpu")
+    if section.device == "cpu" and torch.cuda.is_available() and (section.zero_stage == 3 or section.offload != "none"):
+        raise UserError(
+            "reference.device (cpu) holds a whole copy a rank, and DeepSpeed shards over the GPUs that it finds here: "
+            "with reference.zero_stage 3 or reference.offload leave reference.device on auto"
+        )
+    return comm.device() if section.device == "cuda" else torch.device("cpu")
+
+
+def _may_share(
+    section: ReferenceConfig,
+    model_config: PretrainedConfig,
+    attention: str,
+    device: torch.device,
+    packed: bool,
+    max_length: int,
+) -> bool | None:
+    """`Scorer.share_prefixes` as far as it is known before the model is loaded. Raises `UserError`.
+
+    `auto` is for the CPU alone: there sharing was measured to be faster.
+    """
+    if section.share_prefixes is False:
+        return False
+    if section.share_prefixes == "auto" and (packed or device.type != "cpu"):
+        return False
+    reason = can_share(model_config, attention, max_length)
+    if reason and section.share_prefixes is True:
+        raise UserError(f"reference.share_prefixes is true, but {reason}; use auto or false")
+    if reason:
+        return False
+    return True if section.share_prefixes is True else None
+
+
+def local_folder(path: str, gguf_file: str | None) -> Path:
+    """The folder of a model given by folder or hub name; of a hub's model the files that are going to be loaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    # in the order of `fingerprint.weight_files`: many a model is there twice, and is tens of gigabytes
+    kinds = [[gguf_file]] if gguf_file else [["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin*"]]
+    try:
+        for wanted in kinds:
+            folder = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+            if any(folder.glob(wanted[0])):
+                break
+        return folder
+    except OSError as error:
+        raise UserError(f"the weights of {path} cannot be fetched: {error}; give a folder that holds them") from None

@@ -1,0 +1,83 @@
+"""Which reference a log-prob belongs to: decided by the content of a model, never by its name or place.
+
+The tokenizer, the chat template and the longest row are no part of it, and cannot be: a pair's key is a hash of its
+token ids. Another tokenizer or template gives other token ids, hence other keys, and what is not found is scored; where
+they give the same token ids after all, the log-prob is the same as well.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kto_dist.base.errors import UserError
+from kto_dist.store.hashes import file_digests
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fingerprint:
+    """What decides the reference's log-probs: never a path, never parameters in memory."""
+
+    weights: str
+    # sha256 over the names, types, shapes and bytes of the tensors, however they are spread over files
+    config: str
+    # sha256 of the model's configuration
+    dtype: str
+    logits: str
+    # precision of the logits, which depends on the device
+    attention: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+# What names a file or a tool, not the function that the model computes.
+_IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+
+
+def fingerprint(
+    folder: Path, gguf_file: str | None, model_config: dict[str, Any], *, dtype: str, logits: str, attention: str
+) -> Fingerprint:
+    """Hashes the weight files of a model folder, or remembers their hashes.
+
+    Raises `UserError` where there are none, or they cannot be read.
+    """
+    files = [folder / gguf_file] if gguf_file else weight_files(folder)
+    parts = [f"{label} {digest}" for digests in file_digests(files) for label, digest in digests.items()]
+    # a GGUF file says itself how it is packed; its config only tells how to unpack it
+    dropped = _IRRELEVANT | ({"quantization_config"} if gguf_file else set())
+    kept = {key: value for key, value in model_config.items() if key not in dropped}
+    return Fingerprint(
+        weights=hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest(),
+        config=hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest(),
+        dtype=dtype,
+        logits=logits,
+        attention=attention,
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that transformers loads, in its order of preference; other weights may lie beside them."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"the reference's folder ({folder}) holds an adapter, whose base model lies elsewhere: merge the two "
+            "(merge_and_unload of peft), save the result, and give its folder"
+        )
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / whole).exists():
+            return [folder / whole]
+        index = folder / f"{whole}.index.json"
+        if index.exists():
+            try:
+                return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{index} is no index of weight files: fetch or export the model again") from None
+    raise UserError(
+        f"the reference's folder ({folder}) holds no weights to score with: it needs model.safetensors, "
+        "pytorch_model.bin, or the index of several such files"
+    )

@@ -1,0 +1,316 @@
+"""The reference's log-probs on disk or in an object store: a value a pair, computed once, ever.
+
+A store is a folder (or a URL); every reference model has a sub-folder of its own, named by the model's fingerprint:
+
+    <store>/<fingerprint>/manifest.json           what was scored: the fingerprint, what went into it, and facts to read
+    <store>/<fingerprint>/<sha256>.parquet        a shard of pairs (see shards.py), never changed once it is there
+    <store>/<fingerprint>/used.json               when it was last used, to the hour
+    <store>/<fingerprint>/use-<id>.json           a job is at work here: `kto-dist store gc` leaves the folder alone
+    <store>/<fingerprint>/<name>.damaged          set aside: not what its name says
+
+Any number of jobs read and write at the same time without locks: a shard appears whole or not at all, under a name of
+its own, and two values of one pair are settled by a rule (`shards.merge`). Whoever reads checks every byte; a shard
+that is not what it should be is set aside, and its pairs are computed again.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kto_dist.base.errors import UserError
+from kto_dist.store.fingerprint import Fingerprint
+from kto_dist.store.shards import BYTES_A_PAIR, NAME, BadShard, Pairs, decode, encode, merge
+from kto_dist.store.storage import Storage, open_storage
+
+FORMAT = 2
+MANIFEST, USED = "manifest.json", "used.json"
+FOLDER_DIGITS = 32
+# of a fingerprint's 64, in the folder's name
+MANY_SHARDS = 2000
+# beyond which a listing is longer than it needs to be
+_RENEWED_AFTER = 3600.0
+LEASE_SECONDS = 24 * 3600.0
+# A use that was not renewed for so long, by another machine, has ended without saying so.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class Store:
+    """The log-probs of one reference. Cheap to open; the first `lookup` reads and checks the shards.
+
+    Reading needs no permission to write. `begin` asks for it ahead of the first `add`, and `close` ends the use.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        identity: Fingerprint,
+        warn: Callable[[str], None] = print,
+        model: str = "",
+    ):
+        """`model`: what people call it, for `kto-dist store ls`; it decides nothing.
+
+        Creates the folder if needed. Raises `UserError` when it belongs to another model, or isn't there and can't be
+        created.
+        """
+        self._root, self._digest, self._warn = root, identity.digest, warn
+        self.folder = open_storage(root) / self._digest[:FOLDER_DIGITS]
+        self._settle_manifest(identity, model)
+        with contextlib.suppress(OSError):  # a store that cannot be written can be read all the same
+            _note_use(self.folder)
+        self._known: Pairs | None = None
+        self._fresh: list[Pairs] = []
+        self._lease: str | None = None
+        self._renewed = 0.0
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _settle_manifest(self, identity: Fingerprint, model: str) -> None:
+        content = {"format": FORMAT, "fingerprint": self._digest, **identity.to_dict()}
+        try:
+            found = read_manifest(self.folder)
+            if not found:
+                # each shard names its reference as well, so a lost or damaged manifest costs nothing
+                if found is not None:
+                    self._warn(f"{MANIFEST} in the reference store ({self.folder}) is damaged: it is written again")
+                facts = {"model": model, "created": _timestamp(), "platform": platform.platform()}
+                self.folder.write(MANIFEST, json.dumps({**content, **facts}, indent=1).encode())
+                found = content
+        except OSError as error:
+            raise self._refusal(error, "cannot be opened or created") from None
+        self._check_manifest(found, content)
+
+    def _check_manifest(self, found: dict[str, Any], content: dict[str, Any]) -> None:
+        written = found.get("format")
+        if written != FORMAT:
+            # Nothing here says to remove the manifest: to this version the shards of another format look damaged.
+            older = type(written) is int and written < FORMAT
+            clear = f"; `kto-dist store gc {self._root} --fingerprint {self._digest[:12]}` removes it" if older else ""
+            raise UserError(
+                f"{self.folder} is of format {written}, and this version of kto_dist knows format {FORMAT}: give "
+                f"another reference.store, or use the version of kto_dist that wrote it{clear}"
+            )
+        differing = [
+            f"{key} is {found.get(key)} there and {value} here"
+            for key, value in content.items()
+            if found.get(key) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self.folder} belongs to another reference ({'; '.join(differing)}): remove its {MANIFEST}, which "
+                "loses no pair of this one, or give another reference.store"
+            )
+
+    def lookup(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (P,) KEY -> (P,) fp64, (P,) bool
+        """Values and whether each was found; a value that was not found is 0."""
+        if self._known is None:
+            self._known = self._read()
+        if self._fresh:
+            self._known, self._fresh = merge([self._known, *self._fresh]), []
+        rows = self._known.find(keys)
+        found = rows >= 0
+        logps = np.zeros(keys.size)
+        logps[found] = self._known.logps[rows[found]]
+        return logps, found
+
+    def begin(self, pairs: int = 0) -> None:
+        """To be called ahead of long work: raises `UserError` unless `pairs` more can be written, and says that this
+        process is at work here."""
+        try:
+            free = self.folder.free()
+        except OSError as error:
+            raise self._refusal(error, "lacks pairs of this run, but its free space is unknown") from None
+        if free is not None and free < pairs * (BYTES_A_PAIR + 1):
+            raise UserError(
+                f"reference.store ({self._root}) has {free:,} bytes left, but lacks {pairs:,} pairs, which take "
+                f"{pairs * (BYTES_A_PAIR + 1):,}: make room, or give another reference.store"
+            )
+        self._lease = self._lease or f"use-{uuid.uuid4().hex}.json"
+        try:
+            self._renew()
+        except OSError as error:
+            raise self._refusal(error, "lacks pairs of this run, but cannot be written") from None
+
+    def add(self, keys: np.ndarray, logps: np.ndarray, tokens: np.ndarray) -> None:
+        """Writes one shard, which is there for good when this returns.
+
+        Raises `UserError` when a value is not finite, or the store is full or cannot be written.
+        """
+        if not keys.size:
+            return
+        broken = int(np.count_nonzero(~np.isfinite(logps)))
+        if broken:
+            raise UserError(
+                f"the reference gives {broken:,} of {keys.size:,} pairs a log-prob that is no finite number: its "
+                "weights are damaged, or overflow in reference.dtype; try fp32"
+            )
+        name, data = encode(keys, logps, tokens, self._digest)
+        try:
+            self.folder.write(name, data)
+            if self._lease and time.monotonic() - self._renewed > _RENEWED_AFTER:
+                self._renew()
+        except OSError as error:
+            raise self._refusal(error, f"cannot take {keys.size:,} more pairs") from None
+        self._fresh.append(merge([decode(name, data, self._digest)]))
+
+    def close(self) -> None:
+        """Ends the use; what was read stays usable."""
+        if self._lease:
+            with contextlib.suppress(OSError):  # it will count as ended when this process has
+                self.folder.remove(self._lease)
+            self._lease = None
+
+    def _renew(self) -> None:
+        assert self._lease
+        self.folder.write(self._lease, json.dumps({"time": time.time(), **_whereabouts()}).encode())
+        self._renewed = time.monotonic()
+
+    def _read(self) -> Pairs:
+        read: dict[str, Pairs] = {}
+        seen: set[str] = set()
+        # Merging shards replaces many by one, perhaps while they are listed or read. A listing that was begun after
+        # the last byte was read, and names nothing new, shows that nothing was missed.
+        for attempt in range(10):
+            try:
+                names = [file.name for file in self.folder.files() if NAME.fullmatch(file.name)]
+                wanted = [name for name in names if name not in seen]
+                if attempt and not wanted:
+                    break
+                with ThreadPoolExecutor(max_workers=self.folder.concurrency) as pool:
+                    results = dict(zip(wanted, pool.map(self._read_shard, wanted), strict=True))
+            except OSError as error:
+                raise self._refusal(error, "cannot be read") from None
+            for name, result in results.items():
+                if result is None:
+                    continue
+                seen.add(name)
+                if isinstance(result, Pairs):
+                    read[name] = result
+                else:
+                    self._warn(f"{name} in the reference store {result}: set aside, its pairs will be scored again")
+            if len(seen) < len(names):  # a listing may show for a while what is gone
+                time.sleep(0.05 * attempt)
+        if len(names) > MANY_SHARDS:
+            self._warn(
+                f"the reference store has {len(names):,} shards for this model, and opens faster with few: "
+                f"`kto-dist store gc {self._root}` merges them"
+            )
+        return merge(list(read.values()))
+
+    def _read_shard(self, name: str) -> Pairs | BadShard | None:
+        """None where it is gone."""
+        try:
+            data = self.folder.read(name)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # NFS: it was removed while it was read
+                return None
+            raise
+        try:
+            return decode(name, data, self._digest)
+        except BadShard as bad:
+            # every rank reads, and whoever finds the damage first sets the shard aside
+            with contextlib.suppress(OSError):
+                self.folder.rename(name, name.removesuffix(".parquet") + ".damaged")
+            return bad
+
+    def _refusal(self, error: OSError, what: str) -> UserError:
+        if error.errno in _FULL:
+            remedy = "is full: make room; what has been scored so far is kept"
+        elif error.errno in _READ_ONLY or isinstance(error, PermissionError):
+            remedy = "give a folder that this user may write to, or one that holds every pair already"
+        else:
+            remedy = "give a folder that this user may write to, or check the connection and the credentials of a URL"
+        return UserError(f"reference.store ({self._root}) {what}: {error}; {remedy}")
+
+
+def read_manifest(folder: Storage) -> dict[str, Any] | None:
+    """None where there is none, nothing in it where it is damaged. Raises `OSError`."""
+    try:
+        found = json.loads(folder.read(MANIFEST))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def last_used(folder: Storage) -> float | None:
+    """Seconds since 1970, to the hour."""
+    try:
+        return float(json.loads(folder.read(USED))["time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _note_use(folder: Storage) -> None:
+    now, before = time.time(), last_used(folder)
+    if before is None or not 0 <= now - before <= _RENEWED_AFTER:
+        folder.write(USED, json.dumps({"time": now}).encode())
+
+
+def in_use(folder: Storage) -> list[str]:
+    """Who is at work there, a line each: jobs of this machine while they live, others while they renew their word."""
+    lines = []
+    for file in folder.files():
+        if is_lease(file.name):
+            try:
+                use = json.loads(folder.read(file.name))
+                who, age = {key: use[key] for key in _whereabouts()}, time.time() - use["time"]
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                continue
+            except OSError as error:  # somebody may be there
+                lines.append(f"someone whose mark {file.name} cannot be read: {error}")
+                continue
+            here = all(who[key] == _whereabouts()[key] for key in ("host", "boot", "namespace"))
+            if _started(who["pid"]) == who["started"] if here else age < LEASE_SECONDS:
+                lines.append(f"process {who['pid']} on {who['host']}")
+    return lines
+
+
+def is_lease(name: str) -> bool:
+    return name.startswith("use-") and name.endswith(".json")
+
+
+def _whereabouts() -> dict[str, str | int]:
+    """What tells this process from every other one, also after a reboot and in another container."""
+    return {**_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+@cache
+def _machine() -> dict[str, str]:
+    facts = {"host": platform.node(), "boot": "", "namespace": ""}
+    with contextlib.suppress(OSError):
+        facts["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        facts["namespace"] = os.readlink("/proc/self/ns/pid")
+    return facts
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine started, in ticks; empty where there is no such process."""
+    try:
+        # the name, in parentheses, may hold anything; the 20th field after it is the time
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _timestamp() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,121 @@
+"""The sections of the optimizer's steps, and `Config`: all sections of a run, each from its wing's own file.
+
+It stands here and not in `base`, because it needs the wings' sections: imports run down only.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kto_dist.base.config import Decay, NonNegativeFloat, Positive, PositiveFloat, Section, Text, build, resolve
+from kto_dist.data.config import DataConfig
+from kto_dist.evaluation.config import EvaluateConfig
+from kto_dist.model.config import DeepspeedConfig, ModelConfig
+from kto_dist.objective.config import KtoConfig
+from kto_dist.record.config import TrackingConfig
+from kto_dist.reference.config import ReferenceConfig
+
+
+class TrainConfig(Section):
+    """The optimizer's steps."""
+
+    output: Text = Field("runs/kto", description="the run's folder")
+    global_batch: Positive = Field(32, description="rows of one optimizer step, over all ranks")
+    tokens_per_microbatch: Positive = Field(8192, description="most tokens one device runs at a time")
+    packing: Literal["auto"] | bool = Field(
+        "auto", description="rows end to end without padding; auto: where attention has a variable-length kernel"
+    )
+    epochs: PositiveFloat = Field(1.0, description="passes over the training rows, reshuffled each time")
+    max_steps: Positive | None = Field(None, description="optimizer steps; overrides epochs")
+    lr: PositiveFloat = Field(5e-6, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up; ends at 0")
+    warmup: NonNegativeFloat = Field(0.1, description="below 1: a share of all steps; else: a number of steps")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decay rates")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's denominator term")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's decoupled decay; norms and biases are exempt")
+    clip: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16 keeps fp32 master weights; auto: bf16 where the device does it well"
+    )
+    logits_mebibytes: Positive | None = Field(
+        None, description="most memory that the LM head's logits take at a time; null: 512 on the CPU, 2048 on a GPU"
+    )
+    logits_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: fp32, but bf16 for a bf16 model on the CPU, whose matmul gives nothing else"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="row order and KL pairs are a function of it")
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every_steps: Positive | None = Field(None, description="optimizer steps between checkpoints; null: only on SIGTERM")
+    keep: Positive = Field(2, description="newest checkpoints that stay on disk")
+    resume: Literal["auto"] | bool = Field(
+        "auto",
+        description="auto: go on from the newest whole checkpoint; true: insist on one; false: refuse any",
+    )
+
+
+class HealthConfig(Section):
+    """When a run is stopped, or its user is warned."""
+
+    max_kl: PositiveFloat | None = Field(
+        200.0, description="nats: stop when the size of kl_raw stays above it for `patience` steps; null: never"
+    )
+    patience: Positive = Field(3, description="consecutive steps beyond a limit before the rule acts")
+    on_trouble: Literal["stop", "warn"] = Field("stop", description="stop (with a checkpoint) or only warn")
+
+
+class Config(Section):
+    """One training run. `Config.load` reads it from YAML; `Config(**sections)` builds it in Python."""
+
+    model: ModelConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    data: DataConfig
+    kto: KtoConfig = KtoConfig()
+    train: TrainConfig = TrainConfig()
+    deepspeed: DeepspeedConfig = DeepspeedConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    health: HealthConfig = HealthConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        if self.kto.loss == "kto" and self.train.global_batch < 2:
+            raise ValueError(
+                f"train.global_batch ({self.train.global_batch}) must be at least 2 with kto.loss kto: z0 is the mean "
+                "over mismatched pairs of the same batch, and one row has no partner; raise it, or use "
+                "apo_zero_unpaired"
+            )
+        pairs = self.kto.kl_pairs_per_step
+        if pairs is not None and pairs > self.train.global_batch:
+            raise ValueError(
+                f"kto.kl_pairs_per_step ({pairs}) must be at most train.global_batch ({self.train.global_batch}): "
+                "each row has one partner"
+            )
+        for name, budget in (
+            ("train.tokens_per_microbatch", self.train.tokens_per_microbatch),
+            ("reference.tokens_per_batch", self.reference.tokens_per_batch),
+        ):
+            if budget < self.data.max_length:
+                raise ValueError(
+                    f"{name} ({budget}) must be at least data.max_length ({self.data.max_length}): "
+                    "the longest row must fit on a device; raise it, or lower data.max_length"
+                )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "Config":
+        """Reads a YAML file and applies `section.key=value` overrides.
+
+        Raises `UserError` for a missing file, broken YAML, an unknown key or a value outside its rule.
+        """
+        return resolve(path, overrides, kind=cls)[0]
+
+    @classmethod
+    def build(cls, tree: dict[str, dict[str, Any]]) -> "Config":
+        """From nested plain values. Raises `UserError` that lists every problem at once."""
+        return build(tree, kind=cls)

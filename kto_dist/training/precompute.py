@@ -1,0 +1,64 @@
+"""Fills the reference store for a config and trains nothing: for other nodes than the policy's, or the night before.
+
+It is an MLflow run of its own, named after the training run that it is for, with the pass's progress as metrics.
+"""
+
+from pathlib import Path
+
+from kto_dist.base import agree, comm
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.record import tracking
+from kto_dist.record.environment import environment_tags
+from kto_dist.reference.record import PassRecord
+from kto_dist.reference.scores import score_reference
+from kto_dist.reference.scoring import Outcome
+from kto_dist.training.config import Config
+from kto_dist.training.prepare import find, prepare, wanted
+
+
+def precompute(config: Config) -> Outcome:
+    """Collective. Raises `UserError`."""
+    comm.init()
+    console = Console()
+    prepared = prepare(config, console)
+    setup, identity = find(prepared, console)
+    record = PassRecord(lambda: _open_run(config, identity.digest, console))
+    status: tracking.Status = "FAILED"
+    try:
+        with record.ended_by_sigterm():
+            scores = score_reference(wanted(prepared), setup, identity, console, record.watch, record.open)
+        agree.together(record.open)
+        record.end(scores.outcome)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        record.finish(status)
+    return scores.outcome
+
+
+def _open_run(config: Config, fingerprint: str, console: Console) -> tracking.Tracker | tracking.NullTracker:
+    output = Path(config.train.output).resolve()
+    name = f"precompute-{config.tracking.run_name or output.name}"
+    section = config.tracking.model_copy(update={"run_name": name})
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.output ({output}) cannot be written: {error}; give a folder with room") from None
+    return tracking.start(
+        section,
+        settings=config.model_copy(update={"tracking": section}),
+        name=name,
+        folder=output.parent,
+        run_id=None,
+        tags={
+            **environment_tags(),
+            "job": "precompute",
+            "reference_fingerprint": fingerprint,
+            "world_size": str(comm.world_size()),
+        },
+        default_uri=f"sqlite:///{output.parent / 'mlflow.db'}",
+        warn=console.warn,
+    )

@@ -1,0 +1,194 @@
+"""What `train` and `precompute` do before any of them runs a model: checks, rows, plan.
+
+In:  the config. Out: `Prepared`, or `PreparedTraining` for who is going to train.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kto_kernels import LogitTransform
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from kto_dist.base import agree, comm
+from kto_dist.base import class_weights as rule
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.data import tokenise as data
+from kto_dist.data.batch import Cutting, Plan
+from kto_dist.data.examples import Examples, check, load
+from kto_dist.model.causal_lm import (
+    check_context,
+    load_config,
+    load_tokenizer,
+    logit_transform,
+    pick_attention,
+    pick_dtype,
+    pick_logits,
+    pick_packing,
+)
+from kto_dist.objective.objective import Objective
+from kto_dist.reference.scores import PairList, evaluation_pairs, training_pairs
+from kto_dist.reference.setup import ReferenceSetup, find_reference
+from kto_dist.store.fingerprint import Fingerprint
+from kto_dist.training.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the reference pass and training share: the rows, and which of them every step takes."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    model_config: PretrainedConfig
+    # of the policy
+    train: Examples
+    heldout: Examples | None
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedTraining(Prepared):
+    """And what is decided of the policy before it is loaded."""
+
+    dtype: torch.dtype
+    attention: str
+    cutting: Cutting
+    class_weights: tuple[float, float]
+    # (undesirable, desirable)
+    objective: Objective
+
+
+def prepare(config: Config, console: Console) -> Prepared:
+    """Collective. Raises `UserError` for whatever can be known to be wrong of the rows before long work starts.
+
+    Nothing here asks whether this machine could run the policy: the reference pass may have one of its own.
+    """
+    model_config, tokenizer = agree.together(lambda: _models(config))
+
+    console.phase("data")
+    print_name = data.tokenizer_fingerprint(tokenizer)
+    folders = agree.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name))
+    train, heldout = (None if folder is None else load(folder) for folder in folders)
+    for setting, examples in (("data.train", train), ("data.heldout", heldout)):
+        agree.same_everywhere(
+            "none" if examples is None else examples.fingerprint,
+            f"what {setting} gives as tokens",
+            "copy the rows, and the tokenizer in model.path, to each of them again",
+        )
+    with_z0 = config.kto.loss == "kto"
+    check(train, needs_pairs=with_z0)
+    for name, examples in (("train", train), ("held-out", heldout)):
+        for line in () if examples is None else examples.report.lines():
+            console.say(f"{name}: {line}")
+
+    if tokenizer.chat_template and isinstance(train.original(0)[0], str):
+        console.warn(
+            "the rows are plain text, which is taken as it is, but the tokenizer has a chat template: if the model is "
+            'going to be asked through it, write prompts as messages ([{"role": "user", "content": ...}])'
+        )
+    plan = Plan(
+        seed=config.train.seed,
+        rows=len(train),
+        global_batch=config.train.global_batch,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        kl_pairs_per_step=config.kto.kl_pairs_per_step if with_z0 else 0,
+        max_length=config.data.max_length,
+        prompt_limit=config.data.prompt_limit,
+    )
+    if plan.rows < plan.global_batch:
+        console.warn(
+            f"train.global_batch ({plan.global_batch}) exceeds the {plan.rows} training rows: every step takes them all"
+        )
+    return Prepared(
+        config=config, tokenizer=tokenizer, model_config=model_config, train=train, heldout=heldout, plan=plan
+    )
+
+
+def prepare_training(config: Config, console: Console) -> PreparedTraining:
+    """Collective. `prepare`, and what the policy needs. Raises `UserError`."""
+    prepared = prepare(config, console)
+    device = comm.device()
+
+    def picks() -> tuple[torch.dtype, str, torch.dtype | None]:
+        dtype = pick_dtype(config.train.dtype, device)
+        attention = pick_attention(config.model.attention, device, dtype)
+        return dtype, attention, pick_logits("train.logits_dtype", config.train.logits_dtype, dtype, device)
+
+    dtype, attention, logits_dtype = agree.together(picks)
+    for setting, value in (("train.dtype", dtype), ("model.attention", attention)):
+        agree.same_everywhere(value, setting, "set it to one that all of them can use")
+    transform: LogitTransform = logit_transform(prepared.model_config)
+    return PreparedTraining(
+        **vars(prepared),
+        dtype=dtype,
+        attention=attention,
+        cutting=Cutting(
+            max_length=config.data.max_length,
+            prompt_limit=config.data.prompt_limit,
+            tokens=config.train.tokens_per_microbatch,
+            packed=pick_packing(config.train.packing, attention),
+        ),
+        class_weights=class_weights(prepared.train, config, console.warn),
+        objective=Objective(
+            loss=config.kto.loss,
+            beta=config.kto.beta,
+            transform=transform,
+            budget=None if config.train.logits_mebibytes is None else config.train.logits_mebibytes * 2**20,
+            logits_dtype=logits_dtype,
+        ),
+    )
+
+
+def _models(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The policy's config and tokenizer; raises `UserError` where a model's context is too short for the rows."""
+    model, reference = config.model, config.reference
+    model_config = load_config(model.path, model.gguf_file)
+    check_context(model_config, config.data.max_length)
+    if reference.path:
+        check_context(load_config(reference.path, reference.gguf_file, "reference.path"), config.data.max_length)
+    return model_config, load_tokenizer(model.path, model.gguf_file)
+
+
+def find(prepared: Prepared, console: Console) -> tuple[ReferenceSetup, Fingerprint]:
+    """Collective. `find_reference` for what is prepared."""
+    config = prepared.config
+    return find_reference(
+        config.reference,
+        config.model,
+        max_length=config.data.max_length,
+        prompt_limit=config.data.prompt_limit,
+        console=console,
+    )
+
+
+def wanted(prepared: Prepared) -> list[PairList]:
+    """Collective. The pairs whose reference log-probs the run will need."""
+    lists = [training_pairs(prepared.plan, prepared.train)]
+    if prepared.heldout is not None:
+        with_z0 = prepared.config.kto.loss == "kto"
+        lists.append(evaluation_pairs(prepared.config.train.seed, prepared.heldout, with_z0=with_z0))
+    return lists
+
+
+def class_weights(train: Examples, config: Config, warn: Callable[[str], None]) -> tuple[float, float]:
+    """(undesirable, desirable) loss weights of the config, by the paper's rule where it says `auto`."""
+    mass = [float(train.weights[train.desirable == wanted].sum()) for wanted in (False, True)]
+    if not all(mass):
+        raise UserError("every row of one class has weight 0: KTO needs both classes; give them a weight above 0")
+    down, up = rule.class_weights(mass[1], mass[0], up=config.kto.desirable_weight, down=config.kto.undesirable_weight)
+    balance = up * mass[1] / (down * mass[0]) if down else float("inf")
+    if not rule.BALANCE[0] - 1e-9 <= balance <= rule.BALANCE[1] + 1e-9:
+        warn(
+            f"desirable_weight * n_desirable / (undesirable_weight * n_undesirable) is {balance:.3g}, outside "
+            f"[{rule.BALANCE[0]}, {rule.BALANCE[1]}] (Eq. 8 of the KTO paper): with {mass[1]:g} desirable and "
+            f"{mass[0]:g} undesirable rows, auto would set both weights within it"
+        )
+    return down, up
+
+
+def counts(examples: Examples) -> dict[str, Any]:
+    up = int(examples.desirable.sum())
+    return {"rows": len(examples), "desirable": up, "undesirable": len(examples) - up}
