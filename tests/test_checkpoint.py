@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
+from kto_dist.base.exits import Stopped
 from kto_dist.training import checkpoint
 from kto_dist.training.config import Config
+from kto_dist.training.loop import train
+from kto_dist.training.step import StepResult
 
 
 def names(config: Config) -> list[str]:
@@ -130,28 +133,23 @@ def test_resume_false_never_overwrites_a_checkpointed_run(tmp_path, tiny_model, 
 
 
 def _signalled_at(config: Config, step_of_signal: int, rank: int) -> int:
-    """SIGTERM to one rank during a step: all of them stop after it."""
-    module = importlib.import_module("kto_dist.training.loop")
-    step = module._step
+    """SIGTERM to one rank after a step's update: all of them stop after it."""
 
-    def signalling(*arguments, **options):
-        if arguments[3] == step_of_signal and comm.rank() == rank:
+    def signalling(result: StepResult) -> None:
+        if result.step == step_of_signal and comm.rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments, **options)
 
-    module._step = signalling
     try:
-        train_all([config])
-    except module.Stopped as stop:
+        train(config, watch=signalling)
+    except Stopped as stop:
         return stop.exit_code
     return 0
 
 
 def _stopped_by_health(config: Config) -> tuple[int, str]:
-    module = importlib.import_module("kto_dist.training.loop")
     try:
         train_all([config])
-    except module.Stopped as stop:
+    except Stopped as stop:
         return stop.exit_code, str(stop)
     return 0, ""
 
@@ -170,7 +168,7 @@ def test_sigterm_to_any_rank_saves_and_the_run_goes_on_from_there(tmp_path, tiny
     whole = tiny_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"))
     config = tiny_config(tmp_path, tiny_model, tiny_log)
     run_ranks(train_all, 2, [whole])
-    assert run_ranks(_signalled_at, 2, config, 2, 1) == [143, 143]
+    assert run_ranks(_signalled_at, 2, config, 3, 1) == [143, 143]
     assert names(config) == ["step-00000003"]
     run_ranks(train_all, 2, [config])
     for name, tensor in weights_of(whole).items():

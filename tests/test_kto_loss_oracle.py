@@ -17,10 +17,10 @@ from kto_dist.data.batch import Cutting, Plan, microbatches, step_kl_pairs, step
 from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.objective import metrics
-from kto_dist.objective.objective import Labels, Objective, kl_sums, loss_and_sums
+from kto_dist.objective.losses import LOSSES as TABLE
+from kto_dist.objective.objective import Labels, Objective, kl_sums, loss_and_rows
 from kto_dist.reference.scoring import RefLogps
-from kto_dist.training.config import Config
-from kto_dist.training.loop import _step
+from kto_dist.training.step import run_step, step_work
 
 MAX_LENGTH, PROMPT_LIMIT = 24, 12
 STEPS = (0, 3)  # one whose kl_raw is clamped and one whose is not
@@ -133,7 +133,7 @@ def by_hand(models, examples, rows, kl_pairs, class_weights, beta, loss):
 
 
 class PlainPolicy:
-    """What `_step` asks of a policy, without an engine: gradients add up in the model."""
+    """What `run_step` asks of a policy, without an engine: gradients add up in the model."""
 
     def __init__(self, model):
         self.model = copy.deepcopy(model)
@@ -174,21 +174,23 @@ def through_the_trainer(models, examples, *, loss, packed, tokens, class_weights
         prompt_limit=PROMPT_LIMIT,
     )
     prepared = SimpleNamespace(
-        config=Config.build({"model": {"path": "-"}, "data": {"train": "-"}}),
         plan=plan,
         objective=Objective(
-            loss=loss, beta=beta, transform=policy.forward.transform, budget=BUDGET_OF_LOGITS, logits_dtype=None
+            loss=TABLE[loss],
+            beta=beta,
+            transform=policy.forward.transform,
+            logits_bytes=BUDGET_OF_LOGITS,
+            logits_dtype=None,
         ),
         train=examples,
         cutting=Cutting(max_length=MAX_LENGTH, prompt_limit=PROMPT_LIMIT, tokens=tokens, packed=packed),
         class_weights=class_weights,
-        dtype=torch.float64,
     )
-    scores = SimpleNamespace(train=reference_logps(models[1], examples))
-    sums, kl, *_ = _step(prepared, scores, policy, step, check_start=False)
+    refs = reference_logps(models[1], examples)
+    result = run_step(step_work(prepared, refs, step), policy, prepared.objective, lr=1e-3)
     rows = step_rows(plan, step)
     pairs = list(zip(*step_kl_pairs(plan, step, rows, examples.prompt_group), strict=True))
-    return metrics.step_metrics(sums, kl), policy.gradients(), rows, pairs
+    return metrics.step_metrics(result.sums, result.kl), policy.gradients(), rows, pairs
 
 
 def relative_error(found, wanted):
@@ -317,7 +319,7 @@ def ours_on_trls_rows(policy, reference, rows, loss):
     )
     model = ScoringModel(copy.deepcopy(policy))
     other = ScoringModel(copy.deepcopy(reference))
-    objective = Objective(loss=loss, beta=0.3, transform=model.transform, budget=2**20, logits_dtype=None)
+    objective = Objective(loss=TABLE[loss], beta=0.3, transform=model.transform, logits_bytes=2**20, logits_dtype=None)
     own = np.arange(size)
 
     def batches(prompts, completions):
@@ -335,7 +337,7 @@ def ours_on_trls_rows(policy, reference, rows, loss):
         for batch in pairs:
             labels = Labels(ref_logps=zeros, sign=zeros + 1, weight=zeros + 1)
             with torch.no_grad():
-                found[batch.position] = loss_and_sums(other, batch, labels, zeros[0], objective)[2]
+                found[batch.position] = loss_and_rows(other, batch, labels, zeros[0], objective)[1][:, 1]
         return found
 
     kl = torch.zeros(2, dtype=torch.float64)
@@ -347,7 +349,7 @@ def ours_on_trls_rows(policy, reference, rows, loss):
     labels = Labels(ref_logps=reference_of(main), sign=sign, weight=torch.where(sign > 0, 1.3, 0.7).double())
     total = 0.0
     for batch in main:
-        part, _, _ = loss_and_sums(model, batch, labels, metrics.clamp_kl(kl), objective)
+        part, _ = loss_and_rows(model, batch, labels, metrics.clamp_kl(kl), objective)
         (part / size).backward()
         total += float(part.detach()) / size
     gradients = {name: parameter.grad for name, parameter in model.lm.named_parameters()}

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kto_dist.objective.metrics import CLASSES, QUANTITIES, auc, clamp_kl, empty_sums, row_sums, step_metrics
+from kto_dist.objective.metrics import (
+    CLASSES,
+    QUANTITIES,
+    auc,
+    clamp_kl,
+    class_sums,
+    empty_sums,
+    row_table,
+    step_metrics,
+)
 
 CPU = torch.device("cpu")
 NO_KL = torch.zeros(2, dtype=torch.float64)
@@ -32,7 +41,7 @@ def rows_of(count, seed=0, **columns):
 
 
 def sums_of(rows, z0=0.0, beta=0.1):
-    return row_sums(z0=torch.tensor(z0), beta=beta, **rows)
+    return class_sums(row_table(z0=torch.tensor(z0), beta=beta, **rows), rows["sign"])
 
 
 def figures(rows, kl=NO_KL, **options):

@@ -20,7 +20,9 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import microbatches, step_kl_pairs, step_rows
 from kto_dist.training.config import Config
+from kto_dist.training.loop import train
 from kto_dist.training.prepare import prepare, prepare_training
+from kto_dist.training.step import StepResult
 
 WORLDS = (1, 2, 4)
 STAGES = (0, 2, 3)
@@ -168,17 +170,13 @@ TIMED = {"seconds", "tokens_per_second"}
 
 
 def _train_and_die_after(config: Config, steps: int) -> None:
-    """SIGKILL to every rank in the middle of a step: nothing gets to clean up."""
-    module = importlib.import_module("kto_dist.training.loop")
-    step = module._step
+    """SIGKILL to every rank after so many steps: nothing gets to clean up."""
 
-    def deadly(*arguments, **options):
-        if arguments[3] == steps:
+    def deadly(result: StepResult) -> None:
+        if result.step == steps:
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(*arguments, **options)
 
-    module._step = deadly
-    train_all([config])
+    train(config, watch=deadly)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, tiny_model, tiny_log):
@@ -217,18 +215,19 @@ def test_only_completion_rows_reach_the_head_and_padding_reaches_nothing_when_pa
 
 def _count_rows(config: Config) -> tuple[int, int]:
     """Rows that the policy's LM head sees and positions that its decoder sees, in one step of training."""
-    module = importlib.import_module("kto_dist.training.loop")
+    engines = importlib.import_module("kto_dist.model.engines")
     seen = [0, 0]
-    step = module._step
 
-    def counting(prepared, scores, policy, number, **options):
-        lm = policy.model.lm
-        lm.lm_head.register_forward_pre_hook(lambda _, inputs: seen.__setitem__(0, seen[0] + inputs[0].shape[0]))
-        lm.model.layers[0].register_forward_pre_hook(
-            lambda _, inputs: seen.__setitem__(1, seen[1] + inputs[0].shape[:-1].numel())
-        )
-        return step(prepared, scores, policy, number, **options)
+    class Counting(engines.Policy):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            lm = self.model.lm
+            lm.lm_head.register_forward_pre_hook(lambda _, inputs: self.add(0, inputs[0].shape[0]))
+            lm.model.layers[0].register_forward_pre_hook(lambda _, inputs: self.add(1, inputs[0].shape[:-1].numel()))
 
-    module._step = counting
+        def add(self, place, count):
+            seen[place] += count * self.model.lm.training
+
+    importlib.import_module("kto_dist.training.loop").Policy = Counting
     train_all([config])
     return seen[0], seen[1]

@@ -4,7 +4,6 @@ Turns the outcome into the exit status that the launcher passes on: 0 done, 2 th
 143 stopped by a signal, 1 anything else.
 """
 
-import atexit
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import NoReturn
 
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
-from kto_dist.commands.launcher import DONE_MARK
+from kto_dist.base.exits import DONE, DONE_MARK, FAILED, MISTAKE, Stopped, leave
 from kto_dist.training.config import Config
 
 
@@ -28,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Config.load(config, overrides)
         _quiet()
         if job == "train":
-            from kto_dist.training.loop import Stopped, train
+            from kto_dist.training.loop import train
 
             try:
                 train(settings)
@@ -46,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as mistake:
         if comm.local_rank() == 0:  # another host may lack a file that rank 0's has
             print(f"error: {mistake}", file=sys.stderr, flush=True)
-        return 2
+        return MISTAKE
     finally:
         comm.shutdown()
-    return 0
+    return DONE
 
 
 def _quiet() -> None:
@@ -64,22 +63,13 @@ def _quiet() -> None:
 
 
 def run_and_leave(arguments: list[str] | None = None) -> NoReturn:
-    """Runs `main` and ends this process with its status, without taking the interpreter down.
-
-    Gloo's worker threads outlive `destroy_process_group` (DeepSpeed keeps groups of its own), and may hold the last
-    collective's tensors. One that lets go of them while the interpreter goes down aborts the process, and a run that
-    has succeeded would end with status 250.
-    """
+    """Runs `main` and ends this process with its status."""
     try:
         status = main(arguments)
     except Exception:
         traceback.print_exc()
-        status = 1
-    atexit._run_exitfuncs()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        status = FAILED
+    leave(status)
 
 
 def usage(job: str) -> str:

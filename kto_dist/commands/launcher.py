@@ -19,12 +19,12 @@ from pathlib import Path
 import psutil
 import torch
 
+from kto_dist.base.exits import DONE_MARK
+
 # A rank finishes its step and saves a checkpoint before it ends.
 GRACE_SECONDS = 600
 # What every rank runs.
 ENTRY = "kto_dist.commands.entry"
-# Of the environment: the file that rank 0 makes at the end.
-DONE_MARK = "KTO_DIST_DONE_MARK"
 
 
 def run(job: str, arguments: list[str], ranks: int | None = None) -> int:

@@ -208,6 +208,14 @@ class MicroBatch:
     tokens: int
     # positions that hold a token
 
+    def pinned(self) -> "MicroBatch":
+        """In page-locked memory where there is a GPU, so that a copy to it does not make the host wait."""
+        if not torch.cuda.is_available():
+            return self
+        names = ("input_ids", "position_ids", "attention_mask", "gather", "target", "position")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None})
+
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from kto_dist.base import comm
-from kto_dist.data.batch import Cutting, heldout_pairs, microbatches
+from kto_dist.data.batch import Cutting, heldout_pairs, microbatches, pair_lengths
 from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import Forward
 from kto_dist.objective import metrics
-from kto_dist.objective.objective import Objective, kl_sums, labels_of, loss_and_sums
+from kto_dist.objective.objective import Objective, kl_sums, labels_of, loss_and_rows
 from kto_dist.reference.scoring import RefLogps
 
 
@@ -28,23 +28,33 @@ def evaluate_rows(
     class_weights: tuple[float, float],
 ) -> dict[str, float]:
     """Collective. `loss`, `kl`, `rewards/*`, `accuracy/*` and the like over all rows, and `auc`."""
+    device, rank, ranks = comm.device(), comm.rank(), comm.world_size()
     rows = np.arange(len(examples))
     prompts, completions = heldout_pairs(seed, examples)
-    kl = torch.zeros(2, dtype=torch.float64, device=comm.device())
-    if objective.loss == "kto":
-        batches = microbatches(examples, prompts, completions, cutting, rank=comm.rank(), ranks=comm.world_size())
-        pair_refs = torch.from_numpy(refs(prompts, completions)).to(comm.device())
+    kl = torch.zeros(2, dtype=torch.float64, device=device)
+    if objective.loss.has_z0:
+        batches = microbatches(examples, prompts, completions, cutting, rank=rank, ranks=ranks)
+        pair_refs = torch.from_numpy(refs(prompts, completions)).to(device)
         kl = comm.sum_(kl_sums(forward, batches, pair_refs, objective))
     z0 = metrics.clamp_kl(kl)
 
-    labels = labels_of(examples, rows, refs(rows, rows), class_weights, comm.device())
-    sums = metrics.empty_sums(comm.device())
-    ratios = torch.zeros(rows.size, dtype=torch.float64, device=comm.device())
-    for batch in microbatches(examples, rows, rows, cutting, rank=comm.rank(), ranks=comm.world_size()):
-        batch = batch.to(comm.device())
-        _, batch_sums, ratio = loss_and_sums(forward, batch, labels, z0, objective)
-        sums += batch_sums
-        ratios[batch.position] = ratio
-    result = metrics.step_metrics(comm.sum_(sums), kl)
-    area = metrics.auc(comm.sum_(ratios), labels.sign > 0)
+    labels = labels_of(examples, rows, refs(rows, rows), class_weights)
+    found, on_device = torch.zeros(rows.size, 2, dtype=torch.float64, device=device), labels.to(device)
+    for batch in microbatches(examples, rows, rows, cutting, rank=rank, ranks=ranks):
+        batch = batch.to(device)
+        found.index_copy_(0, batch.position, loss_and_rows(forward, batch, on_device, z0, objective)[1])
+    losses, logps = comm.sum_(found).cpu().unbind(1)
+    kept = pair_lengths(examples, rows, rows, cutting.max_length, cutting.prompt_limit)[1]
+    table = metrics.row_table(
+        losses=losses,
+        logps=logps,
+        ref_logps=labels.ref_logps,
+        sign=labels.sign,
+        weight=labels.weight,
+        z0=z0.cpu(),
+        beta=objective.beta,
+        tokens=torch.from_numpy(kept),
+    )
+    result = metrics.step_metrics(metrics.class_sums(table, labels.sign), kl)
+    area = metrics.auc(logps - labels.ref_logps, labels.sign > 0)
     return result if area is None else result | {"auc": area}

@@ -250,15 +250,14 @@ class Policy:
             dist_init_required=False,
         )
         self.forward = self.engine
-        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of this rank's share; `last` marks the step's final micro-batch, on every rank alike."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """One AdamW update; returns the global gradient norm before clipping."""
+    def step(self, lr: float) -> Tensor | float:
+        """One AdamW update; returns the global gradient norm before clipping, on whatever device it lies."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         norm = None
@@ -267,7 +266,7 @@ class Policy:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+        return self.engine.get_global_grad_norm() if norm is None else norm
 
     def save(self, folder: Path, tag: str) -> None:
         """Collective. Writes `folder/tag`; does not touch DeepSpeed's `latest`, which is not written atomically."""

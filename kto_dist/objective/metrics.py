@@ -1,7 +1,8 @@
 """Sums over rows, by class, and the one division that turns them into what is logged.
 
-Every micro-batch contributes a (2, Q) table of sums, row 0 for undesirable and row 1 for desirable rows. Tables add
-up over micro-batches and ranks; only `step_metrics` divides. A class without rows is absent from the result.
+1. `row_table`      (S, Q): what is known of each row, for whoever needs rows: intervals, slices, samples
+2. `class_sums`     (2, Q): row 0 for undesirable and row 1 for desirable rows; adds up over shards
+3. `step_metrics`   the only division. A class without rows is absent from the result.
 """
 
 import torch
@@ -16,7 +17,7 @@ def empty_sums(device: torch.device) -> Tensor:  # (2, Q) fp64
     return torch.zeros(2, len(QUANTITIES), dtype=torch.float64, device=device)
 
 
-def row_sums(
+def row_table(
     *,
     losses: Tensor,  # (S,) fp64, unweighted: 1 - v
     weight: Tensor,  # (S,)
@@ -26,7 +27,7 @@ def row_sums(
     z0: Tensor,  # ()
     beta: float,
     tokens: Tensor,  # (S,) completion tokens
-) -> Tensor:  # (2, Q) fp64
+) -> Tensor:  # (S, Q) fp64
     """A row is correct when its log-ratio lies on its label's side of z0; exactly on it counts as half."""
     log_ratio = logps - ref_logps
     correct = (torch.sign(sign * (log_ratio - z0)) + 1) / 2
@@ -41,7 +42,10 @@ def row_sums(
         losses * (1 - losses) < SATURATED_SLOPE,
         tokens,
     )
-    table = torch.stack([column.detach().double() for column in columns], dim=1)
+    return torch.stack([column.detach().double() for column in columns], dim=1)
+
+
+def class_sums(table: Tensor, sign: Tensor) -> Tensor:  # (S, Q), (S,) -> (2, Q) fp64
     return empty_sums(table.device).index_add_(0, (sign > 0).long(), table)
 
 

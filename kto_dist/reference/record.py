@@ -6,14 +6,12 @@ The run is opened when something has to be scored, or after the pass, so that a 
 leaves no run behind.
 """
 
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from kto_dist.base import comm
+from kto_dist.base.signals import before_sigterm
 from kto_dist.record.tracking import NullTracker, Status, Tracker
 from kto_dist.reference.scoring import Outcome, Progress
 
@@ -57,20 +55,6 @@ class PassRecord:
         """Closes the run if it was opened."""
         self.tracker.finish(status)
 
-    @contextmanager
-    def ended_by_sigterm(self) -> Iterator[None]:
+    def ended_by_sigterm(self) -> AbstractContextManager[None]:
         """Inside, SIGTERM ends the process as it always does, and the MLflow run as KILLED before."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread alone
-            return
-
-        def stop(number: int, frame: object) -> None:
-            signal.signal(number, signal.SIG_DFL)
-            self.finish("KILLED")
-            os.kill(os.getpid(), number)
-
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        return before_sigterm(lambda: self.finish("KILLED"))

@@ -13,6 +13,7 @@ from kto_dist.data.config import DataConfig
 from kto_dist.evaluation.config import EvaluateConfig
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
 from kto_dist.objective.config import KtoConfig
+from kto_dist.objective.losses import LOSSES
 from kto_dist.record.config import TrackingConfig
 from kto_dist.reference.config import ReferenceConfig
 
@@ -84,10 +85,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
-        if self.kto.loss == "kto" and self.train.global_batch < 2:
+        if LOSSES[self.kto.loss].has_z0 and self.train.global_batch < 2:
             raise ValueError(
-                f"train.global_batch ({self.train.global_batch}) must be at least 2 with kto.loss kto: z0 is the mean "
-                "over mismatched pairs of the same batch, and one row has no partner; raise it, or use "
+                f"train.global_batch ({self.train.global_batch}) must be at least 2 with kto.loss {self.kto.loss}: z0 "
+                "is the mean over mismatched pairs of the same batch, and one row has no partner; raise it, or use "
                 "apo_zero_unpaired"
             )
         pairs = self.kto.kl_pairs_per_step

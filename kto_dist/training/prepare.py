@@ -28,6 +28,7 @@ from kto_dist.model.causal_lm import (
     pick_logits,
     pick_packing,
 )
+from kto_dist.objective.losses import LOSSES
 from kto_dist.objective.objective import Objective
 from kto_dist.reference.scores import PairList, evaluation_pairs, training_pairs
 from kto_dist.reference.setup import ReferenceSetup, find_reference
@@ -77,7 +78,7 @@ def prepare(config: Config, console: Console) -> Prepared:
             f"what {setting} gives as tokens",
             "copy the rows, and the tokenizer in model.path, to each of them again",
         )
-    with_z0 = config.kto.loss == "kto"
+    with_z0 = LOSSES[config.kto.loss].has_z0
     check(train, needs_pairs=with_z0)
     for name, examples in (("train", train), ("held-out", heldout)):
         for line in () if examples is None else examples.report.lines():
@@ -133,10 +134,10 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
         ),
         class_weights=class_weights(prepared.train, config, console.warn),
         objective=Objective(
-            loss=config.kto.loss,
+            loss=LOSSES[config.kto.loss],
             beta=config.kto.beta,
             transform=transform,
-            budget=None if config.train.logits_mebibytes is None else config.train.logits_mebibytes * 2**20,
+            logits_bytes=None if config.train.logits_mebibytes is None else config.train.logits_mebibytes * 2**20,
             logits_dtype=logits_dtype,
         ),
     )
@@ -168,7 +169,7 @@ def wanted(prepared: Prepared) -> list[PairList]:
     """Collective. The pairs whose reference log-probs the run will need."""
     lists = [training_pairs(prepared.plan, prepared.train)]
     if prepared.heldout is not None:
-        with_z0 = prepared.config.kto.loss == "kto"
+        with_z0 = LOSSES[prepared.config.kto.loss].has_z0
         lists.append(evaluation_pairs(prepared.config.train.seed, prepared.heldout, with_z0=with_z0))
     return lists
 

@@ -1,0 +1,91 @@
+"""What a device can do and what a model asks of it: peaks, and the arithmetic of a pass.
+
+`Cost` counts what a step must do, whatever the implementation: 2 FLOP a parameter of the matmuls and token forward, 4
+backward; attention by the positions that each token sees; the LM head on completion rows alone. Embeddings look up
+and count nothing, and neither does what checkpointing computes twice.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# Dense bf16 peak of one device in FLOP/s, from the makers' datasheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "MI300X": 1307e12, "B200": 2250e12}
+
+
+def peak() -> float | None:
+    """FLOP/s of this process's device in bf16; None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((value for key, value in PEAKS.items() if key in name), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """The arithmetic of one model."""
+
+    decoder: float
+    """Parameters of the matmuls that every token passes; of experts, those that a token is sent to."""
+    head: int
+    """Parameters of the LM head."""
+    attention: tuple[tuple[int, int | None], ...]
+    """Of each layer: heads times their size, and the window in positions (None: all)."""
+
+    def forward(self, lengths: np.ndarray, head_rows: int) -> float:
+        """FLOP of a forward over sequences of (S,) tokens, `head_rows` of which reach the head."""
+        tokens = float(lengths.sum())
+        seen: dict[int | None, float] = {}
+        total = 2 * (self.decoder * tokens + self.head * head_rows)
+        for width, window in self.attention:
+            if window not in seen:
+                seen[window] = _positions_seen(lengths, window)
+            # scores and weighted values: a multiplication and an addition each
+            total += 4 * width * seen[window]
+        return total
+
+
+def _positions_seen(lengths: np.ndarray, window: int | None) -> float:
+    """Pairs of positions that causal attention compares."""
+    tokens = lengths.astype(np.float64)
+    if window is None:
+        return float((tokens * (tokens + 1) / 2).sum())
+    near = np.minimum(tokens, window)
+    return float((near * (near + 1) / 2 + (tokens - near) * window).sum())
+
+
+def cost_of(lm: nn.Module) -> Cost:
+    """Of a causal language model, sharded or not."""
+    config = lm.config.get_text_config()
+    looked_up = {id(p) for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    head = lm.get_output_embeddings().weight
+    experts = next((n for key in _EXPERTS if (n := getattr(config, key, None))), None)
+    routed = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    decoder = 0.0
+    for name, parameter in lm.named_parameters():
+        if parameter is head or id(parameter) in looked_up or len(_shape(parameter)) < 2:
+            continue
+        share = routed / experts if experts and routed and ".experts." in name else 1.0
+        decoder += share * float(np.prod(_shape(parameter)))
+    return Cost(decoder=decoder, head=int(np.prod(_shape(head))), attention=_attention(config))
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:
+    layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", None)
+    if not heads:
+        return ()
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+    windows = {"sliding_attention": window, "full_attention": None}
+    return tuple((width, windows[kind]) for kind in kinds if kind in windows)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

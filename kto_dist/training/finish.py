@@ -1,0 +1,91 @@
+"""The end of a run: export, summary, report, artifacts."""
+
+import json
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+from kto_dist.base import agree, comm
+from kto_dist.base.console import Console
+from kto_dist.base.files import write_whole
+from kto_dist.model.engines import Policy
+from kto_dist.record import report
+from kto_dist.record.environment import environment_tags
+from kto_dist.reference.scores import Scores
+from kto_dist.training import checkpoint
+from kto_dist.training.card import model_card, say_outcome
+from kto_dist.training.prepare import PreparedTraining, counts
+from kto_dist.training.run import Run
+
+
+def finish(
+    policy: Policy,
+    prepared: PreparedTraining,
+    scores: Scores,
+    run: Run,
+    console: Console,
+    last: dict[str, Any],  # the last step's line of metrics
+    heldout: dict[str, dict[str, float] | None],  # before, after
+    tokens: int,  # of this process's steps
+) -> dict[str, Any]:
+    """Collective. Exports the policy, frees it, and writes what rank 0 has to say. Returns the summary."""
+    console.phase("export")
+    weights = policy.weights()
+    generation = getattr(policy.model.lm, "generation_config", None)
+    console.end()
+    summary = {
+        "steps": prepared.plan.steps,
+        "training": last,
+        "heldout": heldout,
+        "data": {
+            "train": {**counts(prepared.train), "fingerprint": prepared.train.fingerprint},
+            "heldout": None if prepared.heldout is None else counts(prepared.heldout),
+            "audits": [audit.to_dict() for audit in run.audits],
+            "class_weights": {"undesirable": prepared.class_weights[0], "desirable": prepared.class_weights[1]},
+        },
+        "reference": {
+            "fingerprint": run.reference.digest,
+            "pairs": scores.outcome.pairs,
+            "from_store": scores.outcome.hits,
+            "scored": scores.outcome.pairs - scores.outcome.hits,
+        },
+        "world_size": comm.world_size(),
+        "precision": str(prepared.dtype).removeprefix("torch."),
+        "attention": prepared.attention,
+        "packing": prepared.cutting.packed,
+        "versions": environment_tags(),
+        "tokens": tokens,
+        "seconds": console.seconds,
+        "export": str(run.folder.export),
+        "mlflow": {"uri": run.tracker.uri, "run_id": run.mlflow_run},
+    }
+    policy.close()
+    agree.on_main(lambda: None if weights is None else _write(weights, generation, prepared, run, summary))
+    say_outcome(summary, run.folder.path, console)
+    return comm.broadcast(summary)
+
+
+def _write(
+    weights: dict[str, Tensor],
+    generation: GenerationConfig | None,
+    prepared: PreparedTraining,
+    run: Run,
+    summary: dict[str, Any],
+) -> None:
+    """Rank 0."""
+    folder, tracking = run.folder, prepared.config.tracking
+    checkpoint.export(
+        weights,
+        folder.export,
+        model_config=prepared.model_config,
+        generation_config=generation,
+        tokenizer=prepared.tokenizer,
+        card=model_card(prepared.config, summary),
+    )
+    write_whole(folder.summary, json.dumps(summary, indent=1).encode())
+    page = report.write_report(folder.path)
+    for path in (folder.config, folder.summary, page, folder.path / "plots"):
+        run.tracker.log_artifact(path)
+    if tracking.log_model or tracking.register_as:
+        run.tracker.log_model(folder.export)

@@ -1,0 +1,113 @@
+"""What a run goes on from and what it writes to: its folder, its checkpoint, its MLflow run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kto_dist.base import comm
+from kto_dist.base.config import to_yaml
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.data.audited import Audited, audit_files, audit_tags
+from kto_dist.model.engines import zero_stage
+from kto_dist.record import tracking
+from kto_dist.record.environment import environment_tags
+from kto_dist.record.run_folder import RunFolder
+from kto_dist.store.fingerprint import Fingerprint
+from kto_dist.training import checkpoint
+from kto_dist.training.config import Config
+from kto_dist.training.prepare import PreparedTraining, counts
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run's state outside the model."""
+
+    folder: RunFolder
+    state: checkpoint.State
+    """Of the checkpoint that was found, or of step 0."""
+    found: Path | None
+    """The checkpoint to go on from."""
+    reference: Fingerprint
+    audits: list[Audited]
+    """Of the training data; on rank 0."""
+    tracker: tracking.Tracker | tracking.NullTracker = field(default_factory=tracking.NullTracker)
+    mlflow_run: str | None = None
+    """The id of the MLflow run, on every rank."""
+
+
+def find_checkpoint(config: Config, console: Console) -> Path | None:
+    """Collective. The checkpoint to go on from. Raises `UserError` where the output folder must not be used."""
+    output = Path(config.train.output)
+    found = checkpoint.find(output, console.warn)
+    if found is not None and config.checkpoint.resume is False:
+        raise UserError(
+            f"train.output ({output}) holds checkpoints and checkpoint.resume is false: give another folder, "
+            "delete its checkpoints, or let the run go on from them (checkpoint.resume: auto)"
+        )
+    if found is None and config.checkpoint.resume is True:
+        raise UserError(f"checkpoint.resume is true and train.output ({output}) holds no whole checkpoint: use auto")
+    if found is None and comm.broadcast(RunFolder(output).summary.exists()):
+        raise UserError(
+            f"train.output ({output}) holds a finished run, which this one would overwrite: give another folder, or "
+            "delete that one"
+        )
+    return found
+
+
+def start_run(
+    prepared: PreparedTraining, reference: Fingerprint, audits: list[Audited], found: Path | None, console: Console
+) -> Run:
+    """Checks the checkpoint to go on from; writes nothing. Raises `UserError` where it is another run's."""
+    config = prepared.config
+    output = Path(config.train.output)
+    stage = zero_stage(config.deepspeed, prepared.dtype)
+    identity = checkpoint.identity(config, data=prepared.train.fingerprint, policy=reference.weights, zero_stage=stage)
+    state = checkpoint.State(
+        step=0,
+        world_size=comm.world_size(),
+        zero_stage=stage,
+        identity=identity,
+        mlflow_run=None,
+    )
+    if found is not None:
+        state = checkpoint.read_state(found)
+        checkpoint.check_same_run(state, identity, str(output))
+        console.say(f"going on from {found.name} of {prepared.plan.steps} steps")
+    return Run(folder=RunFolder(output), state=state, found=found, reference=reference, audits=audits)
+
+
+def open_run(prepared: PreparedTraining, run: Run, console: Console) -> tracking.Tracker | tracking.NullTracker:
+    """Writes the config, and opens the MLflow run with its datasets and audits. Raises `UserError`."""
+    config, output = prepared.config, run.folder.path
+    try:
+        run.folder.begin(to_yaml(config), step=run.state.step, last=run.state.step == prepared.plan.steps)
+    except OSError as error:
+        raise UserError(f"train.output ({output}) cannot be written: {error}; give a folder with room") from None
+    tracker = tracking.start(
+        config.tracking,
+        settings=config,
+        name=output.resolve().name,
+        folder=output.resolve().parent,
+        run_id=run.state.mlflow_run,
+        tags={
+            **environment_tags(),
+            "reference_fingerprint": run.reference.digest,
+            "world_size": str(comm.world_size()),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "dataset_fingerprint": prepared.train.fingerprint,
+            **audit_tags(run.audits),
+        },
+        default_uri=f"sqlite:///{output.resolve().parent / 'mlflow.db'}",
+        warn=console.warn,
+    )
+    for name, examples in (("training", prepared.train), ("heldout", prepared.heldout)):
+        if examples is not None:
+            apart = name == "heldout" and isinstance(config.data.heldout, str)
+            source = str(config.data.heldout) if apart else ", ".join(config.data.train)
+            tags = audit_tags(run.audits) if name == "training" else {}
+            tracker.log_dataset(name, name, examples.fingerprint, counts(examples), source, tags)
+    for path, folder in audit_files(run.audits):
+        tracker.log_artifact(path, folder)
+    return tracker

@@ -1,0 +1,185 @@
+"""One optimizer step: survey, then descend.
+
+1. `step_work`   which rows and KL pairs the step takes, cut into this rank's micro-batches, with their reference
+                 log-probs: a function of its arguments alone, so that a thread can make the next step's ahead
+2. survey        all KL forwards of all ranks, one reduction, one clamp: z0 is a constant from here on
+3. descend       forward, fused head and backward of every micro-batch, then one update
+4. `StepResult`  read back from the device once
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kto_dist.base import comm
+from kto_dist.base.errors import UserError
+from kto_dist.data.batch import MicroBatch, microbatches, pair_lengths, step_kl_pairs, step_rows
+from kto_dist.model.causal_lm import ROUNDING, Forward
+from kto_dist.objective import metrics
+from kto_dist.objective.objective import Labels, Objective, kl_sums, labels_of, loss_and_rows
+from kto_dist.reference.scoring import RefLogps
+from kto_dist.training.prepare import PreparedTraining
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWork:
+    """What a step takes, on the host. B rows and K KL pairs of all ranks; micro-batches of this rank."""
+
+    step: int
+    """From 0."""
+    rows: np.ndarray
+    """(B,) rows of the training set."""
+    labels: Labels
+    """Of the rows."""
+    lengths: np.ndarray
+    """(B,) tokens of each row."""
+    answers: np.ndarray
+    """(B,) completion tokens of each row."""
+    batches: Sequence[MicroBatch]
+    kl_refs: Tensor
+    """(K,) fp64"""
+    kl_lengths: np.ndarray
+    """(K,) tokens of each KL pair."""
+    kl_answers: np.ndarray
+    """(K,) completion tokens of each KL pair."""
+    kl_batches: Sequence[MicroBatch]
+
+
+def step_work(prepared: PreparedTraining, refs: RefLogps, step: int) -> StepWork:
+    """Pure: no collectives, no device."""
+    plan, examples, cutting = prepared.plan, prepared.train, prepared.cutting
+    rows = step_rows(plan, step)
+    prompts, completions = step_kl_pairs(plan, step, rows, examples.prompt_group)
+
+    def cut(left: np.ndarray, right: np.ndarray) -> Sequence[MicroBatch]:
+        batches = microbatches(examples, left, right, cutting, rank=comm.rank(), ranks=comm.world_size())
+        return [batch.pinned() for batch in batches]
+
+    prompt_kept, kept = pair_lengths(examples, rows, rows, cutting.max_length, cutting.prompt_limit)
+    kl_prompt_kept, kl_kept = pair_lengths(examples, prompts, completions, cutting.max_length, cutting.prompt_limit)
+    return StepWork(
+        step=step,
+        rows=rows,
+        labels=labels_of(examples, rows, refs(rows, rows), prepared.class_weights),
+        lengths=prompt_kept + kept,
+        answers=kept,
+        batches=cut(rows, rows),
+        kl_refs=torch.from_numpy(refs(prompts, completions)),
+        kl_lengths=kl_prompt_kept + kl_kept,
+        kl_answers=kl_kept,
+        kl_batches=cut(prompts, completions) if prompts.size else [],
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step did, over all ranks; the same on each of them."""
+
+    step: int
+    """Updates done: the first step's result says 1."""
+    rows: np.ndarray
+    """(B,) rows of the training set."""
+    table: Tensor
+    """(B, Q) fp64 on the CPU: `metrics.QUANTITIES` of each row."""
+    sums: Tensor
+    """(2, Q) fp64: the table's sums by class."""
+    kl: Tensor
+    """(2,) fp64: sum and count of log-ratios over the KL pairs."""
+    tokens: int
+    """Of the rows; KL pairs apart."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+
+
+class Engine(Protocol):
+    """What a step needs of `model.engines.Policy`."""
+
+    forward: Forward
+
+    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+
+    def step(self, lr: float) -> Tensor | float: ...
+
+
+def run_step(
+    work: StepWork, policy: Engine, objective: Objective, *, lr: float, start: "StartCheck | None" = None
+) -> StepResult:
+    """Collective. One update. With `start`, refuses to make it where the policy is not its reference."""
+    device = comm.device()
+    kl = _survey(work, policy, objective, device)
+    found = _descend(work, policy, objective, metrics.clamp_kl(kl), device)
+    if start is not None:
+        start.check(work, found.cpu()[:, 1])
+    norm = torch.as_tensor(policy.step(lr), dtype=torch.float64)
+    # the step's one wait for the device
+    *values, kl_sum, kl_count, grad_norm = torch.cat([found.flatten(), kl, norm.to(device).reshape(1)]).tolist()
+    losses, logps = torch.tensor(values, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    kl = torch.tensor([kl_sum, kl_count], dtype=torch.float64)
+    table = metrics.row_table(
+        losses=losses,
+        logps=logps,
+        ref_logps=work.labels.ref_logps,
+        sign=work.labels.sign,
+        weight=work.labels.weight,
+        z0=metrics.clamp_kl(kl),
+        beta=objective.beta,
+        tokens=torch.from_numpy(work.answers),
+    )
+    return StepResult(
+        step=work.step + 1,
+        rows=work.rows,
+        table=table,
+        sums=metrics.class_sums(table, work.labels.sign),
+        kl=kl,
+        tokens=int(work.lengths.sum()),
+        grad_norm=grad_norm,
+        learning_rate=lr,
+    )
+
+
+def _survey(work: StepWork, policy: Engine, objective: Objective, device: torch.device) -> Tensor:
+    """Collective. (2,) sum and count over the step's KL pairs: z0 belongs to the whole step, so this comes first."""
+    if not len(work.kl_refs):
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    return comm.sum_(kl_sums(policy.forward, work.kl_batches, work.kl_refs.to(device), objective))
+
+
+def _descend(work: StepWork, policy: Engine, objective: Objective, z0: Tensor, device: torch.device) -> Tensor:
+    """Collective. (B, 2) loss and log-prob of every row; the gradients wait in the engine for the update."""
+    labels = work.labels.to(device)
+    found = torch.zeros(work.rows.size, 2, dtype=torch.float64, device=device)
+    for number, batch in enumerate(work.batches):
+        batch = batch.to(device)
+        loss, rows = loss_and_rows(policy.forward, batch, labels, z0, objective)
+        policy.backward(loss / work.rows.size, last=number == len(work.batches) - 1)
+        found.index_copy_(0, batch.position, rows)
+    return comm.sum_(found)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartCheck:
+    """Before the first update every reward is 0; anything else means a wrong reference, template or precision."""
+
+    policy_dtype: torch.dtype
+    reference_dtype: str
+    store: str
+
+    def check(self, work: StepWork, logps: Tensor) -> None:
+        """`logps`: (B,) of the step's rows. Raises `UserError`, on every rank alike."""
+        tokens = torch.from_numpy(work.answers).clamp(min=1)
+        worst = float(((logps - work.labels.ref_logps).abs() / tokens.sqrt()).max())
+        limit = max(ROUNDING[self.policy_dtype], ROUNDING[getattr(torch, self.reference_dtype)])
+        if not worst <= limit:
+            raise UserError(
+                "before the first update the policy must equal its reference, but a row's log-prob differs by "
+                f"{worst:.3g} nats per square root of its tokens (limit {limit}: policy in "
+                f"{str(self.policy_dtype).removeprefix('torch.')}, reference in {self.reference_dtype}). The reference "
+                f"store ({self.store}) holds values of other text or weights, the reference is another "
+                "model (then name it in reference.path), or the policy runs with dropout: check these, and delete the "
+                "store's folder of this model to score again"
+            )
