@@ -4,12 +4,12 @@
 """
 
 import hypothesis
-import kto_dist.precompute
-import kto_dist.train
 import pytest
 import torch._dynamo
 import transformers.models.llama.modeling_llama
 from deepspeed.runtime.zero.muon import muon_optimizer
 from mlflow import MlflowClient
 
-__all__ = ["MlflowClient", "hypothesis", "kto_dist", "muon_optimizer", "pytest", "torch", "transformers"]
+from kto_dist.training import loop, precompute
+
+__all__ = ["MlflowClient", "hypothesis", "loop", "muon_optimizer", "precompute", "pytest", "torch", "transformers"]
