@@ -20,9 +20,10 @@ from kto_dist.base.config import build
 from kto_dist.base.files import sha256_of
 from kto_dist.commands import cli
 from kto_dist.data.audited import line_of
-from kto_dist.feedback import MiningConfig, mine
-from kto_dist.feedback.audit import NO_JUDGEMENT, Audit, audit, audit_log, write_audit
-from kto_dist.feedback.report import page
+from kto_dist.feedback import MiningConfig, audit_log, mine
+from kto_dist.feedback.audit import NO_JUDGEMENT, audit
+from kto_dist.feedback.findings import Audit
+from kto_dist.feedback.report import page, write_audit
 from kto_dist.feedback.votes import STEPS
 
 COLUMNS = {

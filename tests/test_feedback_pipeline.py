@@ -17,7 +17,8 @@ from kto_dist.base.errors import UserError
 from kto_dist.data.formats import BadRows
 from kto_dist.data.sources import find_sources
 from kto_dist.data.tokenise import read_rows
-from kto_dist.feedback import mine, output
+from kto_dist.feedback import mine
+from kto_dist.feedback.output import publish
 
 WHO = COLUMNS | {"user": "u"}
 WHEN = WHO | {"time": "t"}
@@ -439,26 +440,27 @@ def test_text_stays_text_on_request(tmp_path):
     assert {(row.prompt, row.completion, row.desirable) for row in found} == {("[]", "x", True), ("  q", "y ", False)}
 
 
-def test_a_run_that_fails_leaves_the_output_as_it_was(tmp_path, monkeypatch):
-    log = write_log(tmp_path / "log.jsonl", [vote(str(i), "a", "up" if i % 2 else "down") for i in range(40)])
-    config = config_of(tmp_path, log)
-    mine(config)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "mined").iterdir()}
-    assert {"train.parquet", "audit.json", "report.html"} <= set(before)
-    write_log(log, [vote("other", "a"), vote("next", "b", "down")])
-    calls = []
-    copy = output._copy
+def test_a_publication_that_fails_half_way_leaves_the_output_as_it_was(tmp_path):
+    staged, folder = tmp_path / "staged", tmp_path / "mined"
+    for path, text in ((staged, "new"), (folder, "old")):
+        path.mkdir()
+        for name in ("audit.json", "report.html", "train.parquet"):
+            (path / name).write_text(text)
+    # a file that opens and then cannot be read: the report before it has been copied by then
+    (staged / "train.parquet").unlink()
+    (staged / "train.parquet").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match="Input/output error"):
+        publish(staged, folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(
+        ("audit.json", "report.html", "train.parquet"), "old"
+    )
 
-    def full(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        copy(source, target)
 
-    monkeypatch.setattr(output, "_copy", full)
-    with pytest.raises(UserError, match="No space left"):
-        mine(config)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "mined").iterdir()} == before
+def test_a_run_that_cannot_write_its_output_leaves_nothing_behind(tmp_path):
+    (tmp_path / "mined").write_text("a file, and no folder")
+    with pytest.raises(UserError, match="output.folder .* cannot be written"):
+        mine(config_of(tmp_path, write_log(tmp_path / "log.jsonl", [vote(), vote("q", "b", "down")])))
+    assert (tmp_path / "mined").read_text() == "a file, and no folder"
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["salt"]
 
 

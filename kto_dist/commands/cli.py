@@ -121,12 +121,11 @@ def audit(config: Path, overrides: tuple[str, ...]) -> None:
 
     CONFIG is that of `mine`. Writes report.html and audit.json into `<output.folder>/audit`, and no dataset.
     """
-    from kto_dist.feedback import MiningConfig
-    from kto_dist.feedback.audit import audit_log
+    from kto_dist import feedback
     from kto_dist.feedback.config import folder_of
 
-    settings = MiningConfig.load(config, overrides)
-    _say_checks(audit_log(settings), folder_of(settings.output.folder) / "audit")
+    settings = feedback.MiningConfig.load(config, overrides)
+    _say_checks(feedback.audit_log(settings), folder_of(settings.output.folder) / "audit")
 
 
 def _say_checks(audit: dict[str, Any], folder: Path) -> None:

@@ -12,7 +12,7 @@ Out: `Row`s in file order, streamed; or, for what cannot be read, a `UserError` 
 | chosen, rejected: whole conversations               | TRL, HH                         | two; same start  |
 | prompt, output_A, output_B, label (1: A is better)  | HALOs pairwise                  | two              |
 
-LABEL is the first of `label`, `kto_tag`, `preference`; `_LABELS` has its words. 0 and -1 mean undesirable.
+LABEL is the first of `label`, `kto_tag`, `preference`; base/vocabulary.py has its words. 0 and -1 mean undesirable.
 Prompts and completions are text or chat messages (role/content, or ShareGPT's from/value). Text is taken as
 it is, without a chat template; where one side is messages and the other text, the text becomes a turn.
 `system` goes before a prompt made of turns. `weight` (a number, 0 or more) multiplies the row's loss; null
@@ -20,13 +20,13 @@ counts as 1. Other columns are ignored, `tools` too: a prompt that lists tools m
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.vocabulary import DOWN, ROLES, UP, role_of, thumb_of
 from kto_dist.data.sources import BadRecord, Source, read_records, short
 
 Messages = tuple[dict[str, Any], ...]
@@ -38,22 +38,6 @@ _LABEL_COLUMNS = ("label", "kto_tag", "preference")
 _PAIRS = ("chosen", "rejected", "output_A", "output_B")
 _COLUMNS = {*_PROMPTS, *_ANSWERS, *_LABEL_COLUMNS, *_PAIRS, "input", "system", "history", "weight"}
 
-_UP = "1 +1 1.0 true up thumbs_up thumb_up good like chosen desirable positive yes upvote 👍"
-_DOWN = "0 -1 0.0 -1.0 false down thumbs_down thumb_down bad dislike rejected undesirable negative no downvote 👎"
-_LABELS = dict.fromkeys(_UP.split(), True) | dict.fromkeys(_DOWN.split(), False)
-# Skin tones and the emoji variation selector change a thumb's look, not its meaning.
-_EMOJI_MODIFIERS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
-
-_ROLES = {name: name for name in ("system", "developer", "user", "assistant", "tool")} | {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
-}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -61,12 +45,11 @@ class Row:
 
     prompt: str | Messages
     completion: str | Messages
-    # All turns are the assistant's. May be empty text: whether that can be trained on is decided after
-    # tokenising.
+    """All turns are the assistant's. May be empty text: whether that can be trained on is decided after tokenising."""
     desirable: bool
     weight: float
     source: str
-    # "file:line" or "file:row 12", counted from 1.
+    """The row's place, "file:line" or "file:row 12", counted from 1."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,11 +73,11 @@ class Layout:
     """Which columns of a file hold what."""
 
     prompt: str | None
-    # None: chosen and rejected are whole conversations.
+    """None: chosen and rejected are whole conversations."""
     answers: tuple[str, ...]
-    # (): the prompt's last turn; one column; or (better, worse).
+    """(): the prompt's last turn; one column; or (better, worse)."""
     label: str | None
-    # None: the first answer is the desirable one.
+    """None: the first answer is the desirable one."""
 
 
 def read_rows(sources: Sequence[Source], *, on_bad_row: Literal["error", "skip"], bad: BadRows) -> Iterator[Row]:
@@ -258,9 +241,9 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
     role_key, content_key = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
     if not isinstance(turn, dict) or role_key not in turn:
         raise BadRecord("wrong type", f"{name}: message {short(turn)} must be an object with role and content")
-    role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+    role = role_of(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
-        raise BadRecord("unknown role", f"{name}: role ({short(turn[role_key])}) must be one of {', '.join(_ROLES)}")
+        raise BadRecord("unknown role", f"{name}: role ({short(turn[role_key])}) must be one of {', '.join(ROLES)}")
     content = turn.get(content_key)
     # Arrow gives every message the keys of all; null ones were never there.
     more = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
@@ -294,12 +277,11 @@ def _required(record: dict[str, Any], name: str) -> Any:
 
 def _label(record: dict[str, Any], name: str) -> bool:
     value = _required(record, name)
-    word = _EMOJI_MODIFIERS.sub("", str(value)).strip().casefold()
-    desirable = _LABELS.get(word, _LABELS.get(re.sub(r"[\s-]+", "_", word)))
-    if desirable is None or not isinstance(value, bool | int | float | str):
+    desirable = thumb_of(str(value)) if isinstance(value, bool | int | float | str) else None
+    if desirable is None:
         raise BadRecord(
             "unknown label",
-            f"{name} ({short(value)}) must be true or false, or one of {_UP.split()} or {_DOWN.split()}",
+            f"{name} ({short(value)}) must be true or false, or one of {[*UP]} or {[*DOWN]}",
         )
     return desirable
 

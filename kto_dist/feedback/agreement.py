@@ -45,24 +45,24 @@ class Agreement:
     responses: int
     votes: int
     users: int | None
-    # None: the log has no users, and each vote counts as another user's
+    """None: the log has no users, and each vote counts as another user's."""
     split: int
-    # responses with votes of both kinds
+    """Responses with votes of both kinds."""
     alpha: Estimate | None
-    # None: no response was judged twice, or all votes are of one kind, where alpha isn't defined
+    """None: no response was judged twice, or all votes are of one kind, where alpha isn't defined."""
     disagreement: float | None
-    # chance that two votes on a response differ
+    """Chance that two votes on a response differ."""
     noise: Estimate | None
-    # chance that a single vote is wrong, under the assumption above; 0.5: the votes say nothing
+    """Chance that a single vote is wrong, under the assumption above; 0.5: the votes say nothing."""
     best_accuracy: float | None
-    # share of single held-out votes that a perfect model would agree with: 1 - noise
+    """Share of single held-out votes that a perfect model would agree with: 1 - noise."""
     wrong_labels: float | None
-    # expected share of the dataset's weight whose label is wrong, from noise and the votes behind each row
+    """Expected share of the dataset's weight whose label is wrong, from noise and the votes behind each row."""
     alpha_without_critics: float | None
     noise_without_critics: float | None
-    # of the same votes without those of the users named heavy downvoters; None: nobody is
+    """Of the same votes without those of the users named heavy downvoters; None: nobody is."""
     by_votes: tuple["Unanimity", ...]
-    # responses by how many users judged them; the last stands for so many and more
+    """Responses by how many users judged them; the last stands for so many and more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +170,10 @@ def _noise(disagreement: np.ndarray) -> np.ndarray:
 
 def _middle(draws: np.ndarray) -> tuple[float, float] | None:
     finite = draws[np.isfinite(draws)]
-    return tuple(float(bound) for bound in np.quantile(finite, (0.025, 0.975))) if len(finite) else None
+    if not len(finite):
+        return None
+    low, high = np.quantile(finite, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _number(value: float) -> float | None:

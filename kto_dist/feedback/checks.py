@@ -5,16 +5,14 @@ Out: `Check`s, in the order in which they matter.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from kto_dist.feedback.agreement import Agreement
 from kto_dist.feedback.concentration import MIN_USERS, Users
+from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.content import Lengths
 from kto_dist.feedback.drift import Balance, Drift, DriftTest
 from kto_dist.feedback.thresholds import AuditConfig
-
-if TYPE_CHECKING:
-    from kto_dist.feedback.config import MiningConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,14 +21,14 @@ class Check:
 
     name: str
     setting: str
-    # of the audit section, which holds the threshold
+    """The key of the audit section that holds the threshold."""
     status: Literal["pass", "warn", "unknown"]
-    # unknown: the log cannot tell
+    """`unknown`: the log cannot tell."""
     value: float | None
     threshold: float
     message: str
     remedy: str
-    # empty where it passes; audited.line_of makes one line of both
+    """Empty where it passes; audited.line_of makes one line of both."""
 
 
 def checks_of(
@@ -40,7 +38,7 @@ def checks_of(
     balance: Balance,
     drift: Drift,
     lengths: Lengths,
-    config: "MiningConfig",
+    config: MiningConfig,
 ) -> tuple[Check, ...]:
     limits = config.audit
     found = [
@@ -93,7 +91,7 @@ def _rows(balance: Balance, limits: AuditConfig) -> Check:
     )
 
 
-def _agreement(agreement: Agreement, limits: AuditConfig, config: "MiningConfig") -> list[Check]:
+def _agreement(agreement: Agreement, limits: AuditConfig, config: MiningConfig) -> list[Check]:
     if agreement.responses < limits.min_shared or agreement.alpha is None or agreement.noise is None:
         return [
             _unknown(
@@ -138,7 +136,7 @@ def _agreement(agreement: Agreement, limits: AuditConfig, config: "MiningConfig"
     ]
 
 
-def _users(users: Users | None, limits: AuditConfig, config: "MiningConfig") -> list[Check]:
+def _users(users: Users | None, limits: AuditConfig, config: MiningConfig) -> list[Check]:
     if users is None:
         return [
             _unknown(

@@ -18,7 +18,7 @@ import duckdb
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.language import find_other_languages
 from kto_dist.feedback.near import find_near_duplicates
-from kto_dist.feedback.readers import literal
+from kto_dist.feedback.sql import literal
 from kto_dist.feedback.votes import remove
 
 _RULES = ("empty", "error", "refusal", "truncated", "script", "length")

@@ -37,22 +37,23 @@ class User:
     """One user's part; the shares of votes are of those that have a user, the shares of the loss are of all of it."""
 
     user: str
-    # salted hash
+    """A salted hash."""
     votes: int
     downvotes: int
     share_of_votes: float
     share_of_downvotes: float
     down_rate: Estimate
     p_value: float | None
-    # of at least so many downvotes among the others' rates, after correction; None: too few votes to judge
+    """Chance of at least so many downvotes among the others' rates, after correction; None: too few votes to judge."""
     named: bool
-    # a heavy downvoter
+    """Whether this is a heavy downvoter."""
     overruled: float | None
-    # share of this user's downvotes on responses that most other users who judged them liked; None: no such downvote
+    """Share of this user's downvotes on responses that most other users who judged them liked; None: no such
+    downvote."""
     loss_before: float
-    # share of the training loss if every vote counted fully
+    """Share of the training loss if every vote counted fully."""
     loss_after: float
-    # share of it in the dataset, after cleaning, cap and shrinking
+    """Share of it in the dataset, after cleaning, cap and shrinking."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,27 +66,27 @@ class Users:
     gini_votes: float
     gini_downvotes: float
     effective_before: float
-    # as many users with equal shares of the loss would be as concentrated: 1 / sum of squared shares, where each vote
-    # without a user is another one's
+    """As many users with equal shares of the loss would be as concentrated: 1 / sum of squared shares, where each vote
+    without a user is another one's."""
     effective_after: float | None
     top_votes: dict[str, float]
-    # "1", "10", "1%", ...: share of the votes that the most active users gave
+    """Share of the votes that the most active users gave, by how many these are: "1", "10", "1%", ..."""
     top_downvotes: dict[str, float]
     lorenz_votes: Curve
     lorenz_downvotes: Curve
     usual_down_rate: float
-    # mean over users of the beta-binomial fit, without the named
+    """Mean over users of the beta-binomial fit, without the named."""
     spread_of_rates: float | None
-    # standard deviation of the users' true rates around it; None: too few users to fit
+    """Standard deviation of the users' true rates around it; None: too few users to fit."""
     largest_loss_after: float | None
     named: int
+    """Heavy downvoters; the next four are shares of all of them together."""
     named_votes: float
     named_downvotes: float
     named_loss_before: float
     named_loss_after: float | None
-    # shares of the named, all together
     top: tuple[User, ...]
-    # the named first, then the most influential
+    """The named first, then the most influential."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,9 +94,9 @@ class Named:
     """What `heavy_downvoters` found, by place in its input."""
 
     p_values: np.ndarray
-    # (M,) corrected; NaN below min_votes
+    """(M,) corrected; NaN below min_votes."""
     flags: np.ndarray
-    # (M,) bool
+    """(M,) bool."""
     rate: float
     spread: float | None
 

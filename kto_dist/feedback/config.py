@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kto_dist.base.config import NonNegativeFloat, Paths, Positive, Section, Text, resolve
+from kto_dist.base.vocabulary import DOWN, UP, plain
 from kto_dist.feedback.thresholds import AuditConfig
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -40,15 +41,6 @@ ERRORS = (
     r'(?i)^\s*\{\s*"error"\s*:',
 )
 TRUNCATED = (r"(?i)(\[truncated\]|\[cut off\]|<\|?truncated\|?>|\[max(imum)? (length|tokens) reached\])\s*$",)
-
-UP = (
-    "1", "+1", "1.0", "true", "up", "thumbs_up", "thumb_up", "good", "like", "liked", "positive", "yes", "upvote",
-    "👍",
-)  # fmt: skip
-DOWN = (
-    "0", "-1", "0.0", "-1.0", "false", "down", "thumbs_down", "thumb_down",
-    "bad", "dislike", "disliked", "negative", "no", "downvote", "👎",
-)  # fmt: skip
 
 
 def folder_of(setting: str) -> Path:
@@ -173,19 +165,19 @@ class LabelsConfig(Section):
     def _neutral_words_leave_the_built_in_lists(cls, tree: Any) -> Any:
         if not isinstance(tree, dict) or not isinstance(tree.get("neutral"), list | tuple):
             return tree
-        said = {str(word).casefold() for word in tree["neutral"]}
+        said = {plain(str(word)) for word in tree["neutral"]}
         lists = {"up": UP, "down": DOWN}
-        return {name: tuple(word for word in words if word not in said) for name, words in lists.items()} | tree
+        return {name: tuple(word for word in words if plain(word) not in said) for name, words in lists.items()} | tree
 
     @model_validator(mode="after")
     def _words_have_one_meaning(self) -> "LabelsConfig":
         for one, other in (("up", "down"), ("up", "neutral"), ("down", "neutral")):
-            both = {word.casefold() for word in getattr(self, one)} & {word.casefold() for word in getattr(self, other)}
+            both = {*map(plain, getattr(self, one))} & {*map(plain, getattr(self, other))}
             if both:
                 raise ValueError(f"{', '.join(sorted(both))} stands in both {one} and {other}: a word means one thing")
         if (self.up_from is None) != (self.down_to is None):
             raise ValueError("up_from and down_to belong together: give both, or neither")
-        if self.up_from is not None and self.down_to >= self.up_from:
+        if self.up_from is not None and self.down_to is not None and self.down_to >= self.up_from:
             raise ValueError(
                 f"down_to ({self.down_to}) must be below up_from ({self.up_from}): a rating means one thing"
             )

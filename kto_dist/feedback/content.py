@@ -6,14 +6,13 @@ Out: `StepCounts`, `Lengths`, `Conflicts`; quoted texts are masked and cut.
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+import duckdb
 import numpy as np
 
 from kto_dist.feedback.mask import excerpt
-
-if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+from kto_dist.feedback.sql import one
 
 _PROMPT, _ANSWER = 400, 600  # characters that a sample quotes
 _BINS = 40
@@ -47,11 +46,11 @@ class Lengths:
     up: ClassLengths | None
     down: ClassLengths | None
     auc: float | None
-    # chance that a random thumbs-up answer is longer than a random thumbs-down one; ties count half
+    """Chance that a random thumbs-up answer is longer than a random thumbs-down one; ties count half."""
     edges: tuple[float, ...]
+    """Of a histogram over logarithmic bins of characters: one more edge than counts."""
     up_counts: tuple[int, ...]
     down_counts: tuple[int, ...]
-    # histogram over logarithmic bins of characters: one more edge than counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,13 +58,13 @@ class Conflict:
     """One response that users judged both ways."""
 
     response: str
-    # response_key
+    """Its `response_key`."""
     prompt: str
     completion: str
     votes_up: int
     votes_down: int
-    outcome: str
-    # up, down: its label in the dataset; left out
+    outcome: Literal["up", "down", "left out"]
+    """Its label in the dataset, if it has one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +74,11 @@ class Conflicts:
     responses: int
     votes: int
     kept: int
-    # of the responses
+    """How many of the responses are in the dataset."""
     samples: tuple[Conflict, ...]
 
 
-def steps_of(connection: "DuckDBPyConnection") -> tuple[StepCounts, ...]:
+def steps_of(connection: duckdb.DuckDBPyConnection) -> tuple[StepCounts, ...]:
     found: dict[int, dict[str, Any]] = {}
     rows = connection.execute('SELECT number, step, label, "before", removed FROM steps ORDER BY number').fetchall()
     for number, step, label, before, removed in rows:
@@ -91,7 +90,7 @@ def steps_of(connection: "DuckDBPyConnection") -> tuple[StepCounts, ...]:
     return tuple(StepCounts(**{**zeros, **counts}) for counts in found.values())
 
 
-def lengths_of(connection: "DuckDBPyConnection") -> Lengths:
+def lengths_of(connection: duckdb.DuckDBPyConnection) -> Lengths:
     found = connection.execute(
         "SELECT characters, count(*) FILTER (label), count(*) FILTER (NOT label) FROM examples GROUP BY 1 ORDER BY 1"
     ).fetchnumpy()
@@ -128,17 +127,15 @@ def _quantiles(length: np.ndarray, counts: np.ndarray) -> ClassLengths | None:
     return ClassLengths(p10=p10, p50=p50, p90=p90, longest=longest)
 
 
-def conflicts_of(connection: "DuckDBPyConnection", samples: int) -> Conflicts:
+def conflicts_of(connection: duckdb.DuckDBPyConnection, samples: int) -> Conflicts:
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE audit_conflicts AS SELECT response_key, count(*) FILTER (label) AS up, "
         "count(*) FILTER (NOT label) AS down FROM voices GROUP BY 1 HAVING up > 0 AND down > 0"
     )
-    responses, votes = connection.execute(
-        "SELECT count(*), coalesce(sum(up + down), 0)::BIGINT FROM audit_conflicts"
-    ).fetchone()
-    kept = connection.execute(
-        "SELECT count(*) FROM audit_conflicts WHERE response_key IN (SELECT response_key FROM examples)"
-    ).fetchone()[0]
+    responses, votes = one(connection, "SELECT count(*), coalesce(sum(up + down), 0)::BIGINT FROM audit_conflicts")
+    kept = one(
+        connection, "SELECT count(*) FROM audit_conflicts WHERE response_key IN (SELECT response_key FROM examples)"
+    )[0]
     return Conflicts(
         responses=responses,
         votes=votes,
@@ -147,7 +144,7 @@ def conflicts_of(connection: "DuckDBPyConnection", samples: int) -> Conflicts:
     )
 
 
-def _samples(connection: "DuckDBPyConnection", wanted: int) -> tuple[Conflict, ...]:
+def _samples(connection: duckdb.DuckDBPyConnection, wanted: int) -> tuple[Conflict, ...]:
     """The hardest ones: many votes, evenly split."""
     chosen = connection.execute(
         "WITH chosen AS (SELECT * FROM audit_conflicts ORDER BY least(up, down) DESC, up + down, response_key LIMIT ?) "
@@ -164,7 +161,7 @@ def _samples(connection: "DuckDBPyConnection", wanted: int) -> tuple[Conflict, .
             {"votes": [vote for _, _, _, vote, _ in chosen]},
         ).fetchall()
     }
-    outcomes = {None: "left out", True: "up", False: "down"}
+    outcomes: dict[bool | None, Literal["up", "down", "left out"]] = {None: "left out", True: "up", False: "down"}
     return tuple(
         Conflict(
             response=str(key).replace("-", ""),

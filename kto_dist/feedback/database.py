@@ -21,7 +21,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.language import check_languages
 from kto_dist.feedback.mapping import macros
-from kto_dist.feedback.readers import literal
+from kto_dist.feedback.sql import literal, one
 
 SALT = "KTO_FEEDBACK_SALT"
 # of a write that fails for want of room
@@ -56,7 +56,7 @@ def database(config: MiningConfig, salt: str) -> Iterator[tuple[duckdb.DuckDBPyC
         )
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_progress_bar = false")
-        if connection.execute("SELECT count(*) FROM duckdb_settings() WHERE name = 'async_threads'").fetchone()[0]:
+        if one(connection, "SELECT count(*) FROM duckdb_settings() WHERE name = 'async_threads'")[0]:
             # DuckDB 2.0's threads that write Parquet behind the query's back lock each other out for ever when memory
             # is short (seen at 256 MiB)
             connection.execute("SET async_threads = 0")

@@ -12,9 +12,10 @@ group by chance. Each group is therefore also tested alone, against all others t
 number of groups (Bonferroni), and the distance that is named is the largest of the groups that pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -22,6 +23,8 @@ from scipy import stats
 from kto_dist.base.class_weights import class_weights
 from kto_dist.feedback.agreement import Estimate
 from kto_dist.feedback.concentration import rate
+
+Unit = Literal["day", "week", "month"]
 
 # The chi-square approximation wants so many expected votes in every cell.
 _EXPECTED = 5
@@ -47,25 +50,25 @@ class Balance:
     """The classes from the log to the dataset, and the loss weights that the paper's rule gives them."""
 
     labelled: Classes
-    # votes with a label
+    """Votes with a label."""
     judgements: Classes
-    # of them, those left by the steps that look at one vote or answer at a time
+    """Of them, those left by the steps that look at one vote or answer at a time."""
     dataset: Classes
-    # rows
+    """Rows of both splits."""
     train: Classes
-    # rows of the training split
+    """Rows of the training split."""
     train_weight_up: float
+    """Summed row weights of thumbs up in the training split."""
     train_weight_down: float
-    # summed row weights of the training split
     desirable_weight: float | None
+    """What kto.desirable_weight: auto is going to choose from these sums; None: a class is absent."""
     undesirable_weight: float | None
-    # what kto.*_weight: auto is going to choose from them; None: a class is absent
     weighted_ratio: float | None
-    # desirable_weight * train_weight_up / (undesirable_weight * train_weight_down), within [1, 1.5]
+    """(desirable_weight * train_weight_up) / (undesirable_weight * train_weight_down), within [1, 1.5]."""
     deployment_up_share: float | None
-    # as stated by balance.deployment_up_share
+    """As stated by balance.deployment_up_share."""
     deployment_gap: float | None
-    # share of up in the dataset minus the stated one
+    """Share of up in the dataset minus the stated one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +80,7 @@ class Group:
     down: int
     up_share: Estimate
     gap: float
-    # up_share minus that of all other groups
+    """This group's up_share minus that of all other groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,12 +93,12 @@ class DriftTest:
     cramers_v: float
     groups: int
     left_out: int
-    # votes of groups too small to test
+    """Votes of groups too small to test."""
     largest_gap: float
+    """Of the groups that differ from the others together by more than chance, that of the one that differs most."""
     largest_gap_in: str
     largest_gap_p: float
-    # p-value of that group against all others together, times the number of groups
-    # of the tested groups that differ from the others together by more than chance, the one that differs most
+    """p-value of that group against all others together, times the number of groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,17 +106,17 @@ class Drift:
     """Of judgements. Weeks begin on Mondays (ISO), in UTC."""
 
     first: str | None
+    """The first day."""
     last: str | None
-    # days
     without_time: int
     without_model: int
-    unit: str | None
-    # of `periods`, for the plot: day, week or month
+    unit: Unit | None
+    """Of `periods`, for the plot."""
     periods: tuple[Group, ...]
     weeks: DriftTest | None
-    # None: fewer than two groups are large enough
+    """None: fewer than two groups are large enough."""
     models: tuple[Group, ...]
-    # by votes, the largest first; at most 50
+    """By votes, the largest first; at most 50."""
     by_model: DriftTest | None
 
 
@@ -127,8 +130,11 @@ def balance_of(
 ) -> Balance:
     up, down = weights
     down_weight, up_weight = class_weights(up, down) if up > 0 and down > 0 else (None, None)
-    share = dataset.up_share
-    stated = deployment_up_share is not None and share is not None
+    share, ratio, gap = dataset.up_share, None, None
+    if up_weight is not None and down_weight is not None:
+        ratio = up_weight * up / (down_weight * down)
+    if share is not None and deployment_up_share is not None:
+        gap = share - deployment_up_share
     return Balance(
         labelled=labelled,
         judgements=judgements,
@@ -138,9 +144,9 @@ def balance_of(
         train_weight_down=down,
         desirable_weight=up_weight,
         undesirable_weight=down_weight,
-        weighted_ratio=None if up_weight is None else up_weight * up / (down_weight * down),
+        weighted_ratio=ratio,
         deployment_up_share=deployment_up_share,
-        deployment_gap=share - deployment_up_share if stated else None,
+        deployment_gap=gap,
     )
 
 
@@ -150,18 +156,20 @@ def drift_of(
     *,
     significance: float,  # of a group's distance from the others
 ) -> Drift:
-    dated = sorted(entry for entry in days if entry[0] is not None)
+    dated = sorted((day, up, down) for day, up, down in days if day is not None)
     first, last = (dated[0][0], dated[-1][0]) if dated else (None, None)
     weeks = _merge((day - timedelta(days=day.weekday()), up, down) for day, up, down in dated)
-    unit, periods = None, ()
-    if dated:
+    unit: Unit | None = None
+    periods: list[tuple[str, int, int]] = []
+    if first is not None and last is not None:
         if (last - first).days < _DAYS_SHOWN:
             unit, periods = "day", [(day.isoformat(), up, down) for day, up, down in dated]
         elif len(weeks) <= _WEEKS_SHOWN:
             unit, periods = "week", weeks
         else:
             unit, periods = "month", _merge((day.replace(day=1), up, down) for day, up, down in dated)
-    named = sorted((entry for entry in models if entry[0] is not None), key=lambda entry: -(entry[1] + entry[2]))
+    known = [(model, up, down) for model, up, down in models if model is not None]
+    named = sorted(known, key=lambda entry: -(entry[1] + entry[2]))
     return Drift(
         first=first.isoformat() if first else None,
         last=last.isoformat() if last else None,
@@ -223,7 +231,7 @@ def _gaps(table: np.ndarray) -> np.ndarray:
     return np.where(rest > 0, table[:, 0] / np.maximum(totals, 1) - others[:, 0] / np.maximum(rest, 1), 0.0)
 
 
-def _merge(entries: object) -> list[tuple[str, int, int]]:
+def _merge(entries: Iterable[tuple[date, int, int]]) -> list[tuple[str, int, int]]:
     sums: dict[date, list[int]] = {}
     for day, up, down in entries:
         counts = sums.setdefault(day, [0, 0])

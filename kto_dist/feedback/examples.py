@@ -17,6 +17,7 @@ import duckdb
 
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.sql import one
 from kto_dist.feedback.votes import remove
 
 _MASK_BITS = 60
@@ -27,7 +28,7 @@ _LEAST_LEFT = 0.5
 
 def tally(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     """Makes `rows`, and takes the votes that lost."""
-    models = connection.execute("SELECT count(*) FROM models").fetchone()[0]
+    models = one(connection, "SELECT count(*) FROM models")[0]
     masks = "".join(
         f", bit_or(CASE WHEN model BETWEEN {first} AND {first + _MASK_BITS - 1} THEN 1::UBIGINT << (model - {first}) "
         f"ELSE 0::UBIGINT END) AS models_{first}"

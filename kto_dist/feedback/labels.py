@@ -6,17 +6,15 @@ Out: the table `words` (raw_feedback, label); null is a dead zone or a word with
 """
 
 import math
-import re
 from collections.abc import Callable
 
 import duckdb
 import pyarrow as pa
 
 from kto_dist.base.errors import UserError
-from kto_dist.feedback.config import DOWN, UP, MiningConfig
+from kto_dist.base.vocabulary import DOWN, UP, plain
+from kto_dist.feedback.config import MiningConfig
 
-# Skin tones and the emoji variation selector change a thumb's look, not its meaning.
-_EMOJI_MODIFIERS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
 _BATCH = 10_000
 _LISTED = 8
 
@@ -28,14 +26,17 @@ class Unknown(ValueError):
 def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     """Makes `words` from `parts`. Raises `UserError` that lists words of no table, if they are errors."""
     connection.execute("CREATE TABLE words (raw_feedback VARCHAR, label BOOLEAN)")
-    meaning, unknown, scale, numbers = meaning_of(config), {}, set(), set()
+    meaning = meaning_of(config)
+    unknown: dict[str, int] = {}
+    scale: set[str] = set()
+    numbers: set[str] = set()
     counted = connection.cursor().execute(
         "SELECT raw_feedback, count(*) FROM parts WHERE raw_feedback IS NOT NULL GROUP BY raw_feedback"
     )
     while found := counted.fetchmany(_BATCH):
         labels = []
         for word, votes in found:
-            scale |= {_plain(word)} & {"0", "0.0", "-1", "-1.0"}
+            scale |= {plain(word)} & {"0", "0.0", "-1", "-1.0"}
             try:
                 labels.append(meaning(word))
             except Unknown:
@@ -73,16 +74,18 @@ def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> N
 def _zero_is_a_guess(config: MiningConfig) -> bool:
     """Whether 0 is thumbs down by the built-in list alone, which is for scales of 1 and 0, and of 1 and -1."""
     labels = config.labels
-    said = set(map(str.casefold, labels.neutral))
-    return "0" not in said and labels.up_from is None and set(labels.down) == set(DOWN) - said
+    said = {plain(word) for word in labels.neutral}
+    built_in = {word for word in DOWN if plain(word) not in said}
+    return "0" not in said and labels.up_from is None and set(labels.down) == built_in
 
 
 def _one_is_a_guess(config: MiningConfig) -> bool:
     """Whether 1 is thumbs up by the built-in list alone, in a log of single answers."""
     labels = config.labels
-    said = set(map(str.casefold, labels.neutral))
+    said = {plain(word) for word in labels.neutral}
     own = config.columns.layout in ("answers", "turns")
-    return own and labels.up_from is None and set(labels.up) == set(UP) - said
+    built_in = {word for word in UP if plain(word) not in said}
+    return own and labels.up_from is None and set(labels.up) == built_in
 
 
 def _is_number(word: str) -> bool:
@@ -109,8 +112,9 @@ def meaning_of(config: MiningConfig) -> Callable[[str], bool | None]:
         return lambda word: _ranked(*map(int, word.split(" of ")), halves=labels.ranked == "halves")
     table: dict[str, bool | None] = {}
     for words, label in ((labels.up, True), (labels.down, False), (labels.neutral, None)):
-        table |= {_plain(word): label for word in words}
-    if labels.up_from is None:
+        table |= {plain(word): label for word in words}
+    up_from, down_to = labels.up_from, labels.down_to
+    if up_from is None or down_to is None:
         return lambda word: _look_up(table, word)
 
     def rated(word: str) -> bool | None:
@@ -120,21 +124,16 @@ def meaning_of(config: MiningConfig) -> Callable[[str], bool | None]:
             return _look_up(table, word)
         if math.isnan(rating):
             raise Unknown(word)
-        return True if rating >= labels.up_from else False if rating <= labels.down_to else None
+        return True if rating >= up_from else False if rating <= down_to else None
 
     return rated
 
 
 def _look_up(table: dict[str, bool | None], word: str) -> bool | None:
     try:
-        return table[_plain(word)]
+        return table[plain(word)]
     except KeyError:
         raise Unknown(word) from None
-
-
-def _plain(word: str) -> str:
-    # the hyphen of "thumbs-up" is a space like any other, that of "-1" is a sign
-    return re.sub(r"(?<=\w)[\s-]+(?=\w)", "_", _EMOJI_MODIFIERS.sub("", word).strip().casefold())
 
 
 def _ranked(rank: int, ranks: int, *, halves: bool) -> bool | None:

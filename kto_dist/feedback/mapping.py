@@ -14,44 +14,12 @@ import sys
 import unicodedata
 from functools import cache
 
+from kto_dist.base.vocabulary import ROLES
 from kto_dist.feedback.config import ColumnsConfig, MiningConfig
-from kto_dist.feedback.readers import literal
-
-ROLES = {name: name for name in ("system", "developer", "user", "assistant", "tool")} | {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
-}
+from kto_dist.feedback.sql import literal
 
 # the first year in which no vote was given
-_END = 2200
-
-# code -> (rule, remedy). `{column}` is the name in the log.
-PROBLEMS = {
-    "encoding": ("the bytes are not text in the file's encoding",
-                 "give input.encoding if all text files are written in it, else convert this one to UTF-8"),
-    "too long": ("the row is longer than input.max_row_mebibytes", "raise it, or take the row out"),
-    "no CSV": ("a quote opens or closes in the middle of a field, or is never closed",
-               "write quotes inside of a quoted field twice, or check input.delimiter"),
-    "broken JSON": ("the line is not a JSON object", "repair it; a log has one object a line"),
-    "messages": (
-        "columns.messages must be a list of turns with a known role and text as content",
-        f"roles are {', '.join(ROLES)}; content is text or a list of text parts; calls of tools have no text",
-    ),
-    "no answer": ("the last turn of columns.messages must be the assistant's, the answer that was rated",
-                  "cut what follows it, or map columns.response"),
-    "answer twice": ("the turn before the rated answer must not be the assistant's", "join the two turns"),
-    "time": ("columns.time must be ISO 8601, a date as 20260131 or a number of seconds since 1970, "
-             f"from 1970 to {_END - 1}", "correct it (a sentinel such as 9999-12-31 means no time: leave it empty)"),
-    "ranks": ("columns.responses must list texts, at most 1,000, and columns.ranks as many numbers", "correct it"),
-    "role": (f"columns.role must be one of {', '.join(ROLES)}", "correct it, or take the row out"),
-    "turn": ("columns.turn must be a number (or, without it, columns.time a time)", "correct it"),
-    "rated turn": ("only a turn of the assistant can have feedback", "move the feedback to the answer's row"),
-}  # fmt: skip
+END = 2200
 
 _SPACE = r"\s\x{85}\p{Z}\x{200B}\x{2060}\x{FEFF}"
 
@@ -118,7 +86,7 @@ def macros(config: MiningConfig, salt: str) -> list[str]:
                 WHEN abs(x::DOUBLE) < 1e17 THEN x::DOUBLE / 1e6 WHEN abs(x::DOUBLE) < 2e19 THEN x::DOUBLE / 1e9
                 END)::TIMESTAMP
             ELSE try_cast(x AS TIMESTAMPTZ)::TIMESTAMP END""",
-        f"MACRO sane(x) AS CASE WHEN x >= TIMESTAMP '1970-01-01' AND x < TIMESTAMP '{_END}-01-01' THEN x END",
+        f"MACRO sane(x) AS CASE WHEN x >= TIMESTAMP '1970-01-01' AND x < TIMESTAMP '{END}-01-01' THEN x END",
         "MACRO filled(x) AS CASE WHEN trim(x) <> '' THEN x END",
         # a macro that is not temporary would be written to the database's file, and the salt with it
         f"TEMP MACRO user_of(x) AS {f'left(sha256({literal(salt)} || chr(0) || x), 32)' if hashed else 'x'}",

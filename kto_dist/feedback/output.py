@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.sql import one
 
 SPLITS = ("train", "heldout")
 # Of a bucket, which is sorted in memory; the number of buckets is bounded by the files that a process may have open.
@@ -37,10 +38,7 @@ def write(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder: P
 
     Raises `UserError` where a split would have none.
     """
-    rows = {
-        split: connection.execute("SELECT count(*) FROM rows WHERE split = ?", [split]).fetchone()[0]
-        for split in SPLITS
-    }
+    rows = {split: one(connection, "SELECT count(*) FROM rows WHERE split = ?", [split])[0] for split in SPLITS}
     if not rows["train"] or (config.split.heldout > 0 and not rows["heldout"]):
         taken = connection.execute(
             "SELECT step, sum(removed) FROM steps GROUP BY step, number HAVING sum(removed) > 0 ORDER BY number"

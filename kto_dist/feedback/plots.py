@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -17,10 +16,8 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from kto_dist.feedback.findings import Audit
 from kto_dist.record.theme import Theme, finish
-
-if TYPE_CHECKING:
-    from kto_dist.feedback.audit import Audit
 
 _BARS = 12  # users, or model versions, that a plot has room for
 
@@ -30,10 +27,10 @@ class Plot:
     name: str
     title: str
     how_to_read: str
-    draw: Callable[[Figure, "Audit", Theme], bool]  # False: nothing to draw
+    draw: Callable[[Figure, Audit, Theme], bool]  # False: nothing to draw
 
 
-def render(plot: Plot, audit: "Audit", theme: Theme) -> bytes | None:
+def render(plot: Plot, audit: Audit, theme: Theme) -> bytes | None:
     """The picture as SVG, None where there is nothing to draw."""
     # 5.6 inches with 11-point text and up: at a phone's 360 pixels, that text is still 10 pixels tall.
     figure = Figure(figsize=(5.6, 3.5), layout="constrained", facecolor=theme.paper)
@@ -47,9 +44,9 @@ def render(plot: Plot, audit: "Audit", theme: Theme) -> bytes | None:
     return buffer.getvalue()
 
 
-def _ratio(figure: Figure, audit: "Audit", theme: Theme) -> bool:
-    periods, colours = audit.drift.periods, theme.colours
-    if len(periods) < 2:
+def _ratio(figure: Figure, audit: Audit, theme: Theme) -> bool:
+    periods, colours, unit = audit.drift.periods, theme.colours, audit.drift.unit
+    if len(periods) < 2 or unit is None:
         return False
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     days = [date.fromisoformat(period.name) for period in periods]
@@ -65,7 +62,7 @@ def _ratio(figure: Figure, audit: "Audit", theme: Theme) -> bool:
         above.axhline(balance.deployment_up_share, color=colours["plain"], linestyle=":", label="deployment")
     above.set_ylim(0, 1)
     above.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    width = {"day": 0.8, "week": 5.6, "month": 24}[audit.drift.unit]
+    width = {"day": 0.8, "week": 5.6, "month": 24}[unit]
     down = [period.down for period in periods]
     below.bar(days, down, width, color=colours["undesirable"], label="down")
     below.bar(days, [period.up for period in periods], width, bottom=down, color=colours["desirable"], label="up")
@@ -85,7 +82,7 @@ def _ratio(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     return True
 
 
-def _models(figure: Figure, audit: "Audit", theme: Theme) -> bool:
+def _models(figure: Figure, audit: Audit, theme: Theme) -> bool:
     models = audit.drift.models[:_BARS]
     if len(models) < 2:
         return False
@@ -95,7 +92,8 @@ def _models(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     colour = theme.colours["desirable"]
     axes.errorbar([s.value for s in shares], places, xerr=spread, fmt="o", color=colour, capsize=4, linewidth=2)
     share = audit.balance.judgements.up_share
-    axes.axvline(share, color=theme.ink, linewidth=1, linestyle="--")
+    if share is not None:
+        axes.axvline(share, color=theme.ink, linewidth=1, linestyle="--")
     axes.set_yticks(places, [_plain(model.name, 18) for model in models])
     axes.set_ylim(max(len(models), 4) - 0.5, -0.5)
     axes.set_xlim(0, 1)
@@ -104,7 +102,7 @@ def _models(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     return True
 
 
-def _agreement(figure: Figure, audit: "Audit", theme: Theme) -> bool:
+def _agreement(figure: Figure, audit: Audit, theme: Theme) -> bool:
     agreement, colours = audit.agreement, theme.colours
     if agreement.alpha is None:
         return False
@@ -158,7 +156,7 @@ def _agreement(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     return True
 
 
-def _lorenz(figure: Figure, audit: "Audit", theme: Theme) -> bool:
+def _lorenz(figure: Figure, audit: Audit, theme: Theme) -> bool:
     users = audit.users
     if users is None or users.users < 2:
         return False
@@ -177,7 +175,7 @@ def _lorenz(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     return True
 
 
-def _influence(figure: Figure, audit: "Audit", theme: Theme) -> bool:
+def _influence(figure: Figure, audit: Audit, theme: Theme) -> bool:
     users = audit.users
     if users is None:
         return False
@@ -192,7 +190,7 @@ def _influence(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     names = user_names(audit)
     axes.set_yticks(places, [names[user.user] + (" ▼" if user.named else "") for user in top])
     for label in axes.get_yticklabels():
-        label.set_family("monospace")
+        label.set_fontfamily("monospace")
     axes.set_ylim(max(len(top), 4) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     finish(axes, theme, "", xlabel="share of the loss (▼ heavy downvoter)", whole_numbers=False)
@@ -200,7 +198,7 @@ def _influence(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     return True
 
 
-def _steps(figure: Figure, audit: "Audit", theme: Theme) -> bool:
+def _steps(figure: Figure, audit: Audit, theme: Theme) -> bool:
     steps = [step for step in audit.steps if step.up_removed + step.down_removed + step.unlabelled_removed > 0]
     if not steps:
         return False
@@ -223,7 +221,7 @@ def _steps(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     return True
 
 
-def _lengths(figure: Figure, audit: "Audit", theme: Theme) -> bool:
+def _lengths(figure: Figure, audit: Audit, theme: Theme) -> bool:
     lengths = audit.lengths
     if lengths.up is None and lengths.down is None:
         return False
@@ -246,7 +244,7 @@ def _lengths(figure: Figure, audit: "Audit", theme: Theme) -> bool:
     return True
 
 
-def user_names(audit: "Audit") -> dict[str, str]:
+def user_names(audit: Audit) -> dict[str, str]:
     """What the page calls each listed user: the start of the hash; a number where the ids aren't hashed."""
     listed = audit.users.top if audit.users else ()
     if audit.user_ids_hashed:

@@ -28,15 +28,22 @@ import pyarrow as pa
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import InputConfig
 from kto_dist.feedback.sources import LogFile
+from kto_dist.feedback.sql import quoted
 
 LINES = pa.schema([("position", pa.uint64()), ("problem", pa.string()), ("record", pa.large_string())])
 _BLOCK = 4 << 20
 _ROWS = 4096
 _PEEK = 100
 
+
 # Bytes of another encoding that mean nothing there become half of a surrogate pair, which no UTF-8 has: so they are
 # found where broken UTF-8 is found.
-codecs.register_error("kto_dist.broken", lambda error: ("\udcff", error.end))
+def _broken(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end
+
+
+codecs.register_error("kto_dist.broken", _broken)
 
 
 def text_blocks(file: LogFile, encoding: str) -> Iterator[bytes]:
@@ -79,7 +86,7 @@ def _encoding(file: LogFile, head: bytes, encoding: str) -> tuple[str, int]:
     return name, 0
 
 
-def lines(file: LogFile, config: InputConfig) -> Iterator[tuple[int, bytes | np.ndarray, bytes]]:
+def lines(file: LogFile, config: InputConfig) -> Iterator[tuple[int, np.ndarray, bytes]]:
     """(number of the first line, offsets, whole lines) a block; offsets[i] is where line i starts.
 
     A line over the limit is given as it is, cut to the limit: so it is over the limit for whoever checks.
@@ -173,8 +180,8 @@ class _CsvLines:
         self._lines, self._limit = self._checked(blocks), limit
         self._given_back: list[tuple[str, str | None]] = []
         self._number = 0
-        self.taken: list[tuple[str, str | None]] = []
         # (text, problem) of the lines since `start`
+        self.taken: list[tuple[str, str | None]] = []
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -331,21 +338,6 @@ def _choose_table(file: LogFile, wanted: str | None, tables: list[str]) -> str:
         asked = "input.table is not given" if wanted is None else f"there is no table {wanted} (input.table)"
         raise UserError(f"{file.path}: {asked}: give one of {', '.join(tables) or 'its tables; it has none'}")
     return wanted
-
-
-def quoted(name: str) -> str:
-    """A name in SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A text in SQL."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def path_literal(path: str) -> str:
-    """A file in SQL, for functions that would take stars and brackets for a pattern."""
-    return literal("".join(f"[{sign}]" if sign in "*?[" else sign for sign in path))
 
 
 def _batch(rows: list[tuple[Any, ...]], columns: int) -> pa.RecordBatch:

@@ -1,30 +1,39 @@
-"""An audit -> one self-contained page for the person who decides whether to spend GPU hours on this data.
+"""An audit -> `audit.json`, and a page for the person who decides whether to spend GPU hours on this data.
 
-In:  `Audit`. Out: HTML without scripts and without anything from elsewhere; plots are SVG inside it, in a light and a
-dark rendering.
+In:  `Audit`. Out: JSON, and HTML without scripts and without anything from elsewhere; plots are SVG inside it, in a
+light and a dark rendering.
 
 The page is audit.html.j2, autoescaped: everything in it is other people's text. Users appear by the start of their
 hash, or by a number where the mining config turned hashing off; samples were masked when the audit was made.
 """
 
 import base64
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from kto_dist.base.files import write_whole
 from kto_dist.feedback.agreement import Estimate
+from kto_dist.feedback.findings import Audit
 from kto_dist.feedback.plots import PLOTS, render, user_names
 from kto_dist.record.theme import DARK, LIGHT
-
-if TYPE_CHECKING:
-    from kto_dist.feedback.audit import Audit
 
 _ORDER = {"warn": 0, "unknown": 1, "pass": 2}
 
 
-def page(audit: "Audit") -> str:
+def write_audit(audit: Audit, folder: str | Path) -> None:
+    """`audit.json` and `report.html` in `folder`, each whole or not at all; the JSON last, since `train` reads it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "report.html", page(audit).encode("utf-8", "replace"))
+    text = json.dumps(audit.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(folder / "audit.json", text.encode("utf-8", "replace"))
+
+
+def page(audit: Audit) -> str:
     """The whole page."""
     folder = Path(__file__).parent
     environment = Environment(
@@ -78,12 +87,12 @@ def estimate(value: Estimate | None, form: str = "number") -> str:
     return f"{show(value.value)} ({show(value.low)} to {show(value.high)})"
 
 
-def _title(audit: "Audit") -> str:
+def _title(audit: Audit) -> str:
     folder = (audit.settings.get("output") or {}).get("folder")
     return Path(str(folder)).name if folder else "thumbs"
 
 
-def _verdict(audit: "Audit") -> tuple[str, str]:
+def _verdict(audit: Audit) -> tuple[str, str]:
     """(class, sentence)"""
     failed = sum(check.status == "warn" for check in audit.checks)
     unknown = sum(check.status == "unknown" for check in audit.checks)
@@ -94,7 +103,7 @@ def _verdict(audit: "Audit") -> tuple[str, str]:
     return "passes", f"All {len(audit.checks)} checks pass"
 
 
-def _tiles(audit: "Audit") -> list[tuple[str, str, str]]:
+def _tiles(audit: Audit) -> list[tuple[str, str, str]]:
     """(label, value, note) of the figures that one looks at first."""
     log, balance, agreement, users = audit.log, audit.balance, audit.agreement, audit.users
     rows = balance.dataset.up + balance.dataset.down
@@ -113,7 +122,7 @@ def _tiles(audit: "Audit") -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _drawn(plot: Any, audit: "Audit") -> dict[str, Any] | None:
+def _drawn(plot: Any, audit: Audit) -> dict[str, Any] | None:
     light, dark = (render(plot, audit, theme) for theme in (LIGHT, DARK))
     if light is None or dark is None:
         return None

@@ -51,7 +51,7 @@ class Digest:
     hex: str
     bytes: int
     prefixes: frozenset[tuple[int, str]]
-    # (length, digest) of the asked-for beginnings that are shorter than the file
+    """(length, digest) of the asked-for beginnings that are shorter than the file."""
 
 
 def find_files(config: InputConfig) -> list[LogFile]:
@@ -86,7 +86,7 @@ def _format_of(name: str) -> tuple[Format | None, bool]:
     return _ENDINGS.get(Path(stem).suffix.lower()), gzipped
 
 
-def _recognise(path: str, wanted: str) -> LogFile:
+def _recognise(path: str, wanted: Literal["auto"] | Format) -> LogFile:
     found, gzipped = _format_of(path)
     format = found if wanted == "auto" else wanted
     if format is None:

@@ -15,7 +15,7 @@ import duckdb
 
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import MiningConfig
-from kto_dist.feedback.readers import literal, path_literal
+from kto_dist.feedback.sql import literal, one, path_literal
 
 _PORTION = 64 << 20
 _ORDER = "CASE role WHEN 'system' THEN 0 WHEN 'developer' THEN 1 WHEN 'user' THEN 2 WHEN 'tool' THEN 3 ELSE 4 END"
@@ -24,7 +24,7 @@ _ORDER = "CASE role WHEN 'system' THEN 0 WHEN 'developer' THEN 1 WHEN 'user' THE
 def assemble(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder: Path) -> None:
     """Replaces the view `parts`."""
     connection.execute("ALTER VIEW parts RENAME TO turns")
-    size = connection.execute("SELECT coalesce(sum(strlen(text)) + 200 * count(*), 0) FROM turns").fetchone()[0]
+    size = one(connection, "SELECT coalesce(sum(strlen(text)) + 200 * count(*), 0) FROM turns")[0]
     portions = max(1, min(256, int(size) // _PORTION + 1))
     cut = folder / "turns"
     connection.execute(
@@ -47,7 +47,7 @@ def assemble(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder
             path.unlink()
     listed = ", ".join(path_literal(str(path)) for path in files)
     connection.execute(f"CREATE VIEW parts AS SELECT * FROM read_parquet([{listed}], hive_partitioning = false)")
-    if not connection.execute("SELECT count(*) FROM parts").fetchone()[0]:
+    if not one(connection, "SELECT count(*) FROM parts")[0]:
         raise UserError(
             f"columns.feedback ({config.columns.feedback}): no turn of the assistant has feedback: map the column that "
             "holds the thumbs"

@@ -16,7 +16,7 @@ import duckdb
 
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import MiningConfig
-from kto_dist.feedback.readers import literal
+from kto_dist.feedback.sql import literal, one
 
 STEPS = (
     "no_label",
@@ -59,11 +59,9 @@ def load(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
             "CREATE TABLE people AS SELECT DISTINCT key_of(user_key) AS user, user_key FROM parts "
             "WHERE user_key IS NOT NULL"
         )
-    total, removed = connection.execute("SELECT count(*), count(removed) FROM ballots").fetchone()
+    total, removed = one(connection, "SELECT count(*), count(removed) FROM ballots")
     for label in (True, False, None):
-        before = connection.execute(
-            "SELECT count(*) FROM ballots WHERE label IS NOT DISTINCT FROM ?::BOOLEAN", [label]
-        ).fetchone()[0]
+        before = one(connection, "SELECT count(*) FROM ballots WHERE label IS NOT DISTINCT FROM ?::BOOLEAN", [label])[0]
         gone = before if label is None else 0
         connection.execute("INSERT INTO steps VALUES (1, 'no_label', ?, ?, ?)", [label, before, gone])
     if removed == total:
@@ -78,7 +76,7 @@ def _make_models(connection: duckdb.DuckDBPyConnection, config: MiningConfig) ->
         "CREATE TABLE models AS SELECT (row_number() OVER (ORDER BY name) - 1)::USMALLINT AS number, name FROM "
         f"(SELECT DISTINCT model AS name FROM parts WHERE model IS NOT NULL LIMIT {MAX_MODELS + 1})"
     )
-    if connection.execute("SELECT count(*) FROM models").fetchone()[0] > MAX_MODELS:
+    if one(connection, "SELECT count(*) FROM models")[0] > MAX_MODELS:
         raise UserError(
             f"columns.model ({config.columns.model}) has more than {MAX_MODELS:,} different values: that is no version "
             "of a model; map another column, or none"
@@ -98,7 +96,7 @@ def remove(connection: duckdb.DuckDBPyConnection, step: str, query: str) -> int:
         FROM ballots LEFT JOIN leaving USING (vote) WHERE removed IS NULL GROUP BY label""",
         [number, step],
     )
-    count = connection.execute("SELECT count(*) FROM leaving").fetchone()[0]
+    count = one(connection, "SELECT count(*) FROM leaving")[0]
     if count:
         connection.execute(
             f"UPDATE ballots SET removed = {literal(step)}::step FROM leaving "

@@ -17,13 +17,16 @@ from typing import Any
 
 import duckdb
 
+from kto_dist.feedback.audit import audit
 from kto_dist.feedback.clean import clean
 from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.database import database, find_salt
 from kto_dist.feedback.examples import balance, stratify, tally, view_examples
+from kto_dist.feedback.findings import File
 from kto_dist.feedback.ingest import ingest
 from kto_dist.feedback.labels import make_words
 from kto_dist.feedback.output import publish, write
+from kto_dist.feedback.report import write_audit
 from kto_dist.feedback.turns import assemble
 from kto_dist.feedback.users import cap, weigh
 from kto_dist.feedback.votes import load, view_votes
@@ -65,21 +68,29 @@ def mine(config: MiningConfig) -> dict[str, Any]:
 
     Files of `output.folder` are replaced once all new ones are complete. Raises `UserError`.
     """
-    from kto_dist.feedback.audit import audit as audit_of
-    from kto_dist.feedback.audit import describe_file, write_audit
-
     with _run(config) as (connection, folder):
         staged = folder / "output"
         staged.mkdir()
         rows = write(connection, config, staged)
-        files = [describe_file(staged / f"{split}.parquet", split, count) for split, count in rows.items() if count]
-        audit = audit_of(connection, config, files=files, settings=settings(config))
-        write_audit(audit, staged)
+        files = [File.of(staged / f"{split}.parquet", split, count) for split, count in rows.items() if count]
+        found = audit(connection, config, files=files, settings=_settings(config))
+        write_audit(found, staged)
         publish(staged, folder_of(config.output.folder))
-        return audit.to_dict()
+        return found.to_dict()
 
 
-def settings(config: MiningConfig) -> dict[str, Any]:
+def audit_log(config: MiningConfig) -> dict[str, Any]:
+    """What `mine` would say of the dataset, without writing one: the audit, also in `<output.folder>/audit/`.
+
+    The folder of its own leaves the audit of a dataset that is there already in place. Raises `UserError`.
+    """
+    with pipeline(config) as connection:
+        found = audit(connection, config, settings=_settings(config))
+    write_audit(found, folder_of(config.output.folder) / "audit")
+    return found.to_dict()
+
+
+def _settings(config: MiningConfig) -> dict[str, Any]:
     """The resolved config for the audit, without the salt."""
     tree = config.model_dump(mode="json", by_alias=True)
     del tree["users"]["salt"]
