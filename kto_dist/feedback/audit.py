@@ -21,13 +21,21 @@ import duckdb
 import numpy as np
 
 from kto_dist import __version__
-from kto_dist.feedback import agreement, influence
-from kto_dist.feedback.agreement import Agreement, Estimate
+from kto_dist.feedback.agreement import (
+    Agreement,
+    Estimate,
+    agreement_of,
+    intervals,
+    share_of_good,
+    unanimity,
+    wrong_labels,
+)
 from kto_dist.feedback.checks import checks_of
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.content import conflicts_of, lengths_of, steps_of
 from kto_dist.feedback.drift import Balance, Classes, balance_of, drift_of
 from kto_dist.feedback.findings import VERSION, Audit, File, Log
+from kto_dist.feedback.influence import TABLES, users_of
 from kto_dist.feedback.sql import one
 from kto_dist.feedback.votes import STEPS
 
@@ -36,7 +44,7 @@ from kto_dist.feedback.votes import STEPS
 NO_JUDGEMENT = STEPS[: STEPS.index("language") + 1]
 # These choose among answers by their votes.
 _CHOICES = STEPS[STEPS.index("conflict") :]
-_TABLES = ("voices", "audit_conflicts", *influence.TABLES)
+_TABLES = ("voices", "audit_conflicts", *TABLES)
 
 
 def audit(
@@ -50,7 +58,7 @@ def audit(
     try:
         _define(connection)
         balance = _balance(connection, config)
-        users = influence.users_of(connection, config, balance)
+        users = users_of(connection, config, balance)
         agreed = _agreement(connection, config, has_users=users is not None)
         drift = drift_of(
             _counts(connection, "CAST(time AS DATE)"),
@@ -164,9 +172,9 @@ def _agreement(connection: duckdb.DuckDBPyConnection, config: MiningConfig, *, h
         return np.array(found, dtype=np.int64).reshape(-1, 3)
 
     everyone = units("true")
-    alpha, differ, noise = agreement.agreement_of(everyone)
-    alpha_range, noise_range = agreement.intervals(everyone, config.audit.resamples)
-    without = agreement.agreement_of(units('"user" IS NULL OR "user" NOT IN (SELECT "user" FROM audit_critics)'))
+    alpha, differ, noise = agreement_of(everyone)
+    alpha_range, noise_range = intervals(everyone, config.audit.resamples)
+    without = agreement_of(units('"user" IS NULL OR "user" NOT IN (SELECT "user" FROM audit_critics)'))
     has_critics = one(connection, "SELECT count(*) FROM audit_critics")[0] > 0
     rows = connection.execute(
         "SELECT votes_up, votes_down, if(label, 1, 0), sum(weight) FROM examples GROUP BY ALL ORDER BY ALL"
@@ -174,8 +182,8 @@ def _agreement(connection: duckdb.DuckDBPyConnection, config: MiningConfig, *, h
     users = one(connection, 'SELECT count(DISTINCT "user") FROM voices')[0]
     wrong = None
     if noise is not None and rows:
-        good = agreement.share_of_good(_tallies(connection), noise)
-        wrong = agreement.wrong_labels(np.array(rows, dtype=float), noise, good)
+        good = share_of_good(_tallies(connection), noise)
+        wrong = wrong_labels(np.array(rows, dtype=float), noise, good)
     return Agreement(
         responses=int(everyone[:, 2].sum()),
         votes=int((everyone[:, 0] * everyone[:, 2]).sum()),
@@ -188,7 +196,7 @@ def _agreement(connection: duckdb.DuckDBPyConnection, config: MiningConfig, *, h
         wrong_labels=wrong,
         alpha_without_critics=without[0] if has_critics else None,
         noise_without_critics=without[2] if has_critics else None,
-        by_votes=agreement.unanimity(everyone),
+        by_votes=unanimity(everyone),
     )
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from kto_dist.base.class_weights import class_weights
-from kto_dist.feedback import concentration
-from kto_dist.feedback.concentration import Named, User, Users
+from kto_dist.feedback.concentration import Named, User, Users, gini, heavy_downvoters, lorenz, rate, top_shares
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.drift import Balance
 from kto_dist.feedback.sql import one
@@ -49,14 +48,14 @@ def users_of(connection: duckdb.DuckDBPyConnection, config: MiningConfig, balanc
         users=int(users.sum()),
         votes=total,
         votes_without_user=balance.judgements.up + balance.judgements.down - total,
-        gini_votes=concentration.gini(votes, users),
-        gini_downvotes=concentration.gini(down, users),
+        gini_votes=gini(votes, users),
+        gini_downvotes=gini(down, users),
         effective_before=round(effective, 6),
         effective_after=round(effective_after, 6) if has_after else None,
-        top_votes=concentration.top_shares(votes, users),
-        top_downvotes=concentration.top_shares(down, users),
-        lorenz_votes=concentration.lorenz(votes, users),
-        lorenz_downvotes=concentration.lorenz(down, users),
+        top_votes=top_shares(votes, users),
+        top_downvotes=top_shares(down, users),
+        lorenz_votes=lorenz(votes, users),
+        lorenz_downvotes=lorenz(down, users),
         usual_down_rate=named.rate,
         spread_of_rates=named.spread,
         largest_loss_after=round(largest, 9) if has_after else None,
@@ -74,7 +73,7 @@ def _name(
 ) -> Named:
     """Adds `p` and `named` to `audit_users`, and the named to `audit_critics`."""
     limits = config.audit
-    named = concentration.heavy_downvoters(votes, down, users, min_votes=limits.min_votes, level=limits.false_names)
+    named = heavy_downvoters(votes, down, users, min_votes=limits.min_votes, level=limits.false_names)
     pairs = pa.table({"votes": votes, "down": down, "p": np.nan_to_num(named.p_values, nan=-1.0), "named": named.flags})
     connection.register("audit_pairs", pairs)
     try:
@@ -170,7 +169,7 @@ def _top_users(connection: duckdb.DuckDBPyConnection, total: int, downs: int) ->
             downvotes=down,
             share_of_votes=votes / total,
             share_of_downvotes=down / downs if downs else 0.0,
-            down_rate=concentration.rate(down, votes),
+            down_rate=rate(down, votes),
             p_value=p if p >= 0 else None,
             named=named,
             overruled=overruled,
