@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # so that it runs without an installation, too
 
 from kto_kernels import kto_head, kto_loss, sequence_logps
-from kto_kernels.matmul import DEFAULT_BUDGET
+from kto_kernels.logits import DEFAULT_BUDGET
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"cpu": (4096, 576, 49152, 16), "cuda": (16384, 4096, 128256, 32)}

@@ -17,8 +17,8 @@ from kernel_cases import (
     rounding_of,
 )
 from kto_kernels import LOSSES, SATURATED_SLOPE, kto_head, reference, sequence_lengths
-from kto_kernels.chunks import cut
-from kto_kernels.rows import row_pass
+from kto_kernels.chunks import cut, even_rows
+from kto_kernels.rows import Rows, row_pass
 from torch import Tensor
 
 OUTPUTS = ("loss", "logps", "losses", "entropy")
@@ -245,6 +245,16 @@ def test_hopeless_targets_stay_finite(size, backend):
     assert all(bool(torch.isfinite(value).all()) for value in found.values())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spread", (2, 8, 100, 1e4))
+def test_improbable_targets_are_as_exact_as_any(spread, backend):
+    # log-probs down to some -10, -40, -500 and -50,000: on both sides of where the kernel does a row again
+    leaves, others = case([40, 3], bias=False, spread=spread, backend=backend)
+    options = {"entropy": True, "transform": TRANSFORMS["scale"]}
+    found = run(kto_head, leaves, others, backend=backend, **options)
+    agree(found, exact(leaves, others, **options), tolerance=1e-11)
+
+
 def test_many_bf16_chunks_add_up_as_exactly_as_one():
     """Gradients of one sign, over 3,000 sequences of one row: a bf16 sum stops growing after some 256 of them."""
     leaves, others = case([1] * 3000, 8, 11, bias=False, dtype=torch.bfloat16)
@@ -284,9 +294,8 @@ def test_a_chunk_of_more_elements_than_32_bits_count_is_addressed_in_64():
     vocabulary = 65_537
     logits = torch.randn(32_800, vocabulary, dtype=torch.bfloat16, device="cuda")
     target = torch.randint(vocabulary, (len(logits),), device="cuda")
-    found = row_pass(
-        logits, target, bias=None, transform=TRANSFORMS["none"], gradient=None, entropy=False, backend="triton"
-    )
+    found = Rows.empty(len(logits), logits, scale=False, entropy=False)
+    row_pass(logits, target, found, bias=None, transform=TRANSFORMS["none"], gradient=None, backend="triton")
     last = slice(len(logits) - 5, None)
     wanted = logits[last].float().log_softmax(-1).gather(1, target[last, None])[:, 0]
     torch.testing.assert_close(found.logps[last], wanted)
@@ -403,6 +412,24 @@ def test_chunks_cover_every_row_once_and_cut_only_what_does_not_fit(lengths, row
             assert chunk.last == chunk.first + 1 and lengths[chunk.first] > rows
         else:
             assert chunk.complete and sum(lengths[chunk.first : chunk.last]) == chunk.stop - chunk.start
+
+
+@given(
+    total=st.integers(0, 40_000), most=st.integers(1, 20_000), width=st.integers(1, 9000), processors=st.integers(1, 200)
+)
+def test_a_gpus_chunks_stay_within_the_budget_and_take_no_more_waves_than_full_ones(total, most, width, processors):
+    def waves(rows):  # of tiles of 128 x 256
+        return -(-(-(-rows // 128) * -(-width // 256)) // processors)
+
+    def cost(rows):
+        return -(-total // rows) * waves(rows)
+
+    rows = even_rows(total, most, width, processors)
+    assert 1 <= rows <= most
+    fewest = -(-total // most)
+    # a chunk costs something beside its waves: a tenth of one
+    assert not total or cost(-(-total // -(-total // rows))) <= cost(-(-total // fewest)) + 0.1 * fewest
+    assert even_rows(16384, 6000, 1024, 132) == 4224
 
 
 @given(lengths=st.lists(st.integers(0, 4), max_size=6))

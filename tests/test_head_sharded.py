@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kto_kernels import matmul, reference
+from kto_kernels import logits, reference
 from ranks import run_ranks
 from tiny import save_tiny
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
@@ -18,7 +18,7 @@ def train_with_the_definition(configs):
 
 def train_in_pieces(configs):
     """On every rank: a chunk holds 20 rows, where completions have up to 40."""
-    matmul.DEFAULT_BUDGET["cpu"] = 20 * 258 * 4
+    logits.DEFAULT_BUDGET["cpu"] = 20 * 258 * 4
     return train_all(configs)
 
 

@@ -14,29 +14,37 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kto_kernels import triton_rows, triton_sequences
+from kto_kernels import triton_rows, triton_scale, triton_sequences
 
 def compile(kernel, signature, constants, warps):
     signature = signature | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 
-for logits, gradient, apart, options in (
-    ("fp32", "bf16", True, dict(HAS_BIAS=False, GRADIENT=True, ENTROPY=False)),
-    ("fp32", "fp32", False, dict(HAS_BIAS=True, GRADIENT=True, ENTROPY=True)),
-    ("bf16", "bf16", False, dict(HAS_BIAS=False, GRADIENT=False, ENTROPY=True)),
-    ("fp32", "fp32", False, dict(HAS_BIAS=False, GRADIENT=False, ENTROPY=False)),
+for logits, gradient, options in (
+    ("fp32", "bf16", dict(HAS_BIAS=False, GRADIENT=True, ENTROPY=False)),
+    ("fp32", "fp32", dict(HAS_BIAS=True, GRADIENT=True, ENTROPY=True)),
+    ("bf16", "bf16", dict(HAS_BIAS=False, GRADIENT=True, ENTROPY=False)),
+    ("bf16", "bf16", dict(HAS_BIAS=False, GRADIENT=False, ENTROPY=True)),
+    ("fp32", "fp32", dict(HAS_BIAS=False, GRADIENT=False, ENTROPY=False)),
 ):
     signature = dict(logits="*" + logits, gradient="*" + gradient, target="*i64", bias="*" + gradient, logps="*fp32")
-    signature |= dict(entropies="*fp32", V="i32", logits_stride="i32", gradient_stride="i32")
+    signature |= dict(scales="*fp32", entropies="*fp32", V="i32", logits_stride="i32", gradient_stride="i32")
     capped = dict(SCALE=0.3, SOFTCAP=30.0, TEMPERATURE=0.7) if options["HAS_BIAS"] else {}
-    constants = dict(SCALE=1.0, SOFTCAP=None, TEMPERATURE=1.0, WIDE=tl.float32, BLOCK=4096) | capped | options
-    compile(triton_rows._row_kernel, signature, constants, 8)
+    constants = dict(SCALE=1.0, SOFTCAP=None, TEMPERATURE=1.0, WIDE=tl.float32, BLOCK=4096, STAGES=1)
+    compile(triton_rows._row_kernel, signature, constants | capped | options, 8)
 
-signature = dict(token_logps="*fp32", starts="*i64", slope="*fp32", first="i32")
-signature |= dict.fromkeys(("ref_logps", "sign", "row_weight", "z0", "beta", "logps", "losses"), "*fp64")
-order = ("token_logps", "starts", "ref_logps", "sign", "row_weight", "z0", "beta", "logps", "losses", "slope", "first")
-compile(triton_sequences._sequence_kernel, {name: signature[name] for name in order}, dict(BLOCK=1024), 4)
+signature = dict(token_logps="*fp32", starts="*i64", first="i32", scales="*fp32", row_slope="*fp32")
+terms = ("ref_logps", "sign", "row_weight", "z0", "beta")
+found = ("logps", "losses", "slopes")
+signature |= dict.fromkeys(terms + found, "*fp64")
+order = ("token_logps", "starts", *terms, "scales", *found, "row_slope", "first")
+for has_scales in (False, True):
+    constants = dict(BLOCK=1024, HAS_SCALES=has_scales)
+    compile(triton_sequences._sequence_kernel, {name: signature[name] for name in order}, constants, 4)
+
+signature = dict(source="*fp32", factor="*fp32", into="*bf16", count="i32")
+compile(triton_scale._scale_kernel, signature, dict(BLOCK=8192), 8)
 """
 
 

@@ -7,10 +7,11 @@ Every token of a sequence shares one coefficient, the loss's slope at the sequen
 So a chunk's logits become their own gradient while they are at hand:
 
 1. logits = h W^T, for as many rows as the budget allows, cut between sequences where they fit   (matmul 1)
-2. one pass a row: log-softmax, gather, then G = softmax - onehot in the logits' place, unscaled
-3. dH = G W, unscaled                                                                            (matmul 2)
+2. one pass a row: log-softmax, gather, and G = softmax - onehot, without the slope
+   (on a GPU without the softmax's normaliser, too, which then is a part of each row's slope)
+3. dH = G W                                                                                      (matmul 2)
 4. the sequences of the chunk are complete, so their slopes c are known: dW += G^T (c h), in fp32 (matmul 3);
-   a sequence longer than a chunk sums its own unscaled dW first, which is scaled and added at its end
+   a sequence longer than a chunk sums its own dW first, which is scaled by its slope and added at its end
 5. backward only scales: dH by c and by the gradient that comes in, dW by the latter
 """
 
@@ -22,18 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from kto_kernels.chunks import cut
 from kto_kernels.kto_loss import SATURATED_SLOPE, check_loss
-from kto_kernels.matmul import (
-    LogitBuffers,
-    add_product,
-    logits_of,
-    one_dtype,
-    pick_logits_dtype,
-    rows_per_chunk,
-    weighted_sum,
-)
-from kto_kernels.rows import pick_backend, row_pass
-from kto_kernels.sequences import Terms, sequence_pass
+from kto_kernels.logits import LogitPass, Plan, plan_chunks
+from kto_kernels.matmul import one_dtype, pick_logits_dtype, scaled
+from kto_kernels.rows import pick_backend
+from kto_kernels.sequences import Sequences, Terms, sequence_pass
 from kto_kernels.transform import IDENTITY, LogitTransform
+from kto_kernels.weight_sums import WeightSums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +36,13 @@ class HeadOutput:
     """What a batch of S sequences comes to. Only `loss` carries a gradient."""
 
     loss: Tensor
-    # () fp64, sum over sequences of row weight times loss
+    """() fp64, sum over sequences of row weight times loss"""
     logps: Tensor
-    # (S,) fp64, log-prob of each completion
+    """(S,) fp64, log-prob of each completion"""
     losses: Tensor
-    # (S,) fp64, unweighted: 1 - v
+    """(S,) fp64, unweighted: 1 - v"""
     entropy: Tensor | None
-    # (S,) fp64, sum over the completion's tokens of the entropy of their distribution, where asked for
+    """(S,) fp64, sum over the completion's tokens of the entropy of their distribution, where asked for"""
 
     @property
     def count(self) -> int:
@@ -102,9 +97,8 @@ def kto_head(
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, but there are {len(sizes)} lengths: give one value a sequence"
             )
-    logits_dtype = pick_logits_dtype(logits_dtype, hidden)
-    rows = rows_per_chunk(hidden, weight, logits_dtype, budget)
     backend = pick_backend(backend, hidden.device)
+    plan = plan_chunks(hidden, weight, pick_logits_dtype(logits_dtype, hidden), backend, budget)
     anchor = z0 if loss == "kto" else torch.zeros_like(z0)
     # as a tensor, so that another beta compiles nothing
     slope = torch.full((), beta, dtype=torch.float64, device=hidden.device)
@@ -112,81 +106,50 @@ def kto_head(
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
         value, logps, losses, entropies = _Head.apply(
-            hidden, weight, bias, target, sizes, terms, transform, rows, logits_dtype, backend, entropy, differentiable
+            hidden, weight, bias, target, sizes, terms, transform, plan, entropy, differentiable
         )
     return HeadOutput(loss=value, logps=logps, losses=losses, entropy=entropies if entropy else None)
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, target, sizes, terms, transform, rows, logits_dtype, backend, entropy, differentiable
-    ):
+    def forward(ctx, hidden, weight, bias, target, sizes, terms: Terms, transform, plan: Plan, entropy, differentiable):
         wants_hidden, wants_weight, wants_bias = (differentiable and wants for wants in ctx.needs_input_grad[:3])
-        chunks = list(cut(sizes, rows))
+        chunks = list(cut(sizes, plan.rows))
         largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-        buffers = LogitBuffers(hidden, weight, largest, logits_dtype, with_gradient=differentiable)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        token_logps = hidden.new_empty(len(hidden), dtype=wide)
-        entropies = torch.empty_like(token_logps) if entropy else None
-        slope = torch.empty_like(token_logps)  # of each row: its sequence's
-        sequences = terms.prepare(sizes, hidden.device)
+        logits = LogitPass(
+            hidden, weight, bias, target, transform, plan, largest=largest, gradient=differentiable, entropy=entropy
+        )
+        rows = logits.rows
+        row_slope = torch.empty_like(rows.logps)  # of each row: its sequence's, times the row's own scale
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight: Tensor | None = None  # finished sequences, scaled
-        own_weight: Tensor | None = None  # of a sequence longer than a chunk, unscaled so far
-        grad_bias = hidden.new_zeros(len(weight), dtype=wide) if wants_bias else None
-        own_bias = torch.zeros_like(grad_bias) if wants_bias else None
+        sums = WeightSums(weight=wants_weight, bias=wants_bias, chunks=len(chunks))
+        sequences: Sequences | None = None
         for chunk in chunks:
             span = slice(chunk.start, chunk.stop)
-            if chunk.start < chunk.stop:
-                logits, gradient = buffers.take(chunk.stop - chunk.start)
-                logits_of(hidden[span], weight, logits)
-                found = row_pass(
-                    logits,
-                    target[span],
-                    bias=bias,
-                    transform=transform,
-                    gradient=gradient if differentiable else None,
-                    entropy=entropy,
-                    backend=backend,
-                )
-                token_logps[span] = found.logps
-                if entropy:
-                    entropies[span] = found.entropy
-                if wants_hidden:
-                    torch.mm(gradient, weight, out=grad_hidden[span])
+            gradient = logits.run(chunk.start, chunk.stop)
+            if wants_hidden and chunk.start < chunk.stop:
+                torch.mm(gradient, weight, out=grad_hidden[span])
+            if sequences is None:
+                # only now, so that a GPU has work while the host prepares them
+                sequences = terms.prepare(sizes, hidden.device)
             if chunk.complete:
-                sequence_pass(sequences, chunk.first, chunk.last, token_logps, slope, backend)
-            if chunk.start == chunk.stop:
+                sequence_pass(sequences, chunk.first, chunk.last, rows.logps, rows.scale, row_slope, plan.backend)
+            if gradient is None or chunk.start == chunk.stop:
                 continue
             if chunk.piece:
-                if wants_weight:
-                    own_weight = add_product(own_weight, gradient.T, hidden[span])
-                if wants_bias:
-                    own_bias += weighted_sum(gradient, gradient.new_ones(len(gradient), dtype=wide))
+                sums.add_piece(gradient, hidden[span], None if rows.scale is None else rows.scale[span])
                 if chunk.complete:
-                    own_slope = slope[chunk.stop - 1]
-                    if wants_weight:
-                        if grad_weight is None:
-                            grad_weight = own_weight.mul_(own_slope)
-                        else:
-                            grad_weight.addcmul_(own_weight, own_slope)
-                        own_weight = None
-                    if wants_bias:
-                        grad_bias.addcmul_(own_bias, own_slope)
-                        own_bias.zero_()
+                    sums.finish_pieces(sequences.slopes[chunk.first])
             else:
-                if wants_weight:
-                    scaled = (hidden[span] * slope[span, None]).to(hidden.dtype)
-                    grad_weight = add_product(grad_weight, gradient.T, scaled)
-                if wants_bias:
-                    grad_bias += weighted_sum(gradient, slope[span])
-        if wants_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight, dtype=wide)
-        ctx.save_for_backward(slope if wants_hidden else None)
-        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
+                sums.add(gradient, hidden[span], row_slope[span])
+        if sequences is None:
+            sequences = terms.prepare(sizes, hidden.device)
+        ctx.save_for_backward(row_slope if wants_hidden else None)
+        ctx.gradients = [grad_hidden, *sums.result(weight)]
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        entropies = sequences.sums(entropies) if entropy else None
+        ctx.backend = plan.backend
+        entropies = sequences.sums(rows.entropy) if entropy else None
         outputs = (sequences.logps, sequences.losses) + ((entropies,) if entropy else ())
         ctx.mark_non_differentiable(*outputs)
         return sequences.weighted_loss(), sequences.logps, sequences.losses, entropies
@@ -196,17 +159,12 @@ class _Head(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if ctx.gradients is None:
             raise RuntimeError("kto_head's gradients are scaled in place, once: call it again instead of retain_graph")
-        (slope,) = ctx.saved_tensors
+        (row_slope,) = ctx.saved_tensors
         (grad_hidden, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
         if grad_hidden is not None:
-            grad_hidden.mul_((slope * grad_loss.to(slope.dtype))[:, None])
+            grad_hidden.mul_((row_slope * grad_loss.to(row_slope.dtype))[:, None])
         grad_weight, grad_bias = (
-            None if grad is None else _scaled(grad, grad_loss, dtype)
+            None if grad is None else scaled(grad, grad_loss, dtype, ctx.backend)
             for grad, dtype in zip((grad_weight, grad_bias), ctx.dtypes[1:], strict=True)
         )
-        return grad_hidden, grad_weight, grad_bias, *[None] * 9
-
-
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    # in place: a product that is cast on the way takes a temporary as large as the gradient
-    return grad.mul_(factor.to(grad.dtype)).to(dtype)
+        return grad_hidden, grad_weight, grad_bias, *[None] * 7

@@ -7,8 +7,6 @@ asked for fp32, which costs nothing but the bytes that are written.
 import torch
 from torch import Tensor
 
-DEFAULT_BUDGET = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
-
 
 def one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype where it is on, as a plain matmul would take them; else as they are.
@@ -42,16 +40,6 @@ def pick_logits_dtype(asked: torch.dtype | None, hidden: Tensor) -> torch.dtype:
             f"{hidden.dtype} hidden states on {hidden.device.type}: leave it out, or pass wider tensors"
         )
     return asked
-
-
-def rows_per_chunk(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype, budget: int | None) -> int:
-    """Rows whose logits, and their gradient where that has memory of its own, fit into `budget` bytes; at least 1."""
-    if budget is None:
-        budget = DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cuda"])
-    bytes_per_logit = logits_dtype.itemsize
-    if logits_dtype != hidden.dtype:
-        bytes_per_logit += hidden.element_size()
-    return max(1, budget // (weight.shape[0] * bytes_per_logit))
 
 
 def logits_of(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:  # (n, H), (V, H), (n, V) -> out
@@ -95,15 +83,31 @@ def weighted_sum(rows: Tensor, scale: Tensor) -> Tensor:  # (n, V), (n,) fp32 or
     return total
 
 
-class LogitBuffers:
-    """One chunk's logits and their gradient, used by every chunk in turn."""
+def scaled_rows(rows: Tensor, factor: Tensor) -> Tensor:  # (n, H), (n,) wide -> (n, H) like rows
+    """Rounded once: on CUDA in one pass, since a product that is cast on the way takes no temporary there."""
+    if rows.is_cuda:
+        return torch.mul(rows, factor[:, None], out=torch.empty_like(rows))
+    return (rows * factor[:, None]).to(rows.dtype)
 
-    def __init__(self, hidden: Tensor, weight: Tensor, rows: int, dtype: torch.dtype, *, with_gradient: bool):
-        self._logits = hidden.new_empty(rows, weight.shape[0], dtype=dtype)
-        # the gradient takes the logits' place where the next matmul can read it there
-        apart = with_gradient and dtype != hidden.dtype
-        self._gradient = torch.empty_like(self._logits, dtype=hidden.dtype) if apart else self._logits
 
-    def take(self, rows: int) -> tuple[Tensor, Tensor]:
-        """(rows, V) each; what they hold is overwritten."""
-        return self._logits[:rows], self._gradient[:rows]
+# Bytes of an fp32 sum that are scaled and rounded at a time, so that they stay in a CPU's cache.
+_SCALED_BYTES = 2**20
+
+
+def scaled(total: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """`total`, a sum that nobody needs any more, times one number: in its own place where it has `dtype` already."""
+    factor = factor.to(total.dtype)
+    if total.dtype == dtype:
+        return total.mul_(factor)
+    if backend == "triton":
+        from kto_kernels.triton_scale import scaled as triton_scaled
+
+        return triton_scaled(total, factor, dtype)
+    into = torch.empty_like(total, dtype=dtype)
+    if total.is_cuda:
+        return torch.mul(total, factor, out=into)
+    step = max(1, _SCALED_BYTES // max(1, total[:1].nbytes))
+    for start in range(0, len(total), step):
+        part = slice(start, start + step)
+        into[part] = total[part].mul_(factor)
+    return into

@@ -1,8 +1,8 @@
 """One pass over rows of logits: log-softmax, gather, and in place the gradient of what was gathered.
 
 In:  logits of n rows as the matmul left them, the targets.
-Out: log pi(target) of each row; if asked, in the logits' place G = softmax - onehot(target), carried back through the
-     transform and the bias, **unscaled**: the gradient of -log pi with respect to the matmul's result.
+Out: log pi(target) of each row; if asked, G = softmax - onehot(target), carried back through the transform and the
+     bias: the gradient of -log pi with respect to the matmul's result, each row up to a factor that goes with it.
 
 Two implementations of one contract: in-place torch operations over blocks of rows that stay in cache, and a Triton
 kernel (`triton_rows`). A row's target logit and its normaliser always come from the same logits.
@@ -27,12 +27,33 @@ _SMALLEST_SOFTMAX = 1e-30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """What the pass found out about n rows."""
+    """What the pass finds out about n rows; filled in as they come."""
 
     logps: Tensor
-    # (n,) fp32 (fp64 for fp64 logits), log pi(target | prefix)
+    """(n,) fp32 (fp64 for fp64 logits), log pi(target | prefix)"""
+    scale: Tensor | None
+    """(n,) likewise, what a row of G is still to be multiplied by; None: by nothing"""
     entropy: Tensor | None
-    # (n,) likewise, of the next token's distribution, where asked for
+    """(n,) likewise, of the next token's distribution, where asked for"""
+
+    @classmethod
+    def empty(cls, rows: int, like: Tensor, *, scale: bool, entropy: bool) -> "Rows":
+        def column() -> Tensor:
+            return like.new_empty(rows, dtype=torch.promote_types(like.dtype, torch.float32))
+
+        return cls(logps=column(), scale=column() if scale else None, entropy=column() if entropy else None)
+
+    def part(self, rows: slice) -> "Rows":
+        return Rows(
+            logps=self.logps[rows],
+            scale=None if self.scale is None else self.scale[rows],
+            entropy=None if self.entropy is None else self.entropy[rows],
+        )
+
+
+def writes_apart(backend: str) -> bool:
+    """Whether G needs memory of its own: the Triton kernel may read a row again after writing to it."""
+    return backend == "triton"
 
 
 def pick_backend(backend: str, device: torch.device) -> str:
@@ -54,22 +75,23 @@ def pick_backend(backend: str, device: torch.device) -> str:
 def row_pass(
     logits: Tensor,  # (n, V) fp64, fp32 or bf16; overwritten where `gradient` shares its memory
     target: Tensor,  # (n,) int64
+    into: Rows,
     *,
     bias: Tensor | None,  # (V,)
     transform: LogitTransform,
-    gradient: Tensor | None,  # (n, V) where G goes: the logits themselves, or a narrower tensor; None: no gradient
-    entropy: bool,
+    gradient: Tensor | None,  # (n, V) where G goes, see `writes_apart`; None: no gradient
     backend: str,  # "torch" or "triton"
-) -> Rows:
+) -> None:
+    """Fills `into`: its scale (which the torch pass leaves as None) only where there is a gradient."""
     if backend == "triton":
         from kto_kernels.triton_rows import row_pass as triton_row_pass
 
         # the kernel reads the next row's target, and the next column's bias, from the next place
         target, bias = target.contiguous(), None if bias is None else bias.contiguous()
-        logps, entropies = triton_row_pass(logits, target, bias, transform, gradient, entropy)
+        triton_row_pass(logits, target, bias, transform, gradient, into.logps, into.scale, into.entropy)
     else:
-        logps, entropies = _torch_row_pass(logits, target, bias, transform, gradient, entropy)
-    return Rows(logps=logps, entropy=entropies)
+        assert into.scale is None
+        _torch_row_pass(logits, target, bias, transform, gradient, into.logps, into.entropy)
 
 
 def _torch_row_pass(
@@ -78,15 +100,14 @@ def _torch_row_pass(
     bias: Tensor | None,
     transform: LogitTransform,
     gradient: Tensor | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor | None]:
+    logps: Tensor,
+    entropies: Tensor | None,
+) -> None:
     rows, vocabulary = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
-    logps = logits.new_empty(rows, dtype=wide)
-    entropies = torch.empty_like(logps) if entropy else None
     size = min(rows, max(1, _BLOCK_BYTES // (vocabulary * wide.itemsize)))
     softmax = logits.new_empty(size, vocabulary, dtype=wide)
-    for start in range(0, rows, size):
+    for start in range(0, rows, max(1, size)):
         block = slice(start, start + size)
         place = target[block, None]
         z = logits[block].to(wide)  # no copy of what is wide already
@@ -104,4 +125,3 @@ def _torch_row_pass(
         if gradient is not None:
             p.scatter_add_(1, place, p.new_full(place.shape, -1.0))
             gradient[block] = transform.derivative_(p, z)
-    return logps, entropies

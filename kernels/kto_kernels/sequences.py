@@ -46,6 +46,7 @@ class Terms:
             starts_there=(starts.pin_memory() if device.type == "cuda" else starts).to(device, non_blocking=True),
             logps=torch.zeros(len(sizes), dtype=torch.float64, device=device),
             losses=torch.zeros(len(sizes), dtype=torch.float64, device=device),
+            slopes=torch.zeros(len(sizes), dtype=torch.float64, device=device),
         )
 
 
@@ -62,6 +63,8 @@ class Sequences:
     # (S,) filled in as sequences are completed
     losses: Tensor
     # (S,) likewise, unweighted
+    slopes: Tensor
+    # (S,) likewise: row weight times minus dloss/dlogp, the factor of d(-logp)
 
     def weighted_loss(self) -> Tensor:  # ()
         return (self.terms.row_weight * self.losses).sum()
@@ -75,15 +78,16 @@ def sequence_pass(
     first: int,
     last: int,
     token_logps: Tensor,  # (N,)
-    slope: Tensor,  # (N,) of token_logps's dtype
+    scale: Tensor | None,  # (N,) what a row's G is still to be multiplied by; None: nothing
+    row_slope: Tensor,  # (N,) of token_logps's dtype
     backend: str,
 ) -> None:
-    """Fills `logps` and `losses` of sequences first..last-1, whose rows are all known, and `slope` of those rows:
-    row weight times minus dloss/dlogp, the factor of d(-logp)."""
+    """Fills `logps`, `losses` and `slopes` of sequences first..last-1, whose rows are all known, and `row_slope` of
+    those rows: the sequence's slope times the row's scale."""
     if backend == "triton":
         from kto_kernels.triton_sequences import sequence_pass as triton_sequence_pass
 
-        triton_sequence_pass(sequences, first, last, token_logps, slope)
+        triton_sequence_pass(sequences, first, last, token_logps, scale, row_slope)
         return
     terms, own = sequences.terms, slice(first, last)
     lengths = sequences.starts[first : last + 1].diff()
@@ -91,7 +95,6 @@ def sequence_pass(
     logps = sequence_logps(token_logps[rows], lengths)
     losses = kto_loss(logps, terms.ref_logps[own], terms.sign[own], z0=terms.z0, beta=terms.beta)
     slopes = terms.row_weight[own] * kto_slope(losses, terms.sign[own], beta=terms.beta)
-    sequences.logps[own], sequences.losses[own] = logps, losses
-    slope[rows] = torch.repeat_interleave(slopes, lengths.to(slopes.device), output_size=rows.stop - rows.start).to(
-        slope.dtype
-    )
+    sequences.logps[own], sequences.losses[own], sequences.slopes[own] = logps, losses, slopes
+    of_rows = torch.repeat_interleave(slopes, lengths.to(slopes.device), output_size=rows.stop - rows.start)
+    row_slope[rows] = of_rows if scale is None else of_rows * scale[rows]

@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kto_kernels.matmul import (
-    LogitBuffers,
-    add_product,
-    logits_of,
-    one_dtype,
-    pick_logits_dtype,
-    rows_per_chunk,
-    weighted_sum,
-)
-from kto_kernels.rows import pick_backend, row_pass
+from kto_kernels.chunks import evenly
+from kto_kernels.logits import LogitPass, Plan, plan_chunks
+from kto_kernels.matmul import one_dtype, pick_logits_dtype, scaled_rows
+from kto_kernels.rows import pick_backend
 from kto_kernels.transform import IDENTITY, LogitTransform
+from kto_kernels.weight_sums import WeightSums
 
 
 def token_logps(
@@ -43,44 +38,40 @@ def token_logps(
     `logits_dtype` or a `backend` that cannot be had.
     """
     hidden, weight = one_dtype(hidden, weight)
-    logits_dtype = pick_logits_dtype(logits_dtype, hidden)
     backend = pick_backend(backend, hidden.device)
-    rows = rows_per_chunk(hidden, weight, logits_dtype, budget)
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    plan = plan_chunks(hidden, weight, pick_logits_dtype(logits_dtype, hidden), backend, budget)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLogps.apply(hidden, weight, bias, target, transform, rows, logits_dtype, backend, any(wanted))
+        return _TokenLogps.apply(hidden, weight, bias, target, transform, plan, differentiable)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, transform, rows, logits_dtype, backend, differentiable):
+    def forward(ctx, hidden, weight, bias, target, transform, plan: Plan, differentiable):
         wants_hidden, wants_weight, wants_bias = (differentiable and wants for wants in ctx.needs_input_grad[:3])
-        ctx.chunks = [slice(start, min(start + rows, len(hidden))) for start in range(0, len(hidden), rows)]
+        ctx.chunks = list(evenly(0, len(hidden), plan.rows))
         # one chunk's gradient is kept; more are made again, because they do not fit the budget
-        ctx.keep = len(ctx.chunks) == 1 and (wants_weight or wants_bias)
-        logps = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        keep = len(ctx.chunks) == 1 and (wants_weight or wants_bias)
+        logits = LogitPass(
+            hidden,
+            weight,
+            bias,
+            target,
+            transform,
+            plan,
+            largest=_largest(ctx.chunks),
+            gradient=wants_hidden or keep,
+        )
         unscaled = torch.empty_like(hidden) if wants_hidden else None
-        buffers = LogitBuffers(hidden, weight, min(rows, len(hidden)), logits_dtype, with_gradient=differentiable)
-        kept = None
-        for chunk in ctx.chunks:
-            logits, gradient = buffers.take(chunk.stop - chunk.start)
-            logits_of(hidden[chunk], weight, logits)
-            logps[chunk] = row_pass(
-                logits,
-                target[chunk],
-                bias=bias,
-                transform=transform,
-                gradient=gradient if wants_hidden or ctx.keep else None,
-                entropy=False,
-                backend=backend,
-            ).logps
+        gradient = None
+        for start, stop in ctx.chunks:
+            gradient = logits.run(start, stop)
             if wants_hidden:
-                torch.mm(gradient, weight, out=unscaled[chunk])
-            if ctx.keep:
-                kept = gradient
-        ctx.save_for_backward(hidden, weight, bias, target, unscaled, kept)
-        ctx.settings = (transform, logits_dtype, backend)
-        return logps
+                torch.mm(gradient, weight, out=unscaled[start:stop])
+        kept = gradient if keep else None
+        ctx.save_for_backward(hidden, weight, bias, target, unscaled, kept, logits.rows.scale)
+        ctx.settings = (transform, plan)
+        return logits.rows.logps
 
     @staticmethod
     @once_differentiable
@@ -90,38 +81,29 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx, grad_logps):
-        hidden, weight, bias, target, unscaled, kept = ctx.saved_tensors
+        hidden, weight, bias, target, unscaled, kept, scale = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        transform, logits_dtype, backend = ctx.settings
-        scale = -grad_logps  # G is the gradient of -log pi
-        grad_hidden = (unscaled * scale[:, None]).to(hidden.dtype) if wants_hidden else None
-        grad_weight = grad_bias = None
-        if wants_bias:
-            grad_bias = torch.zeros_like(bias, dtype=grad_logps.dtype)
+        transform, plan = ctx.settings
+        factor = -grad_logps  # G is the gradient of -log pi
+        sums = WeightSums(weight=wants_weight, bias=wants_bias, chunks=len(ctx.chunks))
         if wants_weight or wants_bias:
-            size = max((chunk.stop - chunk.start for chunk in ctx.chunks), default=0)
-            buffers = None if ctx.keep else LogitBuffers(hidden, weight, size, logits_dtype, with_gradient=True)
-            for chunk in ctx.chunks:
-                if ctx.keep:
-                    gradient = kept
-                else:
-                    logits, gradient = buffers.take(chunk.stop - chunk.start)
-                    logits_of(hidden[chunk], weight, logits)
-                    row_pass(
-                        logits,
-                        target[chunk],
-                        bias=bias,
-                        transform=transform,
-                        gradient=gradient,
-                        entropy=False,
-                        backend=backend,
-                    )
-                if wants_weight:
-                    scaled = (hidden[chunk] * scale[chunk, None]).to(hidden.dtype)
-                    grad_weight = add_product(grad_weight, gradient.T, scaled)
-                if wants_bias:
-                    grad_bias += weighted_sum(gradient, scale[chunk])
-        if wants_weight:
-            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+            logits = None
+            if kept is None:
+                largest = _largest(ctx.chunks)
+                logits = LogitPass(hidden, weight, bias, target, transform, plan, largest=largest, gradient=True)
+                scale = logits.rows.scale
+            for start, stop in ctx.chunks:
+                gradient = kept if logits is None else logits.run(start, stop)
+                own = factor[start:stop]
+                sums.add(gradient, hidden[start:stop], own if scale is None else own * scale[start:stop])
+        grad_hidden = None
+        if wants_hidden:
+            grad_hidden = scaled_rows(unscaled, factor if scale is None else factor * scale)
+        grad_weight, grad_bias = sums.result(weight)
+        grad_weight = grad_weight.to(weight.dtype) if wants_weight else None
         grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *[None] * 4
+
+
+def _largest(chunks: list[tuple[int, int]]) -> int:
+    return max((stop - start for start, stop in chunks), default=0)

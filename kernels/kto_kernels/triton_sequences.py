@@ -17,10 +17,13 @@ def _sequence_kernel(
     row_weight,
     z0,  # ()
     beta,  # ()
+    scales,  # (N,)
     logps,
     losses,
-    slope,  # (N,)
+    slopes,
+    row_slope,  # (N,)
     first,
+    HAS_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sequence = first + tl.program_id(0)
@@ -37,11 +40,18 @@ def _sequence_kernel(
     tl.store(logps + sequence, logp)
     tl.store(losses + sequence, loss)
     weighted = tl.load(row_weight + sequence) * d * loss * (1.0 - loss) * tl.load(beta)
+    tl.store(slopes + sequence, weighted)
     for start in range(begin, end, BLOCK):
-        tl.store(slope + start + rows, weighted.to(slope.dtype.element_ty), mask=start + rows < end)
+        inside = start + rows < end
+        of_rows = tl.zeros((BLOCK,), tl.float64) + weighted
+        if HAS_SCALES:
+            of_rows *= tl.load(scales + start + rows, mask=inside, other=0.0)
+        tl.store(row_slope + start + rows, of_rows.to(row_slope.dtype.element_ty), mask=inside)
 
 
-def sequence_pass(sequences: Sequences, first: int, last: int, token_logps: Tensor, slope: Tensor) -> None:
+def sequence_pass(
+    sequences: Sequences, first: int, last: int, token_logps: Tensor, scale: Tensor | None, row_slope: Tensor
+) -> None:
     """The contract of `sequences.sequence_pass`."""
     terms = sequences.terms
     if last > first:
@@ -54,10 +64,13 @@ def sequence_pass(sequences: Sequences, first: int, last: int, token_logps: Tens
                 terms.row_weight,
                 terms.z0,
                 terms.beta,
+                token_logps if scale is None else scale,
                 sequences.logps,
                 sequences.losses,
-                slope,
+                sequences.slopes,
+                row_slope,
                 first,
+                HAS_SCALES=scale is not None,
                 BLOCK=1024,
                 num_warps=4,
             )
