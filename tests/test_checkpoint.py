@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from tiny import save_tiny
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -101,6 +102,32 @@ def test_another_runs_checkpoint_is_refused_with_the_difference_and_the_remedy(
     assert not store.exists()
 
 
+def test_another_policys_checkpoint_is_refused_although_the_reference_is_the_same(tmp_path, tiny_model, tiny_log):
+    policy, reference = save_tiny(tmp_path / "policy", seed=1), save_tiny(tmp_path / "reference", seed=2)
+    settings = {"reference__path": str(reference), "train__max_steps": 2, "checkpoint__every_steps": 1}
+    run_ranks(train_all, 1, [tiny_config(tmp_path, tiny_model, tiny_log, **settings)])
+    with pytest.raises(UserError, match=r"belongs to another run: model was .* and is .*Give another train.output"):
+        run_ranks(train_all, 1, [tiny_config(tmp_path, policy, tiny_log, **settings)])
+    with pytest.raises(UserError, match=r"belongs to another run: reference was .* and is "):
+        run_ranks(
+            train_all, 1, [tiny_config(tmp_path, tiny_model, tiny_log, **settings | {"reference__path": str(policy)})]
+        )
+
+
+def test_an_older_checkpoint_is_read_where_it_can_be_known_whose_it_is_and_else_refused(
+    tmp_path, tiny_model, tiny_log, trained
+):
+    for state in checkpoint.folder(trained.train.output).glob("step-*/state.json"):
+        content = json.loads(state.read_text())
+        del content["identity"]["reference"]
+        state.write_text(json.dumps(content))
+    apart = tiny_config(tmp_path, tiny_model, tiny_log, reference__path=str(save_tiny(tmp_path / "reference", seed=2)))
+    with pytest.raises(UserError, match=r"does not say from which weights its policy started.*Go on with that version"):
+        run_ranks(train_all, 1, [apart])
+    ((summary,),) = run_ranks(train_all, 1, [trained])
+    assert summary["tokens"] == 0  # nothing was left to do
+
+
 def test_a_finished_run_is_not_overwritten(tmp_path, tiny_model, tiny_log):
     config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
     run_ranks(train_all, 1, [config])
@@ -181,8 +208,6 @@ def test_sigterm_to_any_rank_saves_and_the_run_goes_on_from_there(tmp_path, tiny
 def test_the_export_of_every_stage_loads_in_transformers_with_the_trained_weights(
     tmp_path, tiny_log, stage, dtype, tied
 ):
-    from tiny import save_tiny
-
     model = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
     GenerationConfig(max_new_tokens=7, eos_token_id=[1, 2]).save_pretrained(model)
     config = tiny_config(

@@ -47,13 +47,11 @@ def fingerprint(
 
     Raises `UserError` where there are none, or they cannot be read.
     """
-    files = [folder / gguf_file] if gguf_file else weight_files(folder)
-    parts = [f"{label} {digest}" for digests in file_digests(files) for label, digest in digests.items()]
     # a GGUF file says itself how it is packed; its config only tells how to unpack it
     dropped = _IRRELEVANT | ({"quantization_config"} if gguf_file else set())
     kept = {key: value for key, value in model_config.items() if key not in dropped}
     return Fingerprint(
-        weights=hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest(),
+        weights=weights_digest(folder, gguf_file),
         config=hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest(),
         dtype=dtype,
         logits=logits,
@@ -61,11 +59,18 @@ def fingerprint(
     )
 
 
+def weights_digest(folder: Path, gguf_file: str | None) -> str:
+    """sha256 over a model's tensors, however they are spread over files; remembered. Raises `UserError`."""
+    files = [folder / gguf_file] if gguf_file else weight_files(folder)
+    parts = [f"{label} {digest}" for digests in file_digests(files) for label, digest in digests.items()]
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Those that transformers loads, in its order of preference; other weights may lie beside them."""
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"the reference's folder ({folder}) holds an adapter, whose base model lies elsewhere: merge the two "
+            f"the model's folder ({folder}) holds an adapter, whose base model lies elsewhere: merge the two "
             "(merge_and_unload of peft), save the result, and give its folder"
         )
     for whole in ("model.safetensors", "pytorch_model.bin"):
@@ -78,6 +83,6 @@ def weight_files(folder: Path) -> list[Path]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{index} is no index of weight files: fetch or export the model again") from None
     raise UserError(
-        f"the reference's folder ({folder}) holds no weights to score with: it needs model.safetensors, "
+        f"the model's folder ({folder}) holds no weights: it needs model.safetensors, "
         "pytorch_model.bin, or the index of several such files"
     )

@@ -43,14 +43,16 @@ class State:
     mlflow_run: str | None
 
 
-def identity(config: Config, *, data: str, policy: str, zero_stage: int) -> dict[str, Any]:
-    """`data` and `policy`: fingerprints of the tokenised rows and of the starting weights.
+def identity(config: Config, *, data: str, policy: str, reference: str | None, zero_stage: int) -> dict[str, Any]:
+    """`data`, `policy` and `reference`: fingerprints of the tokenised rows, of the starting weights, and of the
+    reference's where it is another model.
 
     The ZeRO stage leaves the trajectory alone, but another stage cannot read the optimizer's states.
     """
     return {
         "data": data,
         "model": policy,
+        "reference": reference,
         "train.seed": config.train.seed,
         "train.global_batch": config.train.global_batch,
         "train.dtype": config.train.dtype,
@@ -113,6 +115,12 @@ def read_state(checkpoint: Path) -> State:
 
 def check_same_run(found: State, now: dict[str, Any], output: str) -> None:
     """Raises `UserError` when the checkpoint is another run's."""
+    if "reference" not in found.identity and now["reference"] is not None:
+        raise UserError(
+            f"the checkpoint in train.output ({output}) does not say from which weights its policy started: an older "
+            "version of kto_dist wrote it, which noted those of reference.path alone. Go on with that version, give "
+            "another train.output, or delete the folder's checkpoints"
+        )
     differing = [
         f"{key} was {found.identity.get(key)!r} and is {value!r}"
         for key, value in now.items()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from kto_dist.base import comm
+from kto_dist.base import agree, comm
 from kto_dist.base.config import to_yaml
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
@@ -14,7 +14,8 @@ from kto_dist.model.engines import zero_stage
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
 from kto_dist.record.run_folder import RunFolder
-from kto_dist.store.fingerprint import Fingerprint
+from kto_dist.reference.setup import local_folder
+from kto_dist.store.fingerprint import Fingerprint, weights_digest
 from kto_dist.training import checkpoint
 from kto_dist.training.config import Config
 from kto_dist.training.prepare import PreparedTraining, counts
@@ -59,11 +60,17 @@ def find_checkpoint(config: Config, console: Console) -> Path | None:
 def start_run(
     prepared: PreparedTraining, reference: Fingerprint, audits: list[Audited], found: Path | None, console: Console
 ) -> Run:
-    """Checks the checkpoint to go on from; writes nothing. Raises `UserError` where it is another run's."""
+    """Collective. Checks the checkpoint to go on from; writes nothing. Raises `UserError` where it is another run's."""
     config = prepared.config
     output = Path(config.train.output)
     stage = zero_stage(config.deepspeed, prepared.dtype)
-    identity = checkpoint.identity(config, data=prepared.train.fingerprint, policy=reference.weights, zero_stage=stage)
+    identity = checkpoint.identity(
+        config,
+        data=prepared.train.fingerprint,
+        policy=_policy_weights(config, reference),
+        reference=reference.weights if config.reference.path else None,
+        zero_stage=stage,
+    )
     state = checkpoint.State(
         step=0,
         world_size=comm.world_size(),
@@ -76,6 +83,15 @@ def start_run(
         checkpoint.check_same_run(state, identity, str(output))
         console.say(f"going on from {found.name} of {prepared.plan.steps} steps")
     return Run(folder=RunFolder(output), state=state, found=found, reference=reference, audits=audits)
+
+
+def _policy_weights(config: Config, reference: Fingerprint) -> str:
+    """Collective. Of the weights that the policy starts from; they are hashed here where the reference has others."""
+    if not config.reference.path:
+        return reference.weights
+    model = config.model
+    digest = agree.once_per_host(lambda: weights_digest(local_folder(model.path, model.gguf_file), model.gguf_file))
+    return agree.same_everywhere(digest, "the weights in model.path", "copy the model to each of them again")
 
 
 def open_run(prepared: PreparedTraining, run: Run, console: Console) -> tracking.Tracker | tracking.NullTracker:
