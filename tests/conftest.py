@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,16 +29,28 @@ def tiny_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("log") / "thumbs.jsonl", thumbs(80, 24))
 
 
+@pytest.fixture(scope="module")
+def fresh_memory_is_nan() -> Iterator[None]:
+    """What `torch.empty` and its like give out holds NaN, so that whoever reads what nobody wrote shows it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills it for these alone
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("soak") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure() -> None:
-    """A quiet end. What torch keeps for ever holds modules that pytest has loaded, their loader holds the session, and the
-    session holds DuckDB's objects by way of the tests' parameters: DuckDB then lists them as hundreds of lines of leaks.
+    """A quiet end. What torch keeps for ever holds modules that pytest has loaded, their loader holds the session, and
+    the session holds DuckDB's objects by way of the tests' parameters: DuckDB then lists hundreds of lines of leaks.
     """
     for finder in [finder for finder in sys.meta_path if isinstance(finder, AssertionRewritingHook)]:
         sys.meta_path.remove(finder)

@@ -19,7 +19,7 @@ BACKENDS = ("torch", "triton") if importlib.util.find_spec("triton") else ("torc
 
 
 def device_of(backend):
-    """Where a case of this backend runs: the Triton kernels on the GPU where there is one."""
+    """Where a case of this backend runs: the Triton kernels on the GPU where there is one, torch's on the CPU."""
     return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
 
 

@@ -6,12 +6,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, BLOCKS, INPUTS, TRANSFORMS, budget_of, error, measured, products, rounding_of
+from kernel_cases import (
+    BACKENDS,
+    BLOCKS,
+    INPUTS,
+    TRANSFORMS,
+    budget_of,
+    device_of,
+    error,
+    measured,
+    products,
+    rounding_of,
+)
 from kto_kernels import LogitTransform, kto_loss, reference, sequence_logps, token_logps
+
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 
 def case(rows, width, vocabulary, *, bias=True, dtype=torch.float64, seed=0, spread=1.0):
-    """hidden, weight, bias (or None), target and a gradient for each row's log-prob."""
+    """hidden, weight, bias (or None), target and a gradient for each row's log-prob, on the CPU."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -26,12 +39,16 @@ def case(rows, width, vocabulary, *, bias=True, dtype=torch.float64, seed=0, spr
 
 
 def value_and_gradients(function, inputs, target, grad, **options):
-    """By name: the log-probs, and the gradient of their sum weighted by `grad` in each input that there is."""
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
-    logps = function(leaves[0], leaves[1], target, bias=leaves[2], **options)
-    (logps.double() * grad).sum().backward()
-    found = {name: leaf.grad for name, leaf in zip(INPUTS, leaves, strict=True) if leaf is not None}
-    return {"logps": logps.detach(), **found}
+    """By name: the log-probs, and the gradient of their sum weighted by `grad` in each input that there is.
+
+    Computed where the backend among `options` runs, and returned on the CPU.
+    """
+    device = device_of(options.get("backend", "torch"))
+    leaves = [None if t is None else t.detach().clone().to(device).requires_grad_() for t in inputs]
+    logps = function(leaves[0], leaves[1], target.to(device), bias=leaves[2], **options)
+    (logps.double() * grad.to(device)).sum().backward()
+    found = {name: leaf.grad.cpu() for name, leaf in zip(INPUTS, leaves, strict=True) if leaf is not None}
+    return {"logps": logps.detach().cpu(), **found}
 
 
 def exact(inputs, target, grad, **options):

@@ -13,6 +13,7 @@ from kto_kernels import kto_loss, sequence_logps, token_logps
 from kto_kernels import reference as definition
 from tiny import tiny_llama, tiny_tokenizer
 
+from kto_dist.base import comm
 from kto_dist.data.batch import Cutting, Plan, microbatches, step_kl_pairs, step_rows
 from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import ScoringModel
@@ -62,14 +63,14 @@ def perturbed(model, size, seed=5):
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(size * torch.randn_like(parameter))
+            parameter.add_(size * torch.randn(parameter.shape, dtype=parameter.dtype).to(parameter.device))
     return other
 
 
 @pytest.fixture(scope="module")
 def models():
-    """Policy and reference in fp64, such that z0 is above 0 in one step and clamped in the other."""
-    reference = tiny_llama().double().eval()
+    """Policy and reference in fp64, where training would run; z0 is above 0 in one step and clamped in the other."""
+    reference = tiny_llama().double().eval().to(comm.device())
     return perturbed(reference, 0.02), reference
 
 
@@ -89,8 +90,8 @@ def cut_pair(prompt, completion):
 def logp(model, prompt, completion):
     """Sum over the completion's tokens of log pi(token | all before it)."""
     prompt, completion = cut_pair(prompt, completion)
-    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].double()
-    total = torch.zeros((), dtype=torch.float64)
+    logits = model(input_ids=torch.tensor([prompt + completion], device=model.device)).logits[0].double()
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for place, token in enumerate(completion, start=len(prompt)):
         row = logits[place - 1]
         total = total + row[token] - torch.log(torch.exp(row).sum())
@@ -123,7 +124,7 @@ def by_hand(models, examples, rows, kl_pairs, class_weights, beta, loss):
         value = sigmoid(beta * label * (float(log_pi.detach()) - log_ref - z0))
         total += weight * (1 - value) / len(rows)
         # d(1 - value) / d(log pi) = -beta * label * value * (1 - value)
-        log_pi.backward(torch.tensor(-weight * beta * label * value * (1 - value) / len(rows), dtype=torch.float64))
+        (log_pi * (-weight * beta * label * value * (1 - value) / len(rows))).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
     policy.zero_grad()
     return total, kl_raw, gradients

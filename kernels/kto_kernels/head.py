@@ -16,6 +16,7 @@ So a chunk's logits become their own gradient while they are at hand:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,19 @@ def kto_head(
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, sizes, terms: Terms, transform, plan: Plan, entropy, differentiable):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        sizes: list[int],
+        terms: Terms,
+        transform: LogitTransform,
+        plan: Plan,
+        entropy: bool,
+        differentiable: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         wants_hidden, wants_weight, wants_bias = (differentiable and wants for wants in ctx.needs_input_grad[:3])
         chunks = list(cut(sizes, plan.rows))
         largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
@@ -127,36 +140,37 @@ class _Head(torch.autograd.Function):
         sequences: Sequences | None = None
         for chunk in chunks:
             span = slice(chunk.start, chunk.stop)
-            gradient = logits.run(chunk.start, chunk.stop)
-            if wants_hidden and chunk.start < chunk.stop:
-                torch.mm(gradient, weight, out=grad_hidden[span])
+            count = chunk.stop - chunk.start
+            logits.run(chunk.start, chunk.stop)
+            if grad_hidden is not None and count:
+                torch.mm(logits.gradient(count), weight, out=grad_hidden[span])
             if sequences is None:
                 # only now, so that a GPU has work while the host prepares them
                 sequences = terms.prepare(sizes, hidden.device)
             if chunk.complete:
                 sequence_pass(sequences, chunk.first, chunk.last, rows.logps, rows.scale, row_slope, plan.backend)
-            if gradient is None or chunk.start == chunk.stop:
+            if not differentiable or not count:
                 continue
             if chunk.piece:
-                sums.add_piece(gradient, hidden[span], None if rows.scale is None else rows.scale[span])
+                sums.add_piece(logits.gradient(count), hidden[span], None if rows.scale is None else rows.scale[span])
                 if chunk.complete:
                     sums.finish_pieces(sequences.slopes[chunk.first])
             else:
-                sums.add(gradient, hidden[span], row_slope[span])
+                sums.add(logits.gradient(count), hidden[span], row_slope[span])
         if sequences is None:
             sequences = terms.prepare(sizes, hidden.device)
         ctx.save_for_backward(row_slope if wants_hidden else None)
         ctx.gradients = [grad_hidden, *sums.result(weight)]
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.backend = plan.backend
-        entropies = sequences.sums(rows.entropy) if entropy else None
-        outputs = (sequences.logps, sequences.losses) + ((entropies,) if entropy else ())
+        entropies = None if rows.entropy is None else sequences.sums(rows.entropy)
+        outputs = (sequences.logps, sequences.losses) + (() if entropies is None else (entropies,))
         ctx.mark_non_differentiable(*outputs)
         return sequences.weighted_loss(), sequences.logps, sequences.losses, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("kto_head's gradients are scaled in place, once: call it again instead of retain_graph")
         (row_slope,) = ctx.saved_tensors

@@ -89,8 +89,8 @@ class LogitPass:
             self._gradient = _matrix(hidden, largest, len(weight), hidden.dtype) if plan.apart else self._logits
         self.rows = Rows.empty(len(hidden), hidden, scale=gradient and writes_apart(plan.backend), entropy=entropy)
 
-    def run(self, start: int, stop: int) -> Tensor | None:  # (stop - start, V)
-        """Fills `rows` from start to stop. Returns their G, which the next call overwrites, where it was asked for."""
+    def run(self, start: int, stop: int) -> None:
+        """Fills `rows` from start to stop, and G, which the next call overwrites."""
         for begin, end in evenly(start, stop, max(1, self._rows)):
             logits = logits_of(self._hidden[begin:end], self._weight, self._logits[: end - begin])
             row_pass(
@@ -102,4 +102,8 @@ class LogitPass:
                 gradient=None if self._gradient is None else self._gradient[begin - start : end - start],
                 backend=self._backend,
             )
-        return None if self._gradient is None else self._gradient[: stop - start]
+
+    def gradient(self, rows: int) -> Tensor:  # (rows, V)
+        """G of the chunk that was run last."""
+        assert self._gradient is not None
+        return self._gradient[:rows]

@@ -17,15 +17,15 @@ class Terms:
     """What is known of S sequences before the forward."""
 
     ref_logps: Tensor
-    # (S,)
+    """(S,)"""
     sign: Tensor
-    # (S,) +1 or -1
+    """(S,) +1 or -1"""
     row_weight: Tensor
-    # (S,)
+    """(S,)"""
     z0: Tensor
-    # () 0 for losses without it
+    """() 0 for losses without it"""
     beta: Tensor
-    # ()
+    """()"""
 
     def prepare(self, sizes: Sequence[int], device: torch.device) -> "Sequences":
         def wide(tensor: Tensor) -> Tensor:
@@ -56,15 +56,15 @@ class Sequences:
 
     terms: Terms
     starts: Tensor
-    # (S + 1,) int64 on the CPU, the row where each sequence begins
+    """(S + 1,) int64 on the CPU, the row where each sequence begins"""
     starts_there: Tensor
-    # the same on the device
+    """the same on the device"""
     logps: Tensor
-    # (S,) filled in as sequences are completed
+    """(S,) filled in as sequences are completed"""
     losses: Tensor
-    # (S,) likewise, unweighted
+    """(S,) likewise, unweighted"""
     slopes: Tensor
-    # (S,) likewise: row weight times minus dloss/dlogp, the factor of d(-logp)
+    """(S,) likewise: row weight times minus dloss/dlogp, the factor of d(-logp)"""
 
     def weighted_loss(self) -> Tensor:  # ()
         return (self.terms.row_weight * self.losses).sum()
@@ -84,12 +84,21 @@ def sequence_pass(
 ) -> None:
     """Fills `logps`, `losses` and `slopes` of sequences first..last-1, whose rows are all known, and `row_slope` of
     those rows: the sequence's slope times the row's scale."""
+    terms, own = sequences.terms, slice(first, last)
     if backend == "triton":
         from kto_kernels.triton_sequences import sequence_pass as triton_sequence_pass
 
-        triton_sequence_pass(sequences, first, last, token_logps, scale, row_slope)
+        triton_sequence_pass(
+            token_logps,
+            sequences.starts_there,
+            (terms.ref_logps, terms.sign, terms.row_weight, terms.z0, terms.beta),
+            scale,
+            (sequences.logps, sequences.losses, sequences.slopes),
+            row_slope,
+            first,
+            last,
+        )
         return
-    terms, own = sequences.terms, slice(first, last)
     lengths = sequences.starts[first : last + 1].diff()
     rows = slice(int(sequences.starts[first]), int(sequences.starts[last]))
     logps = sequence_logps(token_logps[rows], lengths)

@@ -8,6 +8,8 @@ where the head is frozen); the weight's needs the incoming gradient first, so ba
 unless one chunk holds all rows and is kept (three). `kto_head` knows what comes in ahead, and always takes three.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -47,62 +49,67 @@ def token_logps(
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, transform, plan: Plan, differentiable):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        transform: LogitTransform,
+        plan: Plan,
+        differentiable: bool,
+    ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = (differentiable and wants for wants in ctx.needs_input_grad[:3])
         ctx.chunks = list(evenly(0, len(hidden), plan.rows))
         # one chunk's gradient is kept; more are made again, because they do not fit the budget
         keep = len(ctx.chunks) == 1 and (wants_weight or wants_bias)
-        logits = LogitPass(
-            hidden,
-            weight,
-            bias,
-            target,
-            transform,
-            plan,
-            largest=_largest(ctx.chunks),
-            gradient=wants_hidden or keep,
-        )
+        largest, gradient = _largest(ctx.chunks), wants_hidden or keep
+        logits = LogitPass(hidden, weight, bias, target, transform, plan, largest=largest, gradient=gradient)
         unscaled = torch.empty_like(hidden) if wants_hidden else None
-        gradient = None
         for start, stop in ctx.chunks:
-            gradient = logits.run(start, stop)
-            if wants_hidden:
-                torch.mm(gradient, weight, out=unscaled[start:stop])
-        kept = gradient if keep else None
+            logits.run(start, stop)
+            if unscaled is not None:
+                torch.mm(logits.gradient(stop - start), weight, out=unscaled[start:stop])
+        kept = logits.gradient(len(hidden)) if keep else None
         ctx.save_for_backward(hidden, weight, bias, target, unscaled, kept, logits.rows.scale)
         ctx.settings = (transform, plan)
         return logits.rows.logps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logps):
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad_logps.device.type, enabled=False):
-            return _TokenLogps._gradients(ctx, grad_logps)
+            return *_gradients(ctx, grad_logps), *[None] * 4
 
-    @staticmethod
-    def _gradients(ctx, grad_logps):
-        hidden, weight, bias, target, unscaled, kept, scale = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        transform, plan = ctx.settings
-        factor = -grad_logps  # G is the gradient of -log pi
-        sums = WeightSums(weight=wants_weight, bias=wants_bias, chunks=len(ctx.chunks))
-        if wants_weight or wants_bias:
-            logits = None
-            if kept is None:
-                largest = _largest(ctx.chunks)
-                logits = LogitPass(hidden, weight, bias, target, transform, plan, largest=largest, gradient=True)
-                scale = logits.rows.scale
-            for start, stop in ctx.chunks:
-                gradient = kept if logits is None else logits.run(start, stop)
-                own = factor[start:stop]
-                sums.add(gradient, hidden[start:stop], own if scale is None else own * scale[start:stop])
-        grad_hidden = None
-        if wants_hidden:
-            grad_hidden = scaled_rows(unscaled, factor if scale is None else factor * scale)
-        grad_weight, grad_bias = sums.result(weight)
-        grad_weight = grad_weight.to(weight.dtype) if wants_weight else None
-        grad_bias = grad_bias.to(bias.dtype) if wants_bias else None
-        return grad_hidden, grad_weight, grad_bias, *[None] * 4
+
+def _gradients(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of hidden, weight and bias."""
+    hidden, weight, bias, target, unscaled, kept, scale = ctx.saved_tensors
+    _, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    transform, plan = ctx.settings
+    factor = -grad_logps  # G is the gradient of -log pi
+    sums = WeightSums(weight=wants_weight, bias=wants_bias, chunks=len(ctx.chunks))
+    if wants_weight or wants_bias:
+        logits = None
+        if kept is None:
+            largest = _largest(ctx.chunks)
+            logits = LogitPass(hidden, weight, bias, target, transform, plan, largest=largest, gradient=True)
+            scale = logits.rows.scale
+        for start, stop in ctx.chunks:
+            if logits is not None:
+                logits.run(start, stop)
+            gradient = kept if logits is None else logits.gradient(stop - start)
+            own = factor[start:stop]
+            sums.add(gradient, hidden[start:stop], own if scale is None else own * scale[start:stop])
+    grad_hidden = None
+    if unscaled is not None:
+        grad_hidden = scaled_rows(unscaled, factor if scale is None else factor * scale)
+    grad_weight, grad_bias = sums.result(weight)
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None else grad_bias.to(bias.dtype),
+    )
 
 
 def _largest(chunks: list[tuple[int, int]]) -> int:

@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kto_kernels.sequences import Sequences
-
 
 @triton.jit(do_not_specialize=["first"])
 def _sequence_kernel(
@@ -50,24 +48,24 @@ def _sequence_kernel(
 
 
 def sequence_pass(
-    sequences: Sequences, first: int, last: int, token_logps: Tensor, scale: Tensor | None, row_slope: Tensor
+    token_logps: Tensor,
+    starts: Tensor,
+    terms: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],  # ref_logps, sign, row_weight, z0, beta
+    scale: Tensor | None,
+    found: tuple[Tensor, Tensor, Tensor],  # logps, losses, slopes
+    row_slope: Tensor,
+    first: int,
+    last: int,
 ) -> None:
-    """The contract of `sequences.sequence_pass`."""
-    terms = sequences.terms
+    """The contract of `sequences.sequence_pass`, its records spread out."""
     if last > first:
         with torch.cuda.device_of(token_logps):
             _sequence_kernel[(last - first,)](
                 token_logps,
-                sequences.starts_there,
-                terms.ref_logps,
-                terms.sign,
-                terms.row_weight,
-                terms.z0,
-                terms.beta,
+                starts,
+                *terms,
                 token_logps if scale is None else scale,
-                sequences.logps,
-                sequences.losses,
-                sequences.slopes,
+                *found,
                 row_slope,
                 first,
                 HAS_SCALES=scale is not None,
