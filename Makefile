@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles its CPU optimizer on first use: keep what it builds with the environment it is built for.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo test soak bench lint setup clean
+.PHONY: demo test soak bench lint docs setup clean
 demo: setup
 	$(BIN)/python launch/demo/run.py
 
@@ -29,6 +29,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+
+docs: setup
+	$(BIN)/kto-dist config --markdown > docs/settings.md
 
 setup: $(STAMP)
 

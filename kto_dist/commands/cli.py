@@ -4,6 +4,7 @@ Exit status: 0 on success, 2 on a user's mistake (a message, no traceback), 1 on
 where a signal stopped the run.
 """
 
+import importlib.resources
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,13 @@ from rich.table import Table
 
 from kto_dist.base.config import flatten, resolve
 from kto_dist.base.errors import UserError
+from kto_dist.commands.settings import settings_page
 from kto_dist.commands.store import store
 from kto_dist.model.config import check_model_path
 from kto_dist.training.config import Config
+
+EXAMPLES = ("demo", "one-gpu", "cluster", "mine")
+STATUS = "Exit status: 0 on success, 2 on a mistake that you can fix, 143 after a SIGTERM, 1 on a failure."
 
 
 class _Commands(click.Group):
@@ -42,21 +47,43 @@ _ranks = click.option(
 )
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=STATUS)
 @click.version_option(package_name="kto_dist")
 def main() -> None:
     """Align a language model from thumbs-up/thumbs-down feedback (KTO), on one machine or a cluster.
 
-    CONFIG is a YAML file; SECTION.KEY=VALUE overrides come last and win, as in `train.lr=1e-6`. `kto-dist config
-    CONFIG` shows every setting. On several hosts use the deepspeed launcher itself: `deepspeed --hostfile H
-    launch/train.py CONFIG`.
+    CONFIG is a YAML file; `kto-dist init` prints one to start from. SECTION.KEY=VALUE overrides come last and win, as
+    in `train.lr=1e-6`. `kto-dist config CONFIG` shows every setting. On several hosts use the deepspeed launcher
+    itself: `deepspeed --hostfile H --module kto_dist.commands.train CONFIG`.
     """
 
 
-@main.command("config")
-@_command
-def show_config(config: Path, overrides: tuple[str, ...]) -> None:
-    """Print every setting: its value, where the value comes from, and what it means."""
+@main.command(short_help="Print a config to start from.")
+@click.argument("example", type=click.Choice(EXAMPLES), default=EXAMPLES[0])
+def init(example: str) -> None:
+    """Print a config to start from: `kto-dist init one-gpu > config.yaml`.
+
+    demo (the default): a small model, some minutes on a laptop. one-gpu: one to three billion parameters on one large
+    GPU. cluster: eight billion on nodes of eight GPUs. mine: a log of feedback, for `audit` and `mine`.
+    """
+    file = importlib.resources.files("kto_dist.commands") / "examples" / f"{example}.yaml"
+    click.echo(file.read_text(encoding="utf-8"), nl=False)
+
+
+@main.command("config", short_help="Print every setting, its origin and meaning.")
+@click.option("--markdown", is_flag=True, help="Print the documentation of all settings as Markdown; takes no CONFIG.")
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def show_config(config: Path | None, overrides: tuple[str, ...], markdown: bool) -> None:
+    """Print every setting of CONFIG: its value, where the value comes from, and what it means.
+
+    CONFIG is a training run's YAML file. SECTION.KEY=VALUE overrides come last and win, as in `train.lr=1e-6`.
+    """
+    if markdown:
+        click.echo(settings_page(), nl=False)
+        return
+    if config is None:
+        raise click.UsageError("Missing argument 'CONFIG': give a YAML file, such as `kto-dist init` prints.")
     resolved, origin = resolve(config, overrides, kind=Config)
     table = Table("setting", "value", "from", "meaning", box=None, pad_edge=False)
     for section, key, value in flatten(resolved):
@@ -67,31 +94,36 @@ def show_config(config: Path, overrides: tuple[str, ...]) -> None:
     Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
 
 
-@main.command()
+@main.command(short_help="Train on this machine's devices.")
 @_ranks
 @_command
 def train(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
     """Train on this machine's devices, under the deepspeed launcher.
 
-    After a stop, the same command goes on from the newest checkpoint.
+    CONFIG is a YAML file; `kto-dist init` prints one. SECTION.KEY=VALUE overrides come last and win, as in
+    `train.lr=1e-6`. After a stop, the same command goes on from the newest checkpoint.
     """
     _launch("train", config, overrides, ranks)
 
 
-@main.command()
+@main.command(short_help="Score with the reference alone, into its store.")
 @_ranks
 @_command
 def precompute(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
-    """Score with the reference whatever its store lacks for CONFIG, and train nothing."""
+    """Score with the reference whatever its store lacks for CONFIG, and train nothing.
+
+    CONFIG and the overrides are those of `train`. A pass that was stopped goes on where it was.
+    """
     _launch("precompute", config, overrides, ranks)
 
 
-@main.command()
+@main.command(short_help="Make a training set from a raw log of feedback.")
 @_command
 def mine(config: Path, overrides: tuple[str, ...]) -> None:
     """Make a training set from a raw log of feedback: clean, weighted, split; with a report to look at first.
 
-    CONFIG is a mining config of its own: input.files, and the log's columns, are what it needs.
+    CONFIG is a mining config of its own, such as `kto-dist init mine` prints: input.files, and the log's columns, are
+    what it needs. SECTION.KEY=VALUE overrides come last and win, as in `output.folder=runs/april`.
     """
     from kto_dist import feedback
     from kto_dist.feedback.config import folder_of
@@ -114,12 +146,13 @@ def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | Non
     raise SystemExit(launcher.run(job, [str(config), *overrides], ranks))
 
 
-@main.command()
+@main.command(short_help="Look at a raw log of feedback, and make nothing.")
 @_command
 def audit(config: Path, overrides: tuple[str, ...]) -> None:
     """Look at a log of thumbs before anything is made of it: how far it can be trusted, and whose taste it is.
 
-    CONFIG is that of `mine`. Writes report.html and audit.json into `<output.folder>/audit`, and no dataset.
+    CONFIG and the overrides are those of `mine`. Writes report.html and audit.json into
+    `<output.folder>/audit`, and no dataset.
     """
     from kto_dist import feedback
     from kto_dist.feedback.config import folder_of

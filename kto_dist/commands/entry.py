@@ -73,11 +73,11 @@ def run_and_leave(arguments: list[str] | None = None) -> NoReturn:
 
 
 def usage(job: str) -> str:
-    return f"usage: deepspeed launch/{job}.py CONFIG [section.key=value ...]\n"
+    return f"usage: deepspeed [--hostfile H] --module kto_dist.commands.{job} CONFIG [section.key=value ...]"
 
 
 def script(job: str) -> None:
-    """The body of `launch/<job>.py`."""
+    """The body of `kto_dist.commands.<job>` and of `launch/<job>.py`."""
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(job), file=sys.stderr)

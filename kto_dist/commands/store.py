@@ -27,7 +27,7 @@ def store() -> None:
     """
 
 
-@store.command("ls")
+@store.command("ls", short_help="List the models: pairs, size, last use.")
 @_root
 @_fingerprint("only that model")
 def list_models(store: str, fingerprint: str) -> None:
@@ -54,7 +54,7 @@ def list_models(store: str, fingerprint: str) -> None:
     click.echo(f"{sum(row.pairs for row in rows):,} pairs, {_size(sum(row.size for row in rows))}")
 
 
-@store.command("verify")
+@store.command("verify", short_help="Hash every byte; exit 1 if one is not as it was written.")
 @_root
 @_fingerprint("only that model")
 def verify_shards(store: str, fingerprint: str) -> None:
@@ -79,7 +79,7 @@ def verify_shards(store: str, fingerprint: str) -> None:
     sys.exit(0 if whole else 1)
 
 
-@store.command()
+@store.command(short_help="Clear out what is damaged, abandoned or scattered.")
 @_root
 @_fingerprint("remove that model, whole")
 @click.option(
@@ -113,12 +113,12 @@ def gc(store: str, fingerprint: str, unused_days: float | None, yes: bool) -> No
         click.echo(f"done: {len(removals) - len(skipped)} of {len(removals)}")
 
 
-@store.command("export")
+@store.command("export", short_help="Write a model's pairs to a Parquet or CSV file.")
 @_root
 @click.argument("target", type=click.Path(path_type=Path))
 @_fingerprint("that model, where STORE has several")
 def export_pairs(store: str, target: Path, fingerprint: str) -> None:
-    """Write a model's pairs to TARGET (.parquet or .csv): key, log-prob, tokens of the completion."""
+    """Write a model's pairs of STORE to TARGET (.parquet or .csv): key, log-prob, tokens of the completion."""
     from kto_dist.store.tools import export
 
     count = export(store, target, fingerprint)

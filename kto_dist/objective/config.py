@@ -8,7 +8,7 @@ from kto_dist.base.config import NonNegativeFloat, Positive, PositiveFloat, Sect
 
 
 class KtoConfig(Section):
-    """The objective (DESIGN section 3; Eq. 7 and 8 of arXiv 2402.01306)."""
+    """The objective (Eq. 7 and 8 of arXiv 2402.01306)."""
 
     loss: Literal["kto", "apo_zero_unpaired"] = Field("kto", description="apo_zero_unpaired has no z0, so no KL pairs")
     beta: PositiveFloat = Field(0.1, description="how strongly a log-ratio counts; the paper uses 0.05 to 0.5")

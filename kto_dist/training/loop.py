@@ -6,7 +6,7 @@
 4. loop        per step: KL forwards -> z0, then main forwards and backwards -> one update, one line of metrics
 5. end         held-out figures, export in Hugging Face layout, summary and report
 
-Run it under the `deepspeed` launcher (`launch/train.py`), from `kto-dist train`, or call `train(config)`.
+Run it under the `deepspeed` launcher (`--module kto_dist.commands.train`), by `kto-dist train`, or call `train`.
 """
 
 import math
