@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from kto_dist.base import comm
+from kto_dist.base import comm, restart
 from kto_dist.base.errors import UserError
 from kto_dist.base.exits import DONE, DONE_MARK, FAILED, MISTAKE, Stopped, leave
 from kto_dist.training.config import Config
@@ -22,11 +22,16 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # DeepSpeed's launcher adds --local_rank=N; the environment says the same
     job, config, *overrides = [word for word in arguments if not word.startswith("--local_rank")]
+    restarts = None
     try:
         comm.init()
+        restarts, again = restart.arm(), restart.order()
+        if again is not None:
+            overrides = [*overrides, f"train.tokens_per_microbatch={again.tokens}"]
         settings = Config.load(config, overrides)
         _quiet()
         if job == "train":
+            from kto_dist.model.memory import NeedsRestart
             from kto_dist.training.loop import train
 
             try:
@@ -36,12 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"stopped: {stop}", file=sys.stderr, flush=True)
                 comm.barrier()  # the launcher ends every rank as soon as one has left
                 return stop.exit_code
+            except NeedsRestart as failure:
+                if restarts is None:
+                    raise
+                restarts.now(restart.Order(reason=str(failure), step=failure.step, tokens=failure.tokens))
         else:
             from kto_dist.training.precompute import precompute
 
             precompute(settings)
         if comm.is_main() and DONE_MARK in os.environ:
             Path(os.environ[DONE_MARK]).touch()
+    except RuntimeError:
+        if restarts is not None:
+            restarts.hold()
+        raise
     except UserError as mistake:
         if comm.local_rank() == 0:  # another host may lack a file that rank 0's has
             print(f"error: {mistake}", file=sys.stderr, flush=True)

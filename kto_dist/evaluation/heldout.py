@@ -11,6 +11,7 @@ from kto_dist.base import comm
 from kto_dist.data.batch import Cutting, heldout_pairs, microbatches, pair_lengths
 from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import Forward
+from kto_dist.model.memory import attempt
 from kto_dist.objective import metrics
 from kto_dist.objective.objective import Objective, kl_sums, labels_of, loss_and_rows
 from kto_dist.reference.scoring import RefLogps
@@ -26,8 +27,13 @@ def evaluate_rows(
     objective: Objective,
     cutting: Cutting,
     class_weights: tuple[float, float],
+    again: bool = True,
 ) -> dict[str, float]:
-    """Collective. `loss`, `kl`, `rewards/*`, `accuracy/*` and the like over all rows, and `auc`."""
+    """Collective. `loss`, `kl`, `rewards/*`, `accuracy/*` and the like over all rows, and `auc`.
+
+    Raises `OutOfMemory` on all ranks where one of them ran out of it, unless `again` is false: where ranks wait for
+    each other in a forward.
+    """
     device, rank, ranks = comm.device(), comm.rank(), comm.world_size()
     rows = np.arange(len(examples))
     prompts, completions = heldout_pairs(seed, examples)
@@ -35,15 +41,20 @@ def evaluate_rows(
     if objective.loss.has_z0:
         batches = microbatches(examples, prompts, completions, cutting, rank=rank, ranks=ranks)
         pair_refs = torch.from_numpy(refs(prompts, completions)).to(device)
-        kl = comm.sum_(kl_sums(forward, batches, pair_refs, objective))
+        own = attempt(lambda: kl_sums(forward, batches, pair_refs, objective), "the evaluation's KL pairs", again=again)
+        kl = comm.sum_(own)
     z0 = metrics.clamp_kl(kl)
 
     labels = labels_of(examples, rows, refs(rows, rows), class_weights)
-    found, on_device = torch.zeros(rows.size, 2, dtype=torch.float64, device=device), labels.to(device)
-    for batch in microbatches(examples, rows, rows, cutting, rank=rank, ranks=ranks):
-        batch = batch.to(device)
-        found.index_copy_(0, batch.position, loss_and_rows(forward, batch, on_device, z0, objective)[1])
-    losses, logps = comm.sum_(found).cpu().unbind(1)
+
+    def score_rows() -> torch.Tensor:
+        found, on_device = torch.zeros(rows.size, 2, dtype=torch.float64, device=device), labels.to(device)
+        for batch in microbatches(examples, rows, rows, cutting, rank=rank, ranks=ranks):
+            batch = batch.to(device)
+            found.index_copy_(0, batch.position, loss_and_rows(forward, batch, on_device, z0, objective)[1])
+        return found
+
+    losses, logps = comm.sum_(attempt(score_rows, "the evaluation's forwards", again=again)).cpu().unbind(1)
     kept = pair_lengths(examples, rows, rows, cutting.max_length, cutting.prompt_limit)[1]
     table = metrics.row_table(
         losses=losses,

@@ -243,26 +243,61 @@ class Policy:
         lm.train()
         self.model = ScoringModel(lm)
         self._stage = options["zero_optimization"]["stage"]
+        self._on_cpu = sharding.offload_optimizer != "none"
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self.model,
-            optimizer=_adamw(self.model, optimizer, on_cpu=sharding.offload_optimizer != "none"),
+            optimizer=_adamw(self.model, optimizer, on_cpu=self._on_cpu),
             config=options,
             dist_init_required=False,
         )
         self.forward = self.engine
+        if self._stage <= 1:
+            # reduced in `step`, so that no rank waits for another in the middle of a backward
+            self.engine.enable_backward_allreduce = False
+
+    @property
+    def waits_in_forward(self) -> bool:
+        """Whether ranks wait for each other in the middle of a forward: weights are gathered."""
+        return self._stage == 3
+
+    @property
+    def waits_in_backward(self) -> bool:
+        """Whether ranks wait for each other in the middle of a backward, or one cannot be thrown away halfway."""
+        return self._stage == 3 or (self._stage == 2 and comm.world_size() > 1)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of this rank's share; `last` marks the step's final micro-batch, on every rank alike."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
 
+    def bytes_to_come(self) -> int:
+        """Of the device's memory: the optimizer's states, which exist from the first update on."""
+        held = sum(t.numel() for state in self._optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+        if self._on_cpu or held:
+            return 0
+        # two moments in fp32 of this rank's share
+        whole = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
+        return 8 * whole // (comm.world_size() if self._stage else 1)
+
+    def forget(self) -> None:
+        """Throws away the gradients of a step that was broken off. Where `waits_in_backward` there are none: only
+        what comes before the first backward can be done again there."""
+        if self.waits_in_backward:
+            return
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self._stage > 0:
+            _forget_sums(self.engine.optimizer)
+
     def step(self, lr: float) -> Tensor | float:
         """One AdamW update; returns the global gradient norm before clipping, on whatever device it lies."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         norm = None
+        if self._stage <= 1:
+            self.engine.allreduce_gradients()
         if self._stage == 0:
-            # the engine reports none without ZeRO; gradients are reduced by now
+            # the engine reports none without ZeRO
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         self.engine.step()
@@ -295,6 +330,28 @@ class Policy:
         for folder in self._swap_folders:
             comm.barrier()
             _release_swap_folder(folder)
+
+
+def _forget_sums(optimizer: Any) -> None:
+    """What a ZeRO optimizer of stage 1 or 2 has summed up, and where it stood in its backward."""
+    while optimizer._backward_active_depth:
+        optimizer.exit_backward()
+    optimizer.clear_backward_seen_flag()
+    if hasattr(optimizer, "clear_hp_grads"):  # bf16 at stage 1 sums in flat fp32 buffers
+        optimizer.clear_hp_grads()
+        return
+    for group in optimizer.bit16_groups:
+        for parameter in group:
+            parameter.grad_accum = None
+    for sums in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+        for number in sums:
+            sums[number] = None
+    for bucket in optimizer.ipg_buckets.values():
+        bucket.clear()
+    for number in range(len(optimizer.params_already_reduced)):
+        optimizer.params_already_reduced[number] = False
+    optimizer.reset_partition_gradient_structures()
+    optimizer._release_ipg_buffers()
 
 
 def _adamw(model: nn.Module, settings: AdamW, *, on_cpu: bool) -> torch.optim.Optimizer:

@@ -24,7 +24,7 @@ class PassRecord:
     def __init__(self, open_run: Callable[[], Tracker | NullTracker]):
         self._open_run = open_run
         self.tracker: Tracker | NullTracker = NullTracker()
-        self._opened = False
+        self._opened = self._finished = False
         self._step, self._said = 0, 0.0
 
     def open(self) -> None:
@@ -52,8 +52,10 @@ class PassRecord:
         self.tracker.log(self._step, outcome.figures())
 
     def finish(self, status: Status) -> None:
-        """Closes the run if it was opened."""
-        self.tracker.finish(status)
+        """Closes the run if it was opened; does nothing the second time."""
+        if not self._finished:
+            self._finished = True
+            self.tracker.finish(status)
 
     def ended_by_sigterm(self) -> AbstractContextManager[None]:
         """Inside, SIGTERM ends the process as it always does, and the MLflow run as KILLED before."""

@@ -28,6 +28,7 @@ def finish(
     last: dict[str, Any],  # the last step's line of metrics
     heldout: dict[str, dict[str, float] | None],  # before, after
     tokens: int,  # of this process's steps
+    memory: list[str],  # what was said when it ran out
 ) -> dict[str, Any]:
     """Collective. Exports the policy, frees it, and writes what rank 0 has to say. Returns the summary."""
     console.phase("export")
@@ -56,6 +57,7 @@ def finish(
         "packing": prepared.cutting.packed,
         "versions": environment_tags(),
         "tokens": tokens,
+        "memory": memory,
         "seconds": console.seconds,
         "export": str(run.folder.export),
         "mlflow": {"uri": run.tracker.uri, "run_id": run.mlflow_run},

@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kto_dist.base import agree, comm
+from kto_dist.base import agree, comm, restart
 from kto_dist.base.console import Console
 from kto_dist.base.exits import FAILED, TERMINATED, Stopped
 from kto_dist.base.signals import sigterm_noted
 from kto_dist.data.audited import describes_all, find_audits
-from kto_dist.evaluation.heldout import evaluate_rows
 from kto_dist.model.causal_lm import check_scoring
 from kto_dist.model.devices import Cost, cost_of, peak
 from kto_dist.model.engines import AdamW, Policy, zero_stage
+from kto_dist.model.memory import NeedsRestart
 from kto_dist.objective import metrics
 from kto_dist.record.run_folder import append_line, read_lines
 from kto_dist.record.tracking import Status
@@ -37,8 +37,8 @@ from kto_dist.training.finish import finish
 from kto_dist.training.health import Monitor
 from kto_dist.training.prepare import PreparedTraining, find, prepare_training, wanted
 from kto_dist.training.run import Run, find_checkpoint, open_run, start_run
-from kto_dist.training.schedule import learning_rate
-from kto_dist.training.step import StartCheck, StepResult, StepWork, run_step, step_work
+from kto_dist.training.step import StepResult, StepWork
+from kto_dist.training.stepper import Stepper
 
 Watch = Callable[[StepResult], None]
 """Is called on every rank after each step, once its line of metrics is written."""
@@ -61,6 +61,7 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
     run = start_run(prepared, identity, audits, found, console)
     record = PassRecord(lambda: open_run(prepared, run, console))
     status: Status = "FAILED"
+    restart.before(lambda: record.finish("KILLED"))
     try:
         with record.ended_by_sigterm():
             scores = score_reference(wanted(prepared), setup, identity, console, record.watch, record.open)
@@ -70,7 +71,7 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
             record.end(scores.outcome)
         summary = _train(prepared, scores, run, console, watch)
         status = "FINISHED"
-    except (Stopped, KeyboardInterrupt) as stop:
+    except (Stopped, NeedsRestart, KeyboardInterrupt) as stop:
         status = "FAILED" if isinstance(stop, Stopped) and stop.exit_code == FAILED else "KILLED"
         raise
     finally:
@@ -86,16 +87,15 @@ def _train(
     policy = _load_policy(prepared, run, console)
     cost = cost_of(policy.model.lm)
     monitor = Monitor(config.health)
+    stepper = Stepper(prepared, scores, policy, console)
+    stepper.try_largest()
     first, last, tokens = run.state.step, {}, 0
     console.phase("training")
-    before = _evaluate(policy, prepared, scores, run, console, 0) if first == 0 else _first_evaluation(run)
-    work_of_steps = ahead(lambda step: step_work(prepared, scores.train, step), range(first, plan.steps))
+    before = _evaluate(stepper, run, console, 0) if first == 0 else _first_evaluation(run)
     with sigterm_noted() as terminated, console.steps("training", first, plan.steps) as show:
         started = time.monotonic()
-        for work in work_of_steps:
-            lr = learning_rate(work.step, plan.steps, config.train)
-            check = _start_check(prepared, scores) if work.step == 0 else None
-            result = run_step(work, policy, prepared.objective, lr=lr, start=check)
+        for work in ahead(stepper.work, range(first, plan.steps)):
+            result = stepper.run(work)
             seconds, started = time.monotonic() - started, time.monotonic()
             done, tokens = result.step, tokens + result.tokens
             last = _figures(result, work, cost, prepared, seconds)
@@ -112,7 +112,7 @@ def _train(
             stopping = [item for item in advice if item.stop]
             signalled = comm.any_(terminated())
             if _due(config.evaluate.every_steps, done) and done < plan.steps:
-                _evaluate(policy, prepared, scores, run, console, done)
+                _evaluate(stepper, run, console, done)
                 started = time.monotonic()
             # a broken step must not push a sound checkpoint out
             if (_due(config.checkpoint.every_steps, done) or signalled or stopping) and _is_sound(last):
@@ -124,10 +124,11 @@ def _train(
             if stopping:
                 raise Stopped(stopping[0].message, FAILED)
 
-    after = _evaluate(policy, prepared, scores, run, console, plan.steps)
+    after = _evaluate(stepper, run, console, plan.steps)
     lines = read_lines(run.folder.metrics) if not last else []
     heldout = {"before": before, "after": after}
-    return finish(policy, prepared, scores, run, console, last or (lines[-1] if lines else {}), heldout, tokens)
+    said = stepper.memory.halved
+    return finish(policy, prepared, scores, run, console, last or (lines[-1] if lines else {}), heldout, tokens, said)
 
 
 def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Policy:
@@ -155,17 +156,6 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Poli
             shutil.rmtree(universal)
     run.mlflow_run = comm.broadcast(run.tracker.run_id)
     return policy
-
-
-def _start_check(prepared: PreparedTraining, scores: Scores) -> StartCheck | None:
-    """None where the reference is another model than the policy's start."""
-    if prepared.config.reference.path is not None:
-        return None
-    return StartCheck(
-        policy_dtype=prepared.dtype,
-        reference_dtype=scores.identity.dtype,
-        store=prepared.config.reference.store,
-    )
 
 
 def _figures(
@@ -217,23 +207,11 @@ def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console
     return saved
 
 
-def _evaluate(
-    policy: Policy, prepared: PreparedTraining, scores: Scores, run: Run, console: Console, step: int
-) -> dict[str, float] | None:
-    """Collective. The held-out figures after `step` updates; None without held-out rows."""
-    if prepared.heldout is None or scores.heldout is None:
-        return None
+def _evaluate(stepper: Stepper, run: Run, console: Console, step: int) -> dict[str, float] | None:
+    """Collective. The held-out figures after `step` updates, also as a line in the folder."""
     console.phase("evaluation")
-    figures = evaluate_rows(
-        policy.forward,
-        prepared.heldout,
-        scores.heldout,
-        seed=prepared.config.train.seed,
-        objective=prepared.objective,
-        cutting=prepared.cutting,
-        class_weights=prepared.class_weights,
-    )
-    if comm.is_main():
+    figures = stepper.evaluate()
+    if figures is not None and comm.is_main():
         append_line(run.folder.heldout, {"step": step, **figures})
         run.tracker.log(step, {f"heldout/{name}": value for name, value in figures.items()})
     console.phase("training")

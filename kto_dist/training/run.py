@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from kto_dist.base import agree, comm
+from kto_dist.base import agree, comm, restart
 from kto_dist.base.config import to_yaml
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
@@ -82,6 +82,11 @@ def start_run(
         state = checkpoint.read_state(found)
         checkpoint.check_same_run(state, identity, str(output))
         console.say(f"going on from {found.name} of {prepared.plan.steps} steps")
+    if (again := restart.order()) is not None:
+        console.warn(
+            f"{again.reason}. Started again by itself: {again.step - state.step} steps are done once more, with "
+            f"{again.tokens:,} tokens a micro-batch"
+        )
     return Run(folder=RunFolder(output), state=state, found=found, reference=reference, audits=audits)
 
 

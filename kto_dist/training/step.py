@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
-from kto_dist.data.batch import MicroBatch, microbatches, pair_lengths, step_kl_pairs, step_rows
+from kto_dist.data.batch import Cutting, MicroBatch, microbatches, pair_lengths, step_kl_pairs, step_rows
 from kto_dist.model.causal_lm import ROUNDING, Forward
+from kto_dist.model.memory import attempt, is_out_of_memory
 from kto_dist.objective import metrics
 from kto_dist.objective.objective import Labels, Objective, kl_sums, labels_of, loss_and_rows
 from kto_dist.reference.scoring import RefLogps
@@ -31,6 +32,8 @@ class StepWork:
 
     step: int
     """From 0."""
+    cutting: Cutting
+    """How the micro-batches were cut."""
     rows: np.ndarray
     """(B,) rows of the training set."""
     labels: Labels
@@ -49,9 +52,9 @@ class StepWork:
     kl_batches: Sequence[MicroBatch]
 
 
-def step_work(prepared: PreparedTraining, refs: RefLogps, step: int) -> StepWork:
+def step_work(prepared: PreparedTraining, refs: RefLogps, step: int, cutting: Cutting) -> StepWork:
     """Pure: no collectives, no device."""
-    plan, examples, cutting = prepared.plan, prepared.train, prepared.cutting
+    plan, examples = prepared.plan, prepared.train
     rows = step_rows(plan, step)
     prompts, completions = step_kl_pairs(plan, step, rows, examples.prompt_group)
 
@@ -63,6 +66,7 @@ def step_work(prepared: PreparedTraining, refs: RefLogps, step: int) -> StepWork
     kl_prompt_kept, kl_kept = pair_lengths(examples, prompts, completions, cutting.max_length, cutting.prompt_limit)
     return StepWork(
         step=step,
+        cutting=cutting,
         rows=rows,
         labels=labels_of(examples, rows, refs(rows, rows), prepared.class_weights),
         lengths=prompt_kept + kept,
@@ -100,6 +104,8 @@ class Engine(Protocol):
     """What a step needs of `model.engines.Policy`."""
 
     forward: Forward
+    waits_in_forward: bool
+    waits_in_backward: bool
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
@@ -109,13 +115,25 @@ class Engine(Protocol):
 def run_step(
     work: StepWork, policy: Engine, objective: Objective, *, lr: float, start: "StartCheck | None" = None
 ) -> StepResult:
-    """Collective. One update. With `start`, refuses to make it where the policy is not its reference."""
+    """Collective. One update. With `start`, refuses to make it where the policy is not its reference.
+
+    Raises `OutOfMemory` on all ranks where one of them ran out of it and the step can be done again.
+    """
     device = comm.device()
-    kl = _survey(work, policy, objective, device)
-    found = _descend(work, policy, objective, metrics.clamp_kl(kl), device)
+    kl = comm.sum_(
+        attempt(lambda: _survey(work, policy, objective, device), "the KL forwards", again=not policy.waits_in_forward)
+    )
+    z0 = metrics.clamp_kl(kl)
+    found = comm.sum_(
+        attempt(
+            lambda: _descend(work, policy, objective, z0, device),
+            "the forwards and backwards",
+            again=not policy.waits_in_backward,
+        )
+    )
     if start is not None:
         start.check(work, found.cpu()[:, 1])
-    norm = torch.as_tensor(policy.step(lr), dtype=torch.float64)
+    norm = torch.as_tensor(_update(policy, lr), dtype=torch.float64)
     # the step's one wait for the device
     *values, kl_sum, kl_count, grad_norm = torch.cat([found.flatten(), kl, norm.to(device).reshape(1)]).tolist()
     losses, logps = torch.tensor(values, dtype=torch.float64).reshape(-1, 2).unbind(1)
@@ -143,14 +161,14 @@ def run_step(
 
 
 def _survey(work: StepWork, policy: Engine, objective: Objective, device: torch.device) -> Tensor:
-    """Collective. (2,) sum and count over the step's KL pairs: z0 belongs to the whole step, so this comes first."""
+    """(2,) sum and count over this rank's KL pairs: z0 belongs to the whole step, so this comes first."""
     if not len(work.kl_refs):
         return torch.zeros(2, dtype=torch.float64, device=device)
-    return comm.sum_(kl_sums(policy.forward, work.kl_batches, work.kl_refs.to(device), objective))
+    return kl_sums(policy.forward, work.kl_batches, work.kl_refs.to(device), objective)
 
 
 def _descend(work: StepWork, policy: Engine, objective: Objective, z0: Tensor, device: torch.device) -> Tensor:
-    """Collective. (B, 2) loss and log-prob of every row; the gradients wait in the engine for the update."""
+    """(B, 2) loss and log-prob of this rank's rows, 0 elsewhere; the gradients wait in the engine for the update."""
     labels = work.labels.to(device)
     found = torch.zeros(work.rows.size, 2, dtype=torch.float64, device=device)
     for number, batch in enumerate(work.batches):
@@ -158,7 +176,20 @@ def _descend(work: StepWork, policy: Engine, objective: Objective, z0: Tensor, d
         loss, rows = loss_and_rows(policy.forward, batch, labels, z0, objective)
         policy.backward(loss / work.rows.size, last=number == len(work.batches) - 1)
         found.index_copy_(0, batch.position, rows)
-    return comm.sum_(found)
+    return found
+
+
+def _update(policy: Engine, lr: float) -> Tensor | float:
+    """Raises `UserError` where there is no memory for it, which fewer tokens would not mend."""
+    try:
+        return policy.step(lr)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory in the optimizer's step, whose states (8 bytes a parameter) are sharded from "
+            "deepspeed.zero_stage 1 on: use more devices, a higher stage, or deepspeed.offload_optimizer: cpu"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,126 @@
+"""Steps within the memory that there is: the largest micro-batch is tried first, and where it fails half of it."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kto_dist.base import comm
+from kto_dist.base.console import Console
+from kto_dist.data.batch import Cutting, collate, pair_tokens
+from kto_dist.evaluation.heldout import evaluate_rows
+from kto_dist.model.engines import Policy
+from kto_dist.model.memory import Memory, NeedsRestart, attempt
+from kto_dist.objective.objective import labels_of, loss_and_rows
+from kto_dist.reference.scores import Scores
+from kto_dist.training.prepare import PreparedTraining
+from kto_dist.training.schedule import learning_rate
+from kto_dist.training.step import StartCheck, StepResult, StepWork, run_step, step_work
+
+
+@dataclass
+class Stepper:
+    """What a loop asks for its steps."""
+
+    prepared: PreparedTraining
+    scores: Scores
+    policy: Policy
+    console: Console
+    memory: Memory = field(init=False)
+
+    def __post_init__(self) -> None:
+        train, section = self.prepared.train, self.prepared.config.data
+        longest = int(train.prompt_lengths.max()) + int(train.completion_lengths.max())
+        self.memory = Memory(
+            cutting=self.prepared.cutting,
+            longest=min(section.max_length, longest),
+            setting="train.tokens_per_microbatch",
+            console=self.console,
+        )
+
+    def work(self, step: int) -> StepWork:
+        """What the step (from 0) takes. Safe to call from another thread."""
+        return step_work(self.prepared, self.scores.train, step, self.memory.cutting)
+
+    def run(self, work: StepWork) -> StepResult:
+        """Collective. One update, with as many tokens a micro-batch as there is memory for. Raises `UserError`."""
+        lr = learning_rate(work.step, self.prepared.plan.steps, self.prepared.config.train)
+        check = self._start_check() if work.step == 0 else None
+
+        def update(cutting: Cutting) -> StepResult:
+            # made ahead, before a step ran out of memory
+            fresh = work if work.cutting == cutting else self.work(work.step)
+            return run_step(fresh, self.policy, self.prepared.objective, lr=lr, start=check)
+
+        try:
+            return self.memory.within(update, self.policy.forget)
+        except NeedsRestart as failure:
+            failure.step = work.step
+            raise
+
+    def try_largest(self) -> None:
+        """Collective. Runs the largest micro-batch that a step can have, on a GPU, where memory ends suddenly."""
+        if comm.device().type == "cuda":
+            self.memory.within(self._try, self.policy.forget)
+
+    def _try(self, cutting: Cutting) -> bool:
+        """Forward, head and backward of the longest rows, beside what the optimizer's states are going to take."""
+        prepared, device = self.prepared, comm.device()
+        rows = _longest_rows(prepared, cutting)
+        pairs = [_tokens(prepared, int(row)) for row in rows]
+        labels = labels_of(prepared.train, rows, np.zeros(rows.size), prepared.class_weights)
+
+        def once() -> bool:
+            reserved = torch.empty(self.policy.bytes_to_come(), dtype=torch.uint8, device=device)
+            batch = collate(pairs, np.arange(rows.size), packed=cutting.packed).to(device)
+            z0 = torch.zeros((), dtype=torch.float64, device=device)
+            loss, _ = loss_and_rows(self.policy.forward, batch, labels.to(device), z0, prepared.objective)
+            # a gradient of 0 leaves no trace in the step's sums
+            self.policy.backward(loss * 0.0, last=False)
+            del reserved
+            return True
+
+        return attempt(once, "the largest micro-batch", again=not self.policy.waits_in_backward)
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Collective. The held-out figures of the policy as it is; None without held-out rows."""
+        prepared, refs = self.prepared, self.scores.heldout
+        heldout = prepared.heldout
+        if heldout is None or refs is None:
+            return None
+        return self.memory.within(
+            lambda cutting: evaluate_rows(
+                self.policy.forward,
+                heldout,
+                refs,
+                seed=prepared.config.train.seed,
+                objective=prepared.objective,
+                cutting=cutting,
+                class_weights=prepared.class_weights,
+                again=not self.policy.waits_in_forward,
+            ),
+            lambda: None,
+        )
+
+    def _start_check(self) -> StartCheck | None:
+        """None where the reference is another model than the policy's start."""
+        reference = self.prepared.config.reference
+        if reference.path is not None:
+            return None
+        return StartCheck(
+            policy_dtype=self.prepared.dtype, reference_dtype=self.scores.identity.dtype, store=reference.store
+        )
+
+
+def _longest_rows(prepared: PreparedTraining, cutting: Cutting) -> np.ndarray:
+    """At least as many tokens as any micro-batch, and the longest sequences: (S,) rows."""
+    lengths = np.minimum(prepared.train.prompt_lengths + prepared.train.completion_lengths, cutting.max_length)
+    order = np.argsort(-lengths, kind="stable")[: prepared.plan.global_batch]
+    if cutting.packed:
+        return order[: max(1, int(np.searchsorted(np.cumsum(lengths[order]), cutting.tokens, "right")))]
+    return order[: max(1, cutting.tokens // int(lengths[order[0]]))]
+
+
+def _tokens(prepared: PreparedTraining, row: int) -> tuple[np.ndarray, np.ndarray]:
+    examples = prepared.train
+    return pair_tokens(examples, row, row, int(examples.prompt_lengths[row]), int(examples.completion_lengths[row]))
