@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles its CPU optimizer on first use: keep what it builds with the environment it is built for.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo test soak bench lint docs setup clean
+.PHONY: demo test soak bench gpu lint docs setup clean
 demo: setup
 	$(BIN)/python launch/demo/run.py
 
@@ -24,6 +24,10 @@ bench: setup
 	$(BIN)/python benchmarks/reference.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/feedback.py --rows 1000000
+
+# Needs no network; on a machine of its own: WHEELS=folder PYTHON=python3 benchmarks/gpu.sh
+gpu: setup
+	benchmarks/gpu.sh
 
 lint: setup
 	$(BIN)/ruff check .
