@@ -18,7 +18,7 @@ from kernel_cases import (
     products,
     rounding_of,
 )
-from kto_kernels import LogitTransform, kto_loss, reference, sequence_logps, token_logps
+from kto_kernels import LOSSES, LogitTransform, kto_loss, reference, sequence_logps, token_logps
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
@@ -254,9 +254,32 @@ def test_the_loss_is_one_minus_the_value_of_the_paper(loss):
     assert found.tolist() == pytest.approx(wanted, rel=1e-7)
 
 
-def test_a_nearly_satisfied_row_keeps_its_digits():
-    # 1 - sigmoid(50) would be exactly 0 in fp64
-    assert _loss([500.0], [1.0]).item() == pytest.approx(math.exp(-50), rel=1e-12, abs=0)
+def test_dpo_is_minus_the_log_sigmoid_of_the_pairs_difference_for_both_of_a_pair():
+    found = _loss([3.0, -8.0, -2.0, 5.0], [1.0, -1.0, -1.0, 1.0], beta=0.3, loss="dpo")
+    wanted = [math.log1p(math.exp(-0.3 * difference)) for difference in (11.0, 11.0, 7.0, 7.0)]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_sft_is_minus_the_log_prob_whatever_the_reference_and_beta():
+    found = kto_loss(torch.tensor([-3.0]), torch.tensor([-5.0]), torch.ones(1), z0=torch.ones(()), beta=0.7, loss="sft")
+    assert found.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("loss", ("kto", "dpo"))
+def test_a_nearly_satisfied_row_keeps_its_digits(loss):
+    # 1 - sigmoid(50) would be exactly 0 in fp64, and so would -log(sigmoid(50))
+    found = _loss([500.0, 0.0], [1.0, -1.0], loss=loss)[0].item()
+    assert found == pytest.approx(math.exp(-50), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@given(margin=st.floats(-700, 700), beta=st.floats(0.01, 1))
+def test_the_slope_of_a_loss_is_what_autograd_finds(loss, margin, beta):
+    curve = LOSSES[loss].curve
+    at = torch.tensor(margin, dtype=torch.float64, requires_grad=True)
+    value = curve.value(at, beta)
+    value.backward()
+    torch.testing.assert_close(curve.slope(value.detach(), beta), -at.grad, rtol=1e-9, atol=1e-16)
 
 
 def test_no_gradient_flows_into_z0():
@@ -267,8 +290,8 @@ def test_no_gradient_flows_into_z0():
 
 
 def test_an_unknown_loss_raises_with_the_known_ones():
-    with pytest.raises(ValueError, match="'dpo'.*kto, apo_zero_unpaired"):
-        _loss([0.0], [1.0], loss="dpo")
+    with pytest.raises(ValueError, match="'orpo'.*kto, apo_zero_unpaired"):
+        _loss([0.0], [1.0], loss="orpo")
 
 
 def test_under_autocast_log_probs_are_those_of_the_cast_tensors():

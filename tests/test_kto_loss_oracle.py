@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from kto_kernels import LOSSES as KERNELS
 from kto_kernels import kto_loss, sequence_logps, token_logps
 from kto_kernels import reference as definition
 from tiny import tiny_llama, tiny_tokenizer
@@ -246,6 +247,16 @@ def test_at_the_start_rewards_are_zero_and_the_loss_is_half_the_mean_weight(mode
     assert found["loss"] == pytest.approx(0.5 * weights.mean(), rel=1e-12)
     assert found["rewards/desirable"] == pytest.approx(0, abs=1e-12)
     assert found["rewards/undesirable"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", TABLE)
+def test_the_kernels_table_of_losses_says_the_same(loss):
+    known, row = TABLE[loss], KERNELS[loss]
+    assert (row.unit, row.has_z0) == (known.unit, known.has_z0)
+    zeros = torch.zeros(known.unit)
+    sign = torch.tensor([1.0, -1.0])[: known.unit]
+    start = kto_loss(zeros, zeros, sign, z0=torch.zeros(()), beta=0.3, loss=loss)
+    assert start.tolist() == pytest.approx([known.start] * known.unit)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import kto_kernels
 import pytest
 
 pytest.importorskip("triton")
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kto_kernels import triton_rows, triton_scale, triton_sequences
+from kto_kernels import LOSSES, triton_rows, triton_scale, triton_sequences
 
 def compile(kernel, signature, constants, warps):
     signature = signature | dict.fromkeys(constants, "constexpr")
@@ -39,8 +41,9 @@ terms = ("ref_logps", "sign", "row_weight", "z0", "beta")
 found = ("logps", "losses", "slopes")
 signature |= dict.fromkeys(terms + found, "*fp64")
 order = ("token_logps", "starts", *terms, "scales", *found, "row_slope", "first")
-for has_scales in (False, True):
-    constants = dict(BLOCK=1024, HAS_SCALES=has_scales)
+for loss in LOSSES.values():
+    constants = dict(UNIT=loss.unit, CURVE=loss.curve.name, HAS_REFERENCE=loss.has_reference, HAS_Z0=loss.has_z0)
+    constants |= dict(HAS_SCALES=loss.unit == 2, BLOCK=1024)
     compile(triton_sequences._sequence_kernel, {name: signature[name] for name in order}, constants, 4)
 
 signature = dict(source="*fp32", factor="*fp32", into="*bf16", count="i32")
@@ -50,6 +53,6 @@ compile(triton_scale._scale_kernel, signature, dict(BLOCK=8192), 8)
 
 def test_every_variant_in_use_compiles_for_hopper(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(kto_kernels.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

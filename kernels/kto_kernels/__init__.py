@@ -5,7 +5,8 @@ can use it.
 """
 
 from kto_kernels.head import HeadOutput, kto_head
-from kto_kernels.kto_loss import LOSSES, SATURATED_SLOPE, kto_loss, sequence_lengths, sequence_logps
+from kto_kernels.kto_loss import kto_loss, sequence_lengths, sequence_logps
+from kto_kernels.losses import LOSSES, SATURATED_SLOPE, Loss
 from kto_kernels.token_logps import token_logps
 from kto_kernels.transform import LogitTransform
 
@@ -14,6 +15,7 @@ __all__ = [
     "SATURATED_SLOPE",
     "HeadOutput",
     "LogitTransform",
+    "Loss",
     "kto_head",
     "kto_loss",
     "sequence_lengths",

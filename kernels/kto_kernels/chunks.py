@@ -1,4 +1,7 @@
-"""Where to cut rows into chunks: on the boundaries of sequences where they fit. Host arithmetic, no tensors."""
+"""Where to cut rows into chunks: on the boundaries of units where they fit. Host arithmetic, no tensors.
+
+A unit is the sequences that share one coefficient (`losses`): a single one, or a pair.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +11,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Rows that go through the head together: whole sequences, or a piece of one that is longer than a chunk."""
+    """Rows that go through the head together: whole units, or a piece of one that is longer than a chunk."""
 
     start: int
     stop: int
@@ -19,13 +22,14 @@ class Chunk:
     complete: bool
     """these sequences have all of their rows in this chunk or before"""
     piece: bool
-    """part of one long sequence"""
+    """part of one long unit"""
 
 
-def cut(lengths: Sequence[int], rows: int) -> Iterator[Chunk]:
+def cut(lengths: Sequence[int], rows: int, unit: int = 1) -> Iterator[Chunk]:
     """At most `rows` rows a chunk. cut([2, 0, 1, 5, 1], 3) -> sequences 0-2, two pieces of 3, sequence 4."""
     start = first = stop = 0
-    for number, length in enumerate(lengths):
+    for number in range(0, len(lengths), unit):
+        length = sum(lengths[number : number + unit])
         if stop + length - start > rows and number > first:
             yield Chunk(start=start, stop=stop, first=first, last=number, complete=True, piece=False)
             start, first = stop, number
@@ -33,8 +37,8 @@ def cut(lengths: Sequence[int], rows: int) -> Iterator[Chunk]:
             # of equal size, since a short one costs a pass over dW as well
             for begin, end in evenly(stop, stop + length, rows):
                 done = end == stop + length
-                yield Chunk(start=begin, stop=end, first=number, last=number + 1, complete=done, piece=True)
-            start, first = stop + length, number + 1
+                yield Chunk(start=begin, stop=end, first=number, last=number + unit, complete=done, piece=True)
+            start, first = stop + length, number + unit
         stop += length
     if first < len(lengths):
         yield Chunk(start=start, stop=stop, first=first, last=len(lengths), complete=True, piece=False)

@@ -4,6 +4,7 @@ In:  hidden states of the completion rows, the head's weight, the targets, and w
 Out: `HeadOutput`: the weighted loss, differentiable in hidden, weight and bias, and each sequence's log-prob.
 
 Every token of a sequence shares one coefficient, the loss's slope at the sequence's log-prob, and z0 is known before.
+(For a loss on pairs the two sequences of a pair share it, up to its sign; a chunk then holds whole pairs.)
 So a chunk's logits become their own gradient while they are at hand:
 
 1. logits = h W^T, for as many rows as the budget allows, cut between sequences where they fit   (matmul 1)
@@ -23,8 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kto_kernels.chunks import cut
-from kto_kernels.kto_loss import SATURATED_SLOPE, check_loss
 from kto_kernels.logits import LogitPass, Plan, plan_chunks
+from kto_kernels.losses import Loss, pick_loss
 from kto_kernels.matmul import one_dtype, pick_logits_dtype, scaled
 from kto_kernels.rows import pick_backend
 from kto_kernels.sequences import Sequences, Terms, sequence_pass
@@ -36,12 +37,14 @@ from kto_kernels.weight_sums import WeightSums
 class HeadOutput:
     """What a batch of S sequences comes to. Only `loss` carries a gradient."""
 
+    kind: Loss
+    """the row of the table of losses"""
     loss: Tensor
     """() fp64, sum over sequences of row weight times loss"""
     logps: Tensor
     """(S,) fp64, log-prob of each completion"""
     losses: Tensor
-    """(S,) fp64, unweighted: 1 - v"""
+    """(S,) fp64, unweighted; of a pair both carry the pair's"""
     entropy: Tensor | None
     """(S,) fp64, sum over the completion's tokens of the entropy of their distribution, where asked for"""
 
@@ -51,8 +54,8 @@ class HeadOutput:
 
     @property
     def saturated(self) -> Tensor:  # (S,) bool
-        """Sequences whose sigmoid is so flat that they hardly move the policy any more."""
-        return self.losses * (1 - self.losses) < SATURATED_SLOPE
+        """Sequences whose loss is so flat that they hardly move the policy any more."""
+        return self.kind.saturated(self.losses)
 
 
 def kto_head(
@@ -62,11 +65,11 @@ def kto_head(
     lengths: Tensor,  # (S,) int64, rows of each sequence, sum N; 0 is allowed. On the CPU: the host cuts by it
     *,
     ref_logps: Tensor,  # (S,) log-prob of each completion under the reference
-    sign: Tensor,  # (S,) +1 desirable, -1 undesirable
+    sign: Tensor,  # (S,) +1 desirable or chosen, -1 undesirable or rejected
     row_weight: Tensor,  # (S,) class weight times row weight
     z0: Tensor,  # () the step's KL estimate, clamped at 0; no gradient flows into it
     beta: float,
-    loss: str = "kto",
+    loss: str = "kto",  # a name in `losses.LOSSES`
     bias: Tensor | None = None,  # (V,)
     transform: LogitTransform = IDENTITY,
     entropy: bool = False,
@@ -74,19 +77,22 @@ def kto_head(
     logits_dtype: torch.dtype | None = None,  # None: fp32, but bf16 for bf16 on the CPU
     backend: str = "auto",  # "torch" or "triton"; auto: triton on CUDA where it is installed
 ) -> HeadOutput:
-    """Same value as `kto_kernels.reference.kto_head`; the loss is Eq. 7 and 8 of arXiv 2402.01306.
+    """Same value as `kto_kernels.reference.kto_head`; `kto` is Eq. 7 and 8 of arXiv 2402.01306.
+
+    A loss on pairs (`dpo`) takes the two sequences of a pair one after the other. Each carries the pair's loss, so that
+    for every loss the result over the number of sequences is the mean over rows, or over pairs.
 
     Costs three N*H*V matmuls with gradients (two where hidden or weight is frozen), one without. Memory beyond inputs,
-    outputs and gradients: `budget`, and a (V, H) fp32 sum (two, when a sequence is longer than a chunk).
+    outputs and gradients: `budget`, and a (V, H) fp32 sum (two, when a unit is longer than a chunk).
 
     `lengths` on a GPU is read back, which waits for the device. From one id a row: `sequence_lengths`.
     Under autocast hidden and weight are cast as a matmul would. Targets must lie in 0..V-1: a GPU does not check.
-    Raises `ValueError` for lengths that do not add up to N, two dtypes, another `loss`, or a `logits_dtype` or
-    `backend` that cannot be had. A second backward through the same result raises `RuntimeError`: gradients are
-    scaled in place.
+    Raises `ValueError` for lengths that do not add up to N, two dtypes, another `loss`, sequences that make no whole
+    units, or a `logits_dtype` or `backend` that cannot be had. A second backward through the same result raises
+    `RuntimeError`: gradients are scaled in place.
     """
-    check_loss(loss)
     sizes = lengths.tolist()
+    row = pick_loss(loss, len(sizes))
     if sum(sizes) != len(hidden) or len(target) != len(hidden):
         raise ValueError(
             f"lengths sum to {sum(sizes)} and there are {len(target)} targets, but hidden has {len(hidden)} rows: give "
@@ -100,16 +106,15 @@ def kto_head(
             )
     backend = pick_backend(backend, hidden.device)
     plan = plan_chunks(hidden, weight, pick_logits_dtype(logits_dtype, hidden), backend, budget)
-    anchor = z0 if loss == "kto" else torch.zeros_like(z0)
     # as a tensor, so that another beta compiles nothing
     slope = torch.full((), beta, dtype=torch.float64, device=hidden.device)
-    terms = Terms(ref_logps=ref_logps, sign=sign, row_weight=row_weight, z0=anchor, beta=slope)
+    terms = Terms(loss=row, ref_logps=ref_logps, sign=sign, row_weight=row_weight, z0=z0, beta=slope)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
         value, logps, losses, entropies = _Head.apply(
             hidden, weight, bias, target, sizes, terms, transform, plan, entropy, differentiable
         )
-    return HeadOutput(loss=value, logps=logps, losses=losses, entropy=entropies if entropy else None)
+    return HeadOutput(kind=row, loss=value, logps=logps, losses=losses, entropy=entropies if entropy else None)
 
 
 class _Head(torch.autograd.Function):
@@ -128,7 +133,7 @@ class _Head(torch.autograd.Function):
         differentiable: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         wants_hidden, wants_weight, wants_bias = (differentiable and wants for wants in ctx.needs_input_grad[:3])
-        chunks = list(cut(sizes, plan.rows))
+        chunks = list(cut(sizes, plan.rows, terms.loss.unit))
         largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
         logits = LogitPass(
             hidden, weight, bias, target, transform, plan, largest=largest, gradient=differentiable, entropy=entropy
@@ -152,7 +157,9 @@ class _Head(torch.autograd.Function):
             if not differentiable or not count:
                 continue
             if chunk.piece:
-                sums.add_piece(logits.gradient(count), hidden[span], None if rows.scale is None else rows.scale[span])
+                factor = sequences.row_signs()[span].to(row_slope.dtype)
+                factor = factor if rows.scale is None else factor * rows.scale[span]
+                sums.add_piece(logits.gradient(count), hidden[span], factor)
                 if chunk.complete:
                     sums.finish_pieces(sequences.slopes[chunk.first])
             else:

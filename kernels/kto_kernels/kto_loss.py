@@ -1,4 +1,4 @@
-"""From token log-probs to the KTO loss: the sequence sum, the value of each sequence, and its slope.
+"""From token log-probs to the loss: the sum over a sequence, and the value of each sequence.
 
 S sequences. Everything is fp64: an fp32 ulp at a log-prob of 1e5 is 0.008, which beta would pass on to the loss.
 """
@@ -6,15 +6,7 @@ S sequences. Everything is fp64: an fp32 ulp at a log-prob of 1e5 is 0.008, whic
 import torch
 from torch import Tensor
 
-LOSSES = ("kto", "apo_zero_unpaired")
-
-# Below this slope of the sigmoid (its largest is 1/4) a sequence hardly moves the policy any more.
-SATURATED_SLOPE = 0.01
-
-
-def check_loss(loss: str) -> None:
-    if loss not in LOSSES:
-        raise ValueError(f"loss ({loss!r}) must be one of {', '.join(LOSSES)}")
+from kto_kernels.losses import pick_loss
 
 
 def sequence_lengths(
@@ -55,23 +47,11 @@ def kto_loss(
     beta: float | Tensor,
     loss: str = "kto",
 ) -> Tensor:  # (S,) fp64, unweighted
-    """1 - v of each sequence, where v = sigmoid(beta * d * (r - z0)) and r = logps - ref_logps.
+    """`kto`: 1 - v of each sequence, where v = sigmoid(beta * d * (r - z0)) and r = logps - ref_logps.
 
-    `kto` is Eq. 7 and 8 of arXiv 2402.01306; `apo_zero_unpaired` drops z0 (arXiv 2408.06266, unpaired).
-    Raises `ValueError` for another `loss`.
+    The others of the table, with their sources: `losses.LOSSES`. Where several sequences make a unit, as the two of a
+    pair, each carries the unit's loss: the mean over sequences is the mean over units.
+    Raises `ValueError` for another `loss`, and for sequences that make no whole units.
     """
-    check_loss(loss)
-    log_ratio = logps.double() - ref_logps.double()
-    anchor = z0.detach().double() if loss == "kto" else 0.0
-    # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where the sigmoid is near 1
-    return torch.sigmoid(-beta * sign.double() * (log_ratio - anchor))
-
-
-def kto_slope(
-    losses: Tensor,  # (S,) fp64, what `kto_loss` returned
-    sign: Tensor,  # (S,)
-    *,
-    beta: float | Tensor,
-) -> Tensor:  # (S,) fp64
-    """Minus the derivative of `kto_loss` in logps: with l = sigmoid(u), dl/du = l * (1 - l)."""
-    return beta * sign.double() * losses * (1 - losses)
+    row = pick_loss(loss, logps.numel())
+    return row.by_sequence(row.of(logps, ref_logps, sign, z0, beta))

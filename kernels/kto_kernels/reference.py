@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kto_kernels.head import HeadOutput
 from kto_kernels.kto_loss import kto_loss, sequence_logps
+from kto_kernels.losses import LOSSES
 from kto_kernels.transform import IDENTITY, LogitTransform
 
 
@@ -53,4 +54,4 @@ def kto_head(
         logps_of_all = _logits(hidden, weight, bias, transform).log_softmax(-1)
         entropies = sequence_logps(-(logps_of_all.exp() * logps_of_all).sum(-1), lengths).detach()
     loss_sum = (row_weight * losses).sum()
-    return HeadOutput(loss=loss_sum, logps=logps.detach(), losses=losses.detach(), entropy=entropies)
+    return HeadOutput(kind=LOSSES[loss], loss=loss_sum, logps=logps.detach(), losses=losses.detach(), entropy=entropies)

@@ -1,4 +1,4 @@
-"""From the log-probs of tokens to each sequence's loss and slope, as soon as a chunk has completed the sequence.
+"""From the log-probs of tokens to each sequence's loss and slope, as soon as a chunk has completed its unit.
 
 Two implementations of one contract: a few torch operations, and a Triton kernel that takes one launch a chunk.
 """
@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kto_kernels.kto_loss import kto_loss, kto_slope, sequence_logps
+from kto_kernels.kto_loss import sequence_logps
+from kto_kernels.losses import Loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
     """What is known of S sequences before the forward."""
 
+    loss: Loss
     ref_logps: Tensor
     """(S,)"""
     sign: Tensor
@@ -23,7 +25,7 @@ class Terms:
     row_weight: Tensor
     """(S,)"""
     z0: Tensor
-    """() 0 for losses without it"""
+    """()"""
     beta: Tensor
     """()"""
 
@@ -36,6 +38,7 @@ class Terms:
         torch.cumsum(torch.tensor(sizes, dtype=torch.int64), 0, out=starts[1:])
         return Sequences(
             terms=Terms(
+                loss=self.loss,
                 ref_logps=wide(self.ref_logps),
                 sign=wide(self.sign),
                 row_weight=wide(self.row_weight),
@@ -64,10 +67,14 @@ class Sequences:
     losses: Tensor
     """(S,) likewise, unweighted"""
     slopes: Tensor
-    """(S,) likewise: row weight times minus dloss/dlogp, the factor of d(-logp)"""
+    """(S,) likewise: weight times minus dloss/dmargin of the unit; times its sign it is the factor of d(-logp)"""
 
     def weighted_loss(self) -> Tensor:  # ()
         return (self.terms.row_weight * self.losses).sum()
+
+    def row_signs(self) -> Tensor:  # (N,) fp64
+        rows = int(self.starts[-1])
+        return torch.repeat_interleave(self.terms.sign, self.starts_there.diff(), output_size=rows)
 
     def sums(self, tokens: Tensor) -> Tensor:  # (N,) -> (S,) fp64
         return sequence_logps(tokens, self.starts.diff())
@@ -83,12 +90,13 @@ def sequence_pass(
     backend: str,
 ) -> None:
     """Fills `logps`, `losses` and `slopes` of sequences first..last-1, whose rows are all known, and `row_slope` of
-    those rows: the sequence's slope times the row's scale."""
+    those rows: the sequence's slope times its sign and the row's scale."""
     terms, own = sequences.terms, slice(first, last)
     if backend == "triton":
         from kto_kernels.triton_sequences import sequence_pass as triton_sequence_pass
 
         triton_sequence_pass(
+            terms.loss,
             token_logps,
             sequences.starts_there,
             (terms.ref_logps, terms.sign, terms.row_weight, terms.z0, terms.beta),
@@ -102,8 +110,10 @@ def sequence_pass(
     lengths = sequences.starts[first : last + 1].diff()
     rows = slice(int(sequences.starts[first]), int(sequences.starts[last]))
     logps = sequence_logps(token_logps[rows], lengths)
-    losses = kto_loss(logps, terms.ref_logps[own], terms.sign[own], z0=terms.z0, beta=terms.beta)
-    slopes = terms.row_weight[own] * kto_slope(losses, terms.sign[own], beta=terms.beta)
+    losses = terms.loss.of(logps, terms.ref_logps[own], terms.sign[own], terms.z0, terms.beta)
+    slopes = terms.loss.by_unit(terms.row_weight[own]) * terms.loss.curve.slope(losses, terms.beta)
+    losses, slopes = terms.loss.by_sequence(losses), terms.loss.by_sequence(slopes)
     sequences.logps[own], sequences.losses[own], sequences.slopes[own] = logps, losses, slopes
-    of_rows = torch.repeat_interleave(slopes, lengths.to(slopes.device), output_size=rows.stop - rows.start)
+    signed = slopes * terms.sign[own]
+    of_rows = torch.repeat_interleave(signed, lengths.to(signed.device), output_size=rows.stop - rows.start)
     row_slope[rows] = of_rows if scale is None else of_rows * scale[rows]

@@ -1,4 +1,4 @@
-"""The gradients of weight and bias, summed over chunks in fp32 at least; a long sequence apart until it ends.
+"""The gradients of weight and bias, summed over chunks in fp32 at least; a long unit apart until it ends.
 
 Where one chunk holds all rows nothing is summed, and the weight's gradient is the product as it comes, in the weight's
 dtype: a fp32 sum and a pass over it less.
@@ -18,7 +18,7 @@ class WeightSums:
         # (V, H) and (V,); None: nothing yet
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        # of a sequence longer than a chunk, without its slope
+        # of a unit longer than a chunk, without its slope
         self._own_weight: Tensor | None = None
         self._own_bias: Tensor | None = None
 
@@ -32,14 +32,11 @@ class WeightSums:
         if self._wants_bias:
             self._bias = _plus(self._bias, weighted_sum(gradient, factor))
 
-    def add_piece(self, gradient: Tensor, hidden: Tensor, factor: Tensor | None) -> None:
-        """Rows of a sequence whose slope is not known yet: `factor` is the rest of it, None for ones."""
+    def add_piece(self, gradient: Tensor, hidden: Tensor, factor: Tensor) -> None:
+        """Rows of a unit whose slope is not known yet: `factor` is the rest of it."""
         if self._wants_weight:
-            rows = hidden if factor is None else scaled_rows(hidden, factor)
-            self._own_weight = add_product(self._own_weight, gradient.T, rows)
+            self._own_weight = add_product(self._own_weight, gradient.T, scaled_rows(hidden, factor))
         if self._wants_bias:
-            if factor is None:
-                factor = gradient.new_ones(len(gradient), dtype=torch.promote_types(gradient.dtype, torch.float32))
             self._own_bias = _plus(self._own_bias, weighted_sum(gradient, factor))
 
     def finish_pieces(self, slope: Tensor) -> None:  # ()
