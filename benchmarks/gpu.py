@@ -1,6 +1,6 @@
 """All that a GPU can say of this project, in stages: most worth first, each in a process with a time limit of its own.
 
-    benchmarks/gpu.sh [--tiny] [--list] [STAGE ...]
+    benchmarks/gpu.sh [--tiny] [--within SECONDS] [--list] [STAGE ...]
 
 Each stage writes `<device>-<stage>.json` while it measures, so what fails or runs out of time keeps what it has, and
 the next goes on. `OUT` names the folder (default: `benchmarks/results`), `WHEELS` a folder of wheels to install from
@@ -99,8 +99,9 @@ STAGES = (
 )
 
 
-def run(stage: Stage, folder: Path, slug: str, models: Path, *, tiny: bool) -> dict[str, Any]:
-    """Runs a stage with its output on ours; returns what became of it."""
+def run(stage: Stage, folder: Path, slug: str, models: Path, *, tiny: bool, left: float) -> dict[str, Any]:
+    """Runs a stage with its output on ours; returns what became of it. `left`: seconds that all stages still have."""
+    limit = min(stage.limit, left)
     file = folder / f"{slug}-{stage.name}.json"
     file.unlink(missing_ok=True)
     command = [sys.executable, "-u", str(HERE / stage.script), "--json", str(file)]
@@ -110,18 +111,20 @@ def run(stage: Stage, folder: Path, slug: str, models: Path, *, tiny: bool) -> d
     if stage.trace:
         command += ["--trace", str(folder / f"{slug}-{stage.name}-trace.json.gz")]
     command += stage.tiny if tiny else stage.arguments
-    print(f"\n=== {stage.name} (at most {stage.limit:.0f} s)", flush=True)
+    print(f"\n=== {stage.name} (at most {limit:.0f} s)", flush=True)
     started = time.monotonic()
     line: dict[str, Any] = {"stage": stage.name, "file": str(file)}
     if not (HERE / stage.script).exists():
         return line | {"seconds": 0.0, "state": f"{stage.script} is not there"}
+    if limit < 10:
+        return line | {"seconds": 0.0, "state": "no time was left"}
     # a session of its own, so that what a stage starts ends with it
     process = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True)
     try:
-        status = process.wait(timeout=stage.limit)
+        status = process.wait(timeout=limit)
         line["state"] = "done" if status == 0 else f"failed with status {status}"
     except subprocess.TimeoutExpired:
-        line["state"] = f"stopped after {stage.limit:.0f} s"
+        line["state"] = f"stopped after {limit:.0f} s"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -183,6 +186,7 @@ def main() -> None:
     names = [stage.name for stage in STAGES]
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(names)}; by default all")
     parser.add_argument("--tiny", action="store_true", help="sizes that mean nothing, to see that it runs anywhere")
+    parser.add_argument("--within", type=float, default=float("inf"), help="seconds for all stages together")
     parser.add_argument("--list", action="store_true", help="name the stages and their limits, and run nothing")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.stages if name not in names]
@@ -198,9 +202,10 @@ def main() -> None:
     slug = slug_of_device() + ("-tiny" if arguments.tiny else "")
     memory = Path("/dev/shm")
     lines = []
+    until = time.monotonic() + arguments.within
     with tempfile.TemporaryDirectory(dir=os.environ.get("MODELS") or (memory if memory.is_dir() else None)) as models:
         for stage in chosen:
-            lines.append(run(stage, folder, slug, Path(models), tiny=arguments.tiny))
+            lines.append(run(stage, folder, slug, Path(models), tiny=arguments.tiny, left=until - time.monotonic()))
     print(f"\n{slug}")
     for line in lines:
         print(f"{line['stage']:18} {line['seconds']:6.0f} s  {line['state']}")

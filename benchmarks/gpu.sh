@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh [--tiny] [--list] [STAGE ...]: see benchmarks/gpu.py
+# benchmarks/gpu.sh [--tiny] [--within SECONDS] [--list] [STAGE ...]: see benchmarks/gpu.py
 #   PYTHON  the interpreter that has torch (default: the one of `make setup`, else python3)
 #   WHEELS  a folder of wheels to install first, beside that interpreter's own packages; no network is used
 #   OUT     where results go (default: benchmarks/results)
