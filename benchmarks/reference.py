@@ -7,7 +7,7 @@ In:  a model folder and a log of thumbs. Out: a table, and with `--json` a file 
 2. runs      `throughput.py`'s own implementations, each in a fresh process that ends when its reference pass does;
              they take turns. The medians of their rates count, and of the ratios within a turn, since what else
              runs on a machine slows a turn as a whole
-3. measure   from a loaded model to stored log-probs, kto_dist's checks of the model and its hashing included; the bare
+3. measure   from a loaded and checked model to stored log-probs, kto_dist's hashing of keys included; the bare
              loop runs the same model over the same pairs, in batches of the same budget, with a plain head, and stores
              nothing
 4. before    finding a run's pairs and hashing their keys, for a million rows of short random tokens
@@ -16,26 +16,20 @@ In:  a model folder and a log of thumbs. Out: a table, and with `--json` a file 
 Not measured: several ranks, ZeRO-3, offload, GPUs.
 """
 
-import contextlib
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import click
+import machine
 import numpy as np
-import throughput
-import torch
 from store import measure_store
-from throughput import Job
+from throughput import job_dtype, start
+from trainers import Job
+from workload import write_rows
 
 NAMES = {
     "kto_dist": "kto_dist",
@@ -45,60 +39,10 @@ NAMES = {
 }
 
 
-class PassOver(Exception):
-    """Ends an implementation's run after its reference pass."""
-
-
-def child(name: str, job: Job, result: Path) -> None:
-    torch.set_num_threads(job.threads)
-    output = result.with_suffix("")
-    output.mkdir(parents=True)
-    whole_config = throughput._kto_dist_config
-
-    def config(job: Job, output: Path) -> Any:
-        built = whole_config(job, output)
-        shared = built.reference.model_copy(update={"share_prefixes": name == "kto_dist_prefix"})
-        return built.model_copy(update={"reference": shared})
-
-    found: dict[str, float] = {}
-    end = throughput.Clock.end_reference
-
-    def end_and_leave(clock: throughput.Clock) -> None:
-        # a pass that failed ends its clock as well, and goes on with its own exception
-        end(clock)
-        if sys.exc_info()[0] is None:
-            found.update(clock.reference)
-            raise PassOver
-
-    throughput._kto_dist_config = config
-    throughput.Clock.end_reference = end_and_leave
-    with contextlib.suppress(PassOver):
-        if name == "bare":
-            throughput.run_bare(job, output)
-        elif name == "trl":
-            throughput.run_trl(job, output, weights="float32")
-        else:
-            throughput.run_kto_dist(job, output)
-    assert found, "the pass did not end"
-    result.write_text(json.dumps(found))
-
-
-def start(name: str, job: Job) -> dict[str, float]:
-    """Runs an implementation in a fresh process. Raises `ClickException` with the end of its output if it fails."""
-    with tempfile.TemporaryDirectory(dir=job.folder) as folder:
-        result = Path(folder) / "run.json"
-        environment = {
-            **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
-            "OMP_NUM_THREADS": str(job.threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        command = [sys.executable, __file__, "--child", name, json.dumps(asdict(job)), str(result)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if not result.exists():
-            end = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-            raise click.ClickException(f"{name} ended with status {done.returncode}:\n{end}")
-        return json.loads(result.read_text())
+def job_of(name: str, job: Job) -> Job:
+    if not name.startswith("kto_dist"):
+        return replace(job, name=name)
+    return replace(job, settings={"reference": {"share_prefixes": name == "kto_dist_prefix"}})
 
 
 def by_prompt(log: Path, target: Path) -> None:
@@ -177,7 +121,7 @@ def measure_plan(rows: int) -> dict[str, float]:
 @click.option("--tokens-per-batch", default=4096, show_default=True, help="kto_dist's and the bare loop's")
 @click.option("--trl-batch", default=8, show_default=True, help="TRL's rows a device")
 @click.option("--repeats", default=3, show_default=True, help="runs of each implementation")
-@click.option("--threads", default=throughput._cores(), show_default="all cores", help="threads of a process")
+@click.option("--threads", default=machine.cores(), show_default="all cores", help="threads of a process")
 @click.option("--plan-rows", default=1_000_000, show_default=True, help="rows to find and hash pairs of; 0: leave out")
 @click.option("--store-pairs", default=10_000_000, show_default=True, help="pairs of the store; 0: leave out")
 @click.option(
@@ -208,36 +152,34 @@ def main(
     from rich.console import Console
     from rich.table import Table
 
-    from kto_dist.model.causal_lm import DTYPES, pick_attention, pick_dtype
-
     if not Path(model, "config.json").exists():
         raise click.UsageError(f"--model ({model}) holds no model: run `make demo` once, or name a folder")
     if rows % 4:
         raise click.UsageError(f"--rows ({rows}) must be a multiple of 4: KL pairs are drawn in four steps")
     console = Console(highlight=False, soft_wrap=True)
-    dtype = next(name for name, kind in DTYPES.items() if kind == pick_dtype("auto", throughput._device()))
     with tempfile.TemporaryDirectory(prefix="kto-reference-") as folder:
         job = Job(
+            name="kto_dist",
             model=str(Path(model).resolve()),
             folder=folder,
-            warmup=1,
-            steps=3,
+            # the pairs of four steps, none of which is trained
+            warmup=4,
+            steps=0,
             global_batch=rows // 4,
             max_length=max_length,
             tokens_per_microbatch=tokens_per_batch,
-            dtype=dtype,
-            attention=pick_attention("auto", throughput._device(), DTYPES[dtype]),
+            dtype=job_dtype(),
             threads=threads,
             # of its training, which does not come
             trl_batch=2,
             trl_reference_batch=trl_batch,
         )
         by_prompt(Path(log), Path(folder) / "log.jsonl")
-        work = throughput.write_rows(f"{folder}/log.jsonl", job, Path(folder))
+        work = write_rows(f"{folder}/log.jsonl", job, Path(folder))
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for repeat in range(repeats):
             for name in names:
-                runs[name].append(start(name, job))
+                runs[name].append(start(job_of(name, job))["reference"])
                 rate = work.reference_pairs / runs[name][-1]["seconds"]
                 console.print(f"run {repeat + 1} of {repeats}, {NAMES[name]}: {rate:.1f} pairs/s")
         plan = measure_plan(plan_rows) if plan_rows else None
@@ -273,24 +215,12 @@ def main(
         if figures:
             console.print(f"{title}: " + ", ".join(f"{key} {value:,.4g}" for key, value in figures.items()))
     if file:
-        packages = ("torch", "transformers", "deepspeed", "trl", "pyarrow", "numpy")
-        settings = {key: value for key, value in asdict(job).items() if key not in ("folder", "model")}
-        report = {
-            "device": throughput.device_name(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "settings": settings
-            | {"model": Path(model).name, "log": Path(log).name, "repeats": repeats}
-            | {"pairs": work.reference_pairs, "tokens": work.reference_tokens},
-            "results": lines,
-            "plan": plan,
-            "store": store,
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        settings = {key: value for key, value in asdict(job).items() if key not in ("folder", "model", "name")}
+        settings |= {"model": Path(model).name, "log": Path(log).name, "repeats": repeats}
+        settings |= {"pairs": work.reference_pairs, "tokens": work.reference_tokens}
+        frame = machine.frame("reference", settings)
+        machine.write_json(file, frame | {"results": lines, "plan": plan, "store": store})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], Job(**json.loads(sys.argv[3])), Path(sys.argv[4]))
-    else:
-        main()
+    main()

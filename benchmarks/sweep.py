@@ -7,16 +7,14 @@ store. What the sweep saves is what the first spends on scoring, once for every 
 """
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import click
-import throughput
+import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -73,24 +71,14 @@ def main(model: str, log: str, steps: int, global_batch: int, file: Path | None)
     console.print(table)
     console.print(f"{sum(line['seconds'] for line in results):.0f} s in all; the store saved {saved:.0f} s")
     if file:
-        report = {
-            "device": throughput.device_name(),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "deepspeed")},
-            },
-            "settings": {
-                "model": Path(model).name,
-                "log": Path(log).name,
-                "steps": steps,
-                "global_batch": global_batch,
-                "max_length": 256,
-            },
-            "results": results,
-            "saved_seconds": saved,
+        settings = {
+            "model": Path(model).name,
+            "log": Path(log).name,
+            "steps": steps,
+            "global_batch": global_batch,
+            "max_length": 256,
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        machine.write_json(file, machine.frame("sweep", settings) | {"results": results, "saved_seconds": saved})
 
 
 if __name__ == "__main__":
