@@ -121,6 +121,12 @@ def build(
         ) from None
 
 
+def sections(kind: type[Section]) -> dict[str, type[Section]]:
+    """A config's sections by name, in the order of its class."""
+    fields = {name: field.annotation for name, field in kind.model_fields.items()}
+    return {name: part for name, part in fields.items() if isinstance(part, type) and issubclass(part, Section)}
+
+
 def flatten(config: Section) -> list[tuple[str, str, Any]]:
     """(section, key, plain value) of every setting, in the order of the classes above."""
     dumped = config.model_dump(mode="json", by_alias=True)
@@ -164,15 +170,15 @@ def _explain(problem: Any, where: str, kind: type[Section]) -> str:
         if len(location) == 1:
             known, what = list(kind.model_fields), "section"
         else:
-            section = kind.model_fields[location[0]].annotation
-            known, what = [field.alias or name for name, field in section.model_fields.items()], "key"
+            fields = sections(kind)[location[0]].model_fields
+            known, what = [field.alias or name for name, field in fields.items()], "key"
         near = difflib.get_close_matches(_ELSEWHERE.get(location[-1], location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         return f"{where}: unknown {what} {'.'.join(location)}: {hint}"
     # A union's error names the branch that failed after the field; section.key is what the user wrote.
     name = ".".join(location[:2])
     if problem["type"] == "missing" and len(location) == 1:
-        fields = kind.model_fields[name].annotation.model_fields
+        fields = sections(kind)[name].model_fields
         needed = {key: field for key, field in fields.items() if field.is_required()} or fields
         wanted = [f"{name}.{key} ({field.description})" for key, field in needed.items()]
         return f"{where}: {name} is required: give {', '.join(wanted)}"
@@ -185,10 +191,10 @@ def _explain(problem: Any, where: str, kind: type[Section]) -> str:
 
 
 def _description(location: list[str], kind: type[Section]) -> str:
-    section = kind.model_fields.get(location[0])
+    section = sections(kind).get(location[0])
     if section is None or len(location) < 2:
         return "see `kto-dist config --help`"
-    for name, field in section.annotation.model_fields.items():
+    for name, field in section.model_fields.items():
         if location[1] in (name, field.alias):
             return field.description or ""
     return ""

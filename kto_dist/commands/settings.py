@@ -5,7 +5,7 @@ from typing import Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from kto_dist.base.config import Section
+from kto_dist.base.config import Section, sections
 from kto_dist.training.config import Config
 
 INTRODUCTION = """# Settings
@@ -31,14 +31,6 @@ def settings_page(kind: type[Section] = Config) -> str:
 def settings_lines(kind: type[Section] = Config) -> list[str]:
     """A table's line for every setting of a config."""
     return [line for name, section in sections(kind).items() for line in section_lines(name, section)]
-
-
-def sections(kind: type[Section]) -> dict[str, type[Section]]:
-    return {
-        name: field.annotation
-        for name, field in kind.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    }
 
 
 def section_lines(name: str, section: type[Section]) -> list[str]:
