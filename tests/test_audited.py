@@ -2,19 +2,29 @@
 
 import hashlib
 import json
+import random
+import time
+import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ranks import run_ranks
+from tiny_runs import tiny_config
 
+from kto_dist.base import comm
+from kto_dist.base.errors import UserError
 from kto_dist.base.files import sha256_of
 from kto_dist.data.audited import audit_files, audit_tags, describes_all, find_audits, line_of
 from kto_dist.data.config import DataConfig
 from kto_dist.data.examples import DataReport, load
 from kto_dist.data.tokenise import prepare
 from kto_dist.feedback import audit as auditing
+from kto_dist.training import loop
+from kto_dist.training.config import Config
 from tests.tiny import thumbs, tiny_tokenizer, write_jsonl
 
 FAILED = {
@@ -124,6 +134,43 @@ def test_an_audit_that_may_not_be_read_is_a_warning_and_training_goes_on(tmp_pat
     assert len(said) == 1 and "Permission denied" in said[0] and "make it readable" in said[0]
 
 
+def bytes_read() -> int:
+    """By this process, from files and pipes."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what a process reads")
+def test_audited_data_is_read_once_for_its_digest_and_once_for_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    file, draw = tmp_path / "train.parquet", random.Random(0)
+    rows = [{"prompt": f"p{n}", "completion": draw.randbytes(50_000).hex(), "label": n % 2 > 0} for n in range(60)]
+    pq.write_table(pa.Table.from_pylist(rows), file, compression="none")
+    describe(file, checks=(PASSED,))
+    config = DataConfig(train=str(file), cache=str(tmp_path / "cache"), workers=1, max_length=96)
+    tokenizer, before = tiny_tokenizer(), bytes_read()
+    assert find_audits([str(file)], warnings.warn)
+    prepare(config, tokenizer)
+    assert bytes_read() - before < 2.5 * file.stat().st_size
+
+
+def test_ranks_wait_for_the_digests_longer_than_the_process_group_would(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log)
+    assert run_ranks(_slowly_audited, 2, config) == ["as found by rank 0"] * 2
+
+
+def _slowly_audited(config: Config) -> str:
+    def slow(*_: Any) -> list[Any]:
+        time.sleep(8)
+        raise UserError(f"as found by rank {comm.rank()}")
+
+    comm.shutdown()
+    comm.TIMEOUT, loop.find_audits = timedelta(seconds=5), slow
+    comm.init()
+    with pytest.raises(UserError) as caught:
+        loop.train(config)
+    return str(caught.value)
+
+
 def test_data_without_an_audit_and_names_of_a_hub_say_nothing(tmp_path):
     said = []
     assert find_audits([str(dataset(tmp_path)), "someone/dataset:train", str(tmp_path / "none")], said.append) == []
@@ -175,7 +222,7 @@ def test_a_check_is_one_line_with_its_remedy_where_it_has_one():
 def test_train_reads_the_layout_that_the_audit_writes():
     from kto_dist.data import audited
 
-    assert audited._VERSION == auditing.VERSION
+    assert audited.VERSION == auditing.VERSION
 
 
 def report_of(folder: Path, rows: list[dict[str, Any]]) -> DataReport:

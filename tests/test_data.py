@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+import kto_dist.data
 from kto_dist.base.errors import UserError
-from kto_dist.data import tokenise as data
 from kto_dist.data.config import DataConfig
 from kto_dist.data.examples import load
+from kto_dist.data.processes import Chunking
 from kto_dist.data.tokenise import prepare, tokenizer_fingerprint
 from tests.tiny import CHAT_TEMPLATE, thumbs, tiny_tokenizer, write_jsonl
 
@@ -32,11 +34,12 @@ def tokenizer():
 def make(tmp_path, tokenizer):
     """Rows -> the training split (and the held-out one), through files."""
 
-    def make(*rows, both=False, tokenizer=tokenizer, **settings):
+    def make(*rows, both=False, tokenizer=tokenizer, chunk=1000, **settings):
         labelled = [{"label": bool(number % 2), **row} for number, row in enumerate(rows)]
         log = write_jsonl(tmp_path / "log.jsonl", labelled)
         settings = {"cache": str(tmp_path / "cache"), "workers": 1, **settings}
-        folders = prepare(DataConfig(train=str(log), **settings), tokenizer)
+        chunking = Chunking(rows=chunk, alone=1)
+        folders = prepare(DataConfig(train=str(log), **settings), tokenizer, chunking=chunking)
         return [folder and load(folder) for folder in folders] if both else load(folders[0])
 
     return make
@@ -161,10 +164,9 @@ def test_empty_completions_are_dropped_and_counted_by_class(make):
 # What is on disk.
 
 
-def test_every_row_is_found_across_chunks(make, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", 7)
+def test_every_row_is_found_across_chunks(make, tokenizer):
     log = thumbs(100, 10)
-    examples = make(*log)
+    examples = make(*log, chunk=7)
     assert len(examples) == 100
     for i, row in enumerate(log):
         assert tokenizer.decode(examples.prompt(i)) == row["prompt"]
@@ -185,11 +187,10 @@ def test_rows_share_a_group_exactly_when_their_prompts_are_equal(make):
     assert same_group.tolist() == [[one == other for other in prompts] for one in prompts]
 
 
-def test_the_fingerprint_is_of_the_rows_and_not_of_the_files(make, monkeypatch):
+def test_the_fingerprint_is_of_the_rows_and_not_of_the_files(make):
     log = thumbs(30, 6)
     first = make(*log).fingerprint
-    monkeypatch.setattr(data, "_CHUNK", 4)
-    assert make(*log, {"prompt": "hi", "completion": ""}).fingerprint == first
+    assert make(*log, {"prompt": "hi", "completion": ""}, chunk=4).fingerprint == first
     for change in (
         {"weight": 2},
         {"label": not log[7]["label"]},
@@ -199,12 +200,10 @@ def test_the_fingerprint_is_of_the_rows_and_not_of_the_files(make, monkeypatch):
         assert make(*log[:7], {**log[7], **change}, *log[8:]).fingerprint != first
 
 
-def test_processes_make_the_rows_that_one_process_makes(make, monkeypatch, tmp_path):
+def test_processes_make_the_rows_that_one_process_makes(make, tmp_path):
     log = thumbs(60, 12)
     alone = make(*log)
-    monkeypatch.setattr(data, "_CHUNK", 10)
-    monkeypatch.setattr(data, "_CHUNKS_BEFORE_PROCESSES", 1)
-    together = make(*log, workers=2, cache=str(tmp_path / "other"))
+    together = make(*log, workers=2, chunk=10, cache=str(tmp_path / "other"))
     assert rows_of(together) == rows_of(alone)
     assert (together.fingerprint, together.report) == (alone.fingerprint, alone.report)
 
@@ -212,11 +211,12 @@ def test_processes_make_the_rows_that_one_process_makes(make, monkeypatch, tmp_p
 def test_a_script_without_a_main_guard_may_tokenise_in_processes(tmp_path):
     write_jsonl(tmp_path / "log.jsonl", thumbs(40, 8))
     (tmp_path / "script.py").write_text(
-        "from kto_dist import config, data, examples\n"
+        "from kto_dist.data import config, examples, processes, tokenise\n"
         "from tests.tiny import tiny_tokenizer\n"
-        "data._CHUNK, data._CHUNKS_BEFORE_PROCESSES = 10, 1\n"
         "settings = config.DataConfig(train='log.jsonl', cache='cache', workers=2)\n"
-        "print(len(examples.load(data.prepare(settings, tiny_tokenizer())[0])))\n"
+        "chunking = processes.Chunking(rows=10, alone=1)\n"
+        "folders = tokenise.prepare(settings, tiny_tokenizer(), chunking=chunking)\n"
+        "print(len(examples.load(folders[0])))\n"
     )
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, [path or "." for path in sys.path]))}
     command = [sys.executable, "script.py"]
@@ -224,14 +224,44 @@ def test_a_script_without_a_main_guard_may_tokenise_in_processes(tmp_path):
     assert ran.stdout == "40\n", ran.stderr
 
 
+def test_the_answers_of_a_pair_know_each_other(tmp_path, tokenizer):
+    rows = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
+    rows[3]["rejected"] = " "  # is dropped, so that its other half is alone
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    singles = write_jsonl(tmp_path / "singles.jsonl", thumbs(9, 9))
+    config = DataConfig(train=[str(singles), str(pairs), str(singles)], heldout=0.4, cache=str(tmp_path / "c"))
+    seen = 0
+    for folder in prepare(config, tokenizer, chunking=Chunking(rows=7)):
+        examples = load(folder)
+        for row, other in enumerate(examples.pair):
+            answer = examples.completion_text(row)
+            if other < 0:
+                assert not answer.startswith(("good", "bad")) or answer == "good 3"
+                continue
+            seen += 1
+            assert examples.pair[other] == row and examples.desirable[row] != examples.desirable[other]
+            assert answer.split()[1] == examples.completion_text(other).split()[1]
+            assert examples.prompt_text(row) == examples.prompt_text(other)
+    assert seen == 38
+
+
+def test_preparing_data_loads_neither_deepspeed_nor_mlflow():
+    modules = [f"kto_dist.data.{path.stem}" for path in Path(kto_dist.data.__file__).parent.glob("[a-z]*.py")]
+    code = f"import sys, {', '.join(modules)}\nprint({{'deepspeed', 'mlflow'}} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(modules) > 5 and result.stdout == "set()\n"
+
+
 # The cache.
 
 
-def test_what_is_tokenised_is_not_tokenised_again(make, tmp_path, monkeypatch):
-    log = thumbs(20, 4)
-    before = make(*log, heldout=0.3)
-    monkeypatch.setattr(data, "_encode_chunk", lambda *_: pytest.fail("tokenised again"))
-    assert rows_of(make(*log, heldout=0.3)) == rows_of(before)
+def test_what_is_tokenised_is_not_tokenised_again(tmp_path, tokenizer):
+    log = write_jsonl(tmp_path / "log.jsonl", thumbs(20, 4))
+    config = DataConfig(train=str(log), heldout=0.3, cache=str(tmp_path / "cache"), workers=1)
+    known = tokenizer_fingerprint(tokenizer)
+    before = prepare(config, tokenizer, known)
+    # whoever has no tokenizer can only find what is there
+    assert prepare(config, None, known) == before
 
 
 def test_a_renamed_log_is_not_tokenised_again(tmp_path, tokenizer):
@@ -279,10 +309,9 @@ def test_a_damaged_folder_is_refused_and_made_again(make, tmp_path):
     assert file.read_bytes() == content
 
 
-def test_a_failed_preparation_leaves_nothing_behind(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", 5)
+def test_a_failed_preparation_leaves_nothing_behind(make, tmp_path):
     with pytest.raises(UserError, match=r"log\.jsonl:21"):
-        make(*thumbs(20, 4), {**TEXT, "label": "maybe"})
+        make(*thumbs(20, 4), {**TEXT, "label": "maybe"}, chunk=5)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -295,7 +324,7 @@ def test_of_two_that_prepare_the_same_the_slower_takes_what_is_there(make, tmp_p
             make(*log)
         replace(source, target)
 
-    monkeypatch.setattr(data.os, "replace", other_is_faster)
+    monkeypatch.setattr(os, "replace", other_is_faster)
     assert len(make(*log)) == 20
     assert [path.name for path in tmp_path.glob("cache/*/*")] == ["rows"]
     assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kto_dist.base.files import sha256_of
+from kto_dist.base.remembered import sha256_once
 
-_VERSION = 1  # of audit.json, that this module reads; docs/audit.md
+VERSION = 1
+"""Of audit.json, that this module reads; docs/audit.md."""
 _TAG_LENGTH = 500  # what a tag of MLflow's datasets holds
 _READ_OF_FOLDERS = (".parquet", ".jsonl", ".jsonl.gz")  # as sources.py does
 
@@ -27,15 +28,15 @@ class Audited:
     """An audit, and the files of this run that it describes."""
 
     path: Path
-    # of audit.json
+    """Of audit.json."""
     report: Path | None
-    # report.html beside it
+    """report.html beside it."""
     sha256: str
-    # of audit.json
+    """Of audit.json."""
     files: dict[str, str]
-    # name -> sha256
+    """Name -> sha256."""
     failed: tuple[str, ...]
-    # each check that warns, with its number and what to do
+    """Each check that warns, with its number and what to do."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -56,14 +57,14 @@ def find_audits(paths: Sequence[str], warn: Callable[[str], None]) -> list[Audit
         try:
             content = json.loads(audit.read_text(encoding="utf-8"))
             # first of all: a newer layout may lack every other key
-            if content["version"] > _VERSION:
+            if content["version"] > VERSION:
                 warn(
-                    f"{audit} has layout {content['version']}, and this version of kto_dist reads {_VERSION}: update it"
+                    f"{audit} has layout {content['version']}, and this version of kto_dist reads {VERSION}: update it"
                 )
                 continue
             known = {entry["sha256"] for entry in content["files"]}
             failed = tuple(line_of(check) for check in content["checks"] if check["status"] == "warn")
-            described_by = sha256_of(audit)
+            described_by = sha256_once(audit)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             warn(f"{audit} is not readable as an audit ({error!r}): run `kto-dist mine` again")
             continue
@@ -73,7 +74,7 @@ def find_audits(paths: Sequence[str], warn: Callable[[str], None]) -> list[Audit
                 "make it readable, or move it away"
             )
             continue
-        digest = sha256_of(file)
+        digest = sha256_once(file)
         if digest not in known:
             warn(
                 f"{audit} describes other data than {file.name} beside it (sha256 {digest[:12]}... is not among its "

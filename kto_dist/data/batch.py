@@ -29,13 +29,13 @@ class Plan:
 
     seed: int
     rows: int
-    # rows of the training set
+    """Of the training set."""
     global_batch: int
-    # rows of a full step; an epoch's last step takes what is left
+    """Rows of a full step; an epoch's last step takes what is left."""
     epochs: float
     max_steps: int | None
     kl_pairs_per_step: int | None
-    # 0: none; None: one a row
+    """0: none; None: one a row."""
     max_length: int
     prompt_limit: int
 
@@ -155,7 +155,8 @@ def cut(
 def _packed_bins(lengths: np.ndarray, order: np.ndarray, budget: int, ranks: int) -> list[np.ndarray]:
     count = ranks * max(1, -(-int(lengths.sum()) // (budget * ranks)))
     while True:
-        load, members = np.zeros(count, dtype=np.int64), [[] for _ in range(count)]
+        load = np.zeros(count, dtype=np.int64)
+        members: list[list[int]] = [[] for _ in range(count)]
         for position in order:
             emptiest = int(load.argmin())
             if load[emptiest] + lengths[position] > budget:

@@ -1,12 +1,13 @@
 """One split's tokenised rows, memory-mapped by every rank.
 
-In:  a folder that `data.prepare` made: rows.arrow and, written last, about.json.
+In:  a folder that `tokenise.prepare` made: rows.arrow and, written last, about.json.
 Out: `Examples`: tokens as views into the file, and what an estimate of z0 or a report needs of all rows at once.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ class ClassReport:
     prompts_cut: int
     completions_cut: int
     dropped: int
-    # their completion, or the text of their prompt, makes no token
+    """Their completion, or the text of their prompt, makes no token."""
     prompt_tokens: int
     completion_tokens: int
 
@@ -54,22 +55,22 @@ class DataReport:
     """What a split holds, and what happened on the way."""
 
     rows_read: int
-    # rows of this split that could be read: kept + dropped, both classes
+    """Rows of this split that could be read: kept + dropped, both classes."""
     skipped: dict[str, int]
-    # reason -> rows of the files that could not be read; a split made by fraction shows those of the whole
-    # log
+    """Reason -> rows of the files that could not be read; a split made by fraction shows those of the whole log."""
     skipped_examples: list[str]
     shortened_headers: int
-    # rows whose prompt ends before the template's answer header does (see data.py)
+    """Rows whose prompt ends before the template's answer header does (see encode.py)."""
     desirable: ClassReport
     undesirable: ClassReport
     duplicates: int
-    # kept rows whose tokens and label an earlier row has
+    """Kept rows whose tokens and label an earlier row has."""
     contradictions: int
-    # kept rows whose tokens another row has with the other label
+    """Kept rows whose tokens another row has with the other label."""
     prompt_lengths: dict[str, int]
+    """Quantile -> tokens, of the kept rows, after cutting."""
     completion_lengths: dict[str, int]
-    # quantile -> tokens, of the kept rows, after cutting
+    """As `prompt_lengths`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -131,20 +132,33 @@ class Examples:
     def __init__(self, table: pa.Table, *, fingerprint: str, report: DataReport) -> None:
         self._table = table
         self.prompt_lengths: np.ndarray = pc.list_value_length(table["prompt_ids"]).to_numpy()
+        """(N,) int32, tokens after cutting."""
         self.completion_lengths: np.ndarray = pc.list_value_length(table["completion_ids"]).to_numpy()
-        # (N,) int32 each, tokens after cutting; completions have at least one
+        """(N,) int32, tokens after cutting, at least one."""
         self.desirable: np.ndarray = table["desirable"].to_numpy()
-        # (N,) bool
+        """(N,) bool"""
         self.weights: np.ndarray = table["weight"].to_numpy()
-        # (N,) float64, 0 or more, from the log
+        """(N,) float64, 0 or more, from the log."""
         self.prompt_group: np.ndarray = table["prompt_group"].to_numpy()
-        # (N,) int64, a hash: equal for rows whose prompt tokens are equal
+        """(N,) int64, a hash: equal for rows whose prompt tokens are equal."""
         self.fingerprint = fingerprint
-        # of all tokens, labels and weights, in order
+        """Of all tokens, labels and weights, in order."""
         self.report = report
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
+
+    @cached_property
+    def pair(self) -> np.ndarray:
+        """(N,) int64: the row that is the other answer of the same pair, chosen or rejected; -1 where there is none."""
+        number, partner = self._table["pair"], np.full(len(self), -1, np.int64)
+        rows = np.flatnonzero(number.is_valid().to_numpy())
+        numbers = number.drop_null().to_numpy()
+        order = numbers.argsort(kind="stable")
+        twins = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
+        first, second = rows[order[twins]], rows[order[twins + 1]]
+        partner[first], partner[second] = second, first
+        return partner
 
     def prompt(self, row: int) -> np.ndarray:
         """(P,) int32"""
@@ -182,7 +196,7 @@ class Examples:
 
 
 def load(folder: str | Path) -> Examples:
-    """Opens a folder that `data.prepare` returned. Costs neither reading the tokens nor memory for them."""
+    """Opens a folder that `tokenise.prepare` returned. Costs neither reading the tokens nor memory for them."""
     folder = Path(folder)
     if not is_whole(folder):
         raise UserError(f"tokenised data {folder} is missing or damaged: delete the folder above it and run again")

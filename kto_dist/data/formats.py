@@ -19,6 +19,7 @@ it is, without a chat template; where one side is messages and the other text, t
 counts as 1. Other columns are ignored, `tools` too: a prompt that lists tools must hold them in its text.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,8 @@ class Row:
     weight: float
     source: str
     """The row's place, "file:line" or "file:row 12", counted from 1."""
+    pair: int | None = None
+    """The number of the pair that the row is an answer of; None for an answer that was rated alone."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,6 +88,7 @@ def read_rows(sources: Sequence[Source], *, on_bad_row: Literal["error", "skip"]
 
     A file without one usable row is an error either way: it is the wrong file rather than a bad row.
     """
+    pairs = itertools.count()
     for source in sources:
         layout, records, rows, problem = None, 0, 0, ""
         for where, record in read_records(source, _COLUMNS):
@@ -93,7 +97,7 @@ def read_rows(sources: Sequence[Source], *, on_bad_row: Literal["error", "skip"]
                 if isinstance(record, BadRecord):
                     raise record
                 layout = layout or _recognise(record)
-                converted = list(_convert(layout, record, where))
+                converted = list(_convert(layout, record, where, pairs))
             except BadRecord as error:
                 message = f"{where}: {error}"
                 if on_bad_row == "error":
@@ -134,29 +138,31 @@ def _recognise(record: dict[str, Any]) -> Layout:
     )
 
 
-def _convert(layout: Layout, record: dict[str, Any], source: str) -> Iterator[Row]:
+def _convert(layout: Layout, record: dict[str, Any], source: str, pairs: Iterator[int]) -> Iterator[Row]:
     weight = _weight(record)
     prompt = None if layout.prompt is None else _prompt(layout.prompt, record)
     answers = [_text_or_turns(_required(record, name), name) for name in layout.answers]
+    label = True if layout.label is None else _label(record, layout.label)
+    pair = None
     if not answers:
+        assert prompt is not None and not isinstance(prompt, str)
         if prompt[-1]["role"] != "assistant":
             raise BadRecord(
                 "no answer",
                 f"{layout.prompt}: the last turn ({short(prompt[-1])}) must be the assistant's, the answer "
                 "that was rated; leave out what follows it",
             )
-        sides = [(prompt[:-1], prompt[-1:], _label(record, layout.label))]
-    elif len(answers) == 1:
-        sides = [(prompt, answers[0], _label(record, layout.label))]
-    else:
+        prompt, answers = prompt[:-1], [prompt[-1:]]
+    elif len(answers) == 2:
+        pair = next(pairs)
         whole = all(not isinstance(answer, str) and answer[0]["role"] != "assistant" for answer in answers)
         if prompt is None or whole:
             prompt, answers = _split_conversations(*answers)
-        first_is_better = layout.label is None or _label(record, layout.label)
-        sides = [(prompt, answers[0], first_is_better), (prompt, answers[1], not first_is_better)]
-    for context, answer, desirable in sides:
-        context, answer = _agree(context, answer, layout)
-        yield Row(prompt=context, completion=answer, desirable=desirable, weight=weight, source=source)
+    assert prompt is not None
+    # the label is the first answer's; the second one of a pair has the other
+    for answer, desirable in zip(answers, (label, not label), strict=False):
+        context, completion = _agree(prompt, answer, layout)
+        yield Row(prompt=context, completion=completion, desirable=desirable, weight=weight, source=source, pair=pair)
 
 
 def _prompt(column: str, record: dict[str, Any]) -> str | Messages:
@@ -210,7 +216,7 @@ def _agree(prompt: str | Messages, answer: str | Messages, layout: Layout) -> tu
             "empty prompt",
             f"{layout.prompt or 'prompt'} ({short(prompt)}) must not be empty: an answer's first token needs a context",
         )
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) or isinstance(answer, str):
         return prompt, answer
     if prompt[-1]["role"] == "assistant":
         raise BadRecord(

@@ -7,7 +7,6 @@ Out: `Source`s, and a stream of (place, record); the place is "file:line" or "fi
 
 import glob
 import gzip
-import hashlib
 import itertools
 import json
 import re
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.remembered import sha256_once
 
 _JSON_NAMES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%+-]+)?")
@@ -49,12 +49,10 @@ class Source:
         if self.dataset is not None:
             # A slice of a split has the files of the whole split.
             paths, part = [entry["filename"] for entry in self.dataset.cache_files], self.dataset._fingerprint
-        content = hashlib.blake2b(digest_size=16)
-        for path in paths:
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    content.update(block)
-        return f"{self.kind} {content.hexdigest()} {part}"
+        try:
+            return " ".join([self.kind, *(sha256_once(Path(path)) for path in paths), part])
+        except OSError as error:
+            raise UserError(f"{self.name} cannot be read: {error}; check its permissions") from None
 
 
 def find_sources(paths: Sequence[str]) -> list[Source]:
@@ -176,13 +174,14 @@ def _json_records(path: str) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]
 
 def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
     # The whole array is in memory, since JSON gives no place to go on after a broken element.
-    decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
+    decoder, separator = json.JSONDecoder(), re.compile(r"[^\s,]|\Z")
     try:
         text = content.decode("utf-8")
         position = text.index("[") + 1
         line += text.count("\n", 0, position)
         while True:
-            start = separator.match(text, position).end()
+            found = separator.search(text, position)
+            start = found.start() if found else len(text)
             line += text.count("\n", position, start)
             if text[start : start + 1] == "]":
                 return

@@ -52,7 +52,7 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
     comm.init()
     console = Console()
     found = find_checkpoint(config, console)
-    audits = find_audits(config.data.train, console.warn) if comm.is_main() else []
+    audits = agree.on_main(lambda: find_audits(config.data.train, console.warn))
     prepared = prepare_training(config, console)
     if not describes_all(audits, config.data.train):
         for doubt in prepared.train.report.doubts():
