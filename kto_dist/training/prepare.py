@@ -70,8 +70,8 @@ def prepare(config: Config, console: Console) -> Prepared:
 
     console.phase("data")
     print_name = data.tokenizer_fingerprint(tokenizer)
-    folders = agree.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name))
-    train, heldout = (None if folder is None else load(folder) for folder in folders)
+    folder, apart = agree.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name))
+    train, heldout = load(folder), None if apart is None else load(apart)
     for setting, examples in (("data.train", train), ("data.heldout", heldout)):
         agree.same_everywhere(
             "none" if examples is None else examples.fingerprint,
