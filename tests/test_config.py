@@ -71,7 +71,7 @@ def test_a_model_and_a_log_are_all_that_is_needed(file):
         ),
         (
             ["data.max_length=9000"],
-            ["train.tokens_per_microbatch (8192)", "at least data.max_length (9000)", "lower data.max_length"],
+            ["reference.tokens_per_batch (8192)", "at least data.max_length (9000)", "lower data.max_length"],
         ),
         (
             ["reference.tokens_per_batch=1000"],

@@ -141,6 +141,8 @@ class PlainPolicy:
         self.model = copy.deepcopy(model)
         self.forward = ScoringModel(self.model)
 
+    waits_in_forward = waits_in_backward = False
+
     def backward(self, loss, last):
         loss.backward()
 
@@ -189,7 +191,7 @@ def through_the_trainer(models, examples, *, loss, packed, tokens, class_weights
         class_weights=class_weights,
     )
     refs = reference_logps(models[1], examples)
-    result = run_step(step_work(prepared, refs, step), policy, prepared.objective, lr=1e-3)
+    result = run_step(step_work(prepared, refs, step, prepared.cutting), policy, prepared.objective, lr=1e-3)
     rows = step_rows(plan, step)
     pairs = list(zip(*step_kl_pairs(plan, step, rows, examples.prompt_group), strict=True))
     return metrics.step_metrics(result.sums, result.kl), policy.gradients(), rows, pairs

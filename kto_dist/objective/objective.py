@@ -15,6 +15,7 @@ from torch import Tensor
 from kto_dist.data.batch import MicroBatch
 from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import Forward, completion_logps, score
+from kto_dist.model.profile import part
 from kto_dist.objective.losses import Loss
 
 
@@ -86,22 +87,23 @@ def loss_and_rows(
     ref_logps, sign, weight = (getattr(labels, name)[batch.position] for name in ("ref_logps", "sign", "weight"))
 
     def head(hidden: Tensor, lm_head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        result = kto_head(
-            hidden,
-            lm_head,
-            batch.target,
-            batch.lengths,
-            ref_logps=ref_logps,
-            sign=sign,
-            row_weight=weight,
-            z0=z0,
-            beta=objective.beta,
-            loss=objective.loss.name,
-            bias=bias,
-            transform=objective.transform,
-            budget=objective.logits_bytes,
-            logits_dtype=objective.logits_dtype,
-        )
+        with part("the head (within the forwards)"):
+            result = kto_head(
+                hidden,
+                lm_head,
+                batch.target,
+                batch.lengths,
+                ref_logps=ref_logps,
+                sign=sign,
+                row_weight=weight,
+                z0=z0,
+                beta=objective.beta,
+                loss=objective.loss.name,
+                bias=bias,
+                transform=objective.transform,
+                budget=objective.logits_bytes,
+                logits_dtype=objective.logits_dtype,
+            )
         # plain tensors: ZeRO-3 hooks into whatever a module returns
         return result.loss, result.logps, result.losses
 

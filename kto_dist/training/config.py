@@ -23,7 +23,11 @@ class TrainConfig(Section):
 
     output: Text = Field("runs/kto", description="the run's folder")
     global_batch: Positive = Field(32, description="rows of one optimizer step, over all ranks")
-    tokens_per_microbatch: Positive = Field(8192, description="most tokens one device runs at a time")
+    tokens_per_microbatch: Literal["auto"] | Positive = Field(
+        "auto",
+        description="most tokens one device runs at a time; auto: 8192 on the CPU, on a GPU as many as its memory is "
+        "estimated to hold; where it runs out, half of them",
+    )
     packing: Literal["auto"] | bool = Field(
         "auto", description="rows end to end without padding; auto: where attention has a variable-length kernel"
     )
@@ -46,6 +50,10 @@ class TrainConfig(Section):
         "auto", description="auto: fp32, but bf16 for a bf16 model on the CPU, whose matmul gives nothing else"
     )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="row order and KL pairs are a function of it")
+    deterministic: bool = Field(
+        False, description="the same bits from every run on the same GPUs; slower, see docs/engine-notes.md"
+    )
+    profile: bool = Field(False, description="write a trace of three steps and a table of where their time went")
 
 
 class CheckpointConfig(Section):
@@ -101,7 +109,7 @@ class Config(Section):
             ("train.tokens_per_microbatch", self.train.tokens_per_microbatch),
             ("reference.tokens_per_batch", self.reference.tokens_per_batch),
         ):
-            if budget < self.data.max_length:
+            if budget != "auto" and budget < self.data.max_length:
                 raise ValueError(
                     f"{name} ({budget}) must be at least data.max_length ({self.data.max_length}): "
                     "the longest row must fit on a device; raise it, or lower data.max_length"

@@ -22,7 +22,7 @@ from kto_dist.base.exits import FAILED, TERMINATED, Stopped
 from kto_dist.base.signals import sigterm_noted
 from kto_dist.data.audited import describes_all, find_audits
 from kto_dist.model.causal_lm import check_scoring
-from kto_dist.model.devices import Cost, cost_of, peak
+from kto_dist.model.devices import Cost, cost_of, make_deterministic, peak
 from kto_dist.model.engines import AdamW, Policy, zero_stage
 from kto_dist.model.memory import NeedsRestart
 from kto_dist.objective import metrics
@@ -36,6 +36,7 @@ from kto_dist.training.config import Config
 from kto_dist.training.finish import finish
 from kto_dist.training.health import Monitor
 from kto_dist.training.prepare import PreparedTraining, find, prepare_training, wanted
+from kto_dist.training.profile import profiled
 from kto_dist.training.run import Run, find_checkpoint, open_run, start_run
 from kto_dist.training.step import StepResult, StepWork
 from kto_dist.training.stepper import Stepper
@@ -50,6 +51,8 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
     Raises `UserError` for what the user can fix, `Stopped` when a signal or a health rule ended the run.
     """
     comm.init()
+    if config.train.deterministic:
+        make_deterministic()
     console = Console()
     found = find_checkpoint(config, console)
     audits = agree.on_main(lambda: find_audits(config.data.train, console.warn))
@@ -92,10 +95,15 @@ def _train(
     first, last, tokens = run.state.step, {}, 0
     console.phase("training")
     before = _evaluate(stepper, run, console, 0) if first == 0 else _first_evaluation(run)
-    with sigterm_noted() as terminated, console.steps("training", first, plan.steps) as show:
+    with (
+        sigterm_noted() as terminated,
+        console.steps("training", first, plan.steps) as show,
+        profiled(config.train.profile, run.folder.path, console) as tick,
+    ):
         started = time.monotonic()
         for work in ahead(stepper.work, range(first, plan.steps)):
             result = stepper.run(work)
+            tick()
             seconds, started = time.monotonic() - started, time.monotonic()
             done, tokens = result.step, tokens + result.tokens
             last = _figures(result, work, cost, prepared, seconds)

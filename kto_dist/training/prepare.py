@@ -35,6 +35,9 @@ from kto_dist.reference.setup import ReferenceSetup, find_reference
 from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.training.config import Config
 
+TOKENS_PER_MICROBATCH = 8192
+"""Where nothing is known of the device's memory: on the CPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -129,7 +132,7 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
         cutting=Cutting(
             max_length=config.data.max_length,
             prompt_limit=config.data.prompt_limit,
-            tokens=config.train.tokens_per_microbatch,
+            tokens=_tokens_to_start_with(config),
             packed=pick_packing(config.train.packing, attention),
         ),
         class_weights=class_weights(prepared.train, config, console.warn),
@@ -151,6 +154,12 @@ def _models(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     if reference.path:
         check_context(load_config(reference.path, reference.gguf_file, "reference.path"), config.data.max_length)
     return model_config, load_tokenizer(model.path, model.gguf_file)
+
+
+def _tokens_to_start_with(config: Config) -> int:
+    """`auto` is decided for good when the policy is on its device (`Stepper`)."""
+    tokens = config.train.tokens_per_microbatch
+    return max(TOKENS_PER_MICROBATCH, config.data.max_length) if tokens == "auto" else tokens
 
 
 def find(prepared: Prepared, console: Console) -> tuple[ReferenceSetup, Fingerprint]:

@@ -20,6 +20,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting, MicroBatch, microbatches, pair_lengths, step_kl_pairs, step_rows
 from kto_dist.model.causal_lm import ROUNDING, Forward
 from kto_dist.model.memory import attempt, is_out_of_memory
+from kto_dist.model.profile import part
 from kto_dist.objective import metrics
 from kto_dist.objective.objective import Labels, Objective, kl_sums, labels_of, loss_and_rows
 from kto_dist.reference.scoring import RefLogps
@@ -164,7 +165,8 @@ def _survey(work: StepWork, policy: Engine, objective: Objective, device: torch.
     """(2,) sum and count over this rank's KL pairs: z0 belongs to the whole step, so this comes first."""
     if not len(work.kl_refs):
         return torch.zeros(2, dtype=torch.float64, device=device)
-    return kl_sums(policy.forward, work.kl_batches, work.kl_refs.to(device), objective)
+    with part("KL forwards"):
+        return kl_sums(policy.forward, work.kl_batches, work.kl_refs.to(device), objective)
 
 
 def _descend(work: StepWork, policy: Engine, objective: Objective, z0: Tensor, device: torch.device) -> Tensor:
@@ -173,8 +175,10 @@ def _descend(work: StepWork, policy: Engine, objective: Objective, z0: Tensor, d
     found = torch.zeros(work.rows.size, 2, dtype=torch.float64, device=device)
     for number, batch in enumerate(work.batches):
         batch = batch.to(device)
-        loss, rows = loss_and_rows(policy.forward, batch, labels, z0, objective)
-        policy.backward(loss / work.rows.size, last=number == len(work.batches) - 1)
+        with part("forwards"):
+            loss, rows = loss_and_rows(policy.forward, batch, labels, z0, objective)
+        with part("backwards"):
+            policy.backward(loss / work.rows.size, last=number == len(work.batches) - 1)
         found.index_copy_(0, batch.position, rows)
     return found
 
@@ -182,7 +186,8 @@ def _descend(work: StepWork, policy: Engine, objective: Objective, z0: Tensor, d
 def _update(policy: Engine, lr: float) -> Tensor | float:
     """Raises `UserError` where there is no memory for it, which fewer tokens would not mend."""
     try:
-        return policy.step(lr)
+        with part("optimizer"):
+            return policy.step(lr)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

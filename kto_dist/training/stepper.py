@@ -1,6 +1,6 @@
 """Steps within the memory that there is: the largest micro-batch is tried first, and where it fails half of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -9,7 +9,8 @@ from kto_dist.base import comm
 from kto_dist.base.console import Console
 from kto_dist.data.batch import Cutting, collate, pair_tokens
 from kto_dist.evaluation.heldout import evaluate_rows
-from kto_dist.model.engines import Policy
+from kto_dist.model.devices import Sharding, tokens_that_fit
+from kto_dist.model.engines import Policy, zero_stage
 from kto_dist.model.memory import Memory, NeedsRestart, attempt
 from kto_dist.objective.objective import labels_of, loss_and_rows
 from kto_dist.reference.scores import Scores
@@ -37,6 +38,27 @@ class Stepper:
             setting="train.tokens_per_microbatch",
             console=self.console,
         )
+        if self.prepared.config.train.tokens_per_microbatch == "auto" and comm.device().type == "cuda":
+            tokens = max(self._estimate(), self.memory.longest)
+            self.memory.cutting = replace(self.memory.cutting, tokens=tokens)
+            self.console.say(f"{tokens:,} tokens a micro-batch, by an estimate of what the device's memory holds")
+
+    def _estimate(self) -> int:
+        """Collective. What the smallest device is estimated to hold."""
+        config = self.prepared.config
+        mebibytes = config.train.logits_mebibytes or 2048
+        sharding = Sharding(
+            stage=zero_stage(config.deepspeed, self.prepared.dtype),
+            ranks=comm.world_size(),
+            bf16=self.prepared.dtype == torch.bfloat16,
+            offload_optimizer=config.deepspeed.offload_optimizer != "none",
+            offload_parameters=config.deepspeed.offload_parameters != "none",
+            checkpointing=config.model.gradient_checkpointing,
+            logits_bytes=mebibytes * 2**20,
+        )
+        memory = torch.cuda.get_device_properties(comm.device()).total_memory
+        own = tokens_that_fit(self.policy.model.lm, sharding, memory)
+        return int(comm.min_(torch.tensor([own]))[0])
 
     def work(self, step: int) -> StepWork:
         """What the step (from 0) takes. Safe to call from another thread."""

@@ -1,0 +1,86 @@
+"""`train.profile` and `train.deterministic` on whole runs."""
+
+import gzip
+import json
+from pathlib import Path
+
+import torch
+from ranks import run_ranks
+from tiny_runs import metrics_of, tiny_config, train_all
+
+from kto_dist.model.devices import Sharding, tokens_that_fit
+
+
+def test_a_profile_leaves_a_trace_and_a_table_whose_parts_are_the_steps(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__profile=True, train__max_steps=6)
+    run_ranks(train_all, 1, [config])
+    folder = Path(config.train.output) / "profile"
+    with gzip.open(folder / "trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"kto: KL forwards", "kto: forwards", "kto: head", "kto: backwards", "kto: optimizer"} <= names
+    rows = [line.split("|") for line in (folder / "table.md").read_text().splitlines()[2:]]
+    shares = {name.strip(): float(share.strip(" %")) for _, name, _, share, _ in rows}
+    assert 0 < shares["KL forwards"] < 100 and 0 < shares["backwards"] < 100
+    parts = ("KL forwards", "forwards", "backwards", "optimizer", "waiting and the rest")
+    assert abs(sum(shares[name] for name in parts) - 100) < 1 or shares["waiting and the rest"] == 0
+
+
+def test_two_deterministic_runs_agree_bit_for_bit(tmp_path, tiny_model, tiny_log):
+    configs = [
+        tiny_config(tmp_path, tiny_model, tiny_log, train__deterministic=True, train__output=str(tmp_path / name))
+        for name in ("a", "b")
+    ]
+    assert run_ranks(_train_deterministic, 1, configs) == [True]
+    for first, second in zip(*map(metrics_of, configs), strict=True):
+        assert (first["loss"], first["grad_norm"]) == (second["loss"], second["grad_norm"])
+
+
+def _train_deterministic(configs) -> bool:
+    train_all(configs)
+    return torch.are_deterministic_algorithms_enabled()
+
+
+class Shape(torch.nn.Module):
+    """A model's outline: what the estimate looks at."""
+
+    def __init__(self, layers: int, hidden: int, inner: int, vocabulary: int):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.config = LlamaConfig(
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            vocab_size=vocabulary,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            tie_word_embeddings=True,
+        )
+        with torch.device("meta"):
+            self.lm = LlamaForCausalLM(self.config)
+
+    def get_output_embeddings(self):
+        return self.lm.get_output_embeddings()
+
+
+def tokens(memory: float, **changes) -> int:
+    sharding = {
+        "stage": 2,
+        "ranks": 1,
+        "bf16": True,
+        "offload_optimizer": False,
+        "offload_parameters": False,
+        "checkpointing": False,
+        "logits_bytes": 2**31,
+    }
+    return tokens_that_fit(Shape(16, 2048, 8192, 128256), Sharding(**sharding | changes), int(memory * 2**30))
+
+
+def test_the_estimate_holds_what_was_measured_and_moves_the_right_way():
+    # 1.24 billion parameters took 51 GiB with 16,384 tokens a micro-batch
+    assert 16384 <= tokens(64) <= 32768
+    assert tokens(40) < tokens(80) <= tokens(140)
+    assert tokens(64, checkpointing=True) > tokens(64)
+    assert tokens(64, bf16=False) < tokens(64)
+    assert tokens(40, stage=3, ranks=8) > tokens(40)
+    assert tokens(8) >= 1
