@@ -46,17 +46,18 @@ def test_bf16_errs_at_most_twice_as_much_as_plain_pytorch_does(transform, rows_a
 @pytest.mark.parametrize("logits_dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("vocabulary", (2048, 2049))  # rows that are aligned, and rows that are padded to be
 def test_on_a_gpu_bf16_errs_at_most_twice_as_much_as_plain_pytorch_does(vocabulary, logits_dtype, backend):
-    lengths = [300, 1, 900, 500, 77]
+    lengths = [130, 1, 90, 200, 77]
     leaves, others = case(
         lengths, 256, vocabulary, bias=False, dtype=torch.bfloat16, spread=0.2, backend=backend, device="cuda"
     )
     wanted = exact(leaves, others)
-    budget = budget_of(600, vocabulary, 6)
+    budget = budget_of(150, vocabulary, 6)
     found = error(run(kto_head, leaves, others, budget=budget, logits_dtype=logits_dtype, backend=backend), wanted)
     peer = error(run(plain_pytorch, leaves, others, wide=logits_dtype == torch.float32), wanted)
-    # a gradient that plain PyTorch keeps in fp32 until its end, we round once more
-    limits = {name: 2 * max(value, 2**-9) if name.endswith("grad") else 2 * value for name, value in peer.items()}
-    assert all(found[name] <= limits[name] + 1e-7 for name in wanted), (found, peer)
+    # What plain PyTorch rounds once, at its end, we round three times; and tensor cores add up fp32 a little less exactly
+    # than the product of fp32 matrices does. Both are far below what bf16 logits cost.
+    floors = {name: 2**-9 if name.endswith("grad") else 5e-5 for name in peer}
+    assert all(found[name] <= 2 * max(peer[name], floors[name]) for name in wanted), (found, peer)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
