@@ -146,13 +146,13 @@ def main(
         )  # fmt: skip
     Console().print(table)
     if target is not None:
-        from machine import commit, device_name  # they bring torch, which a miner's memory should not hold
+        from machine import code, device_name  # they bring torch, which a miner's memory should not hold
 
         about = {
             "benchmark": "feedback",
             "device": device_name(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "code": commit(),
+            "code": code(),
             "versions": {name: version(name) for name in ("kto_dist", "duckdb", "rensa", "pyarrow", "numpy")},
             "memory_mebibytes": memory,
             "threads": threads,

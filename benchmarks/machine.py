@@ -4,6 +4,7 @@ Imports torch when it is first needed, so that a machine without it can still be
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -53,19 +54,47 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> dict[str, Any]:
-    """Of the code that is measured; empty outside a checkout."""
+MEASURED = {
+    "kernels": ("kernels/kto_kernels",),
+    "training": tuple(
+        f"kto_dist/{wing}" for wing in ("base", "data", "store", "model", "objective", "reference", "training")
+    ),
+    "feedback": ("kto_dist/feedback",),
+}
+"""Folders of the code that results depend on."""
+
+
+def digests() -> dict[str, str]:
+    """Of the code itself, since a copy on another machine may have no history."""
+    found = {}
+    for part, folders in MEASURED.items():
+        digest = hashlib.sha256()
+        for folder in folders:
+            for file in sorted((ROOT / folder).rglob("*.py")):
+                digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode() + file.read_bytes())
+        found[part] = digest.hexdigest()[:16]
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout, or what the variable COMMIT says; "+" after it: files are changed."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     try:
         found = git("rev-parse", "HEAD")
-        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return found + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if found else None
     except FileNotFoundError:
-        return {}
-    return {"commit": found, "changed": changed} if found else {}
+        return None
+
+
+def code() -> dict[str, Any]:
+    """Which code was measured."""
+    return {"commit": commit(), "digests": digests()}
 
 
 def frame(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +103,7 @@ def frame(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
         "benchmark": benchmark,
         "device": device_name(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "code": commit(),
+        "code": code(),
         "versions": versions(),
         "settings": settings,
     }

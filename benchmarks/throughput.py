@@ -181,7 +181,7 @@ def measure(
     nobody else's measurement.
     """
     runs: dict[str, list[dict[str, Any]]] = {}
-    jobs = {name: replace(job, name=name) for name in names}
+    jobs = {name: replace(job, name=name, trl_batch=0 if name in probed else job.trl_batch) for name in names}
     left_out = {name: why for name in names if (why := known(name, job))}
     for repeat in range(repeats):
         for name in names:

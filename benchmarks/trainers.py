@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -223,22 +223,27 @@ def run_kto_dist(
 
 
 def run_trl(job: Job, output: Path, started: float) -> dict[str, Any]:
-    if job.trl_probe:
-        return {"sizes": [found for size in job.trl_probe if (found := _try_trl(job, output, started, size))]}
-    return _run_trl(job, output, started, job.all_steps, job.trl_batch, job.trl_reference_batch)
+    if not job.trl_probe:
+        return _run_trl(job, output, started, job.all_steps, job.trl_batch, job.trl_reference_batch)
+    found = []
+    for size in job.trl_probe:
+        line = _try_trl(job, output, started, size)
+        # what the trial before held, were it out of memory or not
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if line is not None:
+            found.append(line)
+    return {"sizes": found}
 
 
 def _try_trl(job: Job, output: Path, started: float, size: int) -> dict[str, Any] | None:
     """Seconds of one step after one to warm up; None where the device has too little memory."""
-    short = Job(**{**asdict(job), "warmup": 1, "steps": 1})
+    short = replace(job, warmup=1, steps=1)
     try:
         found = _run_trl(short, output / str(size), started, 2, size, size)
     except torch.cuda.OutOfMemoryError:
         return None
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
     return {
         "size": size,
         "training": sum(found["training"]["seconds"]),
