@@ -139,6 +139,7 @@ class PlainPolicy:
 
     def __init__(self, model):
         self.model = copy.deepcopy(model)
+        self.model.set_attn_implementation("varlen")
         self.forward = ScoringModel(self.model)
 
     waits_in_forward = waits_in_backward = False

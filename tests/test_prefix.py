@@ -181,24 +181,25 @@ def test_prompts_are_shared_where_the_cost_model_says_that_it_pays(answers, prom
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "attention", "packed", "may"),
+    ("setting", "device", "attention", "packing", "may"),
     [
-        ("auto", "cpu", "sdpa", False, None),
-        ("auto", "cpu", "sdpa", True, False),
-        ("auto", "cpu", "eager", False, False),
-        ("auto", "cuda", "sdpa", False, False),
-        (True, "cuda", "sdpa", False, True),
-        (False, "cpu", "sdpa", False, False),
+        ("auto", "cpu", "sdpa", "auto", None),
+        ("auto", "cpu", "varlen", "auto", None),
+        ("auto", "cpu", "varlen", True, False),
+        ("auto", "cpu", "eager", "auto", False),
+        ("auto", "cuda", "varlen", "auto", False),
+        (True, "cuda", "sdpa", "auto", True),
+        (False, "cpu", "sdpa", "auto", False),
     ],
 )
-def test_auto_shares_prompts_on_the_cpu_alone_where_it_was_measured(setting, device, attention, packed, may):
-    section = ReferenceConfig(share_prefixes=setting)
-    assert _may_share(section, LlamaConfig(), attention, torch.device(device), packed, 512) is may
+def test_auto_shares_prompts_on_the_cpu_alone_where_it_was_measured(setting, device, attention, packing, may):
+    section = ReferenceConfig(share_prefixes=setting, packing=packing)
+    assert _may_share(section, LlamaConfig(), attention, torch.device(device), 512) is may
 
 
 def test_sharing_that_was_asked_for_and_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="reference.share_prefixes is true, but attention eager takes no mask"):
-        _may_share(ReferenceConfig(share_prefixes=True), LlamaConfig(), "eager", CPU, False, 512)
+        _may_share(ReferenceConfig(share_prefixes=True), LlamaConfig(), "eager", CPU, 512)
 
 
 @pytest.mark.parametrize(

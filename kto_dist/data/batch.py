@@ -193,37 +193,40 @@ class MicroBatch:
     """What one forward takes. R rows of T positions, N completion tokens, S sequences; R = 1 when packed."""
 
     input_ids: Tensor
-    # (R, T) int64
+    """(R, T) int64"""
     position_ids: Tensor
-    # (R, T) int64; restart at 0 with every sequence
+    """(R, T) int64; restart at 0 with every sequence."""
     attention_mask: Tensor | None
-    # (R, T) int64, 1 where there is a token; None where nothing is padded
+    """(R, T) int64, 1 where there is a token; None where nothing is padded."""
+    bounds: Tensor
+    """(S + 1,) int32 into the flattened (R * T) positions: where each sequence starts, and the last one ends. A run of
+    padding has bounds too, like a sequence."""
+    longest: int
+    """Most positions between two bounds."""
     gather: Tensor
-    # (N,) int64 into the flattened (R * T) hidden states: the position before each completion token
+    """(N,) int64 into the flattened (R * T) hidden states: the position before each completion token."""
     target: Tensor
-    # (N,) int64, the completion tokens, sequence after sequence
+    """(N,) int64, the completion tokens, sequence after sequence."""
     lengths: Tensor
-    # (S,) int64, completion tokens of each sequence, sum N; stays on the CPU, where the LM head's rows are cut by it
+    """(S,) int64, completion tokens of each sequence, sum N. It stays on the CPU, where the LM head's rows are cut."""
     position: Tensor
-    # (S,) int64 into the list of pairs that was cut
+    """(S,) int64 into the list of pairs that was cut."""
     tokens: int
-    # positions that hold a token
+    """Positions that hold a token."""
 
     def pinned(self) -> "MicroBatch":
         """In page-locked memory where there is a GPU, so that a copy to it does not make the host wait."""
         if not torch.cuda.is_available():
             return self
-        names = ("input_ids", "position_ids", "attention_mask", "gather", "target", "position")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None})
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._moving().items()})
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "gather", "target", "position")
-        }
-        mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
-        return replace(self, attention_mask=mask, **moved)
+        return replace(self, **{n: tensor.to(device, non_blocking=True) for n, tensor in self._moving().items()})
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What the device needs."""
+        names = ("input_ids", "position_ids", "attention_mask", "bounds", "gather", "target", "position")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
 
 def collate(
@@ -244,6 +247,9 @@ def collate(
     if len(sequences):
         starts = np.cumsum(lengths) - lengths if packed else np.arange(rows, dtype=np.int64) * width
 
+    # sequences and runs of padding start and end here; an empty one has no place
+    edges = [[0, rows * width], starts, starts + lengths]
+    bounds = np.unique(np.concatenate(edges)).astype(np.int32)
     gather, target = [], []
     for (prompt, completion), start in zip(sequences, starts, strict=True):
         span = slice(start, start + len(prompt) + len(completion))
@@ -257,6 +263,8 @@ def collate(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         attention_mask=None if mask.all() or packed or not sequences else torch.from_numpy(mask),
+        bounds=torch.from_numpy(bounds),
+        longest=int(np.diff(bounds).max()),
         gather=torch.from_numpy(np.concatenate(gather).astype(np.int64) if gather else np.zeros(0, np.int64)),
         target=torch.from_numpy(np.concatenate(target).astype(np.int64) if target else np.zeros(0, np.int64)),
         lengths=torch.tensor([len(c) for _, c in sequences], dtype=torch.int64),

@@ -10,7 +10,6 @@ weight for it and release it after, in forward and in backward. Nothing here kno
 import copy
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,12 @@ import torch
 import transformers
 from kto_kernels import LogitTransform, sequence_logps, token_logps
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import MicroBatch, collate
+from kto_dist.model.attention import ATTENTIONS
 from kto_dist.model.config import check_model_path
 
 Head = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -53,19 +53,6 @@ def pick_logits(setting: str, name: str, dtype: torch.dtype, device: torch.devic
             "matmul returns what it is given, and only CUDA can return fp32 from bf16; use auto"
         )
     return DTYPES[name]
-
-
-def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`auto` is the variable-length kernel where there is one for this dtype, because packing then costs nothing."""
-    if name != "auto":
-        return name
-    possible = device.type == "cuda" and dtype == torch.bfloat16
-    return "flash_attention_2" if possible and transformers.utils.is_flash_attn_2_available() else "sdpa"
-
-
-def pick_packing(setting: str | bool, attention: str) -> bool:
-    """`auto` packs where attention skips foreign tokens; a block-diagonal mask computes them only to hide them."""
-    return attention == "flash_attention_2" if setting == "auto" else bool(setting)
 
 
 def load_config(path: str, gguf_file: str | None = None, name: str = "model.path") -> PretrainedConfig:
@@ -176,38 +163,47 @@ class ScoringModel(nn.Module):
             return plain_forward(hidden) if head is None else head(hidden, lm_head.weight, lm_head.bias)
 
         lm_head.forward = forward
+        # cuDNN's attention builds a plan for every new shape, in milliseconds of the host, and micro-batches have many
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def forward(
         self,
         input_ids: Tensor,  # (R, T)
         position_ids: Tensor,  # (R, T)
-        attention_mask: Tensor | None,  # (R, T)
+        attention_mask: Tensor | None,  # (R, T), or (R, 1, T, T)
+        bounds: Tensor,  # (S + 1,) int32, `MicroBatch.bounds`
+        longest: int,
         gather: Tensor | None = None,  # (N,) rows of the flattened hidden states
         head: Head | None = None,
     ) -> Any:
         """Without a head: the model's own logits (R, T, V), for checks."""
-        tokens = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        tokens: dict[str, Any] = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+            "use_cache": False,
+        }
+        width = input_ids.shape[1]
+        if ATTENTIONS[self.lm.config._attn_implementation].variable_length:
+            tokens |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            tokens |= {"max_length_q": longest, "max_length_k": longest}
+            if attention_mask is not None and attention_mask.dim() == 2:
+                # padding has bounds of its own
+                tokens["attention_mask"] = None
+        elif attention_mask is not None and attention_mask.dim() == 2 and input_ids.device.type == "cuda":
+            # few widths, so that kernels and memory of one shape serve many micro-batches
+            more = -width % ROUND_WIDTH
+            tokens |= {name: functional.pad(tokens[name], (0, more)) for name in _PADDED}
         if head is None:
-            return self.lm(**tokens, use_cache=False).logits
-        decoder = getattr(self.lm, self.lm.base_model_prefix)
-        with self._attention_kernel(input_ids):
-            hidden = decoder(**tokens, use_cache=False)[0]
+            return self.lm(**tokens).logits[:, :width]
+        hidden = getattr(self.lm, self.lm.base_model_prefix)(**tokens)[0][:, :width]
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, gather)
         return self.lm.get_output_embeddings()(rows, head=head)
 
-    def _attention_kernel(self, input_ids: Tensor) -> AbstractContextManager[None]:
-        """On the CPU the fused kernel's backward takes twice the time of plain matmuls, while rows are short."""
-        plain = (
-            torch.is_grad_enabled()
-            and input_ids.device.type == "cpu"
-            and input_ids.shape[1] <= SHORT_ROW
-            # its second forward, in backward, would choose again and find other tensors saved
-            and not self.lm.is_gradient_checkpointing
-        )
-        return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
-
-SHORT_ROW = 256
+# Where rows are padded on a GPU, they are as wide as a multiple of this.
+ROUND_WIDTH = 64
+_PADDED = ("input_ids", "position_ids", "attention_mask")
 
 Forward = Callable[..., Any]
 # a ScoringModel, or an engine around one
@@ -219,6 +215,8 @@ def score(forward: Forward, batch: MicroBatch, head: Head) -> Any:
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,
+        bounds=batch.bounds,
+        longest=batch.longest,
         gather=batch.gather,
         head=head,
     )
@@ -271,7 +269,13 @@ def check_scoring(
     own = []
     for prompt, completion in pairs:
         batch = collate([(prompt, completion)], np.zeros(1), packed=False).to(device)
-        logits = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None)[0]
+        logits = forward(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            bounds=batch.bounds,
+            longest=batch.longest,
+        )[0]
         logps = logits.index_select(0, batch.gather).double().log_softmax(-1)
         own.append(logps.gather(-1, batch.target[:, None]).sum())
     tokens = torch.tensor([len(completion) for _, completion in pairs], device=device)

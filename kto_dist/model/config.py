@@ -15,8 +15,8 @@ class ModelConfig(Section):
 
     path: Text = Field(description="Hugging Face folder or hub name of the model to align")
     gguf_file: str | None = Field(None, description="GGUF file inside `path`, unpacked to dense weights at load")
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="attention implementation; auto: flash_attention_2 on GPUs where installed, else sdpa"
+    attention: Literal["auto", "varlen", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto", description="attention implementation; auto: the first of these that device, dtype and family have"
     )
     gradient_checkpointing: bool = Field(False, description="recompute each decoder layer in backward, to save memory")
 

@@ -8,7 +8,7 @@ from kto_dist.base.config import Positive, Section, Text
 
 
 class ReferenceConfig(Section):
-    """The frozen reference, scored once into a store; nothing here is taken from the policy's settings."""
+    """The frozen reference, scored once into a store, with settings of its own; attention follows the policy's."""
 
     path: str | None = Field(None, description="the reference model; null: the policy's own starting weights")
     gguf_file: str | None = Field(None, description="GGUF file inside `reference.path`")
@@ -17,8 +17,8 @@ class ReferenceConfig(Section):
         "auto", description="where the reference runs, whatever the policy runs on; auto: a GPU where there is one"
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device does it well")
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="attention implementation, as for `model.attention`"
+    attention: Literal["auto", "varlen", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto", description="attention implementation; auto: as `model.attention`"
     )
     zero_stage: Literal["auto", 0, 3] = Field(
         "auto", description="0: a whole copy on every device; 3: sharded over the ranks; auto: 3 when offloaded, else 0"

@@ -21,6 +21,7 @@ import torch
 from transformers import PretrainedConfig
 
 from kto_dist.data.batch import MicroBatch, collate
+from kto_dist.model.attention import ATTENTIONS
 from kto_dist.model.causal_lm import Forward, ScoringModel, completion_logps
 
 # T0 over the model's hidden size, measured with SmolLM2-135M in bf16 on two CPU cores (see benchmarks/README.md).
@@ -47,8 +48,9 @@ class Trees:
 
 def can_share(config: PretrainedConfig, attention: str, max_length: int) -> str | None:
     """Why trees cannot be scored with this model, or None. What a config does not say, `sharing_is_exact` finds."""
-    if attention != "sdpa":
-        return f"attention {attention} takes no mask of its own: it needs sdpa"
+    if not ATTENTIONS[attention].takes_mask:
+        able = " or ".join(name for name, row in ATTENTIONS.items() if row.takes_mask)
+        return f"attention {attention} takes no mask of its own: it needs {able}"
     text = config.get_text_config()
     for name in ("sliding_window", "attention_chunk_size"):
         window = getattr(text, name, None)
@@ -124,6 +126,8 @@ def lay_out(trees: list[tuple[np.ndarray, list[np.ndarray]]], position: np.ndarr
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         attention_mask=seen[:, None],
+        bounds=torch.arange(0, rows * width + 1, width, dtype=torch.int32),
+        longest=width,
         gather=torch.tensor(gather, dtype=torch.int64),
         target=torch.from_numpy(np.concatenate(target).astype(np.int64)),
         lengths=torch.tensor([len(completion) for _, completions in trees for completion in completions]),

@@ -15,7 +15,8 @@ from transformers import PretrainedConfig
 from kto_dist.base import agree, comm
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
-from kto_dist.model.causal_lm import load_config, pick_attention, pick_dtype, pick_logits, pick_packing
+from kto_dist.model.attention import pick_attention, pick_packing
+from kto_dist.model.causal_lm import load_config, pick_dtype, pick_logits
 from kto_dist.model.config import ModelConfig
 from kto_dist.model.engines import Placement
 from kto_dist.reference.config import ReferenceConfig
@@ -84,8 +85,10 @@ def pick_reference(
     model_config = load_config(path, gguf_file, name)
     device = reference_device(section)
     dtype = pick_dtype(section.dtype, device)
-    attention = pick_attention(section.attention, device, dtype)
-    packed = pick_packing(section.packing, attention)
+    attention = pick_attention(
+        "reference.attention", section.attention, model_config, device, dtype, like=model.attention
+    )
+    packed = pick_packing("reference.packing", section.packing, attention, model_config)
     logits_dtype = pick_logits("reference.logits_dtype", section.logits_dtype, dtype, device)
     return ReferenceSetup(
         name=name,
@@ -97,7 +100,7 @@ def pick_reference(
         attention=attention,
         packed=packed,
         logits_dtype=logits_dtype,
-        share=_may_share(section, model_config, attention, device, packed, max_length),
+        share=_may_share(section, model_config, attention, device, max_length),
         placement=Placement(
             sharded=section.zero_stage == 3 or section.offload != "none",
             offload=section.offload,
@@ -159,7 +162,6 @@ def _may_share(
     model_config: PretrainedConfig,
     attention: str,
     device: torch.device,
-    packed: bool,
     max_length: int,
 ) -> bool | None:
     """`Scorer.share_prefixes` as far as it is known before the model is loaded. Raises `UserError`.
@@ -168,7 +170,7 @@ def _may_share(
     """
     if section.share_prefixes is False:
         return False
-    if section.share_prefixes == "auto" and (packed or device.type != "cpu"):
+    if section.share_prefixes == "auto" and (section.packing is True or device.type != "cpu"):
         return False
     reason = can_share(model_config, attention, max_length)
     if reason and section.share_prefixes is True:

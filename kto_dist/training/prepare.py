@@ -18,15 +18,14 @@ from kto_dist.base.errors import UserError
 from kto_dist.data import tokenise as data
 from kto_dist.data.batch import Cutting, Plan
 from kto_dist.data.examples import Examples, check, load
+from kto_dist.model.attention import pick_attention, pick_packing
 from kto_dist.model.causal_lm import (
     check_context,
     load_config,
     load_tokenizer,
     logit_transform,
-    pick_attention,
     pick_dtype,
     pick_logits,
-    pick_packing,
 )
 from kto_dist.objective.losses import LOSSES
 from kto_dist.objective.objective import Objective
@@ -118,7 +117,7 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
 
     def picks() -> tuple[torch.dtype, str, torch.dtype | None]:
         dtype = pick_dtype(config.train.dtype, device)
-        attention = pick_attention(config.model.attention, device, dtype)
+        attention = pick_attention("model.attention", config.model.attention, prepared.model_config, device, dtype)
         return dtype, attention, pick_logits("train.logits_dtype", config.train.logits_dtype, dtype, device)
 
     dtype, attention, logits_dtype = agree.together(picks)
@@ -133,7 +132,7 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
             max_length=config.data.max_length,
             prompt_limit=config.data.prompt_limit,
             tokens=_tokens_to_start_with(config),
-            packed=pick_packing(config.train.packing, attention),
+            packed=pick_packing("train.packing", config.train.packing, attention, prepared.model_config),
         ),
         class_weights=class_weights(prepared.train, config, console.warn),
         objective=Objective(
