@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ALL = ("kto_dist", "bare", "trl", "trl-liger", "kto_dist-eager", "kto_dist-sdpa")
+ALL = ("kto_dist", "bare", "trl", "kto_dist-stage1", "trl-liger", "kto_dist-eager", "kto_dist-sdpa")
 
 
 def _names(*names: str) -> list[str]:

@@ -54,6 +54,9 @@ NAMES = {
         trainer="kto_dist",
         settings={"model": {"kernels": "none"}, "reference": {"kernels": "none"}},
     ),
+    "kto_dist-stage1": Implementation(
+        title="kto_dist, ZeRO stage 1", trainer="kto_dist", settings={"deepspeed": {"zero_stage": 1}}
+    ),
     "kto_dist-sdpa": Implementation(
         title="kto_dist, padded sdpa",
         trainer="kto_dist",
