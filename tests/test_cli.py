@@ -67,7 +67,7 @@ def test_config_shows_each_value_with_its_origin(tmp_path, tiny_model, tiny_log)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.lrr=1"], "unknown key train.lrr: did you mean lr?"),
+        (["train.lrr=1"], "unknown key train.lrr: did you mean train.lr?"),
         (["train.global_batch=1"], "train.global_batch (1) must be at least 2"),
         (["train"], "override 'train' must read section.key=value"),
     ],

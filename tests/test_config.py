@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from kto_dist.base.config import flatten, resolve, to_yaml
+from kto_dist.base.config import flatten, keys, resolve, sections, to_yaml
+from kto_dist.base.elsewhere import ELSEWHERE
 from kto_dist.base.errors import UserError
 from kto_dist.model.config import read_deepspeed_json
 from kto_dist.training.config import Config
@@ -131,19 +132,46 @@ def test_a_value_just_within_its_rule_is_taken(file, overrides):
 
 
 @pytest.mark.parametrize(
-    ("override", "kind", "name", "near"),
+    ("override", "said"),
     [
-        ("trian.lr=1", "section", "trian", "train"),
-        ("train.learning_rat=1", "key", "train.learning_rat", None),
-        ("train.global_bach=8", "key", "train.global_bach", "global_batch"),
-        ("kto.betta=1", "key", "kto.betta", "beta"),
-        ("tracking.registr=x", "key", "tracking.registr", "register"),
+        # a slip of the pen
+        ("trian.lr=1", "unknown section trian: did you mean train?"),
+        ("train.global_bach=8", "unknown key train.global_bach: did you mean train.global_batch?"),
+        ("kto.betta=1", "unknown key kto.betta: did you mean kto.beta?"),
+        ("tracking.registr=x", "unknown key tracking.registr: did you mean tracking.register?"),
+        ("checkpoint.every_step=1", "unknown key checkpoint.every_step: did you mean checkpoint.every_steps?"),
+        # another library's word, or one that stands in another section
+        ("train.learning_rate=1", "unknown key train.learning_rate: did you mean train.lr?"),
+        ("train.learning_rat=1", "unknown key train.learning_rat: did you mean train.lr?"),
+        (
+            "train.per_device_train_batch_size=4",
+            "unknown key train.per_device_train_batch_size: did you mean train.global_batch or "
+            "train.tokens_per_microbatch?",
+        ),
+        ("train.beta=1", "unknown key train.beta: did you mean kto.beta? known: output, global_batch"),
+        ("kto.max_length=1", "unknown key kto.max_length: did you mean data.max_length? known: loss, beta"),
+        ("data.path=x", "unknown key data.path: did you mean model.path or reference.path? known: train, heldout"),
+        ("learning_rate.x=1", "unknown section learning_rate: did you mean train.lr? known: model, reference"),
+        # nothing like it
+        ("train.qqq=1", "unknown key train.qqq: known: output, global_batch"),
     ],
 )
-def test_an_unknown_name_is_an_error_that_names_the_nearest_or_all_known_ones(file, override, kind, name, near):
-    message = mistake(file, override)
-    assert f"unknown {kind} {name}" in message
-    assert f"did you mean {near}?" in message if near else "known: output, global_batch" in message
+def test_an_unknown_name_is_an_error_that_says_what_it_may_have_meant(file, override, said):
+    assert said in mistake(file, override)
+
+
+def test_another_librarys_flat_settings_are_told_where_they_stand_here(file):
+    message = mistake(file, tree={"learning_rate": 1e-6, "beta": 0.1, "eval_steps": 9, "qqq": 1, **LEAST})
+    assert "must hold sections" in message and "qqq" not in message
+    for said in ("learning_rate is train.lr", "beta is kto.beta", "eval_steps is evaluate.every_steps"):
+        assert said in message
+
+
+def test_every_hint_at_a_setting_names_one_that_there_is():
+    every = {f"{name}.{key}" for name, section in sections(Config).items() for key in keys(section)}
+    words = {name.partition(".")[2] for name in every}
+    for word, meant in ELSEWHERE.items():
+        assert set(meant) <= every and word not in words, word
 
 
 def test_all_mistakes_are_reported_at_once(file):
@@ -257,9 +285,9 @@ def test_a_config_cannot_be_changed():
 
 
 def test_every_setting_says_what_it_is():
-    for section, field in Config.model_fields.items():
-        for key, setting in field.annotation.model_fields.items():
-            assert setting.description, f"{section}.{key}"
+    for name, section in sections(Config).items():
+        for key, meaning in keys(section).items():
+            assert meaning, f"{name}.{key}"
 
 
 def test_the_prompt_of_an_over_long_row_keeps_half_unless_set(file):

@@ -2,18 +2,15 @@
 
 import pytest
 
-from kto_dist.base import console as module
 from kto_dist.base.console import Console
 
 
-def test_a_log_file_gets_lines_while_the_work_goes_on_not_one_bar_at_its_end(capsys, monkeypatch):
-    now = iter([100.0, 103.0, 111.0, 112.0, 113.0])
-    console = Console()
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-    with console.steps("training", 0, 5) as show:
+def test_a_log_file_gets_lines_while_the_work_goes_on_not_one_bar_at_its_end(capsys):
+    now = iter([0.0, 0.5, 3.0, 11.0, 12.0, 13.0])
+    with Console(clock=lambda: next(now)).steps("training", 0, 5) as show:
         for step in range(1, 6):
             show(step, f"loss {step}")
-    # the first, the one 11 seconds later, and the last
+    # the first, the one more than ten seconds later, and the last
     assert capsys.readouterr().out.splitlines() == [
         "training: 1 of 5  loss 1",
         "training: 3 of 5  loss 3",
@@ -41,10 +38,9 @@ def test_work_that_is_never_needed_shows_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_seconds_of_a_phase_add_up_over_its_visits(monkeypatch):
+def test_the_seconds_of_a_phase_add_up_over_its_visits():
     now = iter([0.0, 0.0, 5.0, 5.0, 7.0, 7.0, 8.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-    console = Console()
+    console = Console(clock=lambda: next(now))
     for name in ("training", "evaluation", "training"):
         console.phase(name)
     console.end()

@@ -6,7 +6,8 @@ All of these are collective: every rank calls them, in the same order.
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
@@ -16,15 +17,16 @@ T = TypeVar("T")
 
 def together(work: Callable[[], T]) -> T:
     """Collective. Does the work, and raises a `UserError` of any rank on all of them."""
-    result, failure = None, None
+    results: list[T] = []
+    failure = None
     try:
-        result = work()
+        results.append(work())
     except UserError as error:
         failure = str(error)
-    failures = [text for text in comm.gather(failure) if text]
+    failures = [text for text in comm.gather(failure) if text is not None]
     if failures:
         raise UserError(failures[0])
-    return result
+    return results[0]
 
 
 def same_everywhere(value: T, what: str, remedy: str) -> T:
@@ -43,7 +45,7 @@ def on_main(work: Callable[[], T]) -> T:
     The others wait in short collectives, so that hours of tokenising never meet the process group's time-out, while
     the death of rank 0 still does.
     """
-    return _while_others_wait(work if comm.is_main() else None)[0]
+    return _while_others_wait(work if comm.is_main() else None)[0].results[0]
 
 
 def once_per_host(work: Callable[[], T]) -> T:
@@ -54,37 +56,51 @@ def once_per_host(work: Callable[[], T]) -> T:
     first = on_main(work)
     if comm.world_size() == 1:
         return first
-    results = _while_others_wait(work if comm.local_rank() == 0 and not comm.is_main() else None)
+    outcomes = _while_others_wait(work if comm.local_rank() == 0 and not comm.is_main() else None)
     head = comm.rank() - comm.local_rank()  # ranks of a host are neighbours
-    return first if head == 0 else cast(T, results[head])
+    return first if head == 0 else outcomes[head].results[0]
 
 
-def _while_others_wait(work: Callable[[], T] | None) -> list[T | None]:
-    result: list[Any] = [None, None]
+@dataclass(frozen=True, slots=True)
+class _Outcome(Generic[T]):
+    """What a rank's work came to."""
 
-    def run() -> None:
-        try:
-            result[0] = work()
-        except BaseException as error:  # handed to every rank below
-            result[1] = error
+    results: tuple[T, ...] = ()
+    """One; none where the work failed, or the rank had none to do."""
+    failure: str | None = None
+    is_mistake: bool = False
+    """The failure was a `UserError`."""
 
+
+def _while_others_wait(work: Callable[[], T] | None) -> list[_Outcome[T]]:
+    """Collective. The outcomes by rank, none of which is a failure: those are raised, on every rank."""
     if comm.world_size() == 1:
-        return [work()]
-    thread = threading.Thread(target=run, daemon=True) if work else None
-    if thread:
+        return [_Outcome() if work is None else _Outcome((work(),))]
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run(work: Callable[[], T]) -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # handed to every rank below
+            errors.append(error)
+
+    thread = None if work is None else threading.Thread(target=run, args=(work,), daemon=True)
+    if thread is not None:
         thread.start()
     pause = 0.01
-    while True:
-        running = comm.any_(thread is not None and thread.is_alive())
-        if not running:
-            break
+    while comm.any_(thread is not None and thread.is_alive()):
         time.sleep(pause)
         pause = min(1.0, 2 * pause)
-    failed = None if result[1] is None else (isinstance(result[1], UserError), str(result[1]))
-    outcomes = comm.gather((result[0], failed))
-    if result[1] is not None:
-        raise result[1]
-    for _, failure in outcomes:
-        if failure is not None:
-            raise UserError(failure[1]) if failure[0] else RuntimeError(f"another rank failed: {failure[1]}")
-    return [value for value, _ in outcomes]
+    failed = errors[0] if errors else None
+    outcomes = comm.gather(
+        _Outcome(tuple(results), None if failed is None else str(failed), isinstance(failed, UserError))
+    )
+    if failed is not None:
+        raise failed
+    for outcome in outcomes:
+        if outcome.failure is not None:
+            if outcome.is_mistake:
+                raise UserError(outcome.failure)
+            raise RuntimeError(f"another rank failed: {outcome.failure}")
+    return outcomes

@@ -22,10 +22,10 @@ def class_weights(
     """
     ratio, (low, high) = desirable / undesirable, BALANCE
     wanted = min(max(ratio, low), high)
-    if up == "auto" and down == "auto":
-        return max(1.0, ratio / high), max(1.0, low / ratio)
-    if up == "auto":
+    if isinstance(up, str):
+        if isinstance(down, str):
+            return max(1.0, ratio / high), max(1.0, low / ratio)
         return float(down), down * wanted / ratio
-    if down == "auto":
+    if isinstance(down, str):
         return up * ratio / wanted, float(up)
     return float(down), float(up)

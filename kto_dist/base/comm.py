@@ -1,5 +1,6 @@
-"""Ranks: who am I, sums over all, and work that only one rank does. Identity at world size 1.
+"""Ranks: who am I, sums over a group of them, and values that all get. Identity at world size 1.
 
+A sum names the group that it runs over; barriers, broadcasts and what ranks agree on are always of the world.
 The launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) name the ranks; without
 them this is a single process, which gets a process group of its own, since DeepSpeed wants one.
 """
@@ -8,7 +9,8 @@ import ctypes
 import os
 import socket
 from datetime import timedelta
-from typing import Any, TypeVar
+from enum import Enum
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,17 @@ from torch import Tensor
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
+
+
+class Group(Enum):
+    """Who takes part. Sequences are whole here: every rank has rows of its own, so that `DATA` is the world."""
+
+    WORLD = "all ranks"
+    DATA = "the ranks that a step's rows are divided among: z0, metrics, gradients"
+    SEQUENCE = "the ranks that one sequence is divided among: each rank alone"
+
+
+WORLD, DATA, SEQUENCE = Group.WORLD, Group.DATA, Group.SEQUENCE
 
 
 def init() -> None:
@@ -54,12 +67,18 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def rank(group: Group = WORLD) -> int:
+    """This process's number in the group."""
+    return dist.get_rank() if dist.is_initialized() and group is not SEQUENCE else 0
+
+
+def size(group: Group) -> int:
+    """Ranks of the group."""
+    return dist.get_world_size() if dist.is_initialized() and group is not SEQUENCE else 1
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return size(WORLD)
 
 
 def local_rank() -> int:
@@ -79,27 +98,27 @@ def barrier() -> None:
         dist.barrier(device_ids=[local_rank()] if torch.cuda.is_available() else None)
 
 
-def sum_(values: Tensor) -> Tensor:
-    """Sum over all ranks, in place; the tensor lives on the CPU or the device."""
-    if world_size() > 1:
+def sum_(values: Tensor, group: Group) -> Tensor:
+    """Sum over the group's ranks, in place; the tensor lives on the CPU or the device."""
+    if size(group) > 1:
         dist.all_reduce(values)
     return values
 
 
-def min_(values: Tensor) -> Tensor:
-    """Minimum over all ranks, in place."""
-    if world_size() > 1:
+def min_(values: Tensor, group: Group) -> Tensor:
+    """Minimum over the group's ranks, in place."""
+    if size(group) > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
     return values
 
 
 def any_(flag: bool) -> bool:
-    """True everywhere when it is true on some rank."""
-    return bool(sum_(torch.tensor([int(flag)]))[0])
+    """True everywhere when it is true on some rank of the world."""
+    return bool(sum_(torch.tensor([int(flag)]), WORLD)[0])
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's picklable value, on every rank."""
+    """Rank 0's picklable value, on every rank of the world."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
@@ -107,8 +126,8 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's picklable value, in rank order, on every rank."""
-    boxes: list[Any] = [value] * world_size()
+    """Every rank's picklable value, in rank order, on every rank of the world."""
+    boxes = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(boxes, value)
     return boxes

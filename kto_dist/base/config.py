@@ -17,7 +17,9 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
+from kto_dist.base.elsewhere import ELSEWHERE
 from kto_dist.base.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -76,7 +78,13 @@ def resolve(
         raise UserError(f"config {path} is not readable as YAML: {error}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict) or not all(isinstance(section, dict | None) for section in tree.values()):
-        raise UserError(f"config {path} must hold sections with keys below them, such as `train:` with `lr: 5.0e-6`")
+        loose = (
+            [] if not isinstance(tree, dict) else [name for name, value in tree.items() if not isinstance(value, dict)]
+        )
+        hints = [f"; {name} is {' or '.join(_called(name, kind))}" for name in loose if _called(name, kind)]
+        raise UserError(
+            f"config {path} must hold sections with keys below them, such as `train:` with `lr: 5.0e-6`{''.join(hints)}"
+        )
     tree = {name: dict(section or {}) for name, section in tree.items()}
     origin = {f"{name}.{key}": str(path) for name, section in tree.items() for key in section}
 
@@ -127,6 +135,11 @@ def sections(kind: type[Section]) -> dict[str, type[Section]]:
     return {name: part for name, part in fields.items() if isinstance(part, type) and issubclass(part, Section)}
 
 
+def keys(section: type[Section]) -> dict[str, str]:
+    """The keys of a section as people write them, each with its meaning."""
+    return {field.alias or name: field.description or "" for name, field in section.model_fields.items()}
+
+
 def flatten(config: Section) -> list[tuple[str, str, Any]]:
     """(section, key, plain value) of every setting, in the order of the classes above."""
     dumped = config.model_dump(mode="json", by_alias=True)
@@ -148,53 +161,50 @@ def _floats_from_text(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# What the settings are called in transformers and TRL.
-_ELSEWHERE = {
-    "learning_rate": "lr",
-    "lr_scheduler_type": "schedule",
-    "warmup_ratio": "warmup",
-    "warmup_steps": "warmup",
-    "max_grad_norm": "clip",
-    "num_train_epochs": "epochs",
-    "output_dir": "output",
-    "per_device_train_batch_size": "tokens_per_microbatch",
-    "bf16": "dtype",
-    "save_steps": "every_steps",
-    "loss_type": "loss",
-}
-
-
-def _explain(problem: Any, where: str, kind: type[Section]) -> str:
+def _explain(problem: ErrorDetails, where: str, kind: type[Section]) -> str:
     location = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        if len(location) == 1:
-            known, what = list(kind.model_fields), "section"
-        else:
-            fields = sections(kind)[location[0]].model_fields
-            known, what = [field.alias or name for name, field in fields.items()], "key"
-        near = difflib.get_close_matches(_ELSEWHERE.get(location[-1], location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        return f"{where}: unknown {what} {'.'.join(location)}: {hint}"
     # A union's error names the branch that failed after the field; section.key is what the user wrote.
     name = ".".join(location[:2])
+    if problem["type"] == "extra_forbidden":
+        what = "section" if len(location) == 1 else "key"
+        return f"{where}: unknown {what} {'.'.join(location)}: {_hint(location, kind)}"
     if problem["type"] == "missing" and len(location) == 1:
-        fields = sections(kind)[name].model_fields
-        needed = {key: field for key, field in fields.items() if field.is_required()} or fields
-        wanted = [f"{name}.{key} ({field.description})" for key, field in needed.items()]
+        section = sections(kind)[name]
+        needed = [field.alias or key for key, field in section.model_fields.items() if field.is_required()]
+        wanted = [f"{name}.{key} ({meaning})" for key, meaning in keys(section).items() if key in needed or not needed]
         return f"{where}: {name} is required: give {', '.join(wanted)}"
     if problem["type"] == "missing":
-        return f"{where}: {name} is required: {_description(location, kind)}"
+        return f"{where}: {name} is required: {_meaning(location, kind)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {name + ': ' if name else ''}{message}"
-    return f"{where}: {name} ({problem['input']!r}): {message}; {_description(location, kind)}"
+    return f"{where}: {name} ({problem['input']!r}): {message}; {_meaning(location, kind)}"
 
 
-def _description(location: list[str], kind: type[Section]) -> str:
+def _meaning(location: list[str], kind: type[Section]) -> str:
     section = sections(kind).get(location[0])
     if section is None or len(location) < 2:
         return "see `kto-dist config --help`"
-    for name, field in section.model_fields.items():
-        if location[1] in (name, field.alias):
-            return field.description or ""
-    return ""
+    return keys(section).get(location[1], "")
+
+
+def _hint(location: list[str], kind: type[Section]) -> str:
+    """What an unknown name may have meant: another section's key, another library's word, or a slip of the pen."""
+    own = sections(kind).get(location[0]) if len(location) > 1 else None
+    prefix, known = ("", list(sections(kind))) if own is None else (f"{location[0]}.", list(keys(own)))
+    meant = _called(location[-1], kind)
+    others = [*(key for section in sections(kind).values() for key in keys(section)), *ELSEWHERE]
+    for near in [] if meant else difflib.get_close_matches(location[-1], [*known, *others], n=1, cutoff=0.6):
+        meant = [prefix + near] if near in known else _called(near, kind)
+    listed = f"known: {', '.join(known)}"
+    if not meant:
+        return listed
+    asked = f"did you mean {' or '.join(meant)}?"
+    return asked if {name.removeprefix(prefix) for name in meant} <= set(known) else f"{asked} {listed}"
+
+
+def _called(word: str, kind: type[Section]) -> list[str]:
+    """`section.key` of every setting that is called so, here or elsewhere."""
+    every = {f"{name}.{key}" for name, section in sections(kind).items() for key in keys(section)}
+    same = [name for name in sorted(every) if name.partition(".")[2] == word]
+    return same or [name for name in ELSEWHERE.get(word, ()) if name in every]

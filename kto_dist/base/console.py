@@ -25,21 +25,25 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Console:
-    def __init__(self) -> None:
+    """`clock` gives seconds, of which differences count."""
+
+    seconds: dict[str, float]
+    """By phase, complete once `end` was called."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._out = rich.console.Console(quiet=not comm.is_main(), highlight=False, soft_wrap=True)
-        self._started = time.monotonic()
+        self._clock, self._started = clock, clock()
         self._phase: str | None = None
-        self.seconds: dict[str, float] = {}
-        # phase -> seconds, complete once `end` was called
+        self.seconds = {}
 
     def phase(self, name: str) -> None:
         """Ends the phase before, and starts `name` (again, if it has been one before)."""
         self.end()
-        self._phase, self._started = name, time.monotonic()
+        self._phase, self._started = name, self._clock()
 
     def end(self) -> None:
         if self._phase is not None:
-            spent = time.monotonic() - self._started
+            spent = self._clock() - self._started
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
         self._phase = None
 
@@ -90,12 +94,13 @@ class Console:
 
     def _line(self, title: str) -> Callable[[int, int, str], None]:
         """For a log file, where a bar would appear only when it is complete: a line now and then."""
-        said = [0.0]
+        said: float | None = None
 
         def say(done: int, total: int, note: str) -> None:
-            now = time.monotonic()
-            if done == total or now - said[0] >= SECONDS_BETWEEN_LINES:
-                said[0] = now
+            nonlocal said
+            now = self._clock()
+            if said is None or done == total or now - said >= SECONDS_BETWEEN_LINES:
+                said = now
                 self.say(f"{title}: {done:,} of {total:,}  {note}")
 
         return say

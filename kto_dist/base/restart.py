@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NoReturn
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not re-export it
 
 from kto_dist.base import comm
 
@@ -55,9 +55,9 @@ class Restarts:
 
     def __init__(self, host: str, port: int):
         leads = comm.is_main()
-        self._store = dist.TCPStore(host, port, is_master=leads, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self._store = TCPStore(host, port, is_master=leads, wait_for_workers=False, timeout=timedelta(seconds=60))
         # of its own for the thread: a client answers one question at a time
-        self._ears = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self._ears = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
         self._heard = threading.Event()
         threading.Thread(target=self._listen, daemon=True, name="restarts").start()
 

@@ -14,7 +14,7 @@ import click
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from kto_dist.base.config import flatten, resolve, sections
+from kto_dist.base.config import flatten, keys, resolve, sections
 from kto_dist.base.errors import UserError
 from kto_dist.commands.settings import settings_page
 from kto_dist.commands.store import store
@@ -87,8 +87,7 @@ def show_config(config: Path | None, overrides: tuple[str, ...], markdown: bool)
     resolved, origin = resolve(config, overrides, kind=Config)
     table = Table("setting", "value", "from", "meaning", box=None, pad_edge=False)
     for section, key, value in flatten(resolved):
-        fields = sections(Config)[section].model_fields
-        meaning = next(field.description for name, field in fields.items() if key in (name, field.alias))
+        meaning = keys(sections(Config)[section])[key]
         table.add_row(f"{section}.{key}", str(value), origin[f"{section}.{key}"], meaning)
     # piped output is for grep: one line a setting, however long
     Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)

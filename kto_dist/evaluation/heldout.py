@@ -34,7 +34,7 @@ def evaluate_rows(
     Raises `OutOfMemory` on all ranks where one of them ran out of it, unless `again` is false: where ranks wait for
     each other in a forward.
     """
-    device, rank, ranks = comm.device(), comm.rank(), comm.world_size()
+    device, rank, ranks = comm.device(), comm.rank(comm.DATA), comm.size(comm.DATA)
     rows = np.arange(len(examples))
     prompts, completions = heldout_pairs(seed, examples)
     kl = torch.zeros(2, dtype=torch.float64, device=device)
@@ -42,7 +42,7 @@ def evaluate_rows(
         batches = microbatches(examples, prompts, completions, cutting, rank=rank, ranks=ranks)
         pair_refs = torch.from_numpy(refs(prompts, completions)).to(device)
         own = attempt(lambda: kl_sums(forward, batches, pair_refs, objective), "the evaluation's KL pairs", again=again)
-        kl = comm.sum_(own)
+        kl = comm.sum_(own, comm.DATA)
     z0 = metrics.clamp_kl(kl)
 
     labels = labels_of(examples, rows, refs(rows, rows), class_weights)
@@ -54,7 +54,8 @@ def evaluate_rows(
             found.index_copy_(0, batch.position, loss_and_rows(forward, batch, on_device, z0, objective)[1])
         return found
 
-    losses, logps = comm.sum_(attempt(score_rows, "the evaluation's forwards", again=again)).cpu().unbind(1)
+    found = comm.sum_(attempt(score_rows, "the evaluation's forwards", again=again), comm.DATA)
+    losses, logps = found.cpu().unbind(1)
     kept = pair_lengths(examples, rows, rows, cutting.max_length, cutting.prompt_limit)[1]
     table = metrics.row_table(
         losses=losses,

@@ -268,7 +268,7 @@ class Policy:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of this rank's share; `last` marks the step's final micro-batch, on every rank alike."""
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
+        self.engine.backward(loss * comm.size(comm.DATA), scale_wrt_gas=False)
 
     def bytes_to_come(self) -> int:
         """Of the device's memory: the optimizer's states, which exist from the first update on."""

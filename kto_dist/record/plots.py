@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,7 +26,8 @@ class Plot:
     name: str
     title: str
     how_to_read: str
-    draw: Callable[[Figure, list[Record], list[Record], Theme], bool]  # False: nothing to draw
+    draw: Callable[[Figure, list[Record], list[Record], Theme], bool]
+    """(figure, metrics, heldout, theme) -> whether there was anything to draw."""
 
 
 def render(plot: Plot, metrics: list[Record], heldout: list[Record], theme: Theme) -> bytes | None:
@@ -57,7 +58,7 @@ def running_mean(values: list[float], window: int) -> list[float]:
     return [(sums[high] - sums[low]) / (high - low) for low, high in bounds]
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> TypeGuard[float]:
     """Whether a record's value is a number that can be drawn or subtracted."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,7 +11,8 @@ class Theme:
     paper: str
     ink: str
     grid: str
-    colours: dict[str, str]  # by role; blue, orange and green stay apart for colour-blind readers
+    colours: dict[str, str]
+    """By role; blue, orange and green stay apart for colour-blind readers."""
 
 
 LIGHT = Theme(
@@ -36,7 +38,7 @@ def finish(axes: Axes, theme: Theme, ylabel: str, *, xlabel: str = "step", whole
     axes.grid(color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     if whole_numbers:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.ink)

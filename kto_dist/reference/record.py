@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 from kto_dist.base import comm
 from kto_dist.base.signals import before_sigterm
-from kto_dist.record.tracking import NullTracker, Status, Tracker
+from kto_dist.record.tracker import NullTracker, Status, Tracker
 from kto_dist.reference.scoring import Outcome, Progress
 
 SECONDS_BETWEEN_POINTS = 10.0
@@ -21,9 +21,9 @@ SECONDS_BETWEEN_POINTS = 10.0
 class PassRecord:
     """`open_run` is called once, on rank 0; the other ranks track nothing."""
 
-    def __init__(self, open_run: Callable[[], Tracker | NullTracker]):
+    def __init__(self, open_run: Callable[[], Tracker]):
         self._open_run = open_run
-        self.tracker: Tracker | NullTracker = NullTracker()
+        self.tracker: Tracker = NullTracker()
         self._opened = self._finished = False
         self._step, self._said = 0, 0.0
 

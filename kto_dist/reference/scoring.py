@@ -278,7 +278,7 @@ def _score(
     pairs_before = np.insert(np.cumsum(sizes[order]), 0, 0)
     logps, found = np.zeros(work.keys.size), np.zeros(work.keys.size, dtype=bool)
     meter = _Meter(work.tokens, watch)
-    start, ranks = 0, comm.world_size()
+    start, ranks = 0, comm.size(comm.DATA)
     wanted = FIRST_SHARD * ranks
     while start < units.size:
         began = time.monotonic()
@@ -319,8 +319,8 @@ def _batches(work: Work, trees: Trees | None, scoring: Scoring, window: np.ndarr
     """This rank's micro-batches of some pairs or trees, equally many on every rank, made as they are needed."""
     lengths = (work.tokens if trees is None else trees.tokens)[window]
     packed = scoring.packed and trees is None
-    shares = cut(lengths, budget=scoring.tokens_per_batch, ranks=comm.world_size(), packed=packed)[comm.rank()]
-    for share in shares:
+    ranks, rank = comm.size(comm.DATA), comm.rank(comm.DATA)
+    for share in cut(lengths, budget=scoring.tokens_per_batch, ranks=ranks, packed=packed)[rank]:
         chosen = window[share]
         if trees is None:
             yield collate([work.pair(place) for place in chosen], chosen, packed=packed)
@@ -349,13 +349,13 @@ class _Meter:
 
     def add(self, places: np.ndarray) -> None:
         self._own += (places.size, self._tokens[places].sum())
-        rows, tokens = self._own * comm.world_size()
+        rows, tokens = self._own * comm.size(comm.DATA)
         self._tell(self._rows + min(int(rows), self._window), self._read + int(tokens))
 
     def meet(self) -> None:
         """Collective, at the end of a window."""
         self._rows += self._window
-        self._read += int(comm.sum_(torch.from_numpy(self._own))[1])
+        self._read += int(comm.sum_(torch.from_numpy(self._own), comm.DATA)[1])
         self._own = np.zeros(2, np.int64)
         self._tell(self._rows, self._read)
 
@@ -378,6 +378,6 @@ def _exchange(logps: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndar
     if comm.world_size() == 1:
         return logps, found
     owner = torch.from_numpy(np.where(found, comm.rank(), comm.world_size()))
-    comm.min_(owner)
+    comm.min_(owner, comm.WORLD)
     mine = torch.from_numpy(logps) * (owner == comm.rank())
-    return comm.sum_(mine).numpy(), (owner < comm.world_size()).numpy()
+    return comm.sum_(mine, comm.WORLD).numpy(), (owner < comm.world_size()).numpy()

@@ -27,7 +27,7 @@ from kto_dist.model.engines import AdamW, Policy, zero_stage
 from kto_dist.model.memory import NeedsRestart
 from kto_dist.objective import metrics
 from kto_dist.record.run_folder import append_line, read_lines
-from kto_dist.record.tracking import Status
+from kto_dist.record.tracker import Status
 from kto_dist.reference.record import PassRecord
 from kto_dist.reference.scores import Scores, score_reference
 from kto_dist.training import checkpoint

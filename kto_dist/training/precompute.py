@@ -10,6 +10,7 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
+from kto_dist.record.tracker import Status, Tracker
 from kto_dist.reference.record import PassRecord
 from kto_dist.reference.scores import score_reference
 from kto_dist.reference.scoring import Outcome
@@ -24,7 +25,7 @@ def precompute(config: Config) -> Outcome:
     prepared = prepare(config, console)
     setup, identity = find(prepared, console)
     record = PassRecord(lambda: _open_run(config, identity.digest, console))
-    status: tracking.Status = "FAILED"
+    status: Status = "FAILED"
     try:
         with record.ended_by_sigterm():
             scores = score_reference(wanted(prepared), setup, identity, console, record.watch, record.open)
@@ -39,7 +40,7 @@ def precompute(config: Config) -> Outcome:
     return scores.outcome
 
 
-def _open_run(config: Config, fingerprint: str, console: Console) -> tracking.Tracker | tracking.NullTracker:
+def _open_run(config: Config, fingerprint: str, console: Console) -> Tracker:
     output = Path(config.train.output).resolve()
     name = f"precompute-{config.tracking.run_name or output.name}"
     section = config.tracking.model_copy(update={"run_name": name})

@@ -14,6 +14,7 @@ from kto_dist.model.engines import zero_stage
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
 from kto_dist.record.run_folder import RunFolder
+from kto_dist.record.tracker import NullTracker, Tracker
 from kto_dist.reference.setup import local_folder
 from kto_dist.store.fingerprint import Fingerprint, weights_digest
 from kto_dist.training import checkpoint
@@ -33,7 +34,7 @@ class Run:
     reference: Fingerprint
     audits: list[Audited]
     """Of the training data; on rank 0."""
-    tracker: tracking.Tracker | tracking.NullTracker = field(default_factory=tracking.NullTracker)
+    tracker: Tracker = field(default_factory=NullTracker)
     mlflow_run: str | None = None
     """The id of the MLflow run, on every rank."""
 
@@ -99,7 +100,7 @@ def _policy_weights(config: Config, reference: Fingerprint) -> str:
     return agree.same_everywhere(digest, "the weights in model.path", "copy the model to each of them again")
 
 
-def open_run(prepared: PreparedTraining, run: Run, console: Console) -> tracking.Tracker | tracking.NullTracker:
+def open_run(prepared: PreparedTraining, run: Run, console: Console) -> Tracker:
     """Writes the config, and opens the MLflow run with its datasets and audits. Raises `UserError`."""
     config, output = prepared.config, run.folder.path
     try:

@@ -60,7 +60,8 @@ def step_work(prepared: PreparedTraining, refs: RefLogps, step: int, cutting: Cu
     prompts, completions = step_kl_pairs(plan, step, rows, examples.prompt_group)
 
     def cut(left: np.ndarray, right: np.ndarray) -> Sequence[MicroBatch]:
-        batches = microbatches(examples, left, right, cutting, rank=comm.rank(), ranks=comm.world_size())
+        rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
+        batches = microbatches(examples, left, right, cutting, rank=rank, ranks=ranks)
         return [batch.pinned() for batch in batches]
 
     prompt_kept, kept = pair_lengths(examples, rows, rows, cutting.max_length, cutting.prompt_limit)
@@ -122,7 +123,8 @@ def run_step(
     """
     device = comm.device()
     kl = comm.sum_(
-        attempt(lambda: _survey(work, policy, objective, device), "the KL forwards", again=not policy.waits_in_forward)
+        attempt(lambda: _survey(work, policy, objective, device), "the KL forwards", again=not policy.waits_in_forward),
+        comm.DATA,
     )
     z0 = metrics.clamp_kl(kl)
     found = comm.sum_(
@@ -130,7 +132,8 @@ def run_step(
             lambda: _descend(work, policy, objective, z0, device),
             "the forwards and backwards",
             again=not policy.waits_in_backward,
-        )
+        ),
+        comm.DATA,
     )
     if start is not None:
         start.check(work, found.cpu()[:, 1])

@@ -58,7 +58,7 @@ class Stepper:
         )
         memory = torch.cuda.get_device_properties(comm.device()).total_memory
         own = tokens_that_fit(self.policy.model.lm, sharding, memory)
-        return int(comm.min_(torch.tensor([own]))[0])
+        return int(comm.min_(torch.tensor([own]), comm.WORLD)[0])
 
     def work(self, step: int) -> StepWork:
         """What the step (from 0) takes. Safe to call from another thread."""
