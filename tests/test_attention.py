@@ -45,9 +45,9 @@ def test_states_and_gradients_through_varlen_are_those_of_each_sequence_alone(na
             assert (value.grad - other.grad).norm() <= 2e-5 * other.grad.norm() + 1e-7, parameter
 
 
-def _states(lm, pairs):
+def _states(lm, pairs, device=CPU):
     """(N, H) hidden states of the completion rows."""
-    batch = collate(pairs, np.arange(len(pairs)), packed=True)
+    batch = collate(pairs, np.arange(len(pairs)), packed=True).to(device)
     return score(ScoringModel(lm), batch, lambda hidden, weight, bias: hidden)
 
 
@@ -190,3 +190,42 @@ def test_an_empty_micro_batch_passes_through_varlen():
     model = ScoringModel(tiny(FAMILIES["llama"], "varlen"))
     batch = collate([], np.zeros(0, np.int64), packed=True)
     assert completion_logps(model, batch, model.transform, 1000).shape == (0,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", (False, True), ids=("plain", "checkpointed"))
+@pytest.mark.parametrize("name", ("llama", "qwen3", "mistral_window", "gemma3_window"))
+def test_varlen_on_a_gpu_is_no_further_from_the_truth_than_sdpa(name, checkpointing):
+    """Hidden states and gradients in bf16 against fp32, each sequence alone."""
+    pairs, truth = sequences(), tiny(FAMILIES[name]).to(GPU).train()
+    wanted = torch.cat([_states(truth, [pair], GPU) for pair in pairs])
+    wanted.square().sum().backward()
+    errors = {}
+    for attention in ("varlen", "sdpa"):
+        lm = tiny(FAMILIES[name], attention).to(GPU, torch.bfloat16).train()
+        if checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        found = _states(lm, pairs, GPU)
+        found.float().square().sum().backward()
+        off = [(found - wanted).norm() / wanted.norm()]
+        off += [
+            (value.grad - other.grad).norm() / other.grad.norm()
+            for value, other in zip(lm.parameters(), truth.parameters(), strict=True)
+            if other.grad is not None
+        ]
+        errors[attention] = torch.stack(off)
+    assert (errors["varlen"] <= 2 * errors["sdpa"] + 1e-3).all(), errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", (None, 5))
+def test_a_packed_row_on_a_gpu_gives_what_each_padded_row_gives(window):
+    draw = torch.Generator().manual_seed(0)
+    lengths = (1, 40, 513, 7)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    q, k, v = (torch.randn(1, heads, sum(lengths), 64, generator=draw).bfloat16() for heads in (4, 2, 2))
+    ask = {"max_length_q": max(lengths), "sliding_window": window}
+    attend, module = AttentionInterface()["varlen"], torch.nn.Module()
+    wanted, _ = attend(module, q.float(), k.float(), v.float(), None, cu_seq_lens_q=bounds, **ask)
+    found, _ = attend(module, q.to(GPU), k.to(GPU), v.to(GPU), None, cu_seq_lens_q=bounds.to(GPU), **ask)
+    assert (found.float().cpu() - wanted).norm() <= 0.01 * wanted.norm()

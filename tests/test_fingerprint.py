@@ -15,7 +15,7 @@ from tiny import save_tiny
 
 from kto_dist.base.errors import UserError
 from kto_dist.store import hashes
-from kto_dist.store.fingerprint import Fingerprint, fingerprint
+from kto_dist.store.fingerprint import SCORING, Fingerprint, fingerprint
 from kto_dist.store.hashes import file_digests
 
 FACTS = {"dtype": "float32", "logits": "float32", "attention": "sdpa"}
@@ -64,9 +64,31 @@ def test_the_name_and_place_of_a_model_are_no_part_of_it(model, tmp_path):
 
 def test_each_thing_that_decides_a_log_prob_is_part_of_it(model):
     seen = {of(model), of(model, {"layers": 3})}
-    for change in ({"dtype": "bfloat16"}, {"logits": "bfloat16"}, {"attention": "eager"}):
+    changes = (
+        {"dtype": "bfloat16"},
+        {"logits": "bfloat16"},
+        {"attention": "eager"},
+        {"kernels": "liger"},
+        {"quantisation": "nf4"},
+    )
+    for change in changes:
         seen.add(of(model, **change))
-    assert len({one.digest for one in seen}) == 5
+    assert len({one.digest for one in seen}) == 7
+
+
+def test_a_mended_fault_makes_another_reference_of_its_family_alone(model, monkeypatch):
+    config, other = {"model_type": "mended", "layers": 2}, {"model_type": "other", "layers": 2}
+    before = of(model, config), of(model, other)
+    monkeypatch.setitem(SCORING, "mended", 1)
+    assert of(model, config) != before[0] and of(model, config).scoring == 1
+    assert of(model, other) == before[1]
+
+
+def test_stores_from_before_a_field_existed_keep_their_values():
+    # the digest of version 0.1, of these five fields
+    old = Fingerprint(weights="w", config="c", dtype="float32", logits="float32", attention="sdpa")
+    assert old.digest == "5f3e3893c3a8becfbeb6846a134719a7484c1853cafafee595993ead73cc65df"
+    assert set(old.to_dict()) == {"weights", "config", "dtype", "logits", "attention"}
 
 
 @pytest.mark.parametrize("change", ("value", "name", "shape", "dtype", "swap", "removed"))
@@ -283,7 +305,7 @@ def test_what_cannot_be_scored_is_refused_with_a_remedy(model):
         of(model)
     (model / "adapter_config.json").unlink()
     (model / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no weights to score with: it needs model.safetensors"):
+    with pytest.raises(UserError, match="holds no weights: it needs model.safetensors"):
         of(model)
     (model / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="is no index of weight files"):

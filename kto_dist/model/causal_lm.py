@@ -24,6 +24,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.data.batch import MicroBatch, collate
 from kto_dist.model.attention import ATTENTIONS
 from kto_dist.model.config import check_model_path
+from kto_dist.model.kernels import fuse
 
 Head = Callable[[Tensor, Tensor, Tensor | None], Any]
 # (N, H) hidden states of completion rows, (V, H) weight, (V,) bias or None -> tensors
@@ -82,7 +83,13 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
 
 
 def load_model(
-    path: str, *, gguf_file: str | None, dtype: torch.dtype, attention: str, config: PretrainedConfig | None = None
+    path: str,
+    *,
+    gguf_file: str | None,
+    dtype: torch.dtype,
+    attention: str,
+    kernels: str = "none",
+    config: PretrainedConfig | None = None,
 ) -> nn.Module:
     """The model in `dtype` with dropout off, since the policy must equal its reference before the first step."""
     # a copy: the export writes the given one
@@ -96,11 +103,14 @@ def load_model(
         # packed GGUF weights can be neither trained nor saved
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        lm = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=attention, **extra
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the model at {path} does not load with attention {attention}: {error}") from None
+    if kernels == "liger":
+        fuse(lm)
+    return lm
 
 
 def _gguf(gguf_file: str | None) -> dict[str, Any]:

@@ -18,6 +18,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "varlen", "flash_attention_2", "sdpa", "eager"] = Field(
         "auto", description="attention implementation; auto: the first of these that device, dtype and family have"
     )
+    kernels: Literal["auto", "liger", "none"] = Field(
+        "auto", description="fused kernels of layers; auto: Liger's on GPUs where installed and known for the family"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute each decoder layer in backward, to save memory")
 
 

@@ -222,6 +222,7 @@ class Policy:
         model_config: PretrainedConfig,
         dtype: torch.dtype,
         attention: str,
+        kernels: str,
         universal: bool = False,
     ):
         """`universal`: a checkpoint of another world size is going to be loaded."""
@@ -235,6 +236,7 @@ class Policy:
             gguf_file=section.gguf_file,
             dtype=dtype,
             attention=attention,
+            kernels=kernels,
             config=model_config,
         )
         if section.gradient_checkpointing:
@@ -391,6 +393,7 @@ class Reference:
         model_config: PretrainedConfig,
         dtype: torch.dtype,
         attention: str,
+        kernels: str,
         device: torch.device,
     ):
         options: dict[str, Any] = {
@@ -402,7 +405,13 @@ class Reference:
             options["zero_optimization"]["offload_param"] = _offload(placement.offload, placement.nvme_path)
         self._swap_folders = _claim_swap_folders(options)
         lm = _sharded_load(
-            options, path=path, gguf_file=gguf_file, dtype=dtype, attention=attention, config=model_config
+            options,
+            path=path,
+            gguf_file=gguf_file,
+            dtype=dtype,
+            attention=attention,
+            kernels=kernels,
+            config=model_config,
         )
         lm.eval().requires_grad_(False)
         self.model = ScoringModel(lm)

@@ -8,7 +8,7 @@ from kto_dist.base.config import Positive, Section, Text
 
 
 class ReferenceConfig(Section):
-    """The frozen reference, scored once into a store, with settings of its own; attention follows the policy's."""
+    """The frozen reference, scored once into a store; attention and kernels follow the policy, all else is its own."""
 
     path: str | None = Field(None, description="the reference model; null: the policy's own starting weights")
     gguf_file: str | None = Field(None, description="GGUF file inside `reference.path`")
@@ -19,6 +19,9 @@ class ReferenceConfig(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device does it well")
     attention: Literal["auto", "varlen", "flash_attention_2", "sdpa", "eager"] = Field(
         "auto", description="attention implementation; auto: as `model.attention`"
+    )
+    kernels: Literal["auto", "liger", "none"] = Field(
+        "auto", description="fused kernels of layers; auto: as `model.kernels`"
     )
     zero_stage: Literal["auto", 0, 3] = Field(
         "auto", description="0: a whole copy on every device; 3: sharded over the ranks; auto: 3 when offloaded, else 0"

@@ -133,6 +133,7 @@ def _load(setup: ReferenceSetup, identity: Fingerprint, console: Console, begin:
                     model_config=setup.model_config,
                     dtype=setup.dtype,
                     attention=setup.attention,
+                    kernels=setup.kernels,
                     device=setup.device,
                 )
             )

@@ -19,6 +19,7 @@ from kto_dist.model.attention import pick_attention, pick_packing
 from kto_dist.model.causal_lm import load_config, pick_dtype, pick_logits
 from kto_dist.model.config import ModelConfig
 from kto_dist.model.engines import Placement
+from kto_dist.model.kernels import pick_kernels
 from kto_dist.reference.config import ReferenceConfig
 from kto_dist.reference.prefix import T0_OVER_HIDDEN, can_share
 from kto_dist.reference.scoring import Scoring
@@ -37,6 +38,7 @@ class ReferenceSetup:
     device: torch.device
     dtype: torch.dtype
     attention: str
+    kernels: str
     packed: bool
     logits_dtype: torch.dtype | None
     """None: fp32 where the device's matmul gives it."""
@@ -68,6 +70,7 @@ class ReferenceSetup:
             dtype=_named(self.dtype),
             logits=self.logits,
             attention=self.attention,
+            kernels=None if self.kernels == "none" else self.kernels,
         )
 
 
@@ -98,6 +101,7 @@ def pick_reference(
         device=device,
         dtype=dtype,
         attention=attention,
+        kernels=pick_kernels("reference.kernels", section.kernels, model_config, device, like=model.kernels),
         packed=packed,
         logits_dtype=logits_dtype,
         share=_may_share(section, model_config, attention, device, max_length),
@@ -136,6 +140,7 @@ def find_reference(
         ("reference.dtype", _named(setup.dtype), "set it to one that all of them can use"),
         ("reference.logits_dtype", setup.logits, "set it, or reference.device"),
         ("reference.attention", setup.attention, "set it to one that all of them have"),
+        ("reference.kernels", setup.kernels, "set it to none, or install liger-kernel on all of them"),
         ("reference.packing", setup.packed, "set it"),
         ("reference.share_prefixes", setup.share, "set it to false, or reference.device"),
     ):

@@ -20,28 +20,46 @@ class Fingerprint:
     """What decides the reference's log-probs: never a path, never parameters in memory."""
 
     weights: str
-    # sha256 over the names, types, shapes and bytes of the tensors, however they are spread over files
+    """sha256 over the names, types, shapes and bytes of the tensors, however they are spread over files"""
     config: str
-    # sha256 of the model's configuration
+    """sha256 of the model's configuration"""
     dtype: str
     logits: str
-    # precision of the logits, which depends on the device
+    """Precision of the logits, which depends on the device."""
     attention: str
+    kernels: str | None = None
+    """Fused kernels of layers, whose rounding differs."""
+    quantisation: str | None = None
+    """How the weights are kept in memory, where it is not as in their files."""
+    scoring: int | None = None
+    """`SCORING` of the family."""
 
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
-    def to_dict(self) -> dict[str, str]:
-        return {name: getattr(self, name) for name in self.__slots__}
+    def to_dict(self) -> dict[str, str | int]:
+        """What is None is absent: a store from before a field existed keeps its name."""
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
+
+# By family, how often a fault in how it is scored was mended: what was stored before is then scored again.
+SCORING: dict[str, int] = {}
 
 # What names a file or a tool, not the function that the model computes.
 _IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
 def fingerprint(
-    folder: Path, gguf_file: str | None, model_config: dict[str, Any], *, dtype: str, logits: str, attention: str
+    folder: Path,
+    gguf_file: str | None,
+    model_config: dict[str, Any],
+    *,
+    dtype: str,
+    logits: str,
+    attention: str,
+    kernels: str | None = None,
+    quantisation: str | None = None,
 ) -> Fingerprint:
     """Hashes the weight files of a model folder, or remembers their hashes.
 
@@ -56,6 +74,9 @@ def fingerprint(
         dtype=dtype,
         logits=logits,
         attention=attention,
+        kernels=kernels,
+        quantisation=quantisation,
+        scoring=SCORING.get(str(model_config.get("model_type"))),
     )
 
 

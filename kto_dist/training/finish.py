@@ -54,6 +54,7 @@ def finish(
         "world_size": comm.world_size(),
         "precision": str(prepared.dtype).removeprefix("torch."),
         "attention": prepared.attention,
+        "kernels": prepared.kernels,
         "packing": prepared.cutting.packed,
         "versions": environment_tags(),
         "tokens": tokens,

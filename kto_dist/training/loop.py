@@ -155,6 +155,7 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Poli
         model_config=prepared.model_config,
         dtype=prepared.dtype,
         attention=prepared.attention,
+        kernels=prepared.kernels,
         universal=universal is not None,
     )
     check_scoring(policy.forward, policy.model, comm.device(), packed=prepared.cutting.packed)

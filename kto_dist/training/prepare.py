@@ -27,6 +27,7 @@ from kto_dist.model.causal_lm import (
     pick_dtype,
     pick_logits,
 )
+from kto_dist.model.kernels import pick_kernels
 from kto_dist.objective.losses import LOSSES
 from kto_dist.objective.objective import Objective
 from kto_dist.reference.scores import PairList, evaluation_pairs, training_pairs
@@ -57,6 +58,7 @@ class PreparedTraining(Prepared):
 
     dtype: torch.dtype
     attention: str
+    kernels: str
     cutting: Cutting
     class_weights: tuple[float, float]
     # (undesirable, desirable)
@@ -115,19 +117,21 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
     prepared = prepare(config, console)
     device = comm.device()
 
-    def picks() -> tuple[torch.dtype, str, torch.dtype | None]:
+    def picks() -> tuple[torch.dtype, str, str, torch.dtype | None]:
         dtype = pick_dtype(config.train.dtype, device)
         attention = pick_attention("model.attention", config.model.attention, prepared.model_config, device, dtype)
-        return dtype, attention, pick_logits("train.logits_dtype", config.train.logits_dtype, dtype, device)
+        kernels = pick_kernels("model.kernels", config.model.kernels, prepared.model_config, device)
+        return dtype, attention, kernels, pick_logits("train.logits_dtype", config.train.logits_dtype, dtype, device)
 
-    dtype, attention, logits_dtype = agree.together(picks)
-    for setting, value in (("train.dtype", dtype), ("model.attention", attention)):
+    dtype, attention, kernels, logits_dtype = agree.together(picks)
+    for setting, value in (("train.dtype", dtype), ("model.attention", attention), ("model.kernels", kernels)):
         agree.same_everywhere(value, setting, "set it to one that all of them can use")
     transform: LogitTransform = logit_transform(prepared.model_config)
     return PreparedTraining(
         **vars(prepared),
         dtype=dtype,
         attention=attention,
+        kernels=kernels,
         cutting=Cutting(
             max_length=config.data.max_length,
             prompt_limit=config.data.prompt_limit,
