@@ -204,7 +204,7 @@ def test_precompute_fills_the_store_and_train_then_scores_nothing(tmp_path, tiny
 def test_a_ranks_exit_status_does_not_depend_on_how_the_interpreter_goes_down(outcome, status):
     code = (
         "import atexit, os, sys\n"
-        "from kto_dist import entry\n"
+        "from kto_dist.commands import entry\n"
         "class Bomb:\n"
         "    def __del__(self, abort=os.abort): abort()\n"
         "sys.kept = Bomb()\n"
