@@ -82,7 +82,8 @@ def deepspeed_options(section: DeepspeedConfig, dtype: torch.dtype, clip: float)
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        # a look at every gradient for what is no number, twice a step: the norm shows it as well, and the run stops
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
