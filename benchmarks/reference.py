@@ -60,7 +60,7 @@ def measure_plan(rows: int) -> dict[str, float]:
     from kto_dist.data.batch import Plan, pair_lengths
     from kto_dist.data.examples import ClassReport, DataReport, Examples
     from kto_dist.reference.keys import pair_keys
-    from kto_dist.reference.scoring import wanted_pairs
+    from kto_dist.reference.pairs import wanted_pairs
 
     rng = np.random.default_rng(0)
 

@@ -199,7 +199,7 @@ def run_kto_dist(
     from kto_dist.base import comm
     from kto_dist.base.console import Console
     from kto_dist.objective.metrics import step_metrics
-    from kto_dist.reference.scores import score_reference
+    from kto_dist.reference.logps import score_reference
     from kto_dist.training.prepare import find, prepare_training, wanted
 
     comm.init()
@@ -330,7 +330,7 @@ def run_bare(job: Job, output: Path, started: float) -> dict[str, Any]:
     from kto_dist.base.console import Console
     from kto_dist.data.batch import microbatches, step_kl_pairs, step_rows
     from kto_dist.model.causal_lm import DTYPES, ScoringModel, load_model, score
-    from kto_dist.reference.scoring import wanted_pairs
+    from kto_dist.reference.pairs import wanted_pairs
     from kto_dist.training.prepare import prepare_training
 
     comm.init()

@@ -1,9 +1,10 @@
 """Checkpoints are whole or absent, belong to one run, and are found again; the export loads anywhere."""
 
-import importlib
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -57,18 +58,19 @@ def test_a_checkpoint_that_was_never_finished_is_not_found(trained):
 
 
 def _die_while_saving(config: Config) -> None:
-    """Killed after the engine has written its files, before the checkpoint gets its name."""
-    module = importlib.import_module("kto_dist.training.checkpoint")
-    replace, finished = module.os.replace, []
+    """Killed when the second checkpoint's first file is there, before the checkpoint gets its name."""
+    partial = checkpoint.folder(config.train.output) / ".partial-step-00000004"
 
-    def deadly(source, target):
-        if str(target).endswith("step-00000004"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        finished.append(target)
-        replace(source, target)
+    def die_in_time() -> None:
+        while not (partial.exists() and any(partial.iterdir())):
+            time.sleep(1e-4)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    module.os.replace = deadly
-    train_all([config])
+    def prepare_to_die(result: StepResult) -> None:
+        if result.step == 4:
+            threading.Thread(target=die_in_time, daemon=True).start()
+
+    train(config, watch=prepare_to_die)
 
 
 def test_killed_while_saving_the_run_goes_on_from_the_checkpoint_before(tmp_path, tiny_model, tiny_log):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,9 +33,21 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **options)
 
 
-def shared_memory() -> set[str]:
-    folder = Path("/dev/shm")
-    return {path.name for path in folder.glob("deepspeed*")} if folder.exists() else set()
+def with_shared_memory_of_its_own(folder: Path) -> list[str]:
+    """Words before a command; it gets a /dev/shm that it alone uses, and `folder/shm` lists what it left there.
+
+    Without the permission to mount one (root) the command runs as it is, and the list says nothing.
+    """
+    listed = f'"$@"; status=$?; ls -A /dev/shm > {folder}/shm; exit $status'
+    own = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs tmpfs /dev/shm && {{ {listed}; }}", "sh"]
+    possible = shutil.which("unshare") and not subprocess.run([*own, "true"], capture_output=True).returncode
+    return own if possible else []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def ranks_of(config: Path) -> list[psutil.Process]:
@@ -62,6 +76,19 @@ def test_config_shows_each_value_with_its_origin(tmp_path, tiny_model, tiny_log)
     assert "1e-06" in lines["train.lr"] and "override" in lines["train.lr"]
     assert "default" in lines["train.seed"]
     assert str(config)[-20:] in shown.stdout
+
+
+@pytest.mark.parametrize("command", ("config", "mine"))
+def test_what_computes_nothing_loads_nothing_that_does(tmp_path, tiny_model, tiny_log, command):
+    """Each of these takes seconds to import."""
+    code = (
+        "import sys\n"
+        "from kto_dist.commands.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "print('heavy:', {'torch', 'transformers', 'deepspeed', 'mlflow', 'duckdb'} & set(sys.modules))"
+    )
+    words = ("config", write_config(tmp_path, tiny_model, tiny_log)) if command == "config" else ("mine", "--help")
+    assert "heavy: set()" in run(sys.executable, "-c", code, *words).stdout
 
 
 @pytest.mark.parametrize(
@@ -121,8 +148,7 @@ def test_a_run_under_the_launcher_leaves_everything_that_it_promises_and_nothing
     config = write_config(
         tmp_path, tiny_model, tiny_log, tracking__enabled=True, data__heldout=0.3, tracking__register="tiny"
     )
-    before = shared_memory()
-    done = run(*KTO_DIST, "train", config, "--ranks", 2)
+    done = run(*with_shared_memory_of_its_own(tmp_path), *KTO_DIST, "train", config, "--ranks", 2)
     assert done.returncode == 0, done.stdout + done.stderr
     output = tmp_path / "run"
     expected = {
@@ -130,7 +156,8 @@ def test_a_run_under_the_launcher_leaves_everything_that_it_promises_and_nothing
     }  # fmt: skip
     assert {path.name for path in output.iterdir()} == expected
     AutoModelForCausalLM.from_pretrained(output / "export")
-    assert shared_memory() == before
+    left = tmp_path / "shm"
+    assert not left.exists() or not left.read_text()
     assert not ranks_of(config)
 
     import mlflow
@@ -157,11 +184,12 @@ def test_a_run_under_the_launcher_leaves_everything_that_it_promises_and_nothing
 def test_the_clusters_command_runs_and_reports_like_ours(tmp_path, tiny_model, tiny_log):
     config = write_config(tmp_path, tiny_model, tiny_log)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29613]
-    done = run(*launcher, ROOT / "launch" / "train.py", config, "train.max_steps=2", env=environment, cwd=ROOT)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port"]
+    script = ROOT / "launch" / "train.py"
+    done = run(*launcher, free_port(), script, config, "train.max_steps=2", env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
-    done = run(*launcher, ROOT / "launch" / "train.py", config, "train.clip=-1", env=environment, cwd=ROOT)
+    done = run(*launcher, free_port(), script, config, "train.clip=-1", env=environment, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "train.clip" in done.stderr
 
@@ -209,9 +237,8 @@ def test_a_ranks_exit_status_does_not_depend_on_how_the_interpreter_goes_down(ou
         "    def __del__(self, abort=os.abort): abort()\n"
         "sys.kept = Bomb()\n"
         "atexit.register(print, 'exit hooks ran')\n"
-        f"def main(arguments): {outcome}\n"
-        "entry.main = main\n"
-        "entry.run_and_leave()\n"
+        f"def work(arguments): {outcome}\n"
+        "entry.run_and_leave([], work)\n"
     )
     done = run(sys.executable, "-c", code)
     assert done.returncode == status, done.stderr
@@ -231,19 +258,17 @@ def test_the_public_function_trains_in_the_callers_own_process(tmp_path, tiny_mo
     assert done.stdout.splitlines()[-1] == "5"
 
 
-def run_launcher(monkeypatch, job: str, ranks_do: str) -> tuple[list[str], int]:
+def run_launcher(job: str, ranks_do: str) -> tuple[list[str], int]:
     """The command and the status of `launcher.run`, with a line of Python in place of DeepSpeed and its ranks."""
     from kto_dist.commands import launcher
 
-    seen, real = [], subprocess.Popen
+    seen = []
 
     def spy(command, **options):
         seen.append(command)
-        return real([sys.executable, "-c", ranks_do], **options)
+        return subprocess.Popen([sys.executable, "-c", ranks_do], **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(launcher.subprocess, "Popen", spy)
-        status = launcher.run(job, ["x.yaml"])
+    status = launcher.run(job, ["x.yaml"], start=spy)
     return seen[0], status
 
 
@@ -252,15 +277,13 @@ FINISH = "import os, pathlib; pathlib.Path(os.environ['KTO_DIST_DONE_MARK']).tou
 
 @pytest.mark.parametrize("job", ["train", "precompute"])
 @pytest.mark.parametrize(("ranks_do", "status"), [(FINISH, 0), ("pass", 1), (f"{FINISH}; exit(3)", 3)])
-def test_a_launcher_that_reports_success_is_believed_when_rank_0_has_finished(
-    monkeypatch, capfd, job, ranks_do, status
-):
-    assert run_launcher(monkeypatch, job, ranks_do)[1] == status
+def test_a_launcher_that_reports_success_is_believed_when_rank_0_has_finished(capfd, job, ranks_do, status):
+    assert run_launcher(job, ranks_do)[1] == status
     assert (f"the ranks ended without finishing {job}" in capfd.readouterr().err) == (ranks_do == "pass")
 
 
-def test_without_a_device_the_default_is_two_ranks_at_most(monkeypatch):
+def test_without_a_device_the_default_is_two_ranks_at_most():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command, _ = run_launcher(monkeypatch, "train", FINISH)
+    command, _ = run_launcher("train", FINISH)
     assert int(command[command.index("--num_gpus") + 1]) == min(2, os.cpu_count() or 1)

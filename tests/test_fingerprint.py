@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,8 @@ from safetensors.numpy import load_file, save_file
 from tiny import save_tiny
 
 from kto_dist.base.errors import UserError
-from kto_dist.store import hashes
 from kto_dist.store.fingerprint import SCORING, Fingerprint, fingerprint
-from kto_dist.store.hashes import file_digests
+from kto_dist.store.hashes import Hashing, file_digests
 
 FACTS = {"dtype": "float32", "logits": "float32", "attention": "sdpa"}
 
@@ -37,22 +37,25 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every block that is hashed."""
-    seen, hashed = [], hashes._sha256
-    monkeypatch.setattr(hashes, "_sha256", lambda *block: seen.append(1) or hashed(*block))
-    return seen
+class Reads:
+    """Reads files as everyone does, notes every block that is hashed, and takes old files for settled."""
+
+    def __init__(self, before: Callable[[], object] = lambda: None, **changes: object):
+        self.count, self._before = 0, before
+        self.how = Hashing(**{"settled_seconds": -1.0, "pread": self._pread, **changes})
+
+    def _pread(self, *block: int) -> bytes:
+        self._before()
+        data = os.pread(*block)
+        self.count += 1
+        return data
 
 
-@pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if every file were an old one."""
-    monkeypatch.setattr(hashes, "SETTLED_SECONDS", -1.0)
+SETTLED = Hashing(settled_seconds=-1.0)
 
 
-def of(folder: Path, config: dict | None = None, **changes: str) -> Fingerprint:
-    return fingerprint(folder, None, config or {"layers": 2}, **{**FACTS, **changes})
+def of(folder: Path, config: dict | None = None, how: Hashing = SETTLED, **changes: str) -> Fingerprint:
+    return fingerprint(folder, None, config or {"layers": 2}, hashing=how, **{**FACTS, **changes})
 
 
 def test_the_name_and_place_of_a_model_are_no_part_of_it(model, tmp_path):
@@ -142,16 +145,16 @@ def test_a_saved_model_is_the_same_when_transformers_splits_it(tmp_path):
     assert of(tmp_path / "split").weights == of(whole).weights
 
 
-def test_a_model_is_read_once_and_remembered(model, reads, settled, tmp_path):
-    before = of(model)
-    read = len(reads)
-    assert read == 16
-    assert of(model) == before and of(model.rename(tmp_path / "moved")) == before
-    assert len(reads) == read
+def test_a_model_is_read_once_and_remembered(model, tmp_path):
+    reads = Reads()
+    before = of(model, how=reads.how)
+    assert reads.count == 16
+    assert of(model, how=reads.how) == before and of(model.rename(tmp_path / "moved"), how=reads.how) == before
+    assert reads.count == 16
 
 
 @pytest.mark.parametrize("how", ("in place", "with its old time", "replaced", "copied over"))
-def test_a_changed_file_is_never_taken_for_the_one_before(model, reads, settled, tmp_path, how):
+def test_a_changed_file_is_never_taken_for_the_one_before(model, tmp_path, how):
     before, file = of(model), model / "model.safetensors"
     assert of(model) == before
     content, stat = bytearray(file.read_bytes()), file.stat()
@@ -173,20 +176,20 @@ def test_a_changed_file_is_never_taken_for_the_one_before(model, reads, settled,
     assert of(model) != before
 
 
-def test_a_change_that_no_sample_meets_is_seen_by_the_time_of_change(tmp_path, reads, settled, monkeypatch):
-    monkeypatch.setattr(hashes, "_SAMPLES", 0)
+def test_a_change_that_no_sample_meets_is_seen_by_the_time_of_change(tmp_path):
+    how = Hashing(settled_seconds=-1.0, samples=0)
     file = tmp_path / "pytorch_model.bin"
     file.write_bytes(bytes(10_000))
-    before, stat = file_digests([file]), file.stat()
+    before, stat = file_digests([file], how), file.stat()
     time.sleep(0.02)  # beyond a tick of the file system's clock
     with file.open("r+b") as opened:
         opened.write(b"\1")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_mtime_ns == stat.st_mtime_ns
-    assert file_digests([file]) != before
+    assert file_digests([file], how) != before
 
 
-def test_a_change_that_no_time_shows_is_seen_by_the_sample(tmp_path, settled, monkeypatch):
+def test_a_change_that_no_time_shows_is_seen_by_the_sample(tmp_path):
     """As on a file system that keeps no times."""
     file = tmp_path / "pytorch_model.bin"
 
@@ -195,24 +198,25 @@ def test_a_change_that_no_time_shows_is_seen_by_the_sample(tmp_path, settled, mo
         kept = {name: getattr(seen, name) for name in ("st_dev", "st_ino", "st_size")}
         return SimpleNamespace(**kept, st_mtime_ns=0, st_ctime_ns=0, st_mtime=0.0, st_ctime=0.0)
 
-    monkeypatch.setattr(hashes, "os", SimpleNamespace(**{**vars(os), "stat": timeless}))
+    how = Hashing(settled_seconds=-1.0, fstat=timeless)
     file.write_bytes(bytes(10_000))
-    before = file_digests([file])
+    before = file_digests([file], how)
     with file.open("r+b") as opened:
         opened.write(b"\1" * 10_000)
-    assert file_digests([file]) != before
+    assert file_digests([file], how) != before
 
 
-def test_a_file_as_young_as_its_clock_is_coarse_is_not_remembered(model, reads, cache):
-    of(model)
-    read = len(reads)
+def test_a_file_as_young_as_its_clock_is_coarse_is_not_remembered(model, cache):
+    reads = Reads(settled_seconds=Hashing().settled_seconds)
+    of(model, how=reads.how)
+    read = reads.count
     assert not cache.exists() or not list(cache.iterdir())
-    of(model)
-    assert len(reads) == 2 * read
+    of(model, how=reads.how)
+    assert reads.count == 2 * read
 
 
 @pytest.mark.parametrize("damage", ("flipped", "truncated", "moved", "a folder"))
-def test_a_damaged_memory_is_not_believed(model, reads, settled, cache, damage):
+def test_a_damaged_memory_is_not_believed(model, cache, damage):
     before = of(model)
     (entry,) = cache.iterdir()
     content = entry.read_text()
@@ -234,61 +238,51 @@ def test_a_damaged_memory_is_not_believed(model, reads, settled, cache, damage):
     assert of(model) == before
 
 
-def test_without_a_place_to_remember_everything_works(model, settled, tmp_path, monkeypatch):
+def test_without_a_place_to_remember_everything_works(model, tmp_path, monkeypatch):
     before = of(model)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert of(model) == before
 
 
-def test_only_so_many_files_are_remembered(tmp_path, settled, cache, monkeypatch):
-    monkeypatch.setattr(hashes, "REMEMBERED_FILES", 5)
+def test_only_so_many_files_are_remembered(tmp_path, cache):
     for n in range(9):
         (tmp_path / f"{n}.bin").write_bytes(bytes([n]) * 100)
-        file_digests([tmp_path / f"{n}.bin"])
+        file_digests([tmp_path / f"{n}.bin"], Hashing(settled_seconds=-1.0, remembered_files=5))
     assert len(list(cache.iterdir())) == 5
 
 
-def test_large_tensors_are_hashed_in_blocks_and_every_byte_counts(tmp_path, reads, monkeypatch):
-    monkeypatch.setattr(hashes, "BLOCK", 1000)
+def test_large_tensors_are_hashed_in_blocks_and_every_byte_counts(tmp_path):
+    reads = Reads(block=1000)
     file = tmp_path / "pytorch_model.bin"
     content, seen = bytearray(3500), set()
     for place in (None, 0, 999, 1000, 2999, 3000, 3499):
         if place is not None:
             content[place] ^= 1
         file.write_bytes(content)
-        seen.add(file_digests([file])[0][""])
-    assert len(seen) == 7 and len(reads) == 7 * 4
+        seen.add(file_digests([file], reads.how)[0][""])
+    assert len(seen) == 7 and reads.count == 7 * 4
 
 
 @pytest.mark.parametrize("files", (1, 2))
-def test_blocks_of_a_file_and_of_several_are_hashed_at_the_same_time(tmp_path, monkeypatch, files):
-    monkeypatch.setattr(hashes, "BLOCK", 1000)
-    meeting, hashed = threading.Barrier(2), hashes._sha256
-
-    def both(*block):
-        meeting.wait(timeout=30)  # for ever, if one block were hashed after the other
-        return hashed(*block)
-
-    monkeypatch.setattr(hashes, "_sha256", both)
+def test_blocks_of_a_file_and_of_several_are_hashed_at_the_same_time(tmp_path, files):
+    meeting = threading.Barrier(2)
+    # for ever, if one block were hashed after the other
+    reads = Reads(before=lambda: meeting.wait(timeout=30), block=1000)
     paths = [tmp_path / f"{n}.bin" for n in range(files)]
     for path in paths:
         path.write_bytes(bytes(2000 // files))
-    assert len(file_digests(paths)) == files
+    assert len(file_digests(paths, reads.how)) == files
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(model, monkeypatch):
-    hashed = hashes._sha256
-
-    def meddling(*block):
+def test_a_file_that_changes_while_it_is_read_is_refused(model):
+    def meddle():
         with (model / "model.safetensors").open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\7")
-        return hashed(*block)
 
-    monkeypatch.setattr(hashes, "_sha256", meddling)
     with pytest.raises(UserError, match="model.safetensors changed while it was read: start again"):
-        of(model)
+        of(model, how=Reads(before=meddle).how)
 
 
 @pytest.mark.parametrize("keep", (0, 4, 100, -1, -100))

@@ -21,7 +21,7 @@ from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.objective import metrics
 from kto_dist.objective.losses import LOSSES as TABLE
 from kto_dist.objective.objective import Labels, Objective, kl_sums, loss_and_rows
-from kto_dist.reference.scoring import RefLogps
+from kto_dist.reference.pairs import RefLogps
 from kto_dist.training.step import run_step, step_work
 
 MAX_LENGTH, PROMPT_LIMIT = 24, 12

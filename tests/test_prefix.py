@@ -12,12 +12,12 @@ from tiny import tiny_llama
 from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
 
 from kto_dist.base.errors import UserError
-from kto_dist.data.batch import collate
+from kto_dist.data.batch import Cutting, collate
 from kto_dist.model.causal_lm import ScoringModel, completion_logps
 from kto_dist.reference.config import ReferenceConfig
 from kto_dist.reference.prefix import can_share, cost, grow, lay_out, sharing_is_exact
-from kto_dist.reference.scoring import Scoring, Work
-from kto_dist.reference.setup import _may_share
+from kto_dist.reference.scoring import PassSettings, Work
+from kto_dist.reference.setup import may_share
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -104,28 +104,28 @@ def test_a_rank_without_trees_runs_the_model_all_the_same():
 @settings(max_examples=200, deadline=None)
 @given(
     pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=60),
-    budget=st.integers(60, 300),
+    widest=st.integers(60, 300),
     t0=st.floats(1, 1e6),
 )
-def test_trees_hold_every_pair_once_with_one_prompt_and_within_the_budget(pairs, budget, t0):
+def test_trees_hold_every_pair_once_with_one_prompt_and_within_the_width(pairs, widest, t0):
     prompt = np.array([p for p, _ in pairs])
     completion_tokens = np.array([c for _, c in pairs])
     prompt_tokens = 3 * prompt + 1
-    trees = grow(prompt, prompt_tokens, completion_tokens, budget=budget, t0=t0)
+    trees = grow(prompt, prompt_tokens, completion_tokens, widest=widest, t0=t0)
     members = [trees[i] for i in range(len(trees))]
     assert sorted(np.concatenate(members).tolist()) == list(range(len(pairs)))
     for pairs_of_tree, tokens in zip(members, trees.tokens, strict=True):
         assert len(set(prompt[pairs_of_tree].tolist())) == 1
-        assert tokens == prompt_tokens[pairs_of_tree[0]] + completion_tokens[pairs_of_tree].sum() <= budget
+        assert tokens == prompt_tokens[pairs_of_tree[0]] + completion_tokens[pairs_of_tree].sum() <= widest
 
 
 def test_sharing_a_long_prompt_costs_less_and_no_sharing_costs_no_more():
     t0 = 1000.0
     prompt, completion = np.full(8, 500), np.full(8, 50)
-    one = grow(np.zeros(8, np.int64), prompt, completion, budget=4096, t0=t0)
+    one = grow(np.zeros(8, np.int64), prompt, completion, widest=4096, t0=t0)
     assert cost(one.tokens, t0) < 0.5 * cost(prompt + completion, t0)
     # every prompt another: trees of one pair each
-    apart = grow(np.arange(8), prompt, completion, budget=4096, t0=t0)
+    apart = grow(np.arange(8), prompt, completion, widest=4096, t0=t0)
     assert cost(apart.tokens, t0) == cost(prompt + completion, t0)
 
 
@@ -166,18 +166,15 @@ def test_prompts_are_shared_where_the_cost_model_says_that_it_pays(answers, prom
         keys=np.zeros(pairs),
         prompt_group=np.arange(pairs) // answers,
     )
-    scoring = Scoring(
-        max_length=512,
-        prompt_limit=256,
-        tokens_per_batch=4096,
-        packed=False,
+    how = PassSettings(
+        cutting=Cutting(max_length=512, prompt_limit=256, tokens=4096, packed=False),
         logits_bytes=None,
         logits_dtype=None,
         t0=1440.0,
         device=CPU,
     )
-    assert (work.trees(scoring, None) is not None) == pays
-    assert work.trees(scoring, False) is None and work.trees(scoring, True) is not None
+    assert (work.trees(how, None) is not None) == pays
+    assert work.trees(how, False) is None and work.trees(how, True) is not None
 
 
 @pytest.mark.parametrize(
@@ -194,12 +191,12 @@ def test_prompts_are_shared_where_the_cost_model_says_that_it_pays(answers, prom
 )
 def test_auto_shares_prompts_on_the_cpu_alone_where_it_was_measured(setting, device, attention, packing, may):
     section = ReferenceConfig(share_prefixes=setting, packing=packing)
-    assert _may_share(section, LlamaConfig(), attention, torch.device(device), 512) is may
+    assert may_share(section, LlamaConfig(), attention, torch.device(device), 512) is may
 
 
 def test_sharing_that_was_asked_for_and_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="reference.share_prefixes is true, but attention eager takes no mask"):
-        _may_share(ReferenceConfig(share_prefixes=True), LlamaConfig(), "eager", CPU, 512)
+        may_share(ReferenceConfig(share_prefixes=True), LlamaConfig(), "eager", CPU, 512)
 
 
 @pytest.mark.parametrize(

@@ -1,40 +1,52 @@
 """A pass killed by a real signal, at any moment, of any rank: what was stored stays, and the next one goes on."""
 
-import importlib
 import os
 import random
 import re
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ranks import run_ranks
-from test_reference import logps_of_pairs, scored_and_found
+from reference_runs import fixed, logps_of_pairs, score, scored_and_found, with_forward
 from tiny_runs import tiny_config
 
+from kto_dist.reference.progress import Progress
 from kto_dist.store.tools import summarise
 from kto_dist.training.config import Config
 
 
-def _counted(config: Config, shard: int) -> int:
-    """On every rank: a pass with shards of so many pairs; what this rank scores is noted in a file, batch by batch."""
-    module = importlib.import_module("kto_dist.reference.scoring")
-    module.FIRST_SHARD = module.LARGEST_SHARD = shard
-    notes = os.open(f"{config.train.output}-scored", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    score = module.completion_logps
+class Noted:
+    """Notes in a file what this rank scores, batch by batch, and calls `after_batch` with how many there were."""
 
-    def noting(forward, batch, *arguments):
-        scored = score(forward, batch, *arguments)
-        os.write(notes, f"{batch.lengths.numel()}\n".encode())
-        return scored
+    def __init__(self, config: Config, after_batch: Callable[[int], None] = lambda batches: None):
+        self._file = os.open(f"{config.train.output}-scored", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        self._after_batch, self._batches, self._scored = after_batch, 0, 0
 
-    module.completion_logps = noting
-    try:
-        return scored_and_found(config)[0]
-    finally:
-        module.completion_logps = score
+    def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(**batch: Any) -> Any:
+            logps = forward(**batch)
+            self._scored = logps.shape[0]
+            return logps
+
+        return noting
+
+    def watch(self, progress: Progress) -> None:
+        """Is called after each batch, and when ranks have met; never while the model is checked."""
+        if self._scored:
+            os.write(self._file, f"{self._scored}\n".encode())
+            self._scored, self._batches = 0, self._batches + 1
+            self._after_batch(self._batches)
+
+
+def _counted(config: Config, shard: int, after_batch: Callable[[int], None] = lambda batches: None) -> None:
+    """On every rank: a pass with shards of so many pairs."""
+    noted = Noted(config, after_batch)
+    score(config, shard=fixed(shard), engine=with_forward(noted.wrap), watch=noted.watch)
 
 
 def _killed(config: Config, shard: int, victim: int, batches: int, after: float) -> None:
@@ -42,20 +54,14 @@ def _killed(config: Config, shard: int, victim: int, batches: int, after: float)
 
     Without `after` the rank waits for it.
     """
-    if int(os.environ["RANK"]) == victim:
-        module, left = importlib.import_module("kto_dist.reference.scoring"), [batches]
-        score = module.completion_logps
 
-        def waited_for(*arguments):
-            left[0] -= 1
-            if left[0] == 0:
-                killer = subprocess.Popen(["sh", "-c", f"sleep {after}; kill -9 {os.getpid()}"])
-                if not after:
-                    killer.wait()
-            return score(*arguments)
+    def kill(done: int) -> None:
+        if int(os.environ["RANK"]) == victim and done == batches:
+            killer = subprocess.Popen(["sh", "-c", f"sleep {after}; kill -9 {os.getpid()}"])
+            if not after:
+                killer.wait()
 
-        module.completion_logps = waited_for
-    _counted(config, shard)
+    _counted(config, shard, kill)
 
 
 def _resumed(config: Config, shard: int) -> np.ndarray:
@@ -123,27 +129,22 @@ def test_many_kills_lose_a_shard_a_rank_each_at_most(tmp_path, tiny_model, tiny_
     kill_and_resume(tmp_path, tiny_model, tiny_log, seed, kills=10)
 
 
-def _die_after_a_window(config: Config) -> None:
-    """The last rank does, with its second shard scored and not yet written."""
-    module = importlib.import_module("kto_dist.reference.scoring")
-    module.FIRST_SHARD = module.LARGEST_SHARD = 16
-    add, windows = module.Store.add, []
+def _die_within_the_second_shard(config: Config) -> None:
+    """The last rank does, when its first shard is written and its second one is not."""
+    last = int(os.environ["WORLD_SIZE"]) - 1
 
-    def deadly(*arguments):
-        if windows and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+    def die(progress: Progress) -> None:
+        if progress.done > 16 * (last + 1) and int(os.environ["RANK"]) == last:
             os.kill(os.getpid(), signal.SIGKILL)
-        add(*arguments)
-        windows.append(1)
 
-    module.Store.add = deadly
-    scored_and_found(config)
+    score(config, shard=fixed(16), watch=die)
 
 
 @pytest.mark.parametrize("world", (1, 2))
 def test_a_killed_pass_goes_on_where_it_was(tmp_path, tiny_model, tiny_log, world):
     config = tiny_config(tmp_path, tiny_model, tiny_log, reference__share_prefixes=False)
     with pytest.raises(RuntimeError, match="died|onnection"):
-        run_ranks(_die_after_a_window, world, config)
+        run_ranks(_die_within_the_second_shard, world, config)
     scored, found = run_ranks(scored_and_found, world, config)[0]
     # the first shard of every rank, and the second one of those that lived on
     assert scored and 16 * world <= found < 32 * world

@@ -16,10 +16,11 @@ from fake_scorer import IDENTITY, OTHER, fill, keys_of, value_of
 from test_store import FILL
 
 from kto_dist.base.errors import UserError
+from kto_dist.store.gc import collect, plan_gc
 from kto_dist.store.shards import NAME
 from kto_dist.store.storage import open_storage, write_whole
 from kto_dist.store.store import Store
-from kto_dist.store.tools import collect, export, plan_gc, summarise, verify
+from kto_dist.store.tools import export, summarise, verify
 
 SERVER = """
 import sys, threading, logging

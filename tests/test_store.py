@@ -347,21 +347,21 @@ def test_many_readers_of_one_damaged_shard_agree(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "gone"), [(errno.ESTALE, True), (errno.EIO, False)])
-def test_a_shard_that_an_nfs_server_removed_while_it_was_read_is_gone(tmp_path, monkeypatch, number, gone):
+def test_a_shard_that_an_nfs_server_removed_while_it_was_read_is_gone(tmp_path, number, gone):
     store = Store(tmp_path, IDENTITY)
     fill(store, range(10))
     fill(store, range(10, 20))
-    first, said, read = shards_of(store)[0].name, [], LocalStorage.read
+    first, said = shards_of(store)[0].name, []
 
-    def removed_meanwhile(self, name):
-        if name == first:
-            if gone:
-                self.remove(name)
-            raise OSError(number, os.strerror(number), name)
-        return read(self, name)
+    class RemovedMeanwhile(LocalStorage):
+        def read(self, name):
+            if name == first:
+                if gone:
+                    self.remove(name)
+                raise OSError(number, os.strerror(number), name)
+            return super().read(name)
 
-    monkeypatch.setattr(LocalStorage, "read", removed_meanwhile)
-    reader = Store(tmp_path, IDENTITY, warn=said.append)
+    reader = Store(RemovedMeanwhile(tmp_path), IDENTITY, warn=said.append)
     if gone:
         assert reader.lookup(keys_of(range(20)))[1].sum() == 10 and not said
     else:

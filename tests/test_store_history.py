@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from kto_dist.store.gc import collect, plan_gc
 from kto_dist.store.store import Store
-from kto_dist.store.tools import collect, plan_gc, verify
+from kto_dist.store.tools import verify
 
 PAIRS = 40
 KEYS = keys_of(range(PAIRS))

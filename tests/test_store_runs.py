@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ranks import run_ranks
-from test_reference import logps_of_pairs, scored_and_found
+from reference_runs import logps_of_pairs, scored_and_found
 from test_storage import s3  # noqa: F401  a fixture
 from test_store import small_disk  # noqa: F401  a fixture
 from tiny import CHAT_TEMPLATE, save_tiny, thumbs, tiny_tokenizer, write_jsonl

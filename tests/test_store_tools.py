@@ -17,11 +17,11 @@ from test_store import found_in, run_fill
 
 from kto_dist.base.errors import UserError
 from kto_dist.commands.cli import main
-from kto_dist.store import store as store_module
+from kto_dist.store.gc import collect, plan_gc
 from kto_dist.store.shards import KEY
 from kto_dist.store.storage import LocalStorage
-from kto_dist.store.store import Store
-from kto_dist.store.tools import _merge_shards, collect, export, plan_gc, summarise, verify
+from kto_dist.store.store import FORMAT, Store
+from kto_dist.store.tools import export, summarise, verify
 
 
 def command(*arguments: object) -> tuple[int, str]:
@@ -97,12 +97,11 @@ def test_gc_shows_and_does_nothing_until_it_is_told_to(two_models):
     assert command("gc", two_models) == (0, "nothing to do\n")
 
 
-def test_gc_merges_many_small_shards_and_keeps_every_pair(tmp_path, monkeypatch):
-    monkeypatch.setattr("kto_dist.store.tools.LARGE_SHARD", 64)
+def test_gc_merges_many_small_shards_and_keeps_every_pair(tmp_path):
     store = Store(tmp_path, IDENTITY)
     for start in range(0, 200, 10):
         fill(store, range(start, start + 10))
-    assert [done for _, done in collect(tmp_path, plan_gc(tmp_path))] == [True]
+    assert [done for _, done in collect(tmp_path, plan_gc(tmp_path), largest=64)] == [True]
     sizes = [pq.read_metadata(shard).num_rows for shard in shards_of(store)]
     assert sorted(sizes) == [8, 64, 64, 64]
     logps, found = found_in(tmp_path, 200)
@@ -110,18 +109,16 @@ def test_gc_merges_many_small_shards_and_keeps_every_pair(tmp_path, monkeypatch)
     assert not plan_gc(tmp_path)
 
 
-def test_a_merge_that_is_killed_loses_nothing_and_the_next_one_ends_it(two_models, monkeypatch):
+def test_a_merge_that_is_killed_loses_nothing_and_the_next_one_ends_it(two_models):
     store = Store(two_models, IDENTITY)
     fill(store, range(100), noise=1e-3)
-    (removal,) = plan_gc(two_models, prefix=None)
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    class Killed(LocalStorage):
+        def remove(self, name):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(store.folder), "remove", killed)
     with pytest.raises(KeyboardInterrupt):
-        _merge_shards(store.folder, removal)
-    monkeypatch.undo()
+        list(collect(Killed(two_models), plan_gc(two_models)))
     assert len(shards_of(store)) == 7
     for _ in range(2):
         logps, found = found_in(two_models, 100)
@@ -132,12 +129,10 @@ def test_a_merge_that_is_killed_loses_nothing_and_the_next_one_ends_it(two_model
 
 def test_gc_leaves_alone_what_a_running_job_uses_and_says_who_it_is(tmp_path):
     job = run_fill(tmp_path, 0, 100_000, shard=5)
-    for _ in range(30):
-        job.stdout.readline()
-    before = set(tree(tmp_path))
+    stored = [int(job.stdout.readline()) for _ in range(30)][-1]
     status, said = command("gc", tmp_path, "--fingerprint", IDENTITY.digest[:8], "--yes")
     assert status == 0 and f"left alone, in use by process {job.pid}" in said
-    assert before <= set(tree(tmp_path))
+    assert found_in(tmp_path, stored)[1].all()
     job.send_signal(signal.SIGKILL)
     job.wait()
     job.stdout.close()
@@ -203,11 +198,11 @@ def test_gc_removes_what_killed_writers_left_once_it_is_old(two_models):
 @pytest.mark.parametrize("how", ((), ("--unused-days", 1)))
 def test_models_of_another_format_stay_and_are_named_until_one_asks_for_their_removal(two_models, ahead, how):
     path = Store(two_models, OTHER).folder.path / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": store_module.FORMAT + ahead}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT + ahead}))
     (path.parent / "x.damaged").write_bytes(b"as that version says")
     before = tree(two_models)
     status, said = command("gc", two_models, "--yes", *how)
-    names = f"names format {store_module.FORMAT + ahead}, and this version knows {store_module.FORMAT}"
+    names = f"names format {FORMAT + ahead}, and this version knows {FORMAT}"
     assert status == 0 and tree(two_models) == before
     assert f"{OTHER.digest[:32]}: left alone, manifest.json {names}: --fingerprint or --unused-days remove it" in said
 
@@ -215,28 +210,27 @@ def test_models_of_another_format_stay_and_are_named_until_one_asks_for_their_re
 @pytest.mark.parametrize("how", ("--fingerprint", "--unused-days"))
 def test_a_model_of_an_older_format_goes_when_one_asks_for_it(two_models, how):
     path = Store(two_models, OTHER).folder.path / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": store_module.FORMAT - 1}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT - 1}))
     (path.parent / "used.json").write_text(json.dumps({"time": time.time() - 40 * 86400}))
     status, said = command("gc", two_models, "--yes", how, OTHER.digest[:8] if how == "--fingerprint" else 39)
     assert status == 0 and "done: 1 of 1" in said and not path.parent.exists()
     assert found_in(two_models, 100)[1].all()
 
 
-def test_a_reader_finds_everything_while_shards_are_merged_under_it(tmp_path, monkeypatch):
+def test_a_reader_finds_everything_while_shards_are_merged_under_it(tmp_path):
     store = Store(tmp_path, IDENTITY)
     for start in range(0, 200, 10):
         fill(store, range(start, start + 10))
-    reader = Store(tmp_path, IDENTITY)
-    files, merged = reader.folder.files, []
+    merged = []
 
-    def listed_before_the_merge():
-        listed = files()
-        if not merged:
-            merged.extend(collect(tmp_path, plan_gc(tmp_path)))
-        return listed
+    class ListedBeforeTheMerge(LocalStorage):
+        def files(self):
+            listed = super().files()
+            if not merged:
+                merged.extend(collect(tmp_path, plan_gc(tmp_path)))
+            return listed
 
-    monkeypatch.setattr(reader.folder, "files", listed_before_the_merge)
-    logps, found = reader.lookup(keys_of(range(200)))
+    logps, found = Store(ListedBeforeTheMerge(tmp_path), IDENTITY).lookup(keys_of(range(200)))
     assert merged and found.all() and (logps == value_of(IDENTITY, range(200))).all()
 
 
@@ -280,30 +274,36 @@ def test_what_is_no_store_is_refused(tmp_path, name):
     assert status == 2 and "no model" in said and IDENTITY.digest[:32] in said
 
 
-def _unreadable(monkeypatch, shards: set[str]) -> None:
+def unreadable(root: Path, names: set[str]) -> LocalStorage:
     """The disk gives no answer for these, as one does that is failing or was cut off."""
-    read = LocalStorage.read
 
-    def failing(self, name):
-        if name in shards:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
-        return read(self, name)
+    class Failing(LocalStorage):
+        def read(self, name):
+            if name in names:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+            return super().read(name)
 
-    monkeypatch.setattr(LocalStorage, "read", failing)
+    return Failing(root)
 
 
-def test_what_cannot_be_read_is_no_damage_and_nothing_of_its_model_is_removed(two_models, monkeypatch):
+def test_what_cannot_be_read_is_no_damage_and_nothing_of_its_model_is_removed(two_models):
+    shards, said = shards_of(Store(two_models, IDENTITY)), []
+    shards[0].write_bytes(b"damaged")
+    failing = unreadable(two_models, {shards[1].name})
+    (verdict,) = verify(failing, IDENTITY.digest[:6])
+    assert not verdict.good and verdict.pairs == 60
+    assert verdict.unjudged[0][0] == shards[1].name and "cannot be read: " in verdict.unjudged[0][1]
+    assert not plan_gc(failing, warn=said.append)
+    assert f"{IDENTITY.digest[:32]}: left alone, 1 shards cannot be judged ({shards[1].name}" in said[0]
+    with pytest.raises(UserError, match="1 shards of .* cannot be exported: .*cannot be read"):
+        export(failing, two_models / "x.csv", IDENTITY.digest[:6])
+
+
+def test_a_verdict_on_damage_and_on_what_cannot_be_judged_is_told(two_models):
     shards = shards_of(Store(two_models, IDENTITY))
     shards[0].write_bytes(b"damaged")
-    before = tree(two_models)
-    _unreadable(monkeypatch, {shards[1].name})
     status, said = command("verify", two_models, "--fingerprint", IDENTITY.digest[:6])
-    assert status == 1 and "3 of 5 shards are good" in said and f"{shards[1].name} cannot be read: " in said
-    status, said = command("gc", two_models, "--yes")
-    assert f"{IDENTITY.digest[:32]}: left alone, 1 shards cannot be judged ({shards[1].name}" in said
-    assert tree(two_models) == before
-    with pytest.raises(UserError, match="1 shards of .* cannot be exported: .*cannot be read"):
-        export(two_models, two_models / "x.csv", IDENTITY.digest[:6])
+    assert status == 1 and "4 of 5 shards are good" in said and f"{shards[0].name} is damaged" in said
 
 
 def test_a_shard_that_has_recovered_since_it_looked_damaged_stays(two_models):
@@ -327,7 +327,7 @@ def test_a_manifest_that_is_not_the_models_own_costs_no_shard(two_models, manife
         new = {
             "another model's": {**content, "fingerprint": OTHER.digest},
             "without a format": {key: value for key, value in content.items() if key != "format"},
-            "of a later format": {**content, "format": store_module.FORMAT + 1},
+            "of a later format": {**content, "format": FORMAT + 1},
             "damaged": [],
         }[manifest]
         path.write_text(json.dumps(new))
@@ -358,64 +358,87 @@ def test_gc_refuses_digits_that_several_models_start_with(tmp_path):
     assert len(plan_gc(tmp_path, prefix="ab")) == 1
 
 
-@pytest.mark.parametrize("call", ("remove", "files", "free"))
-def test_what_a_disk_refuses_is_told_with_the_store_and_a_remedy(two_models, monkeypatch, call):
+class Refusing(LocalStorage):
+    """A disk that refuses one operation."""
+
+    def __init__(self, path: Path, call: str):
+        super().__init__(path)
+        self.call = call
+
+    def __truediv__(self, name):
+        return Refusing(self.path / name, self.call)
+
+    def refuse(self, call: str) -> None:
+        if self.call == call:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def remove(self, name):
+        self.refuse("remove")
+        super().remove(name)
+
+    def files(self):
+        self.refuse("files")
+        return super().files()
+
+    def free(self):
+        self.refuse("free")
+        return super().free()
+
+
+@pytest.mark.parametrize(
+    ("call", "what"), [("remove", "could not be cleared out to the end"), ("files", "cannot be read")]
+)
+def test_what_a_disk_refuses_is_told_with_the_store_and_a_remedy(two_models, call, what):
     shards_of(Store(two_models, IDENTITY))[0].write_bytes(b"damaged")
-
-    def failing(*_):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(LocalStorage, call, failing)
-    if call == "free":
-        with pytest.raises(UserError, match="its free space is unknown: .*give a folder"):
-            Store(two_models, IDENTITY).begin(5)
-        return
-    status, said = command("gc", two_models, "--yes")
-    what = "could not be cleared out to the end" if call == "remove" else "cannot be read"
-    assert status == 2 and f"the store ({two_models}) {what}: " in said and "check the path" in said
+    disk = Refusing(two_models, call)
+    with pytest.raises(UserError, match=rf"the store \({two_models}\) {what}: .*check the path"):
+        list(collect(disk, plan_gc(disk)))
 
 
-def test_a_mark_that_cannot_be_read_counts_as_a_job_at_work(two_models, monkeypatch):
+def test_a_disk_that_does_not_tell_its_free_space_is_refused_before_any_work(two_models):
+    with pytest.raises(UserError, match="its free space is unknown: .*give a folder"):
+        Store(Refusing(two_models, "free"), IDENTITY).begin(5)
+
+
+def test_a_mark_that_cannot_be_read_counts_as_a_job_at_work(two_models):
     with Store(two_models, OTHER) as store:
         store.begin()
         (mark,) = store.folder.path.glob("use-*.json")
-        _unreadable(monkeypatch, {mark.name})
-        assert not plan_gc(two_models, prefix=OTHER.digest[:8])
-        assert "someone whose mark" in summarise(two_models, OTHER.digest[:8])[0].users[0]
+        failing = unreadable(two_models, {mark.name})
+        assert not plan_gc(failing, prefix=OTHER.digest[:8])
+        assert "someone whose mark" in summarise(failing, OTHER.digest[:8])[0].users[0]
 
 
-def test_a_reader_finds_what_a_listing_missed_while_shards_were_merged(tmp_path, monkeypatch):
+def test_a_reader_finds_what_a_listing_missed_while_shards_were_merged(tmp_path):
     """A listing takes its time: one entry is gone before it is reached, its replacement came behind."""
     store = Store(tmp_path, IDENTITY)
     for start in range(0, 60, 10):
         fill(store, range(start, start + 10))
-    reader, calls = Store(tmp_path, IDENTITY), []
-    files = reader.folder.files
+    missed, calls = shards_of(store)[2].name, []
 
-    def without_one():
-        calls.append(1)
-        return [file for file in files() if len(calls) > 1 or file.name != shards_of(store)[2].name]
+    class WithoutOne(LocalStorage):
+        def files(self):
+            calls.append(1)
+            return [file for file in super().files() if len(calls) > 1 or file.name != missed]
 
-    monkeypatch.setattr(reader.folder, "files", without_one)
-    logps, found = reader.lookup(keys_of(range(60)))
+    logps, found = Store(WithoutOne(tmp_path), IDENTITY).lookup(keys_of(range(60)))
     assert found.all() and (logps == value_of(IDENTITY, range(60))).all()
 
 
-def test_damage_that_is_found_while_the_listing_changes_is_told(tmp_path, monkeypatch):
+def test_damage_that_is_found_while_the_listing_changes_is_told(tmp_path):
     store = Store(tmp_path, IDENTITY)
     for start in range(0, 30, 10):
         fill(store, range(start, start + 10))
-    shards, said = shards_of(store), []
+    shards, said, gone = shards_of(store), [], []
     shards[0].write_bytes(b"damaged")
-    reader, gone = Store(tmp_path, IDENTITY, warn=said.append), []
-    read = reader.folder.read
 
-    def gone_at_first(name):
-        if name == shards[1].name and not gone:
-            gone.append(name)
-            raise FileNotFoundError(name)
-        return read(name)
+    class GoneAtFirst(LocalStorage):
+        def read(self, name):
+            if name == shards[1].name and not gone:
+                gone.append(name)
+                raise FileNotFoundError(name)
+            return super().read(name)
 
-    monkeypatch.setattr(reader.folder, "read", gone_at_first)
+    reader = Store(GoneAtFirst(tmp_path), IDENTITY, warn=said.append)
     assert reader.lookup(keys_of(range(30)))[1].sum() == 20
     assert len(said) == 1 and said[0].startswith(f"{shards[0].name} in the reference store is damaged")

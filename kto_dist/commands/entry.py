@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -75,10 +76,10 @@ def _quiet() -> None:
         logging.disable(logging.WARNING)
 
 
-def run_and_leave(arguments: list[str] | None = None) -> NoReturn:
-    """Runs `main` and ends this process with its status."""
+def run_and_leave(arguments: list[str] | None = None, work: Callable[[list[str] | None], int] = main) -> NoReturn:
+    """Runs `work` and ends this process with its status."""
     try:
-        status = main(arguments)
+        status = work(arguments)
     except Exception:
         traceback.print_exc()
         status = FAILED

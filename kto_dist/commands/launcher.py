@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -26,22 +27,24 @@ GRACE_SECONDS = 600
 # What every rank runs.
 ENTRY = "kto_dist.commands.entry"
 
+Start = Callable[..., subprocess.Popen[bytes]]
 
-def run(job: str, arguments: list[str], ranks: int | None = None) -> int:
+
+def run(job: str, arguments: list[str], ranks: int | None = None, start: Start = subprocess.Popen) -> int:
     """Runs a job of `kto_dist.commands.entry` on every rank. Returns the exit status, 128 + n after signal n.
 
-    `ranks`: processes; None is one a GPU, or without GPUs one a core up to two.
+    `ranks`: processes; None is one a GPU, or without GPUs one a core up to two. `start`: makes the launcher's process.
     """
     with tempfile.TemporaryDirectory(prefix="kto-run-") as folder:
         mark = Path(folder) / "done"
-        status = _run(job, arguments, ranks, dict(os.environ) | {DONE_MARK: str(mark)})
+        status = _run(job, arguments, ranks, dict(os.environ) | {DONE_MARK: str(mark)}, start)
         if status == 0 and not mark.exists():
             print(f"error: the ranks ended without finishing {job}", file=sys.stderr, flush=True)
             return 1
     return status
 
 
-def _run(job: str, arguments: list[str], ranks: int | None, environment: dict[str, str]) -> int:
+def _run(job: str, arguments: list[str], ranks: int | None, environment: dict[str, str], start: Start) -> int:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
     if not torch.cuda.is_available():
         # without GPUs: one a core, but two at the most, since more ranks only split the same cores
@@ -53,7 +56,7 @@ def _run(job: str, arguments: list[str], ranks: int | None, environment: dict[st
         # not given for all GPUs: the launcher would overrule CUDA_VISIBLE_DEVICES
         command += ["--num_gpus", str(ranks)]
     command += ["--master_port", str(_free_port()), "--module", ENTRY, job, *arguments]
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    child = start(command, env=environment, start_new_session=True)
 
     received: list[int] = []
 

@@ -94,7 +94,8 @@ def gc(store: str, fingerprint: str, unused_days: float | None, yes: bool) -> No
     Whole models go only by --fingerprint or --unused-days, also those that another version wrote. What a running job
     uses is left alone. A job that may only read leaves no mark: neither that it is running nor that the model was used.
     """
-    from kto_dist.store.tools import collect, plan_gc, summarise
+    from kto_dist.store.gc import collect, plan_gc
+    from kto_dist.store.tools import summarise
 
     for row in summarise(store, fingerprint):
         if row.users:

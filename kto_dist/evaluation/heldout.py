@@ -14,7 +14,7 @@ from kto_dist.model.causal_lm import Forward
 from kto_dist.model.memory import attempt
 from kto_dist.objective import metrics
 from kto_dist.objective.objective import Objective, kl_sums, labels_of, loss_and_rows
-from kto_dist.reference.scoring import RefLogps
+from kto_dist.reference.pairs import RefLogps
 
 
 @torch.no_grad()

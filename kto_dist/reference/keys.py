@@ -24,9 +24,9 @@ _SIDES = {"prompt": b"kto prompt", "completion": b"kto completion"}
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairKeys:
     keys: np.ndarray
-    # (P,) KEY
+    """(P,) KEY."""
     prompts: np.ndarray
-    # (P,) KEY, the digest of the prompt alone: equal where pairs have the same prompt, cut alike
+    """(P,) KEY, the digest of the prompt alone: equal where pairs have the same prompt, cut alike."""
 
 
 def pair_keys(
@@ -90,7 +90,7 @@ def _hashed(examples: Examples, side: str, rows: np.ndarray, kept: np.ndarray) -
             starts = offsets[local]
             stops = starts + kept[here]
         width = 4  # bytes of a token id
-        ids = memoryview(_bytes(values))
+        ids = _bytes(values).data
         digests[here] = _digests(side, ids, (starts * width).tolist(), (stops * width).tolist())
         first, done = first + len(offsets) - 1, after
     return digests

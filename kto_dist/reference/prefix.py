@@ -33,11 +33,11 @@ class Trees:
     """P pairs laid out as trees: tree t holds `pairs[starts[t] : starts[t + 1]]`, which have the same prompt."""
 
     pairs: np.ndarray
-    # (P,) int64 into the list of pairs
+    """(P,) int64 into the list of pairs."""
     starts: np.ndarray
-    # (trees + 1,) int64
+    """(trees + 1,) int64."""
     tokens: np.ndarray
-    # (trees,) int64, the prompt's once and those of its completions
+    """(trees,) int64, the prompt's once and those of its completions."""
 
     def __len__(self) -> int:
         return self.tokens.size
@@ -66,10 +66,10 @@ def grow(
     prompt_tokens: np.ndarray,  # (P,)
     completion_tokens: np.ndarray,  # (P,)
     *,
-    budget: int,  # most tokens of a tree
+    widest: int,  # most tokens of a tree
     t0: float,
 ) -> Trees:
-    """Longest completions first, so that those of one tree are of a length; no tree exceeds the budget."""
+    """Longest completions first, so that those of one tree are of a length; no tree is wider than `widest`."""
     order = np.lexsort((-completion_tokens, prompt))
     group, p, c = prompt[order], prompt_tokens[order].astype(np.int64), completion_tokens[order].astype(np.int64)
     new_group = np.ones(order.size, dtype=bool)
@@ -81,7 +81,7 @@ def grow(
     longest = c[new_group][member] if order.size else c
     # A tree ends with the completion that passes the limit, so it has to fit on top. With no room at all every
     # completion is a tree of its own, since each has a token at least.
-    limit = np.maximum(1, np.minimum(np.sqrt(p * (p + t0)).astype(np.int64), budget - p - longest))
+    limit = np.maximum(1, np.minimum(np.sqrt(p * (p + t0)).astype(np.int64), widest - p - longest))
     number = before // limit
     new_tree = new_group.copy()
     new_tree[1:] |= number[1:] != number[:-1]

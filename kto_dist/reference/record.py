@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager
 from kto_dist.base import comm
 from kto_dist.base.signals import before_sigterm
 from kto_dist.record.tracker import NullTracker, Status, Tracker
-from kto_dist.reference.scoring import Outcome, Progress
+from kto_dist.reference.progress import Progress
+from kto_dist.reference.scoring import Outcome
 
 SECONDS_BETWEEN_POINTS = 10.0
 

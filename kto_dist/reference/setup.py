@@ -1,9 +1,10 @@
 """Which reference a run has: from which weights, on which device, in which precision, and its fingerprint.
 
 In:  the `reference` and `model` sections and the rows' lengths. Out: `ReferenceSetup` and its fingerprint, both known
-without loading a model. `scores.py` goes on from them.
+without loading a model. `logps.py` goes on from them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig
 from kto_dist.base import agree, comm
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
+from kto_dist.data.batch import Cutting
 from kto_dist.model.attention import pick_attention, pick_packing
 from kto_dist.model.causal_lm import load_config, pick_dtype, pick_logits
 from kto_dist.model.config import ModelConfig
@@ -22,7 +24,7 @@ from kto_dist.model.engines import Placement
 from kto_dist.model.kernels import pick_kernels
 from kto_dist.reference.config import ReferenceConfig
 from kto_dist.reference.prefix import T0_OVER_HIDDEN, can_share
-from kto_dist.reference.scoring import Scoring
+from kto_dist.reference.scoring import PassSettings
 from kto_dist.store.fingerprint import Fingerprint, fingerprint
 
 
@@ -43,9 +45,9 @@ class ReferenceSetup:
     logits_dtype: torch.dtype | None
     """None: fp32 where the device's matmul gives it."""
     share: bool | None
-    """`Scorer.share_prefixes`, as far as it is known without the model."""
+    """`LoadedReference.share_prefixes`, as far as it is known without the model."""
     placement: Placement
-    scoring: Scoring
+    settings: PassSettings
     """How pairs are cut and scored."""
     store: str
     """Folder or URL of the store."""
@@ -104,17 +106,16 @@ def pick_reference(
         kernels=pick_kernels("reference.kernels", section.kernels, model_config, device, like=model.kernels),
         packed=packed,
         logits_dtype=logits_dtype,
-        share=_may_share(section, model_config, attention, device, max_length),
+        share=may_share(section, model_config, attention, device, max_length),
         placement=Placement(
             sharded=section.zero_stage == 3 or section.offload != "none",
             offload=section.offload,
             nvme_path=section.nvme_path,
         ),
-        scoring=Scoring(
-            max_length=max_length,
-            prompt_limit=prompt_limit,
-            tokens_per_batch=section.tokens_per_batch,
-            packed=packed,
+        settings=PassSettings(
+            cutting=Cutting(
+                max_length=max_length, prompt_limit=prompt_limit, tokens=section.tokens_per_batch, packed=packed
+            ),
             logits_bytes=None if section.logits_mebibytes is None else section.logits_mebibytes * 2**20,
             logits_dtype=logits_dtype,
             t0=T0_OVER_HIDDEN * model_config.get_text_config().hidden_size,
@@ -130,13 +131,13 @@ def find_reference(
     """Collective. Hashes the weights, and raises `UserError` where hosts differ or a setting cannot be had."""
     setup = agree.together(lambda: pick_reference(section, model, max_length=max_length, prompt_limit=prompt_limit))
     console.phase("reference")
-    identity = agree.once_per_host(setup.fingerprint)
+    found = agree.once_per_host(setup.fingerprint)
 
     # One value of a pair counts for all ranks, and all of them read equally many micro-batches.
     again = f"copy the model in {setup.name} to each of them again"
     for what, value, remedy in (
-        ("the reference's weights", identity.weights, again),
-        ("the reference's config.json", identity.config, again),
+        ("the reference's weights", found.weights, again),
+        ("the reference's config.json", found.config, again),
         ("reference.dtype", _named(setup.dtype), "set it to one that all of them can use"),
         ("reference.logits_dtype", setup.logits, "set it, or reference.device"),
         ("reference.attention", setup.attention, "set it to one that all of them have"),
@@ -145,7 +146,7 @@ def find_reference(
         ("reference.share_prefixes", setup.share, "set it to false, or reference.device"),
     ):
         agree.same_everywhere(value, what, remedy)
-    return setup, identity
+    return setup, found
 
 
 def reference_device(section: ReferenceConfig) -> torch.device:
@@ -162,14 +163,14 @@ def reference_device(section: ReferenceConfig) -> torch.device:
     return comm.device() if section.device == "cuda" else torch.device("cpu")
 
 
-def _may_share(
+def may_share(
     section: ReferenceConfig,
     model_config: PretrainedConfig,
     attention: str,
     device: torch.device,
     max_length: int,
 ) -> bool | None:
-    """`Scorer.share_prefixes` as far as it is known before the model is loaded. Raises `UserError`.
+    """`LoadedReference.share_prefixes` as far as it is known before the model is loaded. Raises `UserError`.
 
     `auto` is for the CPU alone: there sharing was measured to be faster.
     """
@@ -185,15 +186,18 @@ def _may_share(
     return True if section.share_prefixes is True else None
 
 
-def local_folder(path: str, gguf_file: str | None) -> Path:
-    """The folder of a model given by folder or hub name; of a hub's model the files that are going to be loaded."""
+def local_folder(path: str, gguf_file: str | None, fetch: Callable[..., str] = snapshot_download) -> Path:
+    """The folder of a model given by folder or hub name; of a hub's model the files that are going to be loaded.
+
+    `fetch`: what brings them here, given what `snapshot_download` is given.
+    """
     if Path(path).is_dir():
         return Path(path)
     # in the order of `fingerprint.weight_files`: many a model is there twice, and is tens of gigabytes
     kinds = [[gguf_file]] if gguf_file else [["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin*"]]
     try:
         for wanted in kinds:
-            folder = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+            folder = Path(fetch(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
             if any(folder.glob(wanted[0])):
                 break
         return folder

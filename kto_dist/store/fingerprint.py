@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_dist.base.errors import UserError
-from kto_dist.store.hashes import file_digests
+from kto_dist.store.hashes import HASHING, Hashing, file_digests
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +60,7 @@ def fingerprint(
     attention: str,
     kernels: str | None = None,
     quantisation: str | None = None,
+    hashing: Hashing = HASHING,
 ) -> Fingerprint:
     """Hashes the weight files of a model folder, or remembers their hashes.
 
@@ -69,7 +70,7 @@ def fingerprint(
     dropped = _IRRELEVANT | ({"quantization_config"} if gguf_file else set())
     kept = {key: value for key, value in model_config.items() if key not in dropped}
     return Fingerprint(
-        weights=weights_digest(folder, gguf_file),
+        weights=weights_digest(folder, gguf_file, hashing),
         config=hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest(),
         dtype=dtype,
         logits=logits,
@@ -80,10 +81,10 @@ def fingerprint(
     )
 
 
-def weights_digest(folder: Path, gguf_file: str | None) -> str:
+def weights_digest(folder: Path, gguf_file: str | None, hashing: Hashing = HASHING) -> str:
     """sha256 over a model's tensors, however they are spread over files; remembered. Raises `UserError`."""
     files = [folder / gguf_file] if gguf_file else weight_files(folder)
-    parts = [f"{label} {digest}" for digests in file_digests(files) for label, digest in digests.items()]
+    parts = [f"{label} {digest}" for digests in file_digests(files, hashing) for label, digest in digests.items()]
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
 
 

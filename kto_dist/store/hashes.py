@@ -16,8 +16,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,29 +27,57 @@ from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
 
 BLOCK = 64 * 2**20
-# Bytes hashed by one thread at a time; part of what a hash means, so not to be changed.
-SETTLED_SECONDS = 10.0
-# FAT keeps times to 2 s, object stores that are mounted to 1 s; the rest is for a server whose clock is behind.
-REMEMBERED_FILES = 500
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
+"""Bytes hashed by one thread at a time; part of what a hash means, so not to be changed."""
+_SAMPLE_BYTES = 4096
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hashing:
+    """How files are read, told apart and remembered."""
+
+    block: int = BLOCK
+    samples: int = 64
+    """Places of a file that are read to tell it from itself before a change."""
+    settled_seconds: float = 10.0
+    """FAT keeps times to 2 s, object stores that are mounted to 1 s; the rest is for a server whose clock is behind."""
+    remembered_files: int = 500
+    pread: Callable[[int, int, int], bytes] = os.pread
+    fstat: Callable[[int], os.stat_result] = os.fstat
+
+
+HASHING = Hashing()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
     label: str
-    # what is hashed along with the bytes
+    """What is hashed along with the bytes."""
     start: int
     stop: int
 
 
-def file_digests(paths: Sequence[Path]) -> list[dict[str, str]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """A file that is being hashed."""
+
+    path: Path
+    file: BinaryIO
+    started: float
+    """Seconds since 1970."""
+    key: str
+    parts: list[_Part]
+    blocks: list[Future[bytes]]
+    """Of all parts, in order."""
+
+
+def file_digests(paths: Sequence[Path], how: Hashing = HASHING) -> list[dict[str, str]]:
     """For each file {label: sha256}: a label a tensor, or one for the whole file.
 
     Raises `UserError` for a file that cannot be read, is truncated, or changes meanwhile.
     """
     with ExitStack() as stack, ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        jobs = []
+        jobs: list[dict[str, str] | _Job] = []
         for path in paths:
             try:
                 # opening also makes a network file system ask its server how the file looks by now
@@ -57,41 +85,42 @@ def file_digests(paths: Sequence[Path]) -> list[dict[str, str]]:
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error}): check the path and its permissions") from None
             started = time.time()
-            identity = _identity(file)
-            known = _recall(identity)
-            if known is None:
-                parts = _parts(path, file)
-                blocks = [
-                    pool.submit(_sha256, file.fileno(), start, min(start + BLOCK, part.stop))
-                    for part in parts
-                    for start in range(part.start, part.stop, BLOCK)
-                ]
-                jobs.append((path, file, started, identity, parts, iter(blocks)))
-            else:
-                jobs.append(known)
-        return [job if isinstance(job, dict) else _finish(*job) for job in jobs]
+            key = _key(file, how)
+            known = _recall(key)
+            jobs.append(known if known is not None else _begin(path, file, started, key, pool, how))
+        return [job if isinstance(job, dict) else _finish(job, how) for job in jobs]
 
 
-def _finish(path, file, started, identity, parts, blocks) -> dict[str, str]:
-    digests = {}
-    for part in parts:
+def _begin(path: Path, file: BinaryIO, started: float, key: str, pool: ThreadPoolExecutor, how: Hashing) -> _Job:
+    parts = _parts(path, file)
+    blocks = [
+        pool.submit(_sha256, file.fileno(), start, min(start + how.block, part.stop), how)
+        for part in parts
+        for start in range(part.start, part.stop, how.block)
+    ]
+    return _Job(path=path, file=file, started=started, key=key, parts=parts, blocks=blocks)
+
+
+def _finish(job: _Job, how: Hashing) -> dict[str, str]:
+    digests, blocks = {}, iter(job.blocks)
+    for part in job.parts:
         digest = hashlib.sha256(part.label.encode() + b"\0")
-        for _ in range(math.ceil((part.stop - part.start) / BLOCK)):
+        for _ in range(math.ceil((part.stop - part.start) / how.block)):
             digest.update(next(blocks).result())
         digests[part.label] = digest.hexdigest()
-    after = os.stat(file.fileno())
-    if _identity(file) != identity:
-        raise UserError(f"{path} changed while it was read: start again when whatever writes it has ended")
-    if started - max(after.st_mtime, after.st_ctime) > SETTLED_SECONDS:
-        _remember(identity, digests)
+    after = how.fstat(job.file.fileno())
+    if _key(job.file, how) != job.key:
+        raise UserError(f"{job.path} changed while it was read: start again when whatever writes it has ended")
+    if job.started - max(after.st_mtime, after.st_ctime) > how.settled_seconds:
+        _remember(job.key, digests, how)
     return digests
 
 
-def _sha256(descriptor: int, start: int, stop: int) -> bytes:
+def _sha256(descriptor: int, start: int, stop: int, how: Hashing) -> bytes:
     digest = hashlib.sha256()
     while start < stop:
         # not a memory map: a file that is truncated meanwhile would kill the process
-        data = os.pread(descriptor, min(2**20, stop - start), start)
+        data = how.pread(descriptor, min(2**20, stop - start), start)
         if not data:
             raise UserError(f"a weight file ends at byte {start}, before its last tensor: fetch or export it again")
         digest.update(data)
@@ -105,7 +134,7 @@ def _parts(path: Path, file: BinaryIO) -> list[_Part]:
         return [_Part(label="", start=0, stop=size)]
     try:
         length = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
-        header = json.loads(os.pread(file.fileno(), length, 8)) if 0 < length <= size - 8 else None
+        header = json.loads(os.pread(file.fileno(), length if 0 < length <= size - 8 else 0, 8))
         parts = [
             _Part(
                 label=json.dumps([name, tensor["dtype"], tensor["shape"]]),
@@ -122,13 +151,13 @@ def _parts(path: Path, file: BinaryIO) -> list[_Part]:
     return parts
 
 
-def _identity(file: BinaryIO) -> str:
+def _key(file: BinaryIO, how: Hashing) -> str:
     """A hash of all that tells this file from another one, and from itself before a change."""
-    stat = os.stat(file.fileno())
+    stat = how.fstat(file.fileno())
     known = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, Path(file.name).suffix]
     digest = hashlib.sha256(json.dumps(known).encode())
-    for place in range(_SAMPLES):
-        digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, place * stat.st_size // _SAMPLES))
+    for place in range(how.samples):
+        digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, place * stat.st_size // how.samples))
     return digest.hexdigest()
 
 
@@ -137,25 +166,26 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "kto_dist" / "hashes"
 
 
-def _recall(identity: str) -> dict[str, str] | None:
+def _recall(key: str) -> dict[str, str] | None:
     try:
-        entry = json.loads((cache_folder() / f"{identity}.json").read_bytes())
-        return entry["digests"] if entry["checksum"] == _checksum(identity, entry["digests"]) else None
+        entry = json.loads((cache_folder() / f"{key}.json").read_bytes())
+        digests: dict[str, str] = entry["digests"]
+        return digests if entry["checksum"] == _checksum(key, digests) else None
     except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # RuntimeError: there is no home folder
         return None
 
 
-def _remember(identity: str, digests: dict[str, str]) -> None:
-    content = {"checksum": _checksum(identity, digests), "digests": digests}
+def _remember(key: str, digests: dict[str, str], how: Hashing) -> None:
+    content = {"checksum": _checksum(key, digests), "digests": digests}
     with contextlib.suppress(OSError, RuntimeError):  # without a cache one only waits longer the next time
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / f"{identity}.json", json.dumps(content).encode())
+        write_whole(folder / f"{key}.json", json.dumps(content).encode())
         # files that are gone: every checkpoint of a long run would stay here otherwise
         entries = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for entry in entries[REMEMBERED_FILES:]:
+        for entry in entries[how.remembered_files :]:
             entry.unlink(missing_ok=True)
 
 
-def _checksum(identity: str, digests: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps([identity, digests], sort_keys=True).encode()).hexdigest()
+def _checksum(key: str, digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([key, digests], sort_keys=True).encode()).hexdigest()

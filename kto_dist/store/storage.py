@@ -22,26 +22,26 @@ import fsspec
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
 
-# `.<name>.<32 hex digits>`: what a writer that was killed leaves behind.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
-# Object stores whose PUT is whole or not at all. Others (sftp, smb, http ...) show a file while it is being written.
+"""`.<name>.<32 hex digits>`: what a writer that was killed leaves behind."""
 _WHOLE_PUT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "memory"}
+"""Object stores whose PUT is whole or not at all. Others (sftp, smb, http ...) show a file while it is written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class File:
     name: str
     size: int
-    # bytes
+    """Bytes."""
     modified: float | None
-    # seconds since 1970 by the file system's clock; None where only object stores know
+    """Seconds since 1970 by the file system's clock; None where only object stores know."""
 
 
 class Storage(Protocol):
     """A folder of files; `/` leads to a sub-folder, which need not exist."""
 
     concurrency: int
-    # reads that are worth having in flight at a time
+    """Reads that are worth having in flight at a time."""
 
     def __truediv__(self, name: str) -> "Storage": ...
     def files(self) -> list[File]:
@@ -72,8 +72,14 @@ class Storage(Protocol):
         ...
 
 
-def open_storage(root: str | Path) -> Storage:
+Root = str | Path | Storage
+"""A folder, a URL, or the storage itself."""
+
+
+def open_storage(root: Root) -> Storage:
     """Raises `UserError` for a URL that this package cannot use, or whose library is not installed."""
+    if not isinstance(root, str | Path):
+        return root
     text = str(root)
     protocol, separator, _ = text.partition("://")
     if not separator:
@@ -107,7 +113,7 @@ class LocalStorage:
         return str(self.path)
 
     def __truediv__(self, name: str) -> "LocalStorage":
-        return LocalStorage(self.path / name)
+        return type(self)(self.path / name)
 
     def files(self) -> list[File]:
         found = []

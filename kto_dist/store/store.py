@@ -32,17 +32,17 @@ import numpy as np
 from kto_dist.base.errors import UserError
 from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.store.shards import BYTES_A_PAIR, NAME, BadShard, Pairs, decode, encode, merge
-from kto_dist.store.storage import Storage, open_storage
+from kto_dist.store.storage import Root, Storage, open_storage
 
 FORMAT = 2
 MANIFEST, USED = "manifest.json", "used.json"
 FOLDER_DIGITS = 32
-# of a fingerprint's 64, in the folder's name
+"""Of a fingerprint's 64, in the folder's name."""
 MANY_SHARDS = 2000
-# beyond which a listing is longer than it needs to be
+"""Beyond which a listing is longer than it needs to be."""
 _RENEWED_AFTER = 3600.0
 LEASE_SECONDS = 24 * 3600.0
-# A use that was not renewed for so long, by another machine, has ended without saying so.
+"""A use that was not renewed for so long, by another machine, has ended without saying so."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -55,8 +55,8 @@ class Store:
 
     def __init__(
         self,
-        root: str | Path,
-        identity: Fingerprint,
+        root: Root,
+        fingerprint: Fingerprint,
         warn: Callable[[str], None] = print,
         model: str = "",
     ):
@@ -65,9 +65,9 @@ class Store:
         Creates the folder if needed. Raises `UserError` when it belongs to another model, or isn't there and can't be
         created.
         """
-        self._root, self._digest, self._warn = root, identity.digest, warn
+        self._root, self._digest, self._warn = root, fingerprint.digest, warn
         self.folder = open_storage(root) / self._digest[:FOLDER_DIGITS]
-        self._settle_manifest(identity, model)
+        self._settle_manifest(fingerprint, model)
         with contextlib.suppress(OSError):  # a store that cannot be written can be read all the same
             _note_use(self.folder)
         self._known: Pairs | None = None
@@ -81,8 +81,8 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _settle_manifest(self, identity: Fingerprint, model: str) -> None:
-        content = {"format": FORMAT, "fingerprint": self._digest, **identity.to_dict()}
+    def _settle_manifest(self, fingerprint: Fingerprint, model: str) -> None:
+        content = {"format": FORMAT, "fingerprint": self._digest, **fingerprint.to_dict()}
         try:
             found = read_manifest(self.folder)
             if not found:

@@ -35,11 +35,11 @@ class State:
     """What a resumed run must know beside the engine's own states."""
 
     step: int
-    # optimizer steps done
+    """Optimizer steps done."""
     world_size: int
     zero_stage: int
     identity: dict[str, Any]
-    # what decides the trajectory: another value means another run
+    """What decides the trajectory: another value means another run."""
     mlflow_run: str | None
 
 

@@ -105,13 +105,13 @@ class Config(Section):
                 f"kto.kl_pairs_per_step ({pairs}) must be at most train.global_batch ({self.train.global_batch}): "
                 "each row has one partner"
             )
-        for name, budget in (
+        for name, tokens in (
             ("train.tokens_per_microbatch", self.train.tokens_per_microbatch),
             ("reference.tokens_per_batch", self.reference.tokens_per_batch),
         ):
-            if budget != "auto" and budget < self.data.max_length:
+            if tokens != "auto" and tokens < self.data.max_length:
                 raise ValueError(
-                    f"{name} ({budget}) must be at least data.max_length ({self.data.max_length}): "
+                    f"{name} ({tokens}) must be at least data.max_length ({self.data.max_length}): "
                     "the longest row must fit on a device; raise it, or lower data.max_length"
                 )
         return self

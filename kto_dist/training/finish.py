@@ -12,7 +12,7 @@ from kto_dist.base.files import write_whole
 from kto_dist.model.engines import Policy
 from kto_dist.record import report
 from kto_dist.record.environment import environment_tags
-from kto_dist.reference.scores import Scores
+from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.training import checkpoint
 from kto_dist.training.card import model_card, say_outcome
 from kto_dist.training.prepare import PreparedTraining, counts
@@ -22,7 +22,7 @@ from kto_dist.training.run import Run
 def finish(
     policy: Policy,
     prepared: PreparedTraining,
-    scores: Scores,
+    refs: ReferenceLogps,
     run: Run,
     console: Console,
     last: dict[str, Any],  # the last step's line of metrics
@@ -47,9 +47,9 @@ def finish(
         },
         "reference": {
             "fingerprint": run.reference.digest,
-            "pairs": scores.outcome.pairs,
-            "from_store": scores.outcome.hits,
-            "scored": scores.outcome.pairs - scores.outcome.hits,
+            "pairs": refs.outcome.pairs,
+            "from_store": refs.outcome.hits,
+            "scored": refs.outcome.pairs - refs.outcome.hits,
         },
         "world_size": comm.world_size(),
         "precision": str(prepared.dtype).removeprefix("torch."),

@@ -1,63 +1,113 @@
 """Rules that watch a run's metrics and say what to do; the loop asks after every step.
 
-A rule looks at one step's metrics and keeps a count of the consecutive steps beyond its limit. It warns once when it
-first acts; `stop` asks the loop to save a checkpoint and end the run.
+A rule looks at one step's line of metrics and counts the consecutive steps beyond its limit. It speaks once when the
+count reaches its patience, and again when the trouble was over and has come back. One that stops the run makes the loop
+save a checkpoint, where the figures are sound, and end.
+
+A new rule is a row of `rules`.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kto_dist.training.config import HealthConfig
 
-# z0 at 0 for this many steps: the KL estimate is negative throughout, and the loss has lost its anchor.
 CLAMPED_STEPS = 50
+"""z0 at 0 for this many steps: the KL estimate is negative throughout, and the loss has lost its anchor."""
+
+Figures = Mapping[str, float]
+"""A step's line of metrics."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """What is watched, and what is done about it."""
+
+    name: str
+    beyond: Callable[[Figures], bool]
+    """Whether a step is beyond the limit."""
+    patience: int
+    """Consecutive steps beyond it before the rule acts."""
+    reason: Callable[[Figures], str]
+    """The value and the limit, of the step at which it acts."""
+    remedy: str
+    stops: bool
+    """Ends the run, where others only warn."""
+
+
+def rules(limits: HealthConfig) -> tuple[Rule, ...]:
+    """Those that `limits` asks for."""
+    always = (
+        Rule(
+            name="finite",
+            beyond=lambda figures: bool(_broken(figures)),
+            patience=1,
+            reason=lambda figures: f"{', '.join(_broken(figures))} is not a finite number",
+            remedy="lower train.lr, or use fp32",
+            stops=True,
+        ),
+        Rule(
+            name="clamped",
+            beyond=lambda figures: figures.get("kl_clamped", 0.0) == 1.0,
+            patience=CLAMPED_STEPS,
+            reason=lambda figures: (
+                f"kl_raw has been negative for {CLAMPED_STEPS} steps, so z0 sits at 0: desirable rows are scored "
+                "against the reference itself"
+            ),
+            remedy="a larger global batch, a lower train.lr or apo_zero_unpaired (which has no z0) may suit this data "
+            "better",
+            stops=False,
+        ),
+    )
+    if limits.max_kl is None:
+        return always
+    return (*always, _runaway(limits.max_kl, limits))
+
+
+def _runaway(limit: float, limits: HealthConfig) -> Rule:
+    return Rule(
+        name="max_kl",
+        beyond=lambda figures: abs(figures.get("kl_raw", 0.0)) > limit,
+        patience=limits.patience,
+        reason=lambda figures: (
+            f"kl_raw ({figures['kl_raw']:.1f} nats) has been beyond health.max_kl ({limit}) for {limits.patience} "
+            "steps: the policy runs away from its reference"
+        ),
+        remedy="lower train.lr or raise kto.beta, and look at the noise in the labels",
+        stops=limits.on_trouble == "stop",
+    )
+
+
+def _broken(figures: Figures) -> list[str]:
+    return sorted(name for name, value in figures.items() if not math.isfinite(value))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
+    """A rule that acts."""
+
+    rule: str
     stop: bool
     message: str
-    # the value, the rule, and what to try
+    """The step, the value, the limit, and what to try."""
 
 
 @dataclass
 class Monitor:
+    """The rules of a run, and for how many steps each has been beyond its limit."""
+
     limits: HealthConfig
-    beyond: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
-    def check(self, step: int, metrics: dict[str, float]) -> list[Advice]:
+    def __post_init__(self) -> None:
+        self.rules = rules(self.limits)
+
+    def check(self, step: int, figures: Figures) -> list[Advice]:
         advice = []
-        broken = sorted(name for name, value in metrics.items() if not math.isfinite(value))
-        if broken:
-            advice.append(
-                Advice(
-                    stop=True,
-                    message=f"step {step}: {', '.join(broken)} is not a finite number: lower train.lr, or use fp32",
-                )
-            )
-        kl = metrics.get("kl_raw", 0.0)
-        limit = self.limits.max_kl
-        if self._for_a_while("max_kl", limit is not None and abs(kl) > limit, self.limits.patience):
-            advice.append(
-                Advice(
-                    stop=self.limits.on_trouble == "stop",
-                    message=f"step {step}: kl_raw ({kl:.1f} nats) has been beyond health.max_kl ({limit}) for "
-                    f"{self.limits.patience} steps: the policy runs away from its reference; lower train.lr or raise "
-                    "kto.beta, and look at the noise in the labels",
-                )
-            )
-        if self._for_a_while("clamped", metrics.get("kl_clamped", 0.0) == 1.0, CLAMPED_STEPS):
-            advice.append(
-                Advice(
-                    stop=False,
-                    message=f"step {step}: kl_raw has been negative for {CLAMPED_STEPS} steps, so z0 sits at 0: "
-                    "desirable rows are scored against the reference itself; a larger global batch, a lower train.lr "
-                    "or apo_zero_unpaired (which has no z0) may suit this data better",
-                )
-            )
+        for rule in self.rules:
+            self.counts[rule.name] = self.counts.get(rule.name, 0) + 1 if rule.beyond(figures) else 0
+            if self.counts[rule.name] == rule.patience:
+                message = f"step {step}: {rule.reason(figures)}; {rule.remedy}"
+                advice.append(Advice(rule=rule.name, stop=rule.stops, message=message))
         return advice
-
-    def _for_a_while(self, rule: str, beyond: bool, patience: int) -> bool:
-        """True once, when the limit has been exceeded `patience` times in a row."""
-        self.beyond[rule] = self.beyond.get(rule, 0) + 1 if beyond else 0
-        return self.beyond[rule] == patience

@@ -28,8 +28,8 @@ from kto_dist.model.memory import NeedsRestart
 from kto_dist.objective import metrics
 from kto_dist.record.run_folder import append_line, read_lines
 from kto_dist.record.tracker import Status
+from kto_dist.reference.logps import ReferenceLogps, score_reference
 from kto_dist.reference.record import PassRecord
-from kto_dist.reference.scores import Scores, score_reference
 from kto_dist.training import checkpoint
 from kto_dist.training.ahead import ahead
 from kto_dist.training.config import Config
@@ -60,19 +60,19 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
     if not describes_all(audits, config.data.train):
         for doubt in prepared.train.report.doubts():
             console.warn(doubt)
-    setup, identity = find(prepared, console)
-    run = start_run(prepared, identity, audits, found, console)
+    setup, fingerprint = find(prepared, console)
+    run = start_run(prepared, fingerprint, audits, found, console)
     record = PassRecord(lambda: open_run(prepared, run, console))
     status: Status = "FAILED"
     restart.before(lambda: record.finish("KILLED"))
     try:
         with record.ended_by_sigterm():
-            scores = score_reference(wanted(prepared), setup, identity, console, record.watch, record.open)
+            refs = score_reference(wanted(prepared), setup, fingerprint, console, record.watch, record.open)
         agree.together(record.open)
         run.tracker = record.tracker
-        if found is None or scores.outcome.hits < scores.outcome.pairs:
-            record.end(scores.outcome)
-        summary = _train(prepared, scores, run, console, watch)
+        if found is None or refs.outcome.hits < refs.outcome.pairs:
+            record.end(refs.outcome)
+        summary = _train(prepared, refs, run, console, watch)
         status = "FINISHED"
     except (Stopped, NeedsRestart, KeyboardInterrupt) as stop:
         status = "FAILED" if isinstance(stop, Stopped) and stop.exit_code == FAILED else "KILLED"
@@ -83,14 +83,14 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
 
 
 def _train(
-    prepared: PreparedTraining, scores: Scores, run: Run, console: Console, watch: Watch | None
+    prepared: PreparedTraining, refs: ReferenceLogps, run: Run, console: Console, watch: Watch | None
 ) -> dict[str, Any]:
     config, plan = prepared.config, prepared.plan
     console.phase("policy")
     policy = _load_policy(prepared, run, console)
     cost = cost_of(policy.model.lm)
     monitor = Monitor(config.health)
-    stepper = Stepper(prepared, scores, policy, console)
+    stepper = Stepper(prepared, refs, policy, console)
     stepper.try_largest()
     first, last, tokens = run.state.step, {}, 0
     console.phase("training")
@@ -136,7 +136,7 @@ def _train(
     lines = read_lines(run.folder.metrics) if not last else []
     heldout = {"before": before, "after": after}
     said = stepper.memory.halved
-    return finish(policy, prepared, scores, run, console, last or (lines[-1] if lines else {}), heldout, tokens, said)
+    return finish(policy, prepared, refs, run, console, last or (lines[-1] if lines else {}), heldout, tokens, said)
 
 
 def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Policy:

@@ -11,33 +11,40 @@ from kto_dist.base.errors import UserError
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
 from kto_dist.record.tracker import Status, Tracker
+from kto_dist.reference.logps import score_reference
+from kto_dist.reference.progress import Progress, Watch
 from kto_dist.reference.record import PassRecord
-from kto_dist.reference.scores import score_reference
 from kto_dist.reference.scoring import Outcome
 from kto_dist.training.config import Config
 from kto_dist.training.prepare import find, prepare, wanted
 
 
-def precompute(config: Config) -> Outcome:
-    """Collective. Raises `UserError`."""
+def precompute(config: Config, watch: Watch | None = None) -> Outcome:
+    """Collective. `watch` is called on every rank after each micro-batch. Raises `UserError`."""
     comm.init()
     console = Console()
     prepared = prepare(config, console)
-    setup, identity = find(prepared, console)
-    record = PassRecord(lambda: _open_run(config, identity.digest, console))
+    setup, fingerprint = find(prepared, console)
+    record = PassRecord(lambda: _open_run(config, fingerprint.digest, console))
+
+    def both(progress: Progress) -> None:
+        record.watch(progress)
+        if watch is not None:
+            watch(progress)
+
     status: Status = "FAILED"
     try:
         with record.ended_by_sigterm():
-            scores = score_reference(wanted(prepared), setup, identity, console, record.watch, record.open)
+            refs = score_reference(wanted(prepared), setup, fingerprint, console, both, record.open)
         agree.together(record.open)
-        record.end(scores.outcome)
+        record.end(refs.outcome)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         record.finish(status)
-    return scores.outcome
+    return refs.outcome
 
 
 def _open_run(config: Config, fingerprint: str, console: Console) -> Tracker:

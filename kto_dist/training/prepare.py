@@ -30,7 +30,7 @@ from kto_dist.model.causal_lm import (
 from kto_dist.model.kernels import pick_kernels
 from kto_dist.objective.losses import LOSSES
 from kto_dist.objective.objective import Objective
-from kto_dist.reference.scores import PairList, evaluation_pairs, training_pairs
+from kto_dist.reference.pairs import PairList, evaluation_pairs, training_pairs
 from kto_dist.reference.setup import ReferenceSetup, find_reference
 from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.training.config import Config
@@ -46,7 +46,7 @@ class Prepared:
     config: Config
     tokenizer: PreTrainedTokenizerBase
     model_config: PretrainedConfig
-    # of the policy
+    """Of the policy."""
     train: Examples
     heldout: Examples | None
     plan: Plan
@@ -61,7 +61,7 @@ class PreparedTraining(Prepared):
     kernels: str
     cutting: Cutting
     class_weights: tuple[float, float]
-    # (undesirable, desirable)
+    """(undesirable, desirable)"""
     objective: Objective
 
 

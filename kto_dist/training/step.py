@@ -23,7 +23,7 @@ from kto_dist.model.memory import attempt, is_out_of_memory
 from kto_dist.model.profile import part
 from kto_dist.objective import metrics
 from kto_dist.objective.objective import Labels, Objective, kl_sums, labels_of, loss_and_rows
-from kto_dist.reference.scoring import RefLogps
+from kto_dist.reference.pairs import RefLogps
 from kto_dist.training.prepare import PreparedTraining
 
 

@@ -13,7 +13,7 @@ from kto_dist.model.devices import Sharding, tokens_that_fit
 from kto_dist.model.engines import Policy, zero_stage
 from kto_dist.model.memory import Memory, NeedsRestart, attempt
 from kto_dist.objective.objective import labels_of, loss_and_rows
-from kto_dist.reference.scores import Scores
+from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.training.prepare import PreparedTraining
 from kto_dist.training.schedule import learning_rate
 from kto_dist.training.step import StartCheck, StepResult, StepWork, run_step, step_work
@@ -24,7 +24,7 @@ class Stepper:
     """What a loop asks for its steps."""
 
     prepared: PreparedTraining
-    scores: Scores
+    refs: ReferenceLogps
     policy: Policy
     console: Console
     memory: Memory = field(init=False)
@@ -62,7 +62,7 @@ class Stepper:
 
     def work(self, step: int) -> StepWork:
         """What the step (from 0) takes. Safe to call from another thread."""
-        return step_work(self.prepared, self.scores.train, step, self.memory.cutting)
+        return step_work(self.prepared, self.refs.train, step, self.memory.cutting)
 
     def run(self, work: StepWork) -> StepResult:
         """Collective. One update, with as many tokens a micro-batch as there is memory for. Raises `UserError`."""
@@ -106,7 +106,7 @@ class Stepper:
 
     def evaluate(self) -> dict[str, float] | None:
         """Collective. The held-out figures of the policy as it is; None without held-out rows."""
-        prepared, refs = self.prepared, self.scores.heldout
+        prepared, refs = self.prepared, self.refs.heldout
         heldout = prepared.heldout
         if heldout is None or refs is None:
             return None
@@ -130,7 +130,7 @@ class Stepper:
         if reference.path is not None:
             return None
         return StartCheck(
-            policy_dtype=self.prepared.dtype, reference_dtype=self.scores.identity.dtype, store=reference.store
+            policy_dtype=self.prepared.dtype, reference_dtype=self.refs.fingerprint.dtype, store=reference.store
         )
 
 

@@ -1,80 +1,51 @@
 """The reference's log-prob of every pair that a run will meet: looked up, or scored by a reference that then leaves.
 
-In:  `ReferenceSetup`, its fingerprint, and lists of pairs. Out: `Scores`. The reference is loaded if the store lacks
-something, and is gone afterwards.
+In:  `ReferenceSetup`, its fingerprint, and lists of pairs. Out: `ReferenceLogps`. The reference is loaded if the store
+lacks something, and is gone afterwards.
 """
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import reduce
-
-import numpy as np
 
 from kto_dist.base import agree, comm
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
-from kto_dist.data.batch import Plan, heldout_pairs
-from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import ROUNDING, check_scoring
 from kto_dist.model.engines import Reference
+from kto_dist.reference.pairs import PairList, RefLogps
 from kto_dist.reference.prefix import sharing_is_exact
-from kto_dist.reference.scoring import Outcome, Progress, RefLogps, Scorer, Watch, reference_logps, wanted_pairs
+from kto_dist.reference.progress import Progress, Watch
+from kto_dist.reference.scoring import LoadedReference, Outcome, reference_logps
 from kto_dist.reference.setup import ReferenceSetup
 from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.store.store import Store
 
+Engine = Callable[..., Reference]
+"""`model.engines.Reference`, or what stands in its place."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
+class ReferenceLogps:
     """The reference's side of a run."""
 
     train: RefLogps
     heldout: RefLogps | None
-    identity: Fingerprint
+    fingerprint: Fingerprint
     outcome: Outcome
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairList:
-    """Pairs of one data set that have to be known."""
-
-    title: str
-    """What the progress bar says."""
-    examples: Examples
-    prompts: np.ndarray
-    """(P,) rows that give the prompt."""
-    completions: np.ndarray
-    """(P,) rows that give the completion."""
-
-
-def training_pairs(plan: Plan, train: Examples) -> PairList:
-    """Collective. Every row that a step takes, and the KL pairs of the steps."""
-    prompts, completions = wanted_pairs(plan, train)
-    return PairList(title="training pairs", examples=train, prompts=prompts, completions=completions)
-
-
-def evaluation_pairs(seed: int, heldout: Examples, *, with_z0: bool) -> PairList:
-    """Every held-out row, and, for a loss with z0, their KL pairs."""
-    rows = np.arange(len(heldout))
-    prompts, completions = heldout_pairs(seed, heldout) if with_z0 else (rows[:0], rows[:0])
-    return PairList(
-        title="held-out pairs",
-        examples=heldout,
-        prompts=np.concatenate([rows, prompts]),
-        completions=np.concatenate([rows, completions]),
-    )
 
 
 def score_reference(
     lists: Sequence[PairList],
     setup: ReferenceSetup,
-    identity: Fingerprint,
+    fingerprint: Fingerprint,
     console: Console,
     watch: Watch = lambda progress: None,
     begin: Callable[[], None] = lambda: None,
-) -> Scores:
+    engine: Engine = Reference,
+) -> ReferenceLogps:
     """Collective. Looks every pair up in the store and scores what is missing; no model is left in memory after.
 
     `lists`: the training pairs, then the held-out ones if there are any. `begin` is called on every rank when it is
@@ -82,8 +53,8 @@ def score_reference(
     """
     results: list[tuple[RefLogps, Outcome]] = []
     warnings = _Warnings(console)
-    store = agree.together(lambda: Store(setup.store, identity, warn=warnings.add, model=setup.path))
-    with store, lazily(lambda: _load(setup, identity, console, begin)) as engine:
+    store = agree.together(lambda: Store(setup.store, fingerprint, warn=warnings.add, model=setup.path))
+    with store, lazily(lambda: _load(setup, fingerprint, console, begin, engine)) as load:
         for pairs in lists:
             before = sum(outcome.scored_once for _, outcome in results)
             with console.progress(f"reference: {pairs.title}") as show:
@@ -93,8 +64,8 @@ def score_reference(
                         pairs.prompts,
                         pairs.completions,
                         store=store,
-                        engine=engine,
-                        scoring=setup.scoring,
+                        load=load,
+                        settings=setup.settings,
                         watch=_shown(show, watch, before),
                     )
                 )
@@ -102,31 +73,42 @@ def score_reference(
     total = reduce(operator.add, (outcome for _, outcome in results))
     scored = f"{total.pairs - total.hits:,} scored" + (" with shared prompts" if total.shared else "")
     console.say(f"reference: {total.pairs:,} pairs, {total.hits:,} from the store, {scored} in {total.seconds:.1f} s")
-    return Scores(
-        train=results[0][0], heldout=results[1][0] if len(results) > 1 else None, identity=identity, outcome=total
+    return ReferenceLogps(
+        train=results[0][0],
+        heldout=results[1][0] if len(results) > 1 else None,
+        fingerprint=fingerprint,
+        outcome=total,
     )
 
 
-def _shown(show: Callable[..., None], watch: Watch, before: int) -> Watch:
+def _shown(show: Callable[[int, int, float, float, float], None], watch: Watch, before: int) -> Watch:
     """`before`: pairs of the lists before this one, which were scored already."""
 
     def both(progress: Progress) -> None:
-        show(*astuple(progress)[:-1])
+        show(
+            progress.done,
+            progress.total,
+            progress.rows_per_second,
+            progress.tokens_per_second,
+            progress.seconds_left,
+        )
         watch(replace(progress, before=before))
 
     return both
 
 
-def _load(setup: ReferenceSetup, identity: Fingerprint, console: Console, begin: Callable[[], None]) -> Scorer:
+def _load(
+    setup: ReferenceSetup, fingerprint: Fingerprint, console: Console, begin: Callable[[], None], engine: Engine
+) -> LoadedReference:
     """Collective. The reference in memory; gone again where loading fails on some rank. Raises `UserError`."""
     agree.together(begin)
-    console.say(f"loading the reference ({setup.path}, {identity.dtype})")
+    console.say(f"loading the reference ({setup.path}, {fingerprint.dtype})")
     # kept even when another rank's fails
     loaded: list[Reference] = []
     try:
         agree.together(
             lambda: loaded.append(
-                Reference(
+                engine(
                     setup.placement,
                     path=str(setup.folder),
                     gguf_file=setup.gguf_file,
@@ -139,8 +121,8 @@ def _load(setup: ReferenceSetup, identity: Fingerprint, console: Console, begin:
             )
         )
         now = agree.once_per_host(setup.fingerprint)
-        agree.together(lambda: _refuse_unless_same(identity, now, setup))
-        return Scorer(reference=loaded[0], share_prefixes=_may_share_after_all(loaded[0], setup))
+        agree.together(lambda: _refuse_unless_same(fingerprint, now, setup))
+        return LoadedReference(engine=loaded[0], share_prefixes=_may_share_after_all(loaded[0], setup))
     except BaseException:
         for reference in loaded:
             reference.close(wait=False)
@@ -162,23 +144,23 @@ def _may_share_after_all(reference: Reference, setup: ReferenceSetup) -> bool | 
 
 
 @contextmanager
-def lazily(build: Callable[[], Scorer]) -> Iterator[Callable[[], Scorer]]:
-    """An engine that is built on first use, shared by several passes, and freed at the end."""
-    scorers: list[Scorer] = []
+def lazily(build: Callable[[], LoadedReference]) -> Iterator[Callable[[], LoadedReference]]:
+    """A reference that is built on first use, shared by several passes, and freed at the end."""
+    loaded: list[LoadedReference] = []
 
-    def get() -> Scorer:
-        if not scorers:
-            scorers.append(build())
-        return scorers[0]
+    def get() -> LoadedReference:
+        if not loaded:
+            loaded.append(build())
+        return loaded[0]
 
     try:
         yield get
     except BaseException:
-        while scorers:
-            scorers.pop().reference.close(wait=False)
+        while loaded:
+            loaded.pop().engine.close(wait=False)
         raise
-    while scorers:
-        scorers.pop().reference.close()
+    while loaded:
+        loaded.pop().engine.close()
 
 
 class _Warnings:
