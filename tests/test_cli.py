@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -56,6 +57,13 @@ def ranks_of(config: Path) -> list[psutil.Process]:
         if str(config) in (process.info["cmdline"] or []):
             found.append(process)
     return found
+
+
+def wait_for(what: Callable[[], bool], while_: subprocess.Popen | None = None) -> None:
+    """Until it is so; pytest's own time-out is the bound."""
+    while not what():
+        assert while_ is None or while_.poll() is None, while_.stdout and while_.stdout.read()
+        time.sleep(0.2)
 
 
 def test_every_command_explains_itself():
@@ -199,10 +207,7 @@ def test_sigterm_saves_leaves_no_rank_behind_and_the_same_command_goes_on(tmp_pa
     command = [*KTO_DIST, "train", str(config), "--ranks", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.2)
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, while_=process)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 143, said
@@ -215,6 +220,21 @@ def test_sigterm_saves_leaves_no_rank_behind_and_the_same_command_goes_on(tmp_pa
     done = run(*KTO_DIST, "train", config, f"train.max_steps={steps + 2}", "--ranks", 2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"going on from {saved.name}" in done.stdout
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, steps + 3))
+
+
+def test_a_killed_command_takes_its_ranks_along_and_the_next_start_trains_alone(tmp_path, tiny_model, tiny_log):
+    config = write_config(tmp_path, tiny_model, tiny_log, train__max_steps=400, checkpoint__every_steps=1)
+    process = subprocess.Popen([*KTO_DIST, "train", str(config), "--ranks", "2"], stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, while_=process)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not ranks_of(config))
+    steps = len(metrics.read_text().splitlines())
+    done = run(*KTO_DIST, "train", config, f"train.max_steps={steps + 2}", "--ranks", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from" in done.stdout
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, steps + 3))
 
 
@@ -258,7 +278,7 @@ def test_the_public_function_trains_in_the_callers_own_process(tmp_path, tiny_mo
     assert done.stdout.splitlines()[-1] == "5"
 
 
-def run_launcher(job: str, ranks_do: str) -> tuple[list[str], int]:
+def run_launcher(folder: Path, job: str, ranks_do: str) -> tuple[list[str], int]:
     """The command and the status of `launcher.run`, with a line of Python in place of DeepSpeed and its ranks."""
     from kto_dist.commands import launcher
 
@@ -268,7 +288,7 @@ def run_launcher(job: str, ranks_do: str) -> tuple[list[str], int]:
         seen.append(command)
         return subprocess.Popen([sys.executable, "-c", ranks_do], **options)
 
-    status = launcher.run(job, ["x.yaml"], start=spy)
+    status = launcher.run(job, ["x.yaml"], folder=folder, start=spy)
     return seen[0], status
 
 
@@ -277,13 +297,14 @@ FINISH = "import os, pathlib; pathlib.Path(os.environ['KTO_DIST_DONE_MARK']).tou
 
 @pytest.mark.parametrize("job", ["train", "precompute"])
 @pytest.mark.parametrize(("ranks_do", "status"), [(FINISH, 0), ("pass", 1), (f"{FINISH}; exit(3)", 3)])
-def test_a_launcher_that_reports_success_is_believed_when_rank_0_has_finished(capfd, job, ranks_do, status):
-    assert run_launcher(job, ranks_do)[1] == status
+def test_a_launcher_that_reports_success_is_believed_when_rank_0_has_finished(tmp_path, capfd, job, ranks_do, status):
+    assert run_launcher(tmp_path, job, ranks_do)[1] == status
+    assert not any(tmp_path.iterdir())
     assert (f"the ranks ended without finishing {job}" in capfd.readouterr().err) == (ranks_do == "pass")
 
 
-def test_without_a_device_the_default_is_two_ranks_at_most():
+def test_without_a_device_the_default_is_two_ranks_at_most(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command, _ = run_launcher("train", FINISH)
+    command, _ = run_launcher(tmp_path, "train", FINISH)
     assert int(command[command.index("--num_gpus") + 1]) == min(2, os.cpu_count() or 1)

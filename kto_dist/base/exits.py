@@ -8,8 +8,8 @@ from typing import NoReturn
 
 DONE, FAILED, MISTAKE, TERMINATED = 0, 1, 2, 143
 
-# Of the environment: the file that rank 0 makes at the end of a job.
-DONE_MARK = "KTO_DIST_DONE_MARK"
+# Of the environment: the file that rank 0 makes at the end of a job, and the process (as JSON) that ranks die with.
+DONE_MARK, LAUNCHER = "KTO_DIST_DONE_MARK", "KTO_DIST_LAUNCHER"
 
 
 class Stopped(RuntimeError):

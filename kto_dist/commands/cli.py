@@ -142,7 +142,10 @@ def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | Non
 
     settings = Config.load(config, overrides)  # a mistake shows at once, not once the ranks have started
     check_model_path("model.path", settings.model.path)
-    raise SystemExit(launcher.run(job, [str(config), *overrides], ranks))
+    output = Path(settings.train.output)
+    # a reference pass has no folder of its own, and leaves none
+    folder = output if job == "train" else output.absolute().parent
+    raise SystemExit(launcher.run(job, [str(config), *overrides], ranks, folder=folder))
 
 
 @main.command(short_help="Look at a raw log of feedback, and make nothing.")

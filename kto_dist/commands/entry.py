@@ -4,6 +4,7 @@ Turns the outcome into the exit status that the launcher passes on: 0 done, 2 th
 143 stopped by a signal, 1 anything else.
 """
 
+import json
 import logging
 import os
 import sys
@@ -13,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from kto_dist.base import comm, restart
+from kto_dist.base import comm, processes, restart
 from kto_dist.base.errors import UserError
-from kto_dist.base.exits import DONE, DONE_MARK, FAILED, MISTAKE, Stopped, leave
+from kto_dist.base.exits import DONE, DONE_MARK, FAILED, LAUNCHER, MISTAKE, Stopped, leave
 from kto_dist.training.config import Config
 
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     # DeepSpeed's launcher adds --local_rank=N; the environment says the same
     job, config, *overrides = [word for word in arguments if not word.startswith("--local_rank")]
     restarts = None
+    _stay_with_launcher()
     try:
         comm.init()
         restarts, again = restart.arm(), restart.order()
@@ -50,8 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             from kto_dist.training.precompute import precompute
 
             precompute(settings)
-        if comm.is_main() and DONE_MARK in os.environ:
-            Path(os.environ[DONE_MARK]).touch()
+        _note_done()
     except RuntimeError:
         if restarts is not None:
             restarts.hold()
@@ -63,6 +64,24 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         comm.shutdown()
     return DONE
+
+
+def _stay_with_launcher() -> None:
+    """A launcher that is killed takes its ranks along: they would train on, and the next start would join them."""
+    if "RANK" in os.environ:  # there is a launcher, and no shell that may leave its jobs behind
+        processes.die_with_parent()
+    if LAUNCHER in os.environ:
+        processes.die_with(json.loads(os.environ[LAUNCHER]))
+
+
+def _note_done() -> None:
+    if comm.is_main() and DONE_MARK in os.environ:
+        mark = Path(os.environ[DONE_MARK])
+        try:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            print(f"warning: {mark} cannot be written ({error}), so the launcher will take this job for unfinished")
 
 
 def _quiet() -> None:

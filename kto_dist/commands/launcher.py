@@ -2,45 +2,56 @@
 
 `deepspeed` itself, when it is told to terminate, exits and leaves its ranks running, and its helper kills ranks that
 take more than 30 seconds to save. Here the launcher and the ranks form one process group of their own: a signal goes to
-the ranks, which save and end, the launcher ends with them, and nothing of the group stays behind. `deepspeed` also
-reports success when one of its own processes is killed, so rank 0 leaves a mark when the job is done.
+the ranks, which save and end, the launcher ends with them, and nothing of the group stays behind. When this process
+itself is killed, its ranks die with it. `deepspeed` also reports success when one of its own processes is killed, so
+rank 0 leaves a mark when the job is done.
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 
-from kto_dist.base.exits import DONE_MARK
+from kto_dist.base.exits import DONE_MARK, LAUNCHER
+from kto_dist.base.processes import whereabouts
 
 # A rank finishes its step and saves a checkpoint before it ends.
 GRACE_SECONDS = 600
 # What every rank runs.
 ENTRY = "kto_dist.commands.entry"
 
+DONE = ".done-"
+"""How the name of the mark begins."""
+
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
-def run(job: str, arguments: list[str], ranks: int | None = None, start: Start = subprocess.Popen) -> int:
+def run(
+    job: str, arguments: list[str], ranks: int | None = None, *, folder: Path, start: Start = subprocess.Popen
+) -> int:
     """Runs a job of `kto_dist.commands.entry` on every rank. Returns the exit status, 128 + n after signal n.
 
-    `ranks`: processes; None is one a GPU, or without GPUs one a core up to two. `start`: makes the launcher's process.
+    `ranks`: processes; None is one a GPU, or without GPUs one a core up to two. `folder`: the run's own, where rank 0
+    leaves a mark at the end; cleaners of temporary folders don't come there. `start`: makes the launcher's process.
     """
-    with tempfile.TemporaryDirectory(prefix="kto-run-") as folder:
-        mark = Path(folder) / "done"
-        status = _run(job, arguments, ranks, dict(os.environ) | {DONE_MARK: str(mark)}, start)
-        if status == 0 and not mark.exists():
+    mark = folder.absolute() / f"{DONE}{uuid.uuid4().hex}"
+    environment = dict(os.environ) | {DONE_MARK: str(mark), LAUNCHER: json.dumps(whereabouts())}
+    status = _run(job, arguments, ranks, environment, start)
+    if not mark.exists():
+        if status == 0:
             print(f"error: the ranks ended without finishing {job}", file=sys.stderr, flush=True)
-            return 1
+        return status or 1
+    mark.unlink()
     return status
 
 

@@ -16,20 +16,18 @@ that is not what it should be is set aside, and its pairs are computed again.
 import contextlib
 import errno
 import json
-import os
 import platform
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.processes import lives, named, whereabouts
 from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.store.shards import BYTES_A_PAIR, NAME, BadShard, Pairs, decode, encode, merge
 from kto_dist.store.storage import Root, Storage, open_storage
@@ -178,7 +176,7 @@ class Store:
 
     def _renew(self) -> None:
         assert self._lease
-        self.folder.write(self._lease, json.dumps({"time": time.time(), **_whereabouts()}).encode())
+        self.folder.write(self._lease, json.dumps({"time": time.time(), **whereabouts()}).encode())
         self._renewed = time.monotonic()
 
     def _read(self) -> Pairs:
@@ -267,49 +265,26 @@ def _note_use(folder: Storage) -> None:
 
 
 def in_use(folder: Storage) -> list[str]:
-    """Who is at work there, a line each: jobs of this machine while they live, others while they renew their word."""
+    """Who is at work there, a line each: jobs of this machine while they live, others while they renew their lease."""
     lines = []
     for file in folder.files():
         if is_lease(file.name):
             try:
                 use = json.loads(folder.read(file.name))
-                who, age = {key: use[key] for key in _whereabouts()}, time.time() - use["time"]
+                who, age = {key: use[key] for key in whereabouts()}, time.time() - use["time"]
             except (FileNotFoundError, ValueError, KeyError, TypeError):
                 continue
             except OSError as error:  # somebody may be there
                 lines.append(f"someone whose mark {file.name} cannot be read: {error}")
                 continue
-            here = all(who[key] == _whereabouts()[key] for key in ("host", "boot", "namespace"))
-            if _started(who["pid"]) == who["started"] if here else age < LEASE_SECONDS:
-                lines.append(f"process {who['pid']} on {who['host']}")
+            alive = lives(who)
+            if age < LEASE_SECONDS if alive is None else alive:
+                lines.append(named(who))
     return lines
 
 
 def is_lease(name: str) -> bool:
     return name.startswith("use-") and name.endswith(".json")
-
-
-def _whereabouts() -> dict[str, str | int]:
-    """What tells this process from every other one, also after a reboot and in another container."""
-    return {**_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-@cache
-def _machine() -> dict[str, str]:
-    facts = {"host": platform.node(), "boot": "", "namespace": ""}
-    with contextlib.suppress(OSError):
-        facts["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        facts["namespace"] = os.readlink("/proc/self/ns/pid")
-    return facts
-
-
-def _started(pid: int) -> str:
-    """When a process of this machine started, in ticks; empty where there is no such process."""
-    try:
-        # the name, in parentheses, may hold anything; the 20th field after it is the time
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def _timestamp() -> str:

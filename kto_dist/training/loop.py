@@ -37,7 +37,7 @@ from kto_dist.training.finish import finish
 from kto_dist.training.health import Monitor
 from kto_dist.training.prepare import PreparedTraining, find, prepare_training, wanted
 from kto_dist.training.profile import profiled
-from kto_dist.training.run import Run, find_checkpoint, open_run, start_run
+from kto_dist.training.run import Run, alone_in, find_checkpoint, open_run, start_run
 from kto_dist.training.step import StepResult, StepWork
 from kto_dist.training.stepper import Stepper
 
@@ -53,7 +53,11 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
     comm.init()
     if config.train.deterministic:
         make_deterministic()
-    console = Console()
+    with alone_in(Path(config.train.output)):
+        return _run(config, Console(), watch)
+
+
+def _run(config: Config, console: Console, watch: Watch | None) -> dict[str, Any]:
     found = find_checkpoint(config, console)
     audits = agree.on_main(lambda: find_audits(config.data.train, console.warn))
     prepared = prepare_training(config, console)

@@ -1,5 +1,8 @@
 """What a run goes on from and what it writes to: its folder, its checkpoint, its MLflow run."""
 
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from kto_dist.reference.setup import local_folder
 from kto_dist.store.fingerprint import Fingerprint, weights_digest
 from kto_dist.training import checkpoint
 from kto_dist.training.config import Config
+from kto_dist.training.lock import RunLock
 from kto_dist.training.prepare import PreparedTraining, counts
 
 
@@ -37,6 +41,17 @@ class Run:
     tracker: Tracker = field(default_factory=NullTracker)
     mlflow_run: str | None = None
     """The id of the MLflow run, on every rank."""
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Collective. Inside, the folder is this run's alone. Raises `UserError` where another one is at work there."""
+    lock = RunLock(output, comm.broadcast(uuid.uuid4().hex))
+    try:
+        agree.once_per_host(lock.take)
+        yield
+    finally:
+        lock.release()
 
 
 def find_checkpoint(config: Config, console: Console) -> Path | None:

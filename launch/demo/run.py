@@ -48,7 +48,7 @@ def main(overrides: list[str]) -> int:
     unpack(model)
     shutil.rmtree(run, ignore_errors=True)  # the demo shows a whole run each time; scores and tokens are kept
     out.rule("Training")
-    status = launcher.run("train", [CONFIG, *overrides])
+    status = launcher.run("train", [CONFIG, *overrides], folder=run)
     if status:
         return status
 

@@ -1,0 +1,141 @@
+"""One run at a time in a folder: two would mix their metrics and checkpoints.
+
+The lock is a file that its holder keeps locked (`flock`), and that says who the holder is: process, host and job. Where
+a file system has no such locks, or hosts do not see each other's, what it says decides: a process of this machine is
+looked up, and one of another machine counts while it renews the file.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from kto_dist.base.errors import UserError
+from kto_dist.base.files import write_whole
+from kto_dist.base.processes import lives, named, whereabouts
+
+NAME = ".run.lock"
+RENEWED_EVERY, ABANDONED_AFTER = 60.0, 900.0
+"""Seconds. Of a holder on another machine."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class RunLock:
+    """Of a run's folder, which it creates. `job` is the same on all hosts of one run, whose folder may be shared."""
+
+    def __init__(self, folder: Path, job: str):
+        self._folder, self._job = folder, job
+        self._path = folder / NAME
+        self._descriptor: int | None = None
+        self._made: list[Path] = []
+        self._released = threading.Event()
+
+    def take(self) -> None:
+        """Raises `UserError` where another run holds it, or the folder cannot be written."""
+        try:
+            missing = [path for path in (self._folder, *self._folder.absolute().parents) if not path.exists()]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._made = missing
+            self._take()
+        except OSError as error:
+            raise UserError(
+                f"train.output ({self._folder}) cannot be written: {error}; give a folder with room"
+            ) from None
+
+    def release(self) -> None:
+        """And removes the folder if nothing was written to it."""
+        self._released.set()
+        if self._descriptor is None:
+            return
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None
+        with contextlib.suppress(OSError):  # not empty
+            for folder in self._made:
+                folder.rmdir()
+
+    def _take(self) -> None:
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            locked, known = _flock(descriptor)
+            if known and locked and not _is_at(descriptor, self._path):  # its last holder has just removed it
+                os.close(descriptor)
+                continue
+            holder = _read(self._path)
+            if holder.get("job") == self._job:  # of this run, on a host that shares the folder
+                os.close(descriptor)
+                return
+            if (known and not locked) or _holds(holder, self._path):
+                os.close(descriptor)
+                away = f", or remove {self._path} if that machine is gone" if lives(holder) is None else ""
+                raise UserError(
+                    f"another run ({named(holder)}) is at work in train.output ({self._folder}): wait until it has "
+                    f"ended, stop it, or give another folder{away}"
+                )
+            self._descriptor = descriptor
+            self._say(descriptor if known else None)
+            threading.Thread(target=self._renew, daemon=True, name="run-lock").start()
+            return
+
+    def _say(self, descriptor: int | None) -> None:
+        """`descriptor`: of the locked file; None without such locks, where of several that write the last one wins."""
+        content = json.dumps({"job": self._job, **whereabouts()}).encode()
+        if descriptor is not None:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, content, 0)
+            return
+        write_whole(self._path, content)
+        time.sleep(1.0)
+        holder = _read(self._path)
+        if holder.get("job") != self._job:
+            raise UserError(
+                f"another run ({named(holder)}) has started in train.output ({self._folder}) at the same time: give "
+                "another folder"
+            )
+
+    def _renew(self) -> None:
+        while not self._released.wait(RENEWED_EVERY):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+
+def _flock(descriptor: int) -> tuple[bool, bool]:
+    """Whether it is locked now, and whether that is known: some file systems have no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False, True
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False, False
+        raise
+    return True, True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Who holds it; nothing where that is not said."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _holds(holder: dict[str, Any], path: Path) -> bool:
+    if not holder or all(holder.get(name) == value for name, value in whereabouts().items()):
+        return False  # by this process itself, before it replaced itself to start again
+    alive = lives(holder)
+    return time.time() - path.stat().st_mtime < ABANDONED_AFTER if alive is None else alive
