@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _holds(holder: dict[str, Any], path: Path) -> bool:
-    if not holder or all(holder.get(name) == value for name, value in whereabouts().items()):
+    if not holder.get("host") or all(holder.get(name) == value for name, value in whereabouts().items()):
         return False  # by this process itself, before it replaced itself to start again
     alive = lives(holder)
     return time.time() - path.stat().st_mtime < ABANDONED_AFTER if alive is None else alive
