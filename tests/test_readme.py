@@ -79,6 +79,13 @@ def _code_of(text: str) -> list[str]:
     return [*blocks, *re.findall(r"`([^`]+)`", prose)]
 
 
+def test_every_source_file_that_a_document_names_exists():
+    tracked = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    for document, text in DOCUMENTS.items():
+        for name in re.findall(r"`([\w/]+\.py)`", text):
+            assert any(f"/{path}".endswith(f"/{name}") for path in tracked), f"{document}: {name}"
+
+
 def test_every_link_leads_somewhere():
     broken = []
     for document, text in DOCUMENTS.items():
