@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from _pytest.assertion.rewrite import AssertionRewritingHook
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # before the first import of triton: without a GPU its kernels run in Python, on the CPU
@@ -16,6 +17,9 @@ if not torch.cuda.is_available():
 from tiny import save_tiny, thumbs, write_jsonl
 
 torch.set_num_threads(1)
+# how fast a machine draws examples says nothing of what is tested
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 
 @pytest.fixture(scope="session")
