@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles its CPU optimizer on first use: keep what it builds with the environment it is built for.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo test soak bench gpu lint docs setup clean
+.PHONY: demo test soak bench gpu figures lint docs setup clean
 demo: setup
 	$(BIN)/python launch/demo/run.py
 
@@ -28,6 +28,10 @@ bench: setup
 # Needs no network; on a machine of its own: WHEELS=folder PYTHON=python3 benchmarks/gpu.sh
 gpu: setup
 	benchmarks/gpu.sh
+
+# every table of figures in the documents, from benchmarks/results
+figures: setup
+	$(BIN)/python benchmarks/figures.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import records
 
-TESTS = machine.ROOT / "tests"
+TESTS = records.ROOT / "tests"
 # Files are named, since others may import what a measurement does without.
 MARKED = [str(file) for file in sorted(TESTS.glob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
 # The first run has what only a GPU can show, the second what holds on every device.
@@ -36,7 +37,7 @@ def run(name: str, arguments: list[str], limit: float) -> dict[str, Any]:
         started = time.monotonic()
         line: dict[str, Any] = {"run": name}
         try:
-            done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=limit)
+            done = subprocess.run(command, cwd=records.ROOT, capture_output=True, text=True, timeout=limit)
             # 5: no test was chosen, as where none is marked
             line["status"] = 0 if done.returncode == 5 else done.returncode
             line["end"] = done.stdout.splitlines()[-15:]
@@ -66,15 +67,15 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=90, help="seconds of each")
     parser.add_argument("--json", type=Path, help="write the results here as well")
     arguments = parser.parse_args()
-    content = machine.frame("tests", {}) | {"results": []}
-    machine.write_json(arguments.json, content)
+    content = records.frame("tests", {}) | {"results": []}
+    records.write_json(arguments.json, content)
     for name in arguments.only or RUNS:
         if name == "gpu" and not MARKED:
             print("gpu: no test is marked")
             continue
         line = run(name, RUNS[name], arguments.limit)
         content["results"].append(line)
-        machine.write_json(arguments.json, content)
+        records.write_json(arguments.json, content)
         counts = ", ".join(f"{line[key]} {key}" for key in ("tests", "failures", "errors", "skipped") if key in line)
         print(f"{name}: status {line['status']}, {counts}, {line['seconds']:.0f} s")
         for broken in line.get("broken", [])[:30]:

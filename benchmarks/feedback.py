@@ -146,7 +146,8 @@ def main(
         )  # fmt: skip
     Console().print(table)
     if target is not None:
-        from machine import code, device_name  # they bring torch, which a miner's memory should not hold
+        from machine import device_name
+        from records import code  # they bring torch, which a miner's memory should not hold
 
         about = {
             "benchmark": "feedback",

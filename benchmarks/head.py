@@ -12,7 +12,6 @@ the inputs.
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import statistics
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # so that it runs without an installation, too
 
+import records
 from kto_kernels import kto_head, kto_loss, sequence_logps
 from kto_kernels.logits import DEFAULT_BUDGET
 
@@ -350,17 +350,15 @@ def main() -> None:
     for line in missing:
         print(f"left out: {line}")
     if arguments.json:
-        content = {
+        content = records.frame("head", {}) | {
             "device": device_name(device),
-            "versions": versions(),
             "sizes": {"rows": rows, "hidden": hidden, "vocab": vocab, "sequences": sequences},
             "dtype": arguments.dtype,
             "repeats": arguments.repeats,
             "results": results,
             "left_out": missing,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        records.write_json(arguments.json, content)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
+import records
 
 # module: who needs it. The first group has to be there; without the others their lines are left out.
 NEEDED = {
@@ -98,10 +98,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here as well")
     arguments = parser.parse_args()
     needed, peers = find(NEEDED), find(PEERS)
-    content = machine.frame("imports", {}) | {"needed": needed, "peers": peers, "ceilings": {}}
-    machine.write_json(arguments.json, content)
+    content = records.frame("imports", {}) | {"needed": needed, "peers": peers, "ceilings": {}}
+    records.write_json(arguments.json, content)
     content["ceilings"] = ceilings()
-    machine.write_json(arguments.json, content)
+    records.write_json(arguments.json, content)
     for line in needed + peers:
         state = line.get("missing") or line["version"] or "there"
         print(f"{line['module']:28} {line['seconds']:6.2f} s  {'MISSING ' if 'missing' in line else ''}{state}")

@@ -1,22 +1,17 @@
-"""What every result file says of the machine that it was measured on, and how seconds and memory are taken there.
+"""The machine that is measured on: its name and packages, and how seconds and memory are taken there.
 
 Imports torch when it is first needed, so that a machine without it can still be described.
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import platform
 import re
 import resource
-import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "trl", "accelerate", "liger-kernel", "cut-cross-entropy")
 
 
@@ -52,71 +47,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-MEASURED = {
-    "kernels": ("kernels/kto_kernels",),
-    "training": tuple(
-        f"kto_dist/{wing}" for wing in ("base", "data", "store", "model", "objective", "reference", "training")
-    ),
-    "feedback": ("kto_dist/feedback",),
-}
-"""Folders of the code that results depend on."""
-
-
-def digests() -> dict[str, str]:
-    """Of the code itself, since a copy on another machine may have no history."""
-    found = {}
-    for part, folders in MEASURED.items():
-        digest = hashlib.sha256()
-        for folder in folders:
-            for file in sorted((ROOT / folder).rglob("*.py")):
-                digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode() + file.read_bytes())
-        found[part] = digest.hexdigest()[:16]
-    return found
-
-
-def commit() -> str | None:
-    """Of the checkout, or what the variable COMMIT says; "+" after it: files are changed."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    if os.environ.get("COMMIT"):
-        return os.environ["COMMIT"]
-    try:
-        found = git("rev-parse", "HEAD")
-        return found + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if found else None
-    except FileNotFoundError:
-        return None
-
-
-def code() -> dict[str, Any]:
-    """Which code was measured."""
-    return {"commit": commit(), "digests": digests()}
-
-
-def frame(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What every result file begins with."""
-    return {
-        "benchmark": benchmark,
-        "device": device_name(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "code": code(),
-        "versions": versions(),
-        "settings": settings,
-    }
-
-
-def write_json(file: Path | None, content: dict[str, Any]) -> None:
-    """Whole or not at all; nothing without a file."""
-    if file is None:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
 
 
 def now() -> float:

@@ -26,6 +26,7 @@ from pathlib import Path
 import click
 import machine
 import numpy as np
+import records
 from store import measure_store
 from throughput import job_dtype, start
 from trainers import Job
@@ -218,8 +219,8 @@ def main(
         settings = {key: value for key, value in asdict(job).items() if key not in ("folder", "model", "name")}
         settings |= {"model": Path(model).name, "log": Path(log).name, "repeats": repeats}
         settings |= {"pairs": work.reference_pairs, "tokens": work.reference_tokens}
-        frame = machine.frame("reference", settings)
-        machine.write_json(file, frame | {"results": lines, "plan": plan, "store": store})
+        frame = records.frame("reference", settings)
+        records.write_json(file, frame | {"results": lines, "plan": plan, "store": store})
 
 
 if __name__ == "__main__":

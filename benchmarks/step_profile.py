@@ -23,6 +23,7 @@ from typing import Any
 
 import machine
 import random_model
+import records
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -253,7 +254,7 @@ def main() -> None:
         tracing = Tracing(wait=2 + arguments.untraced + 1, steps=arguments.steps)
         found = run_kto_dist(job, folder / "run", began, watch=tracing)
         steps, kernels, host = tracing.spans()
-        content = machine.frame("profile", vars(arguments) | {"json": None, "trace": None, "random_folder": None})
+        content = records.frame("profile", vars(arguments) | {"json": None, "trace": None, "random_folder": None})
         content |= {
             "about": found["about"],
             "tokens_per_step": work.training_tokens / job.steps,
@@ -265,7 +266,7 @@ def main() -> None:
             "operations": of_operations(tracing.profile, len(steps)),
             "host": of_host(host, len(steps)),
         }
-        machine.write_json(arguments.json, content)
+        records.write_json(arguments.json, content)
         show(content)
         if arguments.trace:
             arguments.trace.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import click
-import machine
+import records
 from rich.console import Console
 from rich.table import Table
 
@@ -78,7 +78,7 @@ def main(model: str, log: str, steps: int, global_batch: int, file: Path | None)
             "global_batch": global_batch,
             "max_length": 256,
         }
-        machine.write_json(file, machine.frame("sweep", settings) | {"results": results, "saved_seconds": saved})
+        records.write_json(file, records.frame("sweep", settings) | {"results": results, "saved_seconds": saved})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any
 import click
 import machine
 import random_model
+import records
 from trainers import NAMES, Job, kto_dist_config
 from workload import Workload, write_rows
 
@@ -297,10 +298,10 @@ def main(
         click.echo(f"{machine.device_name()}, {threads} threads, {job.dtype}: {jobs}")
         settings = {key: value for key, value in asdict(job).items() if key not in ("folder", "model", "name")}
         settings |= {"model": shape or Path(model).name, "log": lengths if shape else Path(log).name}
-        frame = machine.frame("throughput", settings | {"repeats": repeats} | asdict(work))
+        frame = records.frame("throughput", settings | {"repeats": repeats} | asdict(work))
 
         def write(results: list[dict[str, Any]], losses: dict[str, Any], left_out: dict[str, str]) -> None:
-            machine.write_json(file, frame | {"results": results, "losses": losses, "left_out": left_out})
+            records.write_json(file, frame | {"results": results, "losses": losses, "left_out": left_out})
 
         measure(job, work, names=names, repeats=repeats, probed=probed, write=write, limit=limit)
     click.echo(f"took {time.monotonic() - began:.0f} s")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import records
 import torch
 
 ROWS = "rows.jsonl"
@@ -387,7 +388,7 @@ def main() -> None:
     output = result.with_suffix("")
     output.mkdir(parents=True)
     found = RUN[NAMES[job.name].trainer](job, output, float(sys.argv[3]))
-    machine.write_json(result, found)
+    records.write_json(result, found)
 
 
 if __name__ == "__main__":

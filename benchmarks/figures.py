@@ -1,0 +1,335 @@
+"""Every table of figures in the documents, from the files in `benchmarks/results`: nobody types a figure.
+
+    python benchmarks/figures.py [--check]
+
+A document holds `<!-- figures: KIND FILE ... -->` and `<!-- end -->`; what stands between is written from these files
+(without `.json`) by the function of that kind. Said besides: which results are older than the code that they measure,
+and what lost more than 5 % against the result before it on the same device, which the tables mark as well.
+
+`--check` writes nothing, and ends with status 1 where a document differs.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import records
+from trainers import NAMES
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FOLDERS = ("", "docs", "kernels", "benchmarks", "launch")
+BLOCK = re.compile(r"(<!-- figures: ([^>]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- figures:")
+
+GIB = 2**30
+Content = dict[str, Any]
+PACKAGES = {"torch": "torch", "transformers": "transformers", "trl": "TRL", "liger-kernel": "Liger", "duckdb": "DuckDB"}
+
+
+class FigureError(Exception):
+    """A document asks for what there is not."""
+
+
+def read(name: str, results: Path) -> Content:
+    file = results / f"{name}.json"
+    if not file.exists():
+        there = ", ".join(sorted(found.stem for found in results.glob("*.json")))
+        raise FigureError(f"no result {name}: there are {there}")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def about(content: Content, *more: str) -> str:
+    """Where, when and with what."""
+    found = content["versions"]
+    names = {
+        "torch": "torch",
+        "transformers": "transformers",
+        "trl": "TRL",
+        "liger-kernel": "Liger",
+        "duckdb": "DuckDB",
+    }
+    versions = [f"{title} {found[name].partition('+')[0]}" for name, title in names.items() if name in found]
+    parts = [content["device"], *more, *versions, content["date"]]
+    return "*" + "; ".join(part for part in parts if part) + ".*"
+
+
+def span(values: list[float], digits: int = 2) -> str:
+    return f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+
+
+def mark(line: Content, losses: dict[tuple[str, ...], float], benchmark: str) -> str:
+    loss = losses.get(records.key_of(line, benchmark))
+    return "" if loss is None else f" ▼ {loss:.0%}"
+
+
+def with_legend(text: str, content: Content, losses: dict[tuple[str, ...], float]) -> str:
+    if not losses:
+        return text
+    return f"{text}\n\n▼: so much slower than on {content['previous']['date']}."
+
+
+def throughput(*files: Content) -> str:
+    blocks = []
+    for content in files:
+        settings, losses = content["settings"], records.losses(content)
+        results = {(line["phase"], line["implementation"]): line for line in content["results"]}
+        own = results["training", "kto_dist"]["rows_per_second"]
+        rows = []
+        for name, kind in NAMES.items():
+            line, scored = results.get(("training", name)), results.get(("reference", name))
+            if line is None or scored is None:
+                continue
+            ratio = "" if name == "kto_dist" else f"{own / line['rows_per_second']:.2f}x"
+            power = f"{line['mfu']:.2f}" if "mfu" in line else ""
+            rows.append(
+                [
+                    f"**{kind.title}**" if name == "kto_dist" else kind.title,
+                    f"{line['rows_per_second']:.2f}{span(line['runs'])}{mark(line, losses, 'throughput')}",
+                    f"{line['tokens_per_second']:,.0f}",
+                    f"{line['seconds_per_step']:.2f}",
+                    power,
+                    f"{line['peak_bytes'] / GIB:.1f}",
+                    f"{line['seconds_to_first_step']:.0f}" if "seconds_to_first_step" in line else "",
+                    f"{scored['rows_per_second']:.1f}{mark(scored, losses, 'throughput')}",
+                    ratio,
+                ]
+            )
+        head = [
+            "",
+            "rows/s",
+            "tokens/s",
+            "s a step",
+            "mfu",
+            "peak GiB",
+            "s to step 1",
+            "reference, pairs/s",
+            "kto_dist is",
+        ]
+        keep = [column for column in range(len(head)) if not column or any(row[column] for row in rows)]
+        text = table([head[column] for column in keep], [[row[column] for column in keep] for row in rows])
+        job = (
+            f"{settings['model']}, {settings['dtype']}, {settings['global_batch']} rows a step, "
+            f"{settings['training_tokens'] / settings['training_rows']:.0f} tokens a row, {settings['log']}"
+        )
+        runs = f"{settings['repeats']} runs of {settings['steps']} steps"
+        blocks.append(with_legend(f"{about(content, job, runs)}\n\n{text}", content, losses))
+    return "\n\n".join(blocks)
+
+
+def reference(content: Content) -> str:
+    titles = {
+        "kto_dist_prefix": "kto_dist, prompts shared by their completions",
+        "kto_dist": "kto_dist, every pair alone",
+        "bare": "bare loop",
+        "trl": "TRL's precompute",
+    }
+    losses = records.losses(content)
+    found = {line["implementation"]: line for line in content["results"]}
+    bare = found["bare"]["runs"]
+    rows = []
+    for name, title in titles.items():
+        if name not in found:
+            continue
+        line = found[name]
+        ratios = [own / other for own, other in zip(line["runs"], bare, strict=True)]
+        of_bare = "" if name == "bare" else f"{line['of_bare']:.2f}x{span(ratios)}"
+        speed = f"{line['rows_per_second']:.1f}{span(line['runs'], 1)}{mark(line, losses, 'reference')}"
+        rows.append([title, speed, of_bare, f"{line['peak_bytes'] / GIB:.2f}"])
+    settings = content["settings"]
+    job = f"{settings['pairs']} pairs of {settings['tokens'] / settings['pairs']:.0f} tokens, {settings['dtype']}"
+    text = table(["", "pairs/s (runs)", "of the bare loop (turns)", "peak GiB"], rows)
+    turns = f"{settings['repeats']} turns"
+    return with_legend(f"{about(content, job, turns)}\n\n{text}", content, losses)
+
+
+def store(content: Content) -> str:
+    plan, held = content["plan"], content["store"]
+    rows = [
+        [f"find the pairs of {plan['rows']:,} rows", f"{plan['find_seconds']:.1f} s"],
+        [f"hash the keys of {plan['pairs']:,} pairs, on one rank", f"{plan['hash_seconds']:.1f} s"],
+        [f"open a store of {held['pairs']:,} pairs that the system has in its cache", f"{held['open_seconds']:.1f} s"],
+        ["its process's peak", f"{held['peak_bytes'] / GIB:.1f} GiB"],
+        ["a thousand look-ups", f"{held['lookup_ms_per_1000']:.1f} ms"],
+        ["a pair on disk", f"{held['bytes_per_pair']:.0f} bytes"],
+    ]
+    return f"{about(content)}\n\n{table(['', ''], rows)}"
+
+
+def sweep(content: Content) -> str:
+    rows = [
+        [f"{line['beta']:g}", f"{line['scored']}", f"{line['from_store']}", f"{line['reference_seconds']:.1f}"]
+        for line in content["results"]
+    ]
+    total = sum(line["seconds"] for line in content["results"])
+    settings = content["settings"]
+    job = f"{settings['steps']} steps of {settings['global_batch']} rows a run"
+    end = f"All of it took {total:.0f} s, and would have taken {content['saved_seconds']:.0f} s more without the store."
+    text = table(["`kto.beta`", "pairs scored", "from the store", "s of scoring"], rows)
+    return f"{about(content, job)}\n\n{text}\n\n{end}"
+
+
+def feedback(content: Content) -> str:
+    losses = records.losses(content)
+    rows = [
+        [
+            f"{line['rows']:,}",
+            f"{line['log_bytes'] / GIB:.2f} GiB",
+            f"{line['seconds']:.0f}{mark(line, losses, 'feedback')}",
+            f"{line['rows'] / line['seconds']:,.0f}",
+            f"{line['peak_bytes'] / GIB:.2f} GiB",
+        ]
+        for line in content["results"]
+    ]
+    job = f"{content['threads']} threads, {content['memory_mebibytes'] / 1024:g} GiB for the database"
+    text = table(["rows of the log", "its size", "seconds", "rows/s", "peak memory of the process"], rows)
+    return with_legend(f"{about(content, job)}\n\n{text}", content, losses)
+
+
+HEADS = {
+    "floor": "floor: bare matmuls",
+    "kto_kernels": "**`kto_head`**",
+    "torch_compile": "`torch.compile` of plain PyTorch",
+    "torch": "plain PyTorch",
+    "liger": "Liger",
+    "trl": "TRL",
+    "cce": "cut-cross-entropy",
+}
+
+
+def head(*files: Content) -> str:
+    """Forward and backward, a group of columns a file."""
+    rows: dict[str, list[str]] = {}
+    columns, captions = [""], []
+    for content in files:
+        size, losses = content["sizes"], records.losses(content)
+        columns += [f"{content['dtype']}, H={size['hidden']}: ms", "x floor", "peak MB"]
+        captions.append(
+            about(content, f"N={size['rows']}, H={size['hidden']}, V={size['vocab']}, {content['dtype']}")
+            + (f" ▼: so much slower than on {content['previous']['date']}." if losses else "")
+        )
+        found = {line["implementation"]: line for line in content["results"] if line["pass"] == "forward_backward"}
+        for name in [*HEADS, *(name for name in found if name not in HEADS)]:
+            line = found.get(name)
+            cells = ["", "", ""]
+            if line:
+                speed = f"{line['seconds'] * 1e3:,.1f}{mark(line, losses, 'head')}"
+                cells = [speed, f"{line['times_the_floor']:.2f}", f"{line['peak_bytes'] / 1e6:,.0f}"]
+            rows.setdefault(name, []).extend(cells)
+    shown = [[HEADS.get(name, name), *cells] for name, cells in rows.items() if any(cells)]
+    return "\n\n".join([table(columns, shown), *captions])
+
+
+def profile(content: Content) -> str:
+    kernels = content["kernels"]
+    rows = [
+        [line["name"], f"{line['seconds'] * 1e3:.1f}", f"{line['share']:.0%}", f"{line['calls']:,.0f}"]
+        for line in kernels["classes"]
+    ]
+    settings = content["settings"]
+    job = f"{settings['random']}, {settings['global_batch']} rows of {content['tokens_per_step']:,.0f} tokens a step"
+    text = table(["kernels", "ms a step", "share", "launches"], rows)
+    end = (
+        f"A step took {content['seconds_per_step']:.3f} s without the profiler and "
+        f"{content['traced_seconds_per_step']:.3f} s with it; the GPU was busy for {kernels['busy']:.1%} of the latter."
+    )
+    return f"{about(content, job)}\n\n{text}\n\n{end}"
+
+
+DEMO = {
+    "answers that the wish approves": ("answers", "approved", "{:.0%}"),
+    "mean words of an answer": ("answers", "words", "{:.0f}"),
+    "finished": ("answers", "finished", "{:.0%}"),
+    "about the question": ("answers", "on_topic", "{:.0%}"),
+    "going in circles": ("answers", "repeating", "{:.0%}"),
+    "accuracy on held-out thumbs up": ("heldout", "accuracy/desirable", "{:.2f}"),
+    "accuracy on held-out thumbs down": ("heldout", "accuracy/undesirable", "{:.2f}"),
+    "AUC of the reward on held-out thumbs": ("heldout", "auc", "{:.2f}"),
+    "mean reward, thumbs up": ("heldout", "rewards/desirable", "{:+.2f}"),
+    "mean reward, thumbs down": ("heldout", "rewards/undesirable", "{:+.2f}"),
+    "KL to the reference (`kl_raw`, nats)": ("heldout", "kl_raw", "{:.1f}"),
+}
+
+
+def demo(content: Content) -> str:
+    rows = []
+    for title, (part, key, form) in DEMO.items():
+        before, after = (content["results"][part][when].get(key) for when in ("before", "after"))
+        if before is not None and after is not None:
+            rows.append([title, form.format(before + 0.0), form.format(after + 0.0)])
+    seconds = content["seconds"]
+    end = f"{seconds['training']:.0f} s of training, {seconds['all']:.0f} s for everything. One run."
+    return f"{about(content)}\n\n{table(['held-out', 'before', 'after'], rows)}\n\n{end}"
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "throughput": throughput,
+    "reference": reference,
+    "store": store,
+    "sweep": sweep,
+    "feedback": feedback,
+    "head": head,
+    "profile": profile,
+    "demo": demo,
+}
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """A document with its figures as the results have them. Raises `FigureError`."""
+
+    def block(found: re.Match[str]) -> str:
+        kind, *names = found[2].split()
+        if kind not in KINDS:
+            raise FigureError(f"no figures of kind {kind}: there are {', '.join(KINDS)}")
+        return f"{found[1]}{KINDS[kind](*(read(name, results) for name in names))}\n{found[4]}"
+
+    if len(OPENING.findall(text)) != len(BLOCK.findall(text)):
+        raise FigureError("a block of figures has no end: close it with <!-- end --> on a line of its own")
+    return BLOCK.sub(block, text)
+
+
+def shown_in(text: str) -> set[str]:
+    """The results that a document shows."""
+    return {name for found in BLOCK.finditer(text) for name in found[2].split()[1:]}
+
+
+def documents() -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((records.ROOT / folder).glob("*.md"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a document differs")
+    arguments = parser.parse_args()
+    different = []
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        try:
+            wanted = rewritten(text)
+        except FigureError as error:
+            sys.exit(f"{path}: {error}")
+        if wanted != text:
+            different.append(path)
+            if not arguments.check:
+                path.write_text(wanted, encoding="utf-8")
+            print(f"{path.relative_to(records.ROOT)}: {'differs from its results' if arguments.check else 'written'}")
+    for file in sorted(RESULTS.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if part := records.outdated(content):
+            print(f"{file.name}: older than the code it measures ({part}): from {content['date']}")
+        for key, loss in records.losses(content).items():
+            print(f"{file.name}: {' '.join(key)}: {loss:.0%} slower than on {content['previous']['date']}")
+    if arguments.check and different:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
