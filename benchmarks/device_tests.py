@@ -40,7 +40,8 @@ def run(name: str, arguments: list[str], limit: float) -> dict[str, Any]:
             done = subprocess.run(command, cwd=records.ROOT, capture_output=True, text=True, timeout=limit)
             # 5: no test was chosen, as where none is marked
             line["status"] = 0 if done.returncode == 5 else done.returncode
-            line["end"] = done.stdout.splitlines()[-15:]
+            if line["status"]:
+                line["end"] = done.stdout.splitlines()[-15:]
         except subprocess.TimeoutExpired:
             line["status"], line["end"] = 124, [f"took more than {limit:.0f} s"]
         line["seconds"] = time.monotonic() - started

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import random_model
 import records
 from trainers import NAMES
 
@@ -62,6 +63,10 @@ def about(content: Content, *more: str) -> str:
     return "*" + "; ".join(part for part in parts if part) + ".*"
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def span(values: list[float], digits: int = 2) -> str:
     return f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
 
@@ -75,6 +80,19 @@ def with_legend(text: str, content: Content, losses: dict[tuple[str, ...], float
     if not losses:
         return text
     return f"{text}\n\n▼: so much slower than on {content['previous']['date']}."
+
+
+def job_of(settings: Content) -> str:
+    """The model and the rows of a measurement of training."""
+    shape, words = random_model.SHAPES.get(settings["model"]), random_model.LENGTHS.get(settings["log"])
+    model = shape.title if shape else "the demo's model"
+    rows = (
+        f"random rows, prompts around {words.prompt} and completions around {words.completion} tokens"
+        if words
+        else "the demo's rows"
+    )
+    size = f"{settings['training_tokens'] / settings['training_rows']:.0f} tokens on average"
+    return f"{model}, {settings['dtype']}; {settings['global_batch']} rows a step, {size} ({rows})"
 
 
 def throughput(*files: Content) -> str:
@@ -116,12 +134,8 @@ def throughput(*files: Content) -> str:
         ]
         keep = [column for column in range(len(head)) if not column or any(row[column] for row in rows)]
         text = table([head[column] for column in keep], [[row[column] for column in keep] for row in rows])
-        job = (
-            f"{settings['model']}, {settings['dtype']}, {settings['global_batch']} rows a step, "
-            f"{settings['training_tokens'] / settings['training_rows']:.0f} tokens a row, {settings['log']}"
-        )
-        runs = f"{settings['repeats']} runs of {settings['steps']} steps"
-        blocks.append(with_legend(f"{about(content, job, runs)}\n\n{text}", content, losses))
+        runs = f"{counted(settings['repeats'], 'run')} of {counted(settings['steps'], 'step')}"
+        blocks.append(with_legend(f"{about(content, job_of(settings), runs)}\n\n{text}", content, losses))
     return "\n\n".join(blocks)
 
 
@@ -235,7 +249,8 @@ def profile(content: Content) -> str:
         for line in kernels["classes"]
     ]
     settings = content["settings"]
-    job = f"{settings['random']}, {settings['global_batch']} rows of {content['tokens_per_step']:,.0f} tokens a step"
+    model = random_model.SHAPES[settings["random"]].title
+    job = f"{model}; {settings['global_batch']} rows of together {content['tokens_per_step']:,.0f} tokens a step"
     text = table(["kernels", "ms a step", "share", "launches"], rows)
     end = (
         f"A step took {content['seconds_per_step']:.3f} s without the profiler and "
@@ -270,7 +285,40 @@ def demo(content: Content) -> str:
     return f"{about(content)}\n\n{table(['held-out', 'before', 'after'], rows)}\n\n{end}"
 
 
+def summary(*files: Content) -> str:
+    """A line a result, for who does not want the tables."""
+    lines = []
+    for content in files:
+        if content["benchmark"] == "feedback":
+            most = max(content["results"], key=lambda line: line["rows"])
+            size, peak = f"{most['rows'] / 1e6:g} million rows of a raw log", f"{most['peak_bytes'] / GIB:.1f} GiB"
+            lines.append(f"- {content['device']}: {size} are mined in {most['seconds']:.0f} s and {peak} of memory.")
+            continue
+        rates = {
+            (line["phase"], line["implementation"]): line["rows_per_second"]
+            for line in content["results"]
+            if line["implementation"] in NAMES
+        }
+        settings = content["settings"]
+        shape = random_model.SHAPES.get(settings["model"])
+        model = shape.title if shape else "the demo's model"
+        against = []
+        for name, title in (
+            ("trl", "of TRL's"),
+            ("trl-liger", "of TRL's with bf16 weights, Liger's layers and its best batch"),
+        ):
+            if ("training", name) in rates:
+                factors = [rates[phase, "kto_dist"] / rates[phase, name] for phase in ("training", "reference")]
+                against.append(f"{factors[0]:.1f}x {title} ({factors[1]:.1f}x in the reference pass)")
+        lines.append(
+            f"- {content['device']}, {model}: "
+            f"{rates['training', 'kto_dist']:.3g} rows a second in training; {', '.join(against)}."
+        )
+    return "\n".join(lines)
+
+
 KINDS: dict[str, Callable[..., str]] = {
+    "summary": summary,
     "throughput": throughput,
     "reference": reference,
     "store": store,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ALL = ("kto_dist", "bare", "trl", "kto_dist-stage1", "trl-liger", "kto_dist-eager", "kto_dist-sdpa")
+ALL = ("kto_dist", "bare-liger", "trl", "trl-liger", "kto_dist-eager", "bare", "kto_dist-stage1", "kto_dist-sdpa")
 
 
 def _names(*names: str) -> list[str]:
@@ -64,7 +64,7 @@ STAGES = (
     Stage(
         name="throughput",
         script="throughput.py",
-        limit=280,
+        limit=360,
         model="1.2b",
         arguments=[*FULL, *TIMED, "--trl-batch", "8", "--trl-probe", "8,16,32", *_names(*ALL)],
         tiny=[*SHORT, *ONCE, *_names("kto_dist", "bare", "trl")],
@@ -74,7 +74,7 @@ STAGES = (
         script="throughput.py",
         limit=200,
         model="135m",
-        arguments=[*FULL, *TIMED, "--trl-batch", "8", "--trl-probe", "16,32,64", *_names(*ALL[:4])],
+        arguments=[*FULL, *TIMED, "--trl-batch", "8", "--trl-probe", "16,32,64", *_names(*ALL[:5])],
         tiny=[*SHORT, *ONCE, *_names("kto_dist")],
     ),
     Stage(name="head", script="head.py", limit=120, tiny=TINY_HEAD),

@@ -21,6 +21,7 @@ SEED = 0
 class Shape:
     """A Llama with tied embeddings."""
 
+    title: str
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -30,8 +31,8 @@ class Shape:
 
 
 SHAPES = {
-    # Llama 3.2 1B
     "1.2b": Shape(
+        title="1.24 billion random parameters in the shape of Llama 3.2 1B",
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=16,
@@ -39,8 +40,8 @@ SHAPES = {
         num_key_value_heads=8,
         vocab_size=128256,
     ),
-    # SmolLM2 135M
     "135m": Shape(
+        title="135 million random parameters in the shape of SmolLM2 135M",
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=30,
@@ -49,6 +50,7 @@ SHAPES = {
         vocab_size=49152,
     ),
     "tiny": Shape(
+        title="a tiny model",
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -107,7 +109,7 @@ def make_model(name: str, folder: Path) -> float:
     )
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
-        **asdict(shape),
+        **{key: value for key, value in asdict(shape).items() if key != "title"},
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -157,7 +157,7 @@ def known(name: str, job: Job) -> str | None:
     """Why this version of kto_dist cannot run an implementation; None where it can."""
     from kto_dist.base.errors import UserError
 
-    if NAMES[name].trainer != "kto_dist":
+    if NAMES[name].trainer == "trl":
         return None
     try:
         kto_dist_config(replace(job, name=name), Path(job.folder))

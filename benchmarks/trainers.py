@@ -36,7 +36,7 @@ class Implementation:
     trainer: str
     """kto_dist, trl or bare."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of kto_dist's config."""
+    """Of kto_dist's config, which the bare loop reads too."""
     weights: str = "float32"
     """TRL's; its matrices are multiplied in the job's precision either way."""
     liger: bool = False
@@ -71,7 +71,10 @@ NAMES = {
     "trl-liger": Implementation(
         title="TRL, no master weights, Liger's layers", trainer="trl", weights="bfloat16", liger=True
     ),
-    "bare": Implementation(title="bare loop", trainer="bare"),
+    "bare": Implementation(title="bare loop, plain layers", trainer="bare", settings={"model": {"kernels": "none"}}),
+    "bare-liger": Implementation(
+        title="bare loop, Liger's layers", trainer="bare", settings={"model": {"kernels": "liger"}}
+    ),
 }
 
 
@@ -222,7 +225,7 @@ def run_kto_dist(
     if job.steps:
         with suppress(Enough):
             train(config, watch=after_step)
-    about = {"attention": prepared.attention, "packed": prepared.cutting.packed}
+    about = {"attention": prepared.attention, "kernels": prepared.kernels, "packed": prepared.cutting.packed}
     return clock.result(losses, pairs=outcome.scored_once, about=about)
 
 
@@ -338,7 +341,13 @@ def run_bare(job: Job, output: Path, started: float) -> dict[str, Any]:
     prepared = prepare_training(kto_dist_config(job, output), Console())
     device, examples, cutting = comm.device(), prepared.train, prepared.cutting
     model = ScoringModel(
-        load_model(job.model, gguf_file=None, dtype=DTYPES[job.dtype], attention=prepared.attention)
+        load_model(
+            job.model,
+            gguf_file=None,
+            dtype=DTYPES[job.dtype],
+            attention=prepared.attention,
+            kernels=prepared.kernels,
+        )
     ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, fused=True)
     clock = Clock(job, started)
@@ -374,7 +383,7 @@ def run_bare(job: Job, output: Path, started: float) -> dict[str, Any]:
         optimizer.zero_grad()
         clock.updated()
         losses.append(float(total))
-    about = {"attention": prepared.attention, "packed": cutting.packed}
+    about = {"attention": prepared.attention, "kernels": prepared.kernels, "packed": cutting.packed}
     return clock.result(losses, pairs=len(pairs[0]), about=about)
 
 
