@@ -77,7 +77,7 @@ STAGES = (
         arguments=[*FULL, *TIMED, "--trl-batch", "8", "--trl-probe", "16,32,64", *_names(*ALL[:5])],
         tiny=[*SHORT, *ONCE, *_names("kto_dist")],
     ),
-    Stage(name="head", script="head.py", limit=120, tiny=TINY_HEAD),
+    Stage(name="head-wide", script="head.py", limit=120, tiny=TINY_HEAD),
     Stage(name="head-narrow", script="head.py", limit=90, arguments=["--liger-row"], tiny=TINY_HEAD),
     Stage(name="head-parts", script="head_parts.py", limit=200, tiny=["--tiny"]),
     Stage(
