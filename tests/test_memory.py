@@ -125,7 +125,7 @@ def test_where_ranks_wait_for_each_other_the_run_starts_itself_again_with_half_t
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "Started again by itself" in done.stdout and "with 128 tokens a micro-batch" in done.stdout
+    assert "Started again by itself" in done.stdout and "with train.tokens_per_microbatch=128" in done.stdout
     for expected, found in zip(metrics_of(fitting), metrics_of(config), strict=True):
         for name in ("loss", "grad_norm"):
             assert found[name] == pytest.approx(expected[name], rel=1e-4), (expected["step"], name)
@@ -150,3 +150,34 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _reference_on_a_small_device(config: Config) -> dict:
+    def full(module, inputs):
+        if type(module).__name__ == "LlamaDecoderLayer" and not module.training and inputs:
+            tokens = inputs[0].shape[0] * inputs[0].shape[1]
+            if tokens > ROOM and comm.rank() == 1:
+                raise torch.OutOfMemoryError(f"no room for {tokens} tokens")
+
+    torch.nn.modules.module.register_module_forward_pre_hook(full)
+    return train(config)
+
+
+def test_the_reference_pass_halves_its_tokens_as_well(tmp_path, tiny_model, tiny_log):
+    shared = {"train__max_steps": 2, "reference__share_prefixes": False}
+    room, full = (
+        tiny_config(
+            tmp_path / name,
+            tiny_model,
+            tiny_log,
+            train__output=str(tmp_path / name),
+            reference__store=str(tmp_path / f"store-{name}"),
+            reference__tokens_per_batch=tokens,
+            **shared,
+        )
+        for name, tokens in (("room", 128), ("full", 256))
+    )
+    run_ranks(train_all, 2, [room])
+    run_ranks(_reference_on_a_small_device, 2, full)
+    for expected, found in zip(metrics_of(room), metrics_of(full), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)

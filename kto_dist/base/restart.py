@@ -35,8 +35,9 @@ class Order:
     reason: str
     step: int
     """Updates done when it failed."""
+    setting: str
     tokens: int
-    """A micro-batch from now on."""
+    """What is set to how much from now on."""
 
 
 def before(last_words: Callable[[], None]) -> None:

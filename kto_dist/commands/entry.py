@@ -30,33 +30,21 @@ def main(arguments: list[str] | None = None) -> int:
         comm.init()
         restarts, again = restart.arm(), restart.order()
         if again is not None:
-            overrides = [*overrides, f"train.tokens_per_microbatch={again.tokens}"]
+            overrides = [*overrides, f"{again.setting}={again.tokens}"]
         settings = Config.load(config, overrides)
         _quiet()
-        if job == "train":
-            from kto_dist.model.memory import NeedsRestart
-            from kto_dist.training.loop import train
-
-            try:
-                train(settings)
-            except Stopped as stop:
-                if comm.is_main():
-                    print(f"stopped: {stop}", file=sys.stderr, flush=True)
-                comm.barrier()  # the launcher ends every rank as soon as one has left
-                return stop.exit_code
-            except NeedsRestart as failure:
-                if restarts is None:
-                    raise
-                restarts.now(restart.Order(reason=str(failure), step=failure.step, tokens=failure.tokens))
-        else:
-            from kto_dist.training.precompute import precompute
-
-            precompute(settings)
+        try:
+            _run(job, settings)
+        except Stopped as stop:
+            if comm.is_main():
+                print(f"stopped: {stop}", file=sys.stderr, flush=True)
+            comm.barrier()  # the launcher ends every rank as soon as one has left
+            return stop.exit_code
+        except RuntimeError as failure:
+            if restarts is not None:
+                _start_again(restarts, failure)
+            raise
         _note_done()
-    except RuntimeError:
-        if restarts is not None:
-            restarts.hold()
-        raise
     except UserError as mistake:
         if comm.local_rank() == 0:  # another host may lack a file that rank 0's has
             print(f"error: {mistake}", file=sys.stderr, flush=True)
@@ -64,6 +52,28 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         comm.shutdown()
     return DONE
+
+
+def _run(job: str, settings: Config) -> None:
+    if job == "train":
+        from kto_dist.training.loop import train
+
+        train(settings)
+    else:
+        from kto_dist.training.precompute import precompute
+
+        precompute(settings)
+
+
+def _start_again(restarts: restart.Restarts, failure: RuntimeError) -> None:
+    """Does not return where the job starts again: for this failure, or for another rank's, which caused it."""
+    from kto_dist.model.memory import NeedsRestart
+
+    if isinstance(failure, NeedsRestart):
+        restarts.now(
+            restart.Order(reason=str(failure), step=failure.step, setting=failure.setting, tokens=failure.tokens)
+        )
+    restarts.hold()
 
 
 def _stay_with_launcher() -> None:

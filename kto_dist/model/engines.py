@@ -416,6 +416,8 @@ class Reference:
         )
         lm.eval().requires_grad_(False)
         self.model = ScoringModel(lm)
+        self.sharded = placement.sharded
+        """Whether ranks wait for each other in a forward."""
         self._engine = None
         if placement.sharded:
             self._engine, *_ = deepspeed.initialize(model=self.model, config=options, dist_init_required=False)

@@ -17,7 +17,6 @@ from typing import TypeVar
 import torch
 
 from kto_dist.base import comm
-from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting
 
@@ -39,7 +38,7 @@ class NeedsRestart(RuntimeError):
         super().__init__(
             f"out of memory in {phase}, where the ranks wait for each other: start again with {setting}={tokens}"
         )
-        self.tokens = tokens
+        self.tokens, self.setting = tokens, setting
         self.step = 0
         """Updates done, where the one who raises or passes it on knows."""
 
@@ -88,7 +87,7 @@ class Memory:
     """Tokens of the longest row or KL pair: a micro-batch holds one at the least."""
     setting: str
     """Where the user sets the tokens."""
-    console: Console
+    warn: Callable[[str], None]
     halved: list[str] = field(default_factory=list)
     """What was said of it, for the summary."""
 
@@ -117,7 +116,7 @@ class Memory:
         self.cutting = replace(self.cutting, tokens=half)
         said = f"out of memory in {phase} at {tokens:,} tokens a micro-batch: going on with {half:,}"
         self.halved.append(said)
-        self.console.warn(f"{said}. To start there, set {self.setting}={half}")
+        self.warn(f"{said}. To start there, set {self.setting}={half}")
 
     def _half(self, phase: str) -> int:
         if self.cutting.tokens <= self.longest:

@@ -67,6 +67,7 @@ def score_reference(
                         load=load,
                         settings=setup.settings,
                         watch=_shown(show, watch, before),
+                        warn=console.warn,
                     )
                 )
             warnings.tell()

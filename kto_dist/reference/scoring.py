@@ -26,6 +26,7 @@ from kto_dist.data.batch import Cutting, MicroBatch, MicroBatches, collate, cut,
 from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import completion_logps
 from kto_dist.model.engines import Reference
+from kto_dist.model.memory import Memory, attempt
 from kto_dist.reference.keys import pair_keys
 from kto_dist.reference.pairs import RefLogps
 from kto_dist.reference.prefix import Trees, cost, grow, lay_out
@@ -127,6 +128,7 @@ def reference_logps(
     load: Callable[[], LoadedReference],
     settings: PassSettings,
     watch: Watch,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> tuple[RefLogps, Outcome]:
     """Collective. `load` is called (on every rank) only when something is missing: see `logps.py`.
 
@@ -165,7 +167,7 @@ def reference_logps(
         reference = load()
         loaded = time.monotonic()
         trees = work.trees(settings, reference.share_prefixes)
-        logps[missing] = _score(work, trees, settings, reference.engine, store, watch)[same_as]
+        logps[missing] = _score(work, trees, settings, reference.engine, store, watch, warn)[same_as]
         outcome = replace(
             outcome,
             scored_once=todo.size,
@@ -234,7 +236,13 @@ class Work:
 
 
 def _score(
-    work: Work, trees: Trees | None, settings: PassSettings, engine: Reference, store: Store, watch: Watch
+    work: Work,
+    trees: Trees | None,
+    settings: PassSettings,
+    engine: Reference,
+    store: Store,
+    watch: Watch,
+    warn: Callable[[str], None],
 ) -> np.ndarray:  # (P,) fp64
     """Collective. All values, on every rank; each was written to the store by the rank that computed it.
 
@@ -250,6 +258,12 @@ def _score(
     pairs_before = np.insert(np.cumsum(pairs_of[order]), 0, 0)
     logps, found = np.zeros(work.keys.size), np.zeros(work.keys.size, dtype=bool)
     meter = Meter(work.tokens, watch)
+    memory = Memory(
+        cutting=settings.cutting,
+        longest=int(tokens.max()),
+        setting="reference.tokens_per_batch",
+        warn=warn,
+    )
     start, ranks = 0, comm.size(comm.DATA)
     wanted = settings.shard.first * ranks
     while start < order.size:
@@ -257,14 +271,21 @@ def _score(
         stop = max(start + 1, int(np.searchsorted(pairs_before, pairs_before[start] + wanted, "right")) - 1)
         pairs = int(pairs_before[stop] - pairs_before[start])
         meter.begin(pairs)
-        batches = _micro_batches(work, trees, settings.cutting, order[start:stop])
-        places, values = _score_shard(batches, engine, settings, meter)
+        window = order[start:stop]
+
+        def score(cutting: Cutting, window: np.ndarray = window) -> tuple[np.ndarray, np.ndarray]:
+            batches = _micro_batches(work, trees, cutting, window)
+            return attempt(
+                lambda: _score_shard(batches, engine, settings, meter), "the reference pass", again=not engine.sharded
+            )
+
+        places, values = memory.within(score, lambda: None)
         _write(store, work, places, values)
         logps[places], found[places] = values, True
         meter.meet()
         rate = pairs / max(time.monotonic() - began, 1e-9)
         start = stop
-        batch = settings.cutting.tokens // tokens[order[start]] if start < order.size else 1
+        batch = memory.cutting.tokens // tokens[order[start]] if start < order.size else 1
         wanted = comm.broadcast(settings.shard.next(rate / ranks, batch) * ranks)
     logps, found = _exchange(logps, found)
     assert found.all()

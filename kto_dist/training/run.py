@@ -100,8 +100,8 @@ def start_run(
         console.say(f"going on from {found.name} of {prepared.plan.steps} steps")
     if (again := restart.order()) is not None:
         console.warn(
-            f"{again.reason}. Started again by itself: {again.step - state.step} steps are done once more, with "
-            f"{again.tokens:,} tokens a micro-batch"
+            f"{again.reason}. Started again by itself with {again.setting}={again.tokens}: "
+            f"{max(0, again.step - state.step)} steps are done once more"
         )
     return Run(folder=RunFolder(output), state=state, found=found, reference=reference, audits=audits)
 

@@ -36,7 +36,7 @@ class Stepper:
             cutting=self.prepared.cutting,
             longest=min(section.max_length, longest),
             setting="train.tokens_per_microbatch",
-            console=self.console,
+            warn=self.console.warn,
         )
         if self.prepared.config.train.tokens_per_microbatch == "auto" and comm.device().type == "cuda":
             tokens = max(self._estimate(), self.memory.longest)
