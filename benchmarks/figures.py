@@ -139,6 +139,53 @@ def throughput(*files: Content) -> str:
     return "\n\n".join(blocks)
 
 
+def lengths(content: Content) -> str:
+    """Training on rows of several lengths; `draw_lengths` has the picture."""
+    settings, losses = content["settings"], records.losses(content)
+    kinds: dict[str, dict[str, Content]] = {}
+    for line in content["results"]:
+        if line["phase"] == "training":
+            kinds.setdefault(line["rows"], {})[line["implementation"]] = line
+    names = [name for name in NAMES if any(name in found for found in kinds.values())]
+    columns = ["rows", "tokens a row"]
+    for name in names:
+        columns += [f"{NAMES[name].title}: rows/s", "peak GiB"]
+    rows = []
+    for kind, found in kinds.items():
+        tokens = next(iter(found.values()))["tokens_per_row"]
+        cells = [kind.replace("-", " "), f"{tokens:.0f}"]
+        for name in names:
+            line = found.get(name)
+            speed = f"{line['rows_per_second']:.2f}{mark(line, losses, 'lengths')}" if line else ""
+            cells += [speed, f"{line['peak_bytes'] / GIB:.1f}" if line else ""]
+        rows.append(cells)
+    model = random_model.SHAPES[settings["model"]].title
+    job = f"{model}, {settings['dtype']}; {settings['global_batch']} rows a step"
+    return with_legend(f"{about(content, job)}\n\n{table(columns, rows)}", content, losses)
+
+
+def draw_lengths(content: Content, file: Path) -> None:
+    """Rows a second and memory over the tokens of a row, side by side."""
+    from matplotlib.figure import Figure
+
+    from kto_dist.record.theme import LIGHT, finish
+
+    figure = Figure(figsize=(8.4, 3.4), dpi=130, layout="constrained", facecolor=LIGHT.paper)
+    colours = dict(zip(NAMES, [LIGHT.colours[role] for role in ("desirable", "all", "plain")] * 9, strict=False))
+    colours |= {"trl": LIGHT.colours["undesirable"], "trl-liger": LIGHT.colours["undesirable"]}
+    of_training = [line for line in content["results"] if line["phase"] == "training"]
+    panels = (("rows_per_second", 1, "rows a second"), ("peak_bytes", GIB, "peak memory, GiB"))
+    for axes, (key, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for name in dict.fromkeys(line["implementation"] for line in of_training):
+            points = sorted(
+                (line["tokens_per_row"], line[key] / unit) for line in of_training if line["implementation"] == name
+            )
+            axes.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=NAMES[name].title)
+        axes.set_ylim(bottom=0)
+        finish(axes, LIGHT, label, xlabel="tokens a row")
+    figure.savefig(file)
+
+
 def reference(content: Content) -> str:
     titles = {
         "kto_dist_prefix": "kto_dist, prompts shared by their completions",
@@ -320,6 +367,7 @@ def summary(*files: Content) -> str:
 KINDS: dict[str, Callable[..., str]] = {
     "summary": summary,
     "throughput": throughput,
+    "lengths": lengths,
     "reference": reference,
     "store": store,
     "sweep": sweep,
@@ -371,6 +419,8 @@ def main() -> None:
             print(f"{path.relative_to(records.ROOT)}: {'differs from its results' if arguments.check else 'written'}")
     for file in sorted(RESULTS.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
+        if content.get("benchmark") == "lengths" and not arguments.check:
+            draw_lengths(content, records.ROOT / "docs" / f"{file.stem}.png")
         if part := records.outdated(content):
             print(f"{file.name}: older than the code it measures ({part}): from {content['date']}")
         for key, loss in records.losses(content).items():

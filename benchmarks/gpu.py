@@ -89,6 +89,14 @@ STAGES = (
         tiny=[*SHORT, "--untraced", "1", "--steps", "1"],
     ),
     Stage(
+        name="lengths",
+        script="row_lengths.py",
+        limit=240,
+        model="1.2b",
+        arguments=[*FULL, "--steps", "3", "--warmup", "2", "--trl-batch", "16", *_names("kto_dist", "trl")],
+        tiny=[*SHORT, "--lengths", "short-chats"],
+    ),
+    Stage(
         name="deterministic",
         script="throughput.py",
         limit=120,
@@ -154,12 +162,13 @@ def gist(file: Path) -> list[str]:
         if kernels:
             shares = ", ".join(f"{line['name']} {line['share']:.0%}" for line in kernels["classes"][:8])
             lines += [f"GPU busy {kernels['busy']:.1%}: {shares}"]
-    elif kind == "throughput":
+    elif kind in ("throughput", "lengths"):
         for line in content["results"]:
             step = f", {line['seconds_per_step']:.3f} s a step" if "seconds_per_step" in line else ""
             mfu = f", mfu {line['mfu']:.2f}" if "mfu" in line else ""
+            rows = f"{line['rows']:13} " if "rows" in line else ""
             lines.append(
-                f"{line['phase']:9} {line['implementation']:24} {line['rows_per_second']:8.1f} rows/s, "
+                f"{rows}{line['phase']:9} {line['implementation']:24} {line['rows_per_second']:8.1f} rows/s, "
                 f"{line['tokens_per_second']:9,.0f} tokens/s{step}{mfu}, {line['peak_bytes'] / 2**30:.1f} GiB"
             )
         lines += [f"left out: {name}: {why.splitlines()[0][:120]}" for name, why in content["left_out"].items()]

@@ -83,6 +83,9 @@ COMPARED = {
     "throughput": Compared(
         keys=("phase", "implementation"), value="rows_per_second", higher_is_better=True, code="training"
     ),
+    "lengths": Compared(
+        keys=("rows", "phase", "implementation"), value="rows_per_second", higher_is_better=True, code="training"
+    ),
     "reference": Compared(keys=("implementation",), value="rows_per_second", higher_is_better=True, code="training"),
     "profile": Compared(keys=(), value="seconds_per_step", higher_is_better=False, code="training"),
     "sweep": Compared(keys=("beta",), value="seconds", higher_is_better=False, code="training"),

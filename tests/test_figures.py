@@ -113,3 +113,23 @@ def test_a_result_of_other_code_is_called_outdated(tmp_path):
     assert records.outdated(content) is None
     content["code"]["digests"]["feedback"] = "other"
     assert records.outdated(content) == "feedback"
+
+
+def test_rows_of_several_lengths_make_a_table_and_a_picture(tmp_path):
+    lines = [
+        {
+            "rows": kind,
+            "tokens_per_row": tokens,
+            "phase": "training",
+            "implementation": name,
+            "rows_per_second": 1000 / tokens,
+            "peak_bytes": tokens * 2**20,
+        }
+        for kind, tokens in (("short-chats", 128), ("long-answers", 512))
+        for name in ("kto_dist", "trl")
+    ]
+    settings = {"model": "135m", "dtype": "bf16", "global_batch": 8}
+    content = records.frame("lengths", settings) | {"results": lines}
+    assert "| long answers | 512 | 1.95 | 0.5 | 1.95 | 0.5 |" in figures.lengths(content)
+    figures.draw_lengths(content, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
