@@ -19,10 +19,12 @@ soak: setup
 	$(BIN)/python -m pytest -m soak
 
 bench: setup
-	$(BIN)/python benchmarks/head.py
-	$(BIN)/python benchmarks/throughput.py
-	$(BIN)/python benchmarks/reference.py
-	$(BIN)/python benchmarks/sweep.py
+	set -e; results=benchmarks/results/$$(cd benchmarks && ../$(BIN)/python -c 'import machine; print(machine.device_slug())'); \
+	$(BIN)/python benchmarks/head.py --dtype fp32 --json $$results-head-fp32.json; \
+	$(BIN)/python benchmarks/head.py --dtype bf16 --json $$results-head-bf16.json; \
+	$(BIN)/python benchmarks/throughput.py --json $$results-throughput.json; \
+	$(BIN)/python benchmarks/reference.py --json $$results-reference.json; \
+	$(BIN)/python benchmarks/sweep.py --json $$results-sweep.json; \
 	$(BIN)/python benchmarks/feedback.py --rows 1000000
 
 # Needs no network; on a machine of its own: WHEELS=folder PYTHON=python3 benchmarks/gpu.sh

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import figure_tables
 import figures
 import pytest
 import records
@@ -130,6 +131,6 @@ def test_rows_of_several_lengths_make_a_table_and_a_picture(tmp_path):
     ]
     settings = {"model": "135m", "dtype": "bf16", "global_batch": 8}
     content = records.frame("lengths", settings) | {"results": lines}
-    assert "| long answers | 512 | 1.95 | 0.5 | 1.95 | 0.5 |" in figures.lengths(content)
-    figures.draw_lengths(content, tmp_path / "picture.png")
+    assert "| long answers | 512 | 1.95 | 0.5 | 1.95 | 0.5 |" in figure_tables.lengths(content)
+    figure_tables.draw_lengths(content, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

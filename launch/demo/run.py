@@ -59,7 +59,7 @@ def main(overrides: list[str]) -> int:
         with Progress(console=out) as bar:
             task = bar.add_task(f"answers {name} training", total=len(questions))
             answers[name] = generate(folder, questions, progress=partial(_advance, bar, task))
-    summary = add_answers(run, questions, answers)
+    summary = add_answers(run, questions, answers, time.monotonic() - started)
     if summary["mlflow"]["run_id"]:
         tracking.attach(
             summary["mlflow"]["uri"], summary["mlflow"]["run_id"], [run / "summary.json", run / "report.html"]
@@ -103,9 +103,10 @@ def heldout_questions(config: Config) -> list[str]:
     return sorted({rows.original(row)[0][-1]["content"] for row in range(len(rows))})
 
 
-def add_answers(run: Path, questions: list[str], answers: dict[str, list[str]]) -> dict:
-    """Puts the answers and their measures into the run's summary and report."""
+def add_answers(run: Path, questions: list[str], answers: dict[str, list[str]], seconds: float) -> dict:
+    """Puts the answers and their measures into the run's summary and report. `seconds`: of the demo until now."""
     summary = json.loads((run / "summary.json").read_text())
+    summary["demo_seconds"] = seconds
     summary["answers"] = {name: measure(questions, texts) for name, texts in answers.items()}
     summary["samples"] = [
         {
