@@ -2,17 +2,22 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from _pytest.assertion.rewrite import AssertionRewritingHook
+from devices import GPUS, gpus_hidden, wants_gpu
 from hypothesis import HealthCheck, settings
 
-if not torch.cuda.is_available():
+if not GPUS:
     # before the first import of triton: without a GPU its kernels run in Python, on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
+
+# before DeepSpeed is imported: within this process it runs on the CPU, whatever there is
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 from tiny import save_tiny, thumbs, write_jsonl
 
@@ -45,10 +50,17 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not GPUS:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("soak") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Around a test's fixtures as well, those of its module and of the session included."""
+    with nullcontext() if wants_gpu(item) or not GPUS else gpus_hidden():
+        return (yield)
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,6 +2,9 @@
 
 `run_ranks(function, world_size, *arguments)` calls a module-level function on every rank of a fresh process group and
 returns the results in rank order. An exception on a rank fails the test with that rank's traceback.
+
+Ranks run on the CPU and see no GPU. With `gpu=True` each has one of the machine's, and is started afresh, since CUDA
+does not outlive a fork.
 """
 
 import multiprocessing
@@ -13,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from devices import GPUS, deepspeed_on_gpu, gpus_hidden
+
 # One thread a rank: four ranks of a test share two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -22,18 +28,25 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_folders, os.environ.get("PYTHONPAT
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["ranks_preload"])
+_afresh = multiprocessing.get_context("spawn")
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 300, gpu: bool = False
+) -> list[Any]:
+    if gpu and world_size > GPUS:
+        pytest.skip(f"needs {world_size} GPUs, and there are {GPUS}")
+    context = _afresh if gpu else _server
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes, processes = [], []
     for rank in range(world_size):
-        receiver, sender = _server.Pipe(duplex=False)
+        receiver, sender = context.Pipe(duplex=False)
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-        process = _server.Process(target=_rank, args=(sender, environment, function, arguments))
-        process.start()
+        process = context.Process(target=_rank, args=(sender, environment, function, arguments))
+        with deepspeed_on_gpu() if gpu else gpus_hidden():  # the first also starts the server
+            process.start()
         sender.close()
         pipes.append(receiver)
         processes.append(process)

@@ -59,10 +59,10 @@ def _allocated(config: Config) -> dict[str, int]:
     return _seen_around_a_pass(config, torch.cuda.memory_allocated)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="allocated bytes are those of a GPU")
+@pytest.mark.gpu
 def test_the_reference_leaves_the_gpus_memory_when_it_has_scored(tmp_path, tiny_log):
     model = save_tiny(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=6)
-    (seen,) = run_ranks(_allocated, 1, tiny_config(tmp_path, model, tiny_log, train__max_steps=1))
+    (seen,) = run_ranks(_allocated, 1, tiny_config(tmp_path, model, tiny_log, train__max_steps=1), gpu=True)
     size = (model / "model.safetensors").stat().st_size
     assert seen["loaded"] - seen["before"] > 0.8 * size
     # a matmul's workspace stays for the process
