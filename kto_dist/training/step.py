@@ -106,8 +106,12 @@ class Engine(Protocol):
     """What a step needs of `model.engines.Policy`."""
 
     forward: Forward
-    waits_in_forward: bool
-    waits_in_backward: bool
+
+    @property
+    def waits_in_forward(self) -> bool: ...
+
+    @property
+    def waits_in_backward(self) -> bool: ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
