@@ -88,6 +88,8 @@ def deepspeed_options(section: DeepspeedConfig, dtype: torch.dtype, clip: float)
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": sys.maxsize,
+        # it waits for the device before and after every forward, and counts what we count ourselves
+        "timers": {"throughput": {"enabled": False}},
     }
     if section.config:
         _merge(options, read_deepspeed_json(section.config), section.config)
