@@ -356,7 +356,7 @@ LOOSE = {"min_rows": 10}
 def test_a_clean_log_passes_every_check():
     found = audited(crowd(responses=100), audit=LOOSE, balance={"deployment_up_share": 0.6})
     assert set(status(found).values()) == {"pass"}, found.checks
-    assert len(found.checks) == 9, status(found)
+    assert len(found.checks) == 10, status(found)
     assert found.agreement.alpha.value == 1 and found.agreement.noise.value == 0 and found.agreement.wrong_labels < 0.01
 
 

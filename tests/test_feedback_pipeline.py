@@ -530,7 +530,8 @@ def test_a_folder_for_work_keeps_what_is_not_the_runs_own(tmp_path):
 
 
 def test_the_command_mines_and_tells_mistakes_without_a_traceback(tmp_path):
-    log = write_log(tmp_path / "log.jsonl", [vote(f"{i}", "a", "up" if i % 2 else "down") for i in range(40)])
+    rows = [vote(f"{i}", "a", "up" if i % 2 else "down", tools=[1] if i < 7 else []) for i in range(40)]
+    log = write_log(tmp_path / "log.jsonl", rows)
     config = tmp_path / "mine.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -541,16 +542,25 @@ def test_the_command_mines_and_tells_mistakes_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "kto_dist.commands.cli", "mine", str(config)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "no_label" in done.stdout and (tmp_path / "mined" / "heldout.parquet").exists()
+    assert "seen and not used: tools (7)" in done.stdout and "no_label" in done.stdout
+    assert (tmp_path / "mined" / "heldout.parquet").exists()
     done = subprocess.run([*command, "columns.prompt=p"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "did you mean" not in done.stdout
     assert "columns.prompt" in done.stderr and "Traceback" not in done.stderr and "nanobind" not in done.stderr
 
 
 def test_mining_needs_no_torch_and_no_extension(tmp_path):
-    code = "import sys, kto_dist.feedback; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = """
+import sys
+from kto_dist.commands.cli import main
+main(["mine", "--help"], standalone_mode=False)
+heavy = {"torch", "transformers", "pandas", "scipy", "duckdb", "matplotlib"}
+print("for help:", sorted(heavy & {*sys.modules}))
+from kto_dist.feedback import mine
+print("for mining:", sorted({"torch", "transformers", "pandas"} & {*sys.modules}))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.splitlines()[-2:] == ["for help: []", "for mining: []"]
     with mined(tmp_path, [vote()]) as connection:
         loaded = connection.execute("SELECT extension_name FROM duckdb_extensions() WHERE loaded").fetchall()
         built_in = connection.execute(

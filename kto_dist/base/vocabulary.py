@@ -21,11 +21,18 @@ DOWN = (
 
 ROLES = {name: name for name in ("system", "developer", "user", "assistant", "tool")} | {
     "human": "user",
+    "prompter": "user",
+    "usermessage": "user",
+    "user_message": "user",
     "gpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "ai": "assistant",
+    "chatbot": "assistant",
+    "apimessage": "assistant",
+    "assistant_message": "assistant",
     "function_call": "assistant",
+    "system_message": "system",
     "observation": "tool",
     "function": "tool",
 }

@@ -170,6 +170,8 @@ def _say_checks(audit: dict[str, Any], folder: Path) -> None:
     if unreadable := audit["log"]["unreadable_by_reason"]:
         listed = ", ".join(f"{reason} ({rows:,})" for reason, rows in unreadable.items())
         click.echo(f"left out: {audit['log']['unreadable']:,} rows that could not be read: {listed}")
+    if unused := audit["log"]["unused"]:
+        click.echo(f"seen and not used: {', '.join(f'{name} ({rows:,})' for name, rows in unused.items())}")
     for check in audit["checks"]:
         mark = {"pass": "ok", "warn": "warning", "unknown": "unknown"}[check["status"]]
         click.echo(f"{mark}: {line_of(check)}")

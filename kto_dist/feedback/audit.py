@@ -65,7 +65,7 @@ def audit(
             _counts(connection, "model"),
             significance=config.audit.significance,
         )
-        lengths = lengths_of(connection)
+        lengths, steps = lengths_of(connection, config.audit.max_one_length), steps_of(connection)
         conflicts = conflicts_of(connection, config.audit.samples)
         return Audit(
             version=VERSION,
@@ -77,10 +77,11 @@ def audit(
                 balance=balance,
                 drift=drift,
                 lengths=lengths,
+                steps=steps,
                 config=config,
             ),
             log=_log(connection),
-            steps=steps_of(connection),
+            steps=steps,
             balance=balance,
             agreement=agreed,
             users=users,
@@ -129,10 +130,13 @@ def _log(connection: duckdb.DuckDBPyConnection) -> Log:
     known = {name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
     bad = "SELECT reason, sum(rows)::BIGINT FROM bad_rows GROUP BY reason ORDER BY 2 DESC, reason"
     unreadable = dict(connection.execute(bad).fetchall()) if "bad_rows" in known else {}
+    more = "SELECT name, sum(rows)::BIGINT FROM noticed GROUP BY name ORDER BY 2 DESC, name"
+    unused = dict(connection.execute(more).fetchall()) if "noticed" in known else {}
     return Log(
         votes=votes,
         unreadable=sum(unreadable.values()),
         unreadable_by_reason=unreadable,
+        unused=unused,
         judgements=judgements,
         kept=kept,
         users=users,

@@ -4,15 +4,18 @@ In:  the parts of an audit, and the config that made the data.
 Out: `Check`s, in the order in which they matter.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from kto_dist.feedback.agreement import Agreement
 from kto_dist.feedback.concentration import MIN_USERS, Users
 from kto_dist.feedback.config import MiningConfig
-from kto_dist.feedback.content import Lengths
+from kto_dist.feedback.content import Lengths, StepCounts
 from kto_dist.feedback.drift import Balance, Drift, DriftTest
 from kto_dist.feedback.thresholds import AuditConfig
+from kto_dist.feedback.votes import CLEANING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,7 @@ def checks_of(
     balance: Balance,
     drift: Drift,
     lengths: Lengths,
+    steps: Sequence[StepCounts],
     config: MiningConfig,
 ) -> tuple[Check, ...]:
     limits = config.audit
@@ -49,6 +53,8 @@ def checks_of(
         _drift("model version", drift.by_model, limits, bool(drift.models)),
         _deployment(balance, limits),
         _length(lengths, limits),
+        _one_length(lengths, limits),
+        _cleaned(steps, limits),
     ]
     return tuple(check for check in found if check is not None)
 
@@ -248,6 +254,55 @@ def _length(lengths: Lengths, limits: AuditConfig) -> Check | None:
         f"{limits.max_length_auc:.0%})",
         "the model may learn length in place of quality: unless length is what users want, bound it with "
         "clean.min_characters and clean.max_characters",
+    )
+
+
+def _one_length(lengths: Lengths, limits: AuditConfig) -> Check | None:
+    pile = lengths.pile
+    if lengths.auc is None and pile is None:
+        return None
+    if pile is None:
+        return _check(
+            "one_length", "max_one_length", limits, 0.0, False, "answers of one exact length do not pile up", ""
+        )
+    ending = f", and most end with {pile.ending!r}" if pile.ending else ""
+    cut = pile.characters - len(pile.ending)
+    pattern = rf"(?s)^.{{{cut}}}{re.escape(pile.ending)}$"
+    return _check(
+        "one_length",
+        "max_one_length",
+        limits,
+        pile.share,
+        pile.share > limits.max_one_length,
+        f"{pile.answers:,} answers ({pile.share:.1%}) have exactly {pile.characters:,} characters and differ in text"
+        f"{ending} (wanted: at most {limits.max_one_length:.0%})",
+        f"the export may have cut them: export whole answers, or leave them out with clean.truncated: ['{pattern}']"
+        if cut <= 1000
+        else "the export may have cut them: export whole answers, or leave them out "
+        f"with clean.max_characters: {pile.characters - 1}",
+    )
+
+
+def _cleaned(steps: Sequence[StepCounts], limits: AuditConfig) -> Check | None:
+    """Of the steps that look at votes and answers; what users' caps and sampling take is asked for."""
+    labelled = next((step.up_before + step.down_before for step in steps if step.step == "no_label"), 0)
+    if not labelled:
+        return None
+    taken = {step.step: step.up_removed + step.down_removed for step in steps if step.step in CLEANING}
+    share = sum(taken.values()) / labelled
+    most = sorted(taken.items(), key=lambda item: -item[1])[:3]
+    listed = ", ".join(f"{name.replace('_', ' ')} {votes:,}" for name, votes in most if votes)
+    return _check(
+        "cleaned",
+        "max_cleaned",
+        limits,
+        share,
+        share > limits.max_cleaned,
+        f"the cleaning takes {share:.0%} of {labelled:,} labelled votes"
+        + (f", most of them by {listed}" if listed else "")
+        + f" (wanted: at most {limits.max_cleaned:.0%})",
+        "see in the report what these steps took, and loosen those that take good answers; many exact duplicates may "
+        "mean that a log was given twice",
     )
 
 

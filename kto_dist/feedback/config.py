@@ -9,6 +9,7 @@ Regular expressions are RE2's (no look-around, linear time), because DuckDB runs
 it reads a byte of the log.
 """
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,12 +17,13 @@ from pydantic import Field, model_validator
 
 from kto_dist.base.config import NonNegativeFloat, Paths, Positive, Section, Text, resolve
 from kto_dist.base.vocabulary import DOWN, UP, plain
+from kto_dist.feedback.columns import ColumnsConfig, RolesConfig, TurnsConfig, WhereConfig
+from kto_dist.feedback.presets import laid_over, preset
 from kto_dist.feedback.thresholds import AuditConfig
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Exponent = Annotated[float, Field(ge=0, le=1)]
 Patterns = tuple[Text, ...]
-Layout = Literal["answers", "turns", "pairs", "rankings"]
 
 # At the start of an answer, since an answer may well quote a refusal further down.
 REFUSALS = (
@@ -43,6 +45,14 @@ ERRORS = (
 TRUNCATED = (r"(?i)(\[truncated\]|\[cut off\]|<\|?truncated\|?>|\[max(imum)? (length|tokens) reached\])\s*$",)
 
 
+# Words of a duel's winner. 0, 1 and 2 mean one thing here and another there: a log says what they mean to it.
+A_WINS = ("a", "model_a", "answer_a", "response_a", "assistant_a", "left", "first")
+B_WINS = ("b", "model_b", "answer_b", "response_b", "assistant_b", "right", "second")
+TIE = ("tie", "tied", "draw", "equal", "same")
+BOTH_GOOD = ("both_good", "bothgood", "tie (bothgood)", "tie (both good)")
+BOTH_BAD = ("both_bad", "bothbad", "tie (bothbad)", "tie (both bad)")
+
+
 def folder_of(setting: str) -> Path:
     """The folder that a setting names, whole: DuckDB would read a `~` at the start of a path in its own way."""
     return Path(setting).expanduser().resolve()
@@ -51,18 +61,32 @@ def folder_of(setting: str) -> Path:
 class InputConfig(Section):
     """The log's files."""
 
-    files: Paths = Field(description="files, globs or folders of JSONL, CSV, Parquet and SQLite; text may be gzipped")
-    format: Literal["auto", "jsonl", "csv", "parquet", "sqlite"] = Field(
-        "auto", description="auto: by the ending of each file's name"
+    files: Paths = Field(
+        description="files, globs or folders of JSONL, JSON, CSV, Parquet and SQLite; text may be gzipped"
+    )
+    preset: Text | None = Field(
+        None,
+        description="an application whose export this is (docs/formats.md): it fills in columns and more, and what "
+        "this config says itself wins",
+    )
+    format: Literal["auto", "jsonl", "json", "csv", "parquet", "sqlite"] = Field(
+        "auto", description="auto: by the ending of each file's name; .json: by how it begins, too"
+    )
+    rows: Text | None = Field(
+        None, description="JSON: a pointer to the list of rows in a document, as in /data/feedback; null: its elements"
     )
     encoding: Text = Field(
         "auto", description="of all text files; auto: UTF-8, or what a byte order mark says; else a name such as cp1252"
     )
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = Field(",", description="between CSV's fields")
     table: str | None = Field(None, description="SQLite's table or view; null: the only one there is")
+    query: Text | None = Field(None, description="SQLite: one SELECT in place of a table, where several hold the log")
     max_row_mebibytes: Positive = Field(16, description="a longer row is a bad one")
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that cannot be read: stop and name it, or count it"
+    )
+    ignore: tuple[Text, ...] = Field(
+        (), description="keys that look as if they belonged, such as tools, and are meant to be left out"
     )
     state: str | None = Field(
         None,
@@ -72,72 +96,12 @@ class InputConfig(Section):
         "in one run are as many deliveries; null: each run reads `files` alone",
     )
 
-
-class ColumnsConfig(Section):
-    """The log's names for things. Nested JSON: a pointer from a slash on, as in /request/messages."""
-
-    prompt: Text | None = Field(None, description="what the user asked, as text")
-    messages: Text | None = Field(
-        None,
-        description="in place of prompt: a list of role/content turns, in JSON; ends with the rated answer, or"
-        " with the user's turn where `response` has the answer",
-    )
-    response: Text | None = Field(None, description="the answer that was rated")
-    feedback: Text | None = Field(None, description="thumbs, likes, ratings, +1/-1 or words; see the labels section")
-    user: Text | None = Field(None, description="who judged; without it nobody's influence can be limited")
-    time: Text | None = Field(
-        None,
-        description="ISO 8601 (UTC where no offset says else), a date as 20260131, or seconds since"
-        " 1970, also milli-, micro- or nanoseconds",
-    )
-    model: Text | None = Field(None, description="which model version answered")
-    finish: Text | None = Field(None, description="why the answer ended; see clean.truncated_finish")
-    session: Text | None = Field(None, description="a log with a row a turn: which conversation the turn belongs to")
-    role: Text | None = Field(None, description="a row a turn: who speaks")
-    text: Text | None = Field(None, description="a row a turn: what is said")
-    turn: Text | None = Field(None, description="a row a turn: its number; null: turns are ordered by time")
-    chosen: Text | None = Field(None, description="pairs: the better answer; becomes a thumbs up")
-    rejected: Text | None = Field(None, description="pairs: the worse answer; becomes a thumbs down")
-    responses: Text | None = Field(None, description="rankings: a list of answers, best first unless `ranks` says else")
-    ranks: Text | None = Field(None, description="rankings: a list of ranks of the answers, 1 is the best")
-
-    @property
-    def layout(self) -> Layout:
-        if self.session is not None:
-            return "turns"
-        if self.chosen is not None:
-            return "pairs"
-        return "answers" if self.responses is None else "rankings"
-
     @model_validator(mode="after")
-    def _columns_make_a_layout(self) -> "ColumnsConfig":
-        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
-        needed, possible = {
-            "answers": ({"feedback"}, {"prompt", "messages", "response", "finish"}),
-            "turns": ({"session", "role", "text", "feedback"}, {"turn", "finish"}),
-            "pairs": ({"chosen", "rejected"}, {"prompt", "messages"}),
-            "rankings": ({"responses"}, {"prompt", "messages", "ranks"}),
-        }[self.layout]
-        missing = sorted(needed - given)
-        if missing:
-            raise ValueError(
-                f"columns ({', '.join(sorted(given)) or 'none'}) lack {', '.join(missing)}: give prompt (or messages), "
-                "response and feedback; or session, role, text and feedback; or prompt, chosen and rejected; or "
-                "prompt and responses"
-            )
-        extra = sorted(given - needed - possible - {"user", "time", "model"})
-        if extra:
-            raise ValueError(
-                f"columns {', '.join(extra)} have no meaning beside {', '.join(sorted(given & needed))}: leave them out"
-            )
-        if self.layout != "turns" and (self.prompt is None) == (self.messages is None):
-            raise ValueError("columns need either prompt or messages, and not both: map the one that the log has")
-        if self.layout == "answers" and self.prompt is not None and self.response is None:
-            raise ValueError(f"columns.prompt ({self.prompt}) needs columns.response: map the answer that was rated")
-        if self.layout == "turns" and self.turn is None and self.time is None:
-            raise ValueError(
-                f"columns.session ({self.session}) needs columns.turn or columns.time: turns have an order"
-            )
+    def _one_place_of_rows(self) -> "InputConfig":
+        if self.table is not None and self.query is not None:
+            raise ValueError(f"table ({self.table}) and query are both given: a query names its tables itself")
+        if self.rows is not None and not self.rows.startswith("/"):
+            raise ValueError(f"rows ({self.rows}) must be a pointer: /{self.rows}")
         return self
 
 
@@ -153,6 +117,11 @@ class LabelsConfig(Section):
     )
     up_from: float | None = Field(None, description="ratings: this and more is thumbs up")
     down_to: float | None = Field(None, description="ratings: this and less is thumbs down; between lies the dead zone")
+    a_wins: tuple[Text, ...] = Field(A_WINS, description="duels: words of columns.winner for answer_a")
+    b_wins: tuple[Text, ...] = Field(B_WINS, description="duels: words for answer_b")
+    tie: tuple[Text, ...] = Field(TIE, description="duels: words for neither, which says nothing of how good they are")
+    both_good: tuple[Text, ...] = Field(BOTH_GOOD, description="duels: words for two thumbs up")
+    both_bad: tuple[Text, ...] = Field(BOTH_BAD, description="duels: words for two thumbs down")
     unknown: Literal["error", "ignore"] = Field(
         "error", description="a word of no table: stop and list them, or count them like neutral ones"
     )
@@ -171,7 +140,8 @@ class LabelsConfig(Section):
 
     @model_validator(mode="after")
     def _words_have_one_meaning(self) -> "LabelsConfig":
-        for one, other in (("up", "down"), ("up", "neutral"), ("down", "neutral")):
+        winners = ("a_wins", "b_wins", "tie", "both_good", "both_bad")
+        for one, other in (*itertools.combinations(("up", "down", "neutral"), 2), *itertools.combinations(winners, 2)):
             both = {*map(plain, getattr(self, one))} & {*map(plain, getattr(self, other))}
             if both:
                 raise ValueError(f"{', '.join(sorted(both))} stands in both {one} and {other}: a word means one thing")
@@ -321,6 +291,9 @@ class MiningConfig(Section):
 
     input: InputConfig
     columns: ColumnsConfig
+    turns: TurnsConfig = TurnsConfig()
+    roles: RolesConfig = RolesConfig()
+    where: WhereConfig = WhereConfig()
     labels: LabelsConfig = LabelsConfig()
     clean: CleanConfig = CleanConfig()
     users: UsersConfig = UsersConfig()
@@ -331,12 +304,24 @@ class MiningConfig(Section):
     audit: AuditConfig = AuditConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_below(cls, tree: Any) -> Any:
+        given = tree.get("input") if isinstance(tree, dict) else None
+        name = given.get("preset") if isinstance(given, dict) else getattr(given, "preset", None)
+        return tree if name is None else laid_over(preset(name), tree)
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "MiningConfig":
         if self.output.form == "text" and self.columns.prompt is None:
             raise ValueError(
                 "output.form (text) needs columns.prompt: a conversation has no text without a chat template; "
                 "use messages"
+            )
+        if self.output.form == "text" and self.columns.system is not None:
+            raise ValueError(
+                f"output.form (text) has no place for columns.system ({self.columns.system}): use messages, or put it "
+                "before the prompt's text in the log"
             )
         return self
 

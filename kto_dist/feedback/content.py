@@ -16,6 +16,8 @@ from kto_dist.feedback.sql import one
 
 _PROMPT, _ANSWER = 400, 600  # characters that a sample quotes
 _BINS = 40
+# characters from which a pile is no chance of short answers; its answers; piles that are looked into, and their texts
+_PILED, _LEAST_PILED, _PILES, _LOOKED_AT = 100, 5, 5, 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,17 @@ class ClassLengths:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Pile:
+    """Answers of the dataset that have one exact length, though their texts differ."""
+
+    characters: int
+    answers: int
+    share: float
+    ending: str
+    """The last characters, where most of them share these: an export that cuts may say so with dots."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
     up: ClassLengths | None
     down: ClassLengths | None
@@ -51,6 +64,8 @@ class Lengths:
     """Of a histogram over logarithmic bins of characters: one more edge than counts."""
     up_counts: tuple[int, ...]
     down_counts: tuple[int, ...]
+    pile: Pile | None
+    """The largest one, if any is larger than chance makes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +105,13 @@ def steps_of(connection: duckdb.DuckDBPyConnection) -> tuple[StepCounts, ...]:
     return tuple(StepCounts(**{**zeros, **counts}) for counts in found.values())
 
 
-def lengths_of(connection: duckdb.DuckDBPyConnection) -> Lengths:
+def lengths_of(connection: duckdb.DuckDBPyConnection, pile_share: float) -> Lengths:
     found = connection.execute(
         "SELECT characters, count(*) FILTER (label), count(*) FILTER (NOT label) FROM examples GROUP BY 1 ORDER BY 1"
     ).fetchnumpy()
     length, up, down = (np.asarray(column).astype(np.int64) for column in found.values())
     if not len(length):
-        return Lengths(up=None, down=None, auc=None, edges=(), up_counts=(), down_counts=())
+        return Lengths(up=None, down=None, auc=None, edges=(), up_counts=(), down_counts=(), pile=None)
     edges = np.geomspace(1, max(2, int(length.max()) + 1), _BINS + 1)
     counts = [np.histogram(np.maximum(length, 1), edges, weights=side)[0].astype(int) for side in (up, down)]
     return Lengths(
@@ -106,7 +121,42 @@ def lengths_of(connection: duckdb.DuckDBPyConnection) -> Lengths:
         edges=tuple(round(float(edge), 2) for edge in edges),
         up_counts=tuple(map(int, counts[0])),
         down_counts=tuple(map(int, counts[1])),
+        pile=_pile(connection, length, up + down, pile_share),
     )
+
+
+def _pile(connection: duckdb.DuckDBPyConnection, length: np.ndarray, counts: np.ndarray, share: float) -> Pile | None:
+    """The length at which most answers pile up: at least `share` of all, and many times as many as at lengths nearby.
+
+    The same text over and over, such as a greeting, piles up as well: that is no cut.
+    """
+    total = int(counts.sum())
+    near = np.searchsorted(length, length * 1.1, side="right"), np.searchsorted(length, length * 0.9)
+    sums = np.concatenate([[0], np.cumsum(counts)])
+    around = (sums[near[0]] - sums[near[1]] - counts) / np.maximum(1, np.floor(length * 0.2))
+    stands_out = (length >= _PILED) & (counts >= _LEAST_PILED) & (counts > share * total) & (counts > 10 * around)
+    for place in sorted(np.flatnonzero(stands_out), key=lambda place: -counts[place])[:_PILES]:
+        characters, answers = int(length[place]), int(counts[place])
+        # hashes of some of the texts: all of them may be more than memory holds
+        looked_at, texts, ending, ended = one(
+            connection,
+            """WITH piled AS (
+                SELECT hash(texts.completion) AS text, right(texts.completion, 3) AS ending
+                FROM examples JOIN texts USING (vote) WHERE examples.characters = $length LIMIT $most
+            )
+            SELECT count(*), count(DISTINCT text), mode(ending),
+                count(*) FILTER (ending = (SELECT mode(ending) FROM piled))
+            FROM piled""",
+            {"length": characters, "most": _LOOKED_AT},
+        )
+        if 2 * texts > looked_at:
+            return Pile(
+                characters=characters,
+                answers=answers,
+                share=answers / total,
+                ending=ending if 2 * ended > looked_at else "",
+            )
+    return None
 
 
 def auc(up: np.ndarray, down: np.ndarray) -> float | None:

@@ -12,12 +12,15 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import duckdb
 import psutil
+from duckdb.func import SPECIAL
 
 from kto_dist.base.errors import UserError
+from kto_dist.feedback.chat import Reader, answer_in
 from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.language import check_languages
 from kto_dist.feedback.mapping import macros
@@ -61,6 +64,8 @@ def database(config: MiningConfig, salt: str) -> Iterator[tuple[duckdb.DuckDBPyC
             # is short (seen at 256 MiB)
             connection.execute("SET async_threads = 0")
         _check_patterns(connection, config)
+        reading = partial(answer_in, Reader.of(config))
+        connection.create_function("answer_in", reading, ["VARCHAR"], "VARCHAR", null_handling=SPECIAL)
         for macro in macros(config, salt):
             connection.execute(f"CREATE {macro}")
         yield connection, folder

@@ -39,6 +39,8 @@ class Log:
     """Rows that input.on_bad_row: skip left out."""
     unreadable_by_reason: dict[str, int]
     """Of them, by what is wrong with them: most rows first."""
+    unused: dict[str, int]
+    """What rows hold besides and looks as if it belonged -> rows that have it; most rows first."""
     judgements: int
     kept: int
     """Votes that the dataset rests on."""

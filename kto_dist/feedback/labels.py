@@ -2,18 +2,21 @@
 
 In:  each distinct feedback of the log, as text, once.
 Out: the table `words` (raw_feedback, label); null is a dead zone or a word without meaning. Pairs and rankings bring
-     feedback of their own: `chosen`, `rejected`, `2 of 5`.
+     feedback of their own: `chosen`, `rejected`, `2 of 5`; duels `a: WORD` and `b: WORD`.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import duckdb
 import pyarrow as pa
 
 from kto_dist.base.errors import UserError
 from kto_dist.base.vocabulary import DOWN, UP, plain
-from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.config import LabelsConfig, MiningConfig
+from kto_dist.feedback.sql import one
+from kto_dist.feedback.state import place_of
 
 _BATCH = 10_000
 _LISTED = 8
@@ -23,52 +26,81 @@ class Unknown(ValueError):
     """A word of no table."""
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What stands out among the words of a log."""
+
+    unknown: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Word -> (votes, the first one's number)."""
+    scale: set[str] = field(default_factory=set)
+    """Of 0 and -1, those that occur."""
+    numbers: set[str] = field(default_factory=set)
+    """Some that are unknown."""
+
+    def add(self, word: str, votes: int, first: int) -> None:
+        self.unknown[word] = votes, first
+        if len(self.numbers) < _LISTED and _is_number(word):
+            self.numbers.add(word)
+        if len(self.unknown) > 1000:
+            self.unknown = dict(sorted(self.unknown.items(), key=_by_votes)[:_LISTED])
+
+
 def make_words(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
     """Makes `words` from `parts`. Raises `UserError` that lists words of no table, if they are errors."""
     connection.execute("CREATE TABLE words (raw_feedback VARCHAR, label BOOLEAN)")
-    meaning = meaning_of(config)
-    unknown: dict[str, int] = {}
-    scale: set[str] = set()
-    numbers: set[str] = set()
+    meaning, seen = meaning_of(config), _Seen()
     counted = connection.cursor().execute(
-        "SELECT raw_feedback, count(*) FROM parts WHERE raw_feedback IS NOT NULL GROUP BY raw_feedback"
+        "SELECT raw_feedback, count(*), min(vote) FROM parts WHERE raw_feedback IS NOT NULL GROUP BY raw_feedback"
     )
     while found := counted.fetchmany(_BATCH):
         labels = []
-        for word, votes in found:
-            scale |= {plain(word)} & {"0", "0.0", "-1", "-1.0"}
+        for word, votes, first in found:
+            seen.scale |= {plain(word)} & {"0", "0.0", "-1", "-1.0"}
             try:
                 labels.append(meaning(word))
             except Unknown:
                 labels.append(None)
-                unknown[word] = votes
-                if len(numbers) < _LISTED and _is_number(word):
-                    numbers.add(word)
-                if len(unknown) > 1000:
-                    unknown = dict(sorted(unknown.items(), key=_by_votes)[:_LISTED])
-        batch = pa.table({"word": pa.array([word for word, _ in found]), "label": pa.array(labels, pa.bool_())})
+                seen.add(word, votes, first)
+        batch = pa.table({"word": pa.array([word for word, *_ in found]), "label": pa.array(labels, pa.bool_())})
         connection.register("batch", batch)
         connection.execute("INSERT INTO words SELECT word, label FROM batch")
         connection.unregister("batch")
-    if {abs(float(word)) for word in scale} == {0, 1} and _zero_is_a_guess(config):
+    _check(connection, config, seen)
+
+
+def _check(connection: duckdb.DuckDBPyConnection, config: MiningConfig, seen: _Seen) -> None:
+    if {abs(float(word)) for word in seen.scale} == {0, 1} and _zero_is_a_guess(config):
         raise UserError(
             f"columns.feedback ({config.columns.feedback}) has both 0 and -1, and 0 may mean no vote or thumbs down: "
             'give labels.neutral: ["0", "0.0"] for no vote, or labels.down: ["0", "0.0", "-1", "-1.0"] for thumbs down'
         )
-    if numbers and _one_is_a_guess(config):
+    if seen.numbers and _one_is_a_guess(config):
         raise UserError(
             f"columns.feedback ({config.columns.feedback}) has numbers beyond 1, 0 and -1 "
-            f"({', '.join(sorted(numbers, key=float))}), so it is a rating, whose 1 would count as a thumbs up: give "
-            "labels.up_from and labels.down_to, or labels.up and labels.down without the built-in numbers"
+            f"({', '.join(sorted(seen.numbers, key=float))}), so it is a rating, whose 1 would count as a thumbs up: "
+            "give labels.up_from and labels.down_to, or labels.up and labels.down without the built-in numbers"
         )
-    if unknown and config.labels.unknown == "error":
-        words = sorted(unknown.items(), key=_by_votes)[:_LISTED]
-        listed = ", ".join(f"{_short(word)} ({votes:,} votes)" for word, votes in words)
+    if not seen.unknown or config.labels.unknown == "ignore":
+        return
+    words = sorted(seen.unknown.items(), key=_by_votes)[:_LISTED]
+    if config.columns.layout == "duels":
+        said = dict.fromkeys(word.partition(": ")[2] for word, _ in words)
         raise UserError(
-            f"columns.feedback ({config.columns.feedback}) has words without a meaning: {listed}; add each to "
-            "labels.up, labels.down or labels.neutral, give labels.up_from and labels.down_to for ratings, or leave "
-            "such votes out with labels.unknown: ignore"
+            f"columns.winner ({config.columns.winner}) has words without a meaning: "
+            f"{', '.join(map(_short, said))}; add each to labels.a_wins, labels.b_wins, labels.tie, labels.both_good "
+            "or labels.both_bad, or leave such duels out with labels.unknown: ignore"
         )
+    places = [f"{_short(word)} ({votes:,} votes, first {_place(connection, first)})" for word, (votes, first) in words]
+    raise UserError(
+        f"columns.feedback ({config.columns.feedback}) has words without a meaning: {', '.join(places)}; add each to "
+        "labels.up, labels.down or labels.neutral, give labels.up_from and labels.down_to for ratings, or leave "
+        "such votes out with labels.unknown: ignore"
+    )
+
+
+def _place(connection: duckdb.DuckDBPyConnection, vote: int) -> str:
+    number, position = place_of(vote)
+    return f"{one(connection, 'SELECT file FROM sources WHERE number = ?', [number])[0]}:{position}"
 
 
 def _zero_is_a_guess(config: MiningConfig) -> bool:
@@ -95,8 +127,8 @@ def _is_number(word: str) -> bool:
         return False
 
 
-def _by_votes(item: tuple[str, int]) -> tuple[int, str]:
-    return -item[1], item[0]
+def _by_votes(item: tuple[str, tuple[int, int]]) -> tuple[int, str]:
+    return -item[1][0], item[0]
 
 
 def _short(word: str) -> str:
@@ -108,6 +140,8 @@ def meaning_of(config: MiningConfig) -> Callable[[str], bool | None]:
     labels, layout = config.labels, config.columns.layout
     if layout == "pairs":
         return {"chosen": True, "rejected": False}.__getitem__
+    if layout == "duels":
+        return _duel(labels)
     if layout == "rankings":
         return lambda word: _ranked(*map(int, word.split(" of ")), halves=labels.ranked == "halves")
     table: dict[str, bool | None] = {}
@@ -127,6 +161,28 @@ def meaning_of(config: MiningConfig) -> Callable[[str], bool | None]:
         return True if rating >= up_from else False if rating <= down_to else None
 
     return rated
+
+
+def _duel(labels: LabelsConfig) -> Callable[[str], bool | None]:
+    """Of "a: WORD" and "b: WORD": what the winner's word says of that answer."""
+    table: dict[str, tuple[bool | None, bool | None]] = {}
+    for words, meaning in (
+        (labels.a_wins, (True, False)),
+        (labels.b_wins, (False, True)),
+        (labels.tie, (None, None)),
+        (labels.both_good, (True, True)),
+        (labels.both_bad, (False, False)),
+    ):
+        table |= {plain(word): meaning for word in words}
+
+    def look_up(said: str) -> bool | None:
+        side, _, word = said.partition(": ")
+        try:
+            return table[plain(word)][side == "b"]
+        except KeyError:
+            raise Unknown(said) from None
+
+    return look_up
 
 
 def _look_up(table: dict[str, bool | None], word: str) -> bool | None:

@@ -1,21 +1,24 @@
-"""Columns of the log -> judgements, as SQL that DuckDB runs over each batch.
+"""Votes of the log -> the rows of a part, as SQL that DuckDB runs over each batch.
 
-In:  a relation with position, problem, excerpt and, for every mapped column, its text `v_NAME` and its type `t_NAME`
-     (JSON's: VARCHAR, ARRAY, OBJECT, NULL, ...; no type: the row has no such column).
+In:  votes, one a row, as text: of flat rows made here from cells (position, problem, record and, for every mapped
+     column, its text `v_NAME` and its type `t_NAME`: JSON's VARCHAR, ARRAY, OBJECT, NULL, ..., none where the row has
+     no such column); of all others made by judge.py.
 Out: the rows of a part (the last SELECT of `_answers_sql` and `_turns_sql`). A row that cannot be used has a problem,
-     and an excerpt for the message where it is an error; its texts and their keys are null. A part that stays has no
-     excerpt: what a bad row says is as private as any other row, and nothing in it has been hashed.
+     and the value at fault where it is an error; its texts and their keys are null. A part that stays has no value at
+     fault: what a bad row says is as private as any other row, and nothing in it has been hashed.
 
 Texts are compared by keys. A prompt's key is a hash of its normalised turns, so that a text and the same text as a
 single user turn are one prompt; a response's key hashes the prompt's key and its own normalised text.
 """
 
+import re
 import sys
 import unicodedata
 from functools import cache
 
 from kto_dist.base.vocabulary import ROLES
-from kto_dist.feedback.config import ColumnsConfig, MiningConfig
+from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.pointers import parse
 from kto_dist.feedback.sql import literal
 
 # the first year in which no vote was given
@@ -51,32 +54,18 @@ def macros(config: MiningConfig, salt: str) -> list[str]:
         f"CASE WHEN regexp_matches(x, {literal(uneven)}) "
         f"THEN trim(regexp_replace(x, {literal(f'[{_SPACE}]+')}, ' ', 'g')) ELSE x END"
     )
-    roles = " ".join(f"WHEN {literal(name)} THEN {literal(role)}" for name, role in ROLES.items())
+    known = {**ROLES, **config.roles.meanings()}
+    roles = " ".join(f"WHEN {literal(name)} THEN {literal(role)}" for name, role in known.items())
     number = r"[+-]?\d{1,19}(\.\d*)?([eE][+-]?\d{1,2})?"
     return [
         f"MACRO nfc(x) AS {nfc if clean.normalise else 'x'}",
         f"MACRO spaced(x) AS {spaces if clean.normalise else 'x'}",
         f"MACRO norm(x) AS {'lower(spaced(nfc(x)))' if clean.ignore_case else 'spaced(nfc(x))'}",
         f"MACRO is_blank(x) AS NOT regexp_matches(x, {literal(f'[^{_SPACE}]')})",
-        f"MACRO role_of(x) AS CASE lower(trim(x)) {roles} END",
-        # content is text, or a list of parts of type text
-        """MACRO content_of(x) AS CASE json_type(x) WHEN 'VARCHAR' THEN x->>'$' WHEN 'ARRAY' THEN
-            CASE WHEN list_bool_and(list_transform(from_json(x, '[{"type":"VARCHAR","text":"VARCHAR"}]'),
-                lambda p: coalesce(p.type = 'text' AND p.text IS NOT NULL, false)))
-            THEN list_aggregate(list_transform(from_json(x, '[{"text":"VARCHAR"}]'), lambda p: p.text),
-                'string_agg', '') END END""",
-        """MACRO turns_of(x) AS list_transform(
-            from_json(CASE WHEN json_valid(x) AND json_type(x) = 'OBJECT' THEN '[' || x || ']'
-                WHEN json_valid(x) THEN x END,
-                '[{"role":"VARCHAR","from":"VARCHAR","content":"JSON","value":"JSON"}]'),
-            lambda t: {'role': role_of(coalesce(t.role, t."from")),
-                'content': content_of(coalesce(t.content, t.value))})""",
-        """MACRO are_turns(x) AS coalesce(len(x) > 0 AND list_bool_and(list_transform(x,
-            lambda t: coalesce(t.role IS NOT NULL AND t.content IS NOT NULL, false))), false)""",
-        # what an answer is: text, or one turn of the assistant
-        """MACRO answer_of(v, t) AS CASE WHEN t = 'NULL' THEN '' WHEN t NOT IN ('ARRAY', 'OBJECT') THEN v
-            WHEN are_turns(turns_of(v)) AND len(turns_of(v)) = 1 AND turns_of(v)[1].role = 'assistant'
-            THEN turns_of(v)[1].content END""",
+        f"MACRO role_of(x) AS CASE lower(trim(coalesce(x, 'null'))) {roles} END",
+        # an answer is text, or one turn of the assistant in JSON, which Python reads
+        "MACRO answer_of(v, t) AS CASE WHEN t = 'NULL' THEN '' WHEN t IN ('ARRAY', 'OBJECT') THEN answer_in(v) "
+        "ELSE v END",
         'MACRO one_turn(x) AS \'[{"role":"user","content":\' || to_json(x)::VARCHAR || \'}]\'',
         "MACRO key_of(x) AS md5(x)::UUID",
         # eight digits are a date if they can be: as seconds they would lie before 1974
@@ -88,6 +77,7 @@ def macros(config: MiningConfig, salt: str) -> list[str]:
             ELSE try_cast(x AS TIMESTAMPTZ)::TIMESTAMP END""",
         f"MACRO sane(x) AS CASE WHEN x >= TIMESTAMP '1970-01-01' AND x < TIMESTAMP '{END}-01-01' THEN x END",
         "MACRO filled(x) AS CASE WHEN trim(x) <> '' THEN x END",
+        "MACRO is_root(x) AS regexp_full_match(lower(x), '[0-]*|root|client-created-root|none|null')",
         # a macro that is not temporary would be written to the database's file, and the salt with it
         f"TEMP MACRO user_of(x) AS {f'left(sha256({literal(salt)} || chr(0) || x), 32)' if hashed else 'x'}",
     ]
@@ -96,11 +86,11 @@ def macros(config: MiningConfig, salt: str) -> list[str]:
 def json_cells(columns: dict[str, str]) -> str:
     """Lines of JSON (table `source`) -> cells."""
     names = list(columns)
-    paths = ", ".join(literal(pointer(column)) for column in columns.values())
+    paths = ", ".join(literal(_key(column)) for column in columns.values())
     cells = ", ".join(f"v[{i}] AS v_{name}, t[{i}] AS t_{name}" for i, name in enumerate(names, 1))
     # Parsed once for the texts and once for the types; never when it is no JSON, which would be an error.
     return f"""
-        SELECT position, problem, left(record, 200) AS excerpt, {cells} FROM (
+        SELECT position, problem, CASE WHEN problem IS NOT NULL THEN record END AS record, {cells} FROM (
             SELECT position, record, problem,
                 CASE WHEN problem IS NULL THEN json_extract_string(record, [{paths}]) END AS v,
                 CASE WHEN problem IS NULL THEN json_type(record, [{paths}]) END AS t
@@ -115,140 +105,160 @@ def text_cells(columns: dict[str, str]) -> str:
         f"c{i} AS v_{name}, CASE WHEN c{i} IS NULL THEN 'NULL' ELSE 'VARCHAR' END AS t_{name}"
         for i, name in enumerate(columns)
     )
-    return f"SELECT position, problem, excerpt, {cells} FROM source"
+    return f"SELECT position, problem, excerpt AS record, {cells} FROM source"
 
 
-def pointer(column: str) -> str:
-    """A JSON pointer: as given when it starts with a slash, else a key whatever is in it."""
-    return column if column.startswith("/") else "/" + column.replace("~", "~0").replace("/", "~1")
+def _key(column: str) -> str:
+    """A JSON pointer to a key, whatever is in it."""
+    return "/" + column.replace("~", "~0").replace("/", "~1")
 
 
-def mapped(columns: ColumnsConfig) -> dict[str, str]:
-    """Our name -> the log's."""
-    return {name: value for name in type(columns).model_fields if (value := getattr(columns, name)) is not None}
+def plain(config: MiningConfig) -> dict[str, str] | None:
+    """Our name -> the log's, where each column is a key of the row and holds text; None: rows are read as objects."""
+    columns = config.columns
+    given = {name: parse(names[0]) for name, names in columns.given().items() if len(names) == 1}
+    if len(given) < len(columns.given()) or not all(pointer.is_name for pointer in given.values()):
+        return None
+    simple = columns.layout in ("answers", "turns") and not {"messages", "system", "parent", "id"} & given.keys()
+    if not simple or config.where.conditions() or "ignore" in config.roles.meanings().values():
+        return None
+    return {name: pointer.head for name, pointer in given.items()}
 
 
-def part_sql(config: MiningConfig, cells: str) -> str:
-    """The query that makes a part's rows from `cells`."""
-    columns = mapped(config.columns)
-    shown = config.input.on_bad_row == "error"
-    excerpt = "CASE WHEN problem IS NOT NULL THEN excerpt END" if shown else "NULL::VARCHAR"
+def part_sql(config: MiningConfig, votes: str, *, flat: bool) -> str:
+    """The query that makes a part's rows from votes: of `plain_votes` (flat), or the table `source` of judge.py's."""
+    if config.input.on_bad_row == "error":
+        detail = "CASE WHEN problem IS NOT NULL OR lost IS NOT NULL THEN detail END"
+    else:
+        detail = "NULL::VARCHAR"
     if config.columns.layout == "turns":
-        return _turns_sql(columns, cells, excerpt)
-    return _answers_sql(config, columns, cells, excerpt)
+        return _turns_sql(config, votes, detail)
+    return _answers_sql(config, votes, detail, flat=flat)
 
 
-def _common(columns: dict[str, str]) -> str:
-    user = "user_of(filled(v_user))" if "user" in columns else "NULL::VARCHAR"
-    time = "sane(time_of(trim(v_time)))" if "time" in columns else "NULL::TIMESTAMP"
-    model = "filled(v_model)" if "model" in columns else "NULL::VARCHAR"
-    finish = "filled(v_finish)" if "finish" in columns else "NULL::VARCHAR"
-    return f"{user} AS user_key, {time} AS time, {model} AS model, {finish} AS finish"
-
-
-def _text_problem(name: str, *, is_answer: bool) -> str:
-    """Code of what is wrong with a column that must be text."""
-    wrong = f"answer_of(v_{name}, t_{name}) IS NULL" if is_answer else f"t_{name} IN ('ARRAY', 'OBJECT')"
-    return f"CASE WHEN t_{name} IS NULL THEN 'no {name}' WHEN {wrong} THEN '{name} is no text' END"
-
-
-def _answers_sql(config: MiningConfig, columns: dict[str, str], cells: str, excerpt: str) -> str:
-    layout = config.columns.layout
-    answers = {"answers": ["response"], "pairs": ["chosen", "rejected"], "rankings": []}[layout]
-    answers = [name for name in answers if name in columns]
-    problems = ["problem"]
-    if "messages" in columns:
-        turns = "turns_of(v_messages)"
-        whole = layout == "answers" and "response" not in columns
-        context = "turns[:-2]" if whole else "turns"
-        prompt, blank = (
-            "to_json(context)::VARCHAR",
-            "list_bool_and(list_transform(context, lambda t: is_blank(t.content)))",
-        )
-        key = "to_json(list_transform(context, lambda t: {'role': t.role, 'content': norm(t.content)}))::VARCHAR"
-        problems += ["CASE WHEN t_messages IS NULL THEN 'no messages' WHEN NOT are_turns(turns) THEN 'messages' END"]
-        problems += ["CASE WHEN turns[-1].role <> 'assistant' THEN 'no answer' END"] if whole else []
-        problems += [f"CASE WHEN ({context})[-1].role = 'assistant' THEN 'answer twice' END"]
-    else:
-        turns, context, whole = "NULL", "NULL", False
-        text = "coalesce(v_prompt, '')"
-        prompt = text if config.output.form == "text" else f"one_turn({text})"
-        blank, key = f"is_blank({text})", f"one_turn(norm({text}))"
-        problems += [_text_problem("prompt", is_answer=False)]
-    problems += [_text_problem(name, is_answer=True) for name in answers]
-    if "time" in columns:
-        problems += ["CASE WHEN trim(v_time) <> '' AND sane(time_of(trim(v_time))) IS NULL THEN 'time' END"]
-
-    ranked = "NULL"
-    if layout == "pairs":
-        sides = ", ".join(
-            f"{{'sub': {sub}, 'completion': answer_of(v_{name}, t_{name}), 'feedback': '{name}'}}"
-            for sub, name in enumerate(answers)
-        )
-        judged = f"[{sides}]"
-    elif layout == "rankings":
-        given = (
-            "from_json(CASE WHEN json_valid(v_ranks) THEN v_ranks END, '[\"DOUBLE\"]')"
-            if "ranks" in columns
-            else "list_transform(texts, lambda x, i: i::DOUBLE)"
-        )
-        ranked = given
-        problems += [
-            "CASE WHEN t_responses IS NULL THEN 'no responses' WHEN len(texts) BETWEEN 1 AND 1000 "
-            "AND list_bool_and(list_transform(texts, lambda x: coalesce(json_type(x) = 'VARCHAR', false))) "
-            "AND len(ranks) = len(texts) AND list_bool_and(list_transform(ranks, lambda x: x IS NOT NULL)) "
-            "THEN NULL ELSE 'ranks' END"
-        ]
-        # the rank among the distinct ranks: 1 of 3 is the best of three
-        judged = (
-            "list_transform(texts, lambda x, i: {'sub': i - 1, 'completion': x->>'$', 'feedback': "
-            "(1 + len(list_distinct(list_filter(ranks, lambda r: r < ranks[i])))) || ' of ' "
-            "|| len(list_distinct(ranks))})"
-        )
-    else:
-        completion = "turns[-1].content" if whole else "answer_of(v_response, t_response)"
-        judged = f"[{{'sub': 0, 'completion': {completion}, 'feedback': filled(v_feedback)}}]"
-    listed = "from_json(CASE WHEN json_valid(v_responses) THEN v_responses END, '[\"JSON\"]')"
-    texts = listed if layout == "rankings" else "NULL"
-
-    # One pass, since batches come only once: a row with a problem has one judgement that is null.
+def plain_votes(config: MiningConfig, columns: dict[str, str], cells: str) -> str:
+    """Cells of a flat row -> its one vote, as judge.py makes it."""
+    if config.columns.layout == "turns":
+        return _plain_turns(columns, cells)
+    problems = [
+        "problem",
+        "CASE WHEN t_prompt IS NULL THEN 'no prompt' WHEN t_prompt IN ('ARRAY', 'OBJECT') THEN 'prompt is no text' END",
+        _answer_problem("response"),
+    ]
     return f"""
-        WITH parsed AS (SELECT *, {turns} AS turns, {texts} AS texts FROM ({cells})),
-        ranked AS (SELECT *, {context} AS context, {ranked} AS ranks FROM parsed),
-        checked AS (SELECT * REPLACE (coalesce({", ".join(problems)}) AS problem) FROM ranked),
-        judged AS (
-            SELECT position, problem, {excerpt} AS excerpt,
-                CASE WHEN problem IS NULL THEN {prompt} END AS prompt,
-                CASE WHEN problem IS NULL THEN key_of({key}) END AS prompt_key,
-                CASE WHEN problem IS NULL THEN {blank} END AS blank,
-                unnest(CASE WHEN problem IS NULL THEN {judged} ELSE [NULL] END) AS one, {_common(columns)}
-            FROM checked
-        )
-        SELECT position, coalesce(one.sub, 0)::USMALLINT AS sub, problem, excerpt, prompt, one.completion AS completion,
-            prompt_key, key_of(prompt_key::VARCHAR || norm(one.completion)) AS response_key,
-            md5_number_lower(prompt || chr(0) || one.completion) AS text_key,
-            blank, one.feedback::VARCHAR AS raw_feedback, user_key, time, model, finish
-        FROM judged"""
+        SELECT position, 0 AS sub, problem, NULL::VARCHAR AS lost, CASE problem WHEN 'prompt is no text' THEN v_prompt
+                WHEN 'response is no text' THEN v_response END AS detail,
+            coalesce(v_prompt, '') AS asked, NULL::VARCHAR AS context,
+            answer_of(v_response, t_response) AS completion, v_feedback AS feedback, {_plain_about(columns)}
+        FROM (SELECT * REPLACE (coalesce({", ".join(problems)}) AS problem) FROM ({cells}))"""
 
 
-def _turns_sql(columns: dict[str, str], cells: str, excerpt: str) -> str:
-    turn = "try_cast(v_turn AS DOUBLE)" if "turn" in columns else "NULL::DOUBLE"
+def _plain_turns(columns: dict[str, str], cells: str) -> str:
+    key = re.escape(columns["session"])
+    # a line that breaks off may still say whose it is
+    said = literal(rf'"{key}"\s*:\s*"?([^"\\,}}]+)')
     problems = [
         "problem",
         "CASE WHEN filled(v_session) IS NULL THEN 'no session' END",
         "CASE WHEN role_of(v_role) IS NULL THEN 'role' END",
-        _text_problem("text", is_answer=False),
-        "CASE WHEN role_of(v_role) <> 'assistant' AND filled(v_feedback) IS NOT NULL THEN 'rated turn' END",
+        _answer_problem("text"),
     ]
-    if "turn" in columns:
-        problems.append(f"CASE WHEN {turn} IS NULL OR NOT isfinite({turn}) THEN 'turn' END")
-    if "time" in columns:
-        given = "trim(v_time) <> ''" if "turn" in columns else "true"
-        problems.append(f"CASE WHEN {given} AND sane(time_of(trim(v_time))) IS NULL THEN 'time' END")
+    lost = "CASE WHEN role_of(v_role) <> 'assistant' AND filled(v_feedback) IS NOT NULL THEN 'rated turn' END"
     return f"""
-        WITH cells AS ({cells}),
-        checked AS (SELECT * REPLACE (coalesce({", ".join(problems)}) AS problem) FROM cells)
-        SELECT position, 0::USMALLINT AS sub, problem, {excerpt} AS excerpt,
-            CASE WHEN problem IS NULL THEN key_of(user_of(v_session)) END AS session, role_of(v_role) AS role,
-            coalesce(v_text, '') AS text, {turn} AS turn, filled(v_feedback) AS raw_feedback, {_common(columns)}
+        SELECT * REPLACE (CASE WHEN lost IS NULL THEN feedback END AS feedback,
+                CASE WHEN lost IS NOT NULL THEN feedback ELSE detail END AS detail) FROM (
+            SELECT position, 0 AS sub, problem, CASE problem WHEN 'role' THEN coalesce(v_role, 'null')
+                    WHEN 'text is no text' THEN v_text END AS detail,
+                CASE WHEN problem IS NULL THEN {lost} END AS lost,
+                CASE WHEN record IS NOT NULL THEN trim(regexp_extract(record, {said}, 1)) ELSE v_session END AS session,
+                role_of(v_role) AS role, answer_of(v_text, t_text) AS text, NULL::VARCHAR AS extra,
+                {"v_turn" if "turn" in columns else "NULL::VARCHAR"} AS turn,
+                NULL::VARCHAR AS id, NULL::VARCHAR AS parent, v_feedback AS feedback, {_plain_about(columns)}
+            FROM (SELECT * REPLACE (coalesce({", ".join(problems)}) AS problem) FROM ({cells})))"""
+
+
+def _plain_about(columns: dict[str, str]) -> str:
+    return ", ".join(f"{f'v_{name}' if name in columns else 'NULL::VARCHAR'} AS {name}" for name in _ABOUT)
+
+
+def _answer_problem(name: str) -> str:
+    return (
+        f"CASE WHEN t_{name} IS NULL THEN 'no {name}' WHEN answer_of(v_{name}, t_{name}) IS NULL "
+        f"THEN '{name} is no text' END"
+    )
+
+
+_ABOUT = ("user", "time", "model", "finish")
+_TURNS = '[{"role":"VARCHAR","content":"VARCHAR","tool_calls":"JSON"}]'
+
+
+def _about() -> str:
+    return "user_of(filled(user)) AS user_key, moment AS time, filled(model) AS model, filled(finish) AS finish"
+
+
+def _answers_sql(config: MiningConfig, votes: str, detail: str, *, flat: bool) -> str:
+    text = "asked" if config.output.form == "text" else "one_turn(asked)"
+    prompt, key, blank, parsed = text, "one_turn(norm(asked))", "is_blank(asked)", "checked"
+    if not flat:
+        # calls of tools are a part of what was said; keys of conversations without any are those of role and content
+        turns = (
+            "to_json(list_transform(turns, lambda t: {'role': t.role, 'content': norm(t.content)}))::VARCHAR "
+            "|| coalesce(list_aggregate(list_transform(turns, lambda t: coalesce(t.tool_calls::VARCHAR, '')), "
+            "'string_agg', ''), '')"
+        )
+        blanks = "coalesce(list_bool_and(list_transform(turns, lambda t: is_blank(t.content))), true)"
+        prompt = f"coalesce(context, {text})"
+        key = f"CASE WHEN context IS NULL THEN {key} ELSE {turns} END"
+        blank = f"CASE WHEN context IS NULL THEN {blank} ELSE {blanks} END"
+        given = f"CASE WHEN problem IS NULL AND context IS NOT NULL THEN from_json(context, '{_TURNS}') END"
+        parsed = f"(SELECT *, {given} AS turns FROM checked)"
+    return f"""
+        WITH dated AS (SELECT *, sane(time_of(trim(time))) AS moment FROM ({votes})),
+        timed AS (SELECT *, problem IS NULL AND trim(time) <> '' AND moment IS NULL AS no_time FROM dated),
+        checked AS (
+            SELECT * REPLACE (CASE WHEN no_time THEN 'time' ELSE problem END AS problem,
+                CASE WHEN no_time THEN time ELSE detail END AS detail) FROM timed
+        ),
+        keyed AS (
+            SELECT *, CASE WHEN problem IS NULL THEN {prompt} END AS prompt,
+                CASE WHEN problem IS NULL THEN key_of({key}) END AS prompt_key,
+                CASE WHEN problem IS NULL THEN {blank} END AS blank
+            FROM {parsed}
+        )
+        SELECT position, sub::USMALLINT AS sub, problem, lost, {detail} AS detail, prompt,
+            CASE WHEN problem IS NULL THEN completion END AS completion, prompt_key,
+            CASE WHEN problem IS NULL THEN key_of(prompt_key::VARCHAR || norm(completion)) END AS response_key,
+            CASE WHEN problem IS NULL THEN md5_number_lower(prompt || chr(0) || completion) END AS text_key,
+            blank, CASE WHEN problem IS NULL THEN filled(feedback) END AS raw_feedback, {_about()}
+        FROM keyed"""
+
+
+def _turns_sql(config: MiningConfig, votes: str, detail: str) -> str:
+    columns = config.columns
+    # (whether it is wrong, code, value at fault)
+    wrong = []
+    if columns.turn is not None:
+        wrong.append(("number IS NULL OR NOT isfinite(number)", "turn", "coalesce(turn, 'null')"))
+    if columns.time is not None:
+        needed = columns.turn is None and columns.parent is None
+        empty = "false" if needed else "coalesce(trim(time), '') = ''"
+        wrong.append((f"moment IS NULL AND NOT ({empty})", "time", "coalesce(time, 'null')"))
+    wrong = wrong or [("false", "turn", "detail")]
+    codes = " ".join(f"WHEN {condition} THEN '{code}'" for condition, code, _ in wrong)
+    faults = " ".join(f"WHEN problem IS NULL AND ({condition}) THEN {value}" for condition, _, value in wrong)
+    # A bad turn keeps where it belongs, so that its conversation is known to lack it, and nothing of what it says.
+    return f"""
+        WITH placed AS (
+            SELECT *, sane(time_of(trim(time))) AS moment, try_cast(turn AS DOUBLE) AS number FROM ({votes})
+        ),
+        checked AS (
+            SELECT * REPLACE (coalesce(problem, CASE {codes} END) AS problem,
+                CASE {faults} ELSE detail END AS detail) FROM placed
+        )
+        SELECT position, sub::USMALLINT AS sub, problem, lost, {detail} AS detail,
+            key_of(user_of({"filled(session)" if columns.session is not None else "''"})) AS session,
+            CASE WHEN problem IS NULL THEN role END AS role, CASE WHEN problem IS NULL THEN text END AS text,
+            CASE WHEN problem IS NULL THEN extra END AS extra, number AS turn, key_of(user_of(filled(id))) AS id,
+            CASE WHEN parent IS DISTINCT FROM id THEN key_of(user_of(filled(parent))) END AS parent,
+            is_root(parent) AS root, CASE WHEN problem IS NULL THEN filled(feedback) END AS raw_feedback, {_about()}
         FROM checked"""

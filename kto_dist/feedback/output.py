@@ -31,6 +31,9 @@ SPLITS = ("train", "heldout")
 _BUCKET_ROWS, _MOST_BUCKETS = 8192, 256
 _BATCH_ROWS, _CHUNK_BYTES = 512, 2**23
 _TURNS = '[{"role":"VARCHAR","content":"VARCHAR"}]'
+# of a log whose conversations call tools; arguments are JSON text, as OpenAI's API has them
+_CALLS = '[{"id":"VARCHAR","type":"VARCHAR","function":{"name":"VARCHAR","arguments":"VARCHAR"}}]'
+_CALLING_TURNS = f'[{{"role":"VARCHAR","content":"VARCHAR","tool_calls":{_CALLS},"tool_call_id":"VARCHAR"}}]'
 
 
 def write(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder: Path) -> dict[str, int]:
@@ -49,7 +52,8 @@ def write(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder: P
             "change split.heldout (0: hold nothing out), or give a longer log"
         )
     if config.output.form == "messages":
-        prompt = f"from_json(prompt, '{_TURNS}')"
+        calls = one(connection, "SELECT count(*) FROM seen WHERE name = 'tool_calls'")[0] > 0
+        prompt = f"from_json(prompt, '{_CALLING_TURNS if calls else _TURNS}')"
         completion = "[{'role': 'assistant', 'content': completion}]"
     else:
         prompt, completion = "prompt", "completion"

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import gzip
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Collection
@@ -18,12 +19,12 @@ from typing import Literal, get_args
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import InputConfig
 
-Format = Literal["jsonl", "csv", "parquet", "sqlite"]
+Format = Literal["jsonl", "json", "csv", "parquet", "sqlite"]
 
 _ENDINGS: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".json": "jsonl",
+    ".json": "json",
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
@@ -31,7 +32,7 @@ _ENDINGS: dict[str, Format] = {
     ".sqlite3": "sqlite",
     ".db": "sqlite",
 }
-_TEXT: tuple[Format, ...] = ("jsonl", "csv")
+_TEXT: tuple[Format, ...] = ("jsonl", "json", "csv")
 _BLOCK = 1 << 20
 
 
@@ -95,8 +96,24 @@ def _recognise(path: str, wanted: Literal["auto"] | Format) -> LogFile:
             f"or say input.format ({', '.join(get_args(Format))})"
         )
     if gzipped and format not in _TEXT:
-        raise UserError(f"input.files: {path}: only JSONL and CSV are read gzipped; unpack it (gunzip)")
+        raise UserError(f"input.files: {path}: only JSONL, JSON and CSV are read gzipped; unpack it (gunzip)")
+    if format == "json" and wanted == "auto" and _has_lines(path, gzipped):
+        format = "jsonl"
     return LogFile(path=path, format=format, gzipped=gzipped)
+
+
+def _has_lines(path: str, gzipped: bool) -> bool:
+    """Whether a .json file has an object a line, as many programs write it."""
+    try:
+        with gzip.open(path, "rb") if gzipped else open(path, "rb") as opened:
+            start = opened.read(_BLOCK)
+    except (OSError, EOFError, zlib.error):
+        return False  # whoever reads it says what is wrong
+    line, _, after = start.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
+    try:
+        return isinstance(json.loads(line), dict) and bool(after.strip())
+    except (ValueError, RecursionError):
+        return False
 
 
 def digest(file: LogFile, lengths: Collection[int] = ()) -> Digest:

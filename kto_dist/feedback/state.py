@@ -22,12 +22,14 @@ from typing import Any
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
 from kto_dist.feedback.config import MiningConfig
-from kto_dist.feedback.mapping import mapped
 from kto_dist.feedback.sources import Digest, Format, LogFile, digest
 
 # Raise it when the same file becomes other rows, or when what a part holds changes.
-_FORMAT = 3
-_REWRITTEN = ("parquet", "sqlite")
+_FORMAT = 4
+# A vote's number, of the number of its source, its position, and its place in the row.
+_PLACE_BITS, _POSITION_BITS = 10, 34
+VOTE = f"(number << {_POSITION_BITS + _PLACE_BITS}) | (position << {_PLACE_BITS}) | sub::UBIGINT"
+_REWRITTEN = ("parquet", "sqlite", "json")
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -47,7 +49,14 @@ class Part:
     examples: dict[str, str] = field(default_factory=dict)
     """Reason -> message about the first such row."""
     seen: list[str] = field(default_factory=list)
-    """Which of the mapped columns had a value."""
+    """Which of the mapped columns had a value, and what else some row had."""
+    notices: dict[str, int] = field(default_factory=dict)
+    """What the rows hold besides, and looks as if it belonged -> rows."""
+
+
+def place_of(vote: int) -> tuple[int, int]:
+    """(number of the source, position) of a vote."""
+    return vote >> (_POSITION_BITS + _PLACE_BITS), (vote >> _PLACE_BITS) & ((1 << _POSITION_BITS) - 1)
 
 
 def match(parts: list[Part], found: list[tuple[LogFile, Digest]]) -> tuple[set[int], list[tuple[LogFile, Digest]]]:
@@ -133,12 +142,14 @@ def locked(state: Path) -> Iterator[None]:
 
 def settings_of(config: MiningConfig, salt: str) -> dict[str, Any]:
     """What decides a part's rows beside the file."""
-    read = config.input.model_dump(
-        mode="json", include={"format", "encoding", "delimiter", "table", "max_row_mebibytes"}
-    )
+    names = {"format", "encoding", "delimiter", "table", "query", "rows", "ignore", "max_row_mebibytes"}
+    read = config.input.model_dump(mode="json", include=names)
     return {
         **{f"input.{name}": value for name, value in read.items()},
-        **{f"columns.{name}": value for name, value in mapped(config.columns).items()},
+        **{f"columns.{name}": list(value) for name, value in config.columns.given().items()},
+        **{f"turns.{name}": value for name, value in config.turns.model_dump(mode="json").items()},
+        "roles": config.roles.model_dump(mode="json"),
+        "where": config.where.model_dump(mode="json"),
         "clean.normalise": config.clean.normalise,
         "clean.ignore_case": config.clean.ignore_case,
         "output.form": config.output.form,

@@ -37,6 +37,12 @@ class AuditConfig(Section):
     max_length_auc: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.75, description="how well length alone tells the classes apart; 0.5: not at all, 1: perfectly"
     )
+    max_one_length: Share = Field(
+        0.02,
+        description="share of the answers that have one exact length, far more than the lengths around it, as where an "
+        "export cut them",
+    )
+    max_cleaned: Share = Field(0.5, description="share of the labelled votes that the cleaning takes")
     min_rows: Positive = Field(200, description="rows of each class in the dataset")
     min_votes: Positive = Field(10, description="votes from which a user can be named a heavy downvoter")
     false_names: Annotated[float, Field(gt=0, lt=0.5)] = Field(

@@ -35,6 +35,8 @@ STEPS = (
     "balance",
     "stratify",
 )
+# What removes a vote or an answer for what it is.
+CLEANING = STEPS[STEPS.index("exact_duplicate") : STEPS.index("near_duplicate") + 1]
 MAX_MODELS = 1000
 
 
