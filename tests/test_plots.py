@@ -5,8 +5,7 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from kto_dist.record import plots
-from kto_dist.record.plots import curve, running_mean
+from kto_dist.record.plots import PLOTS, curve, running_mean
 from kto_dist.record.theme import LIGHT
 
 
@@ -22,10 +21,12 @@ def test_a_class_absent_from_a_step_leaves_a_gap_not_a_zero() -> None:
 
 
 def test_many_points_are_drawn_faint_under_their_running_mean_and_few_with_markers() -> None:
+    (throughput,) = (plot for plot in PLOTS if plot.name == "throughput")
+
     def lines(count: int) -> list:
-        axes = Figure().subplots()
-        plots._line(axes, [{"step": i, "a": i % 2} for i in range(count)], "a", "a", LIGHT.colours["all"])
-        return axes.get_lines()
+        figure = Figure()
+        assert throughput.draw(figure, [{"step": i, "tokens_per_second": i % 2} for i in range(count)], [], LIGHT)
+        return figure.axes[0].get_lines()
 
     (few,) = lines(10)
     assert few.get_marker() == "o" and list(few.get_ydata()) == [0, 1] * 5

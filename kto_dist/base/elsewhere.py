@@ -76,6 +76,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "eval_steps": ("evaluate.every_steps",),
     "eval_strategy": ("evaluate.every_steps",),
     "report_to": ("tracking.enabled", "tracking.uri"),
+    "plot_loss": ("tracking.report",),
     # DeepSpeed's own file
     "stage": ("deepspeed.zero_stage",),
     "zero_optimization": ("deepspeed.zero_stage", "deepspeed.config"),

@@ -31,6 +31,7 @@ def say_outcome(summary: dict[str, Any], output: Path, console: Console) -> None
             if name in before and name in after:
                 console.say(f"held-out {name}: {before[name]:.3f} before, {after[name]:.3f} after")
     console.say(f"model:  {summary['export']}")
-    console.say(f"report: {output / 'report.html'}")
+    if (output / "report.html").exists():
+        console.say(f"report: {output / 'report.html'}")
     if summary["mlflow"]["uri"]:
         console.say(f"MLflow: {tracking_uri.ui_command(summary['mlflow']['uri'])}")

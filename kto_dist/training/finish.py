@@ -87,8 +87,10 @@ def _write(
         card=model_card(prepared.config, summary),
     )
     write_whole(folder.summary, json.dumps(summary, indent=1).encode())
-    page = report.write_report(folder.path)
-    for path in (folder.config, folder.summary, page, folder.path / "plots"):
+    files = [folder.config, folder.summary]
+    if tracking.report:
+        files += [report.write_report(folder.path), folder.path / "plots"]
+    for path in files:
         run.tracker.log_artifact(path)
     if tracking.log_model or tracking.register_as:
         run.tracker.log_model(folder.export)
