@@ -154,7 +154,13 @@ def test_what_the_ranks_find_wrong_ends_as_one_message_and_status_2(
 
 def test_a_run_under_the_launcher_leaves_everything_that_it_promises_and_nothing_else(tmp_path, tiny_model, tiny_log):
     config = write_config(
-        tmp_path, tiny_model, tiny_log, tracking__enabled=True, data__heldout=0.3, tracking__register="tiny"
+        tmp_path,
+        tiny_model,
+        tiny_log,
+        tracking__enabled=True,
+        tracking__report=True,
+        tracking__register="tiny",
+        data__heldout=0.3,
     )
     done = run(*with_shared_memory_of_its_own(tmp_path), *KTO_DIST, "train", config, "--ranks", 2)
     assert done.returncode == 0, done.stdout + done.stderr

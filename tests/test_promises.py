@@ -3,9 +3,7 @@
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_runs import metrics_of, tiny_config, train_all, weights_of
+from tiny_runs import TIMED, metrics_of, tiny_config, train_all, train_and_die_after, weights_of
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -155,7 +153,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tiny_m
     )
     run_ranks(train_all, world, [whole])
     with pytest.raises(RuntimeError, match="died"):
-        run_ranks(_train_and_die_after, world, broken, 5)
+        run_ranks(train_and_die_after, world, broken, 5)
     assert len(metrics_of(broken)) == 5
     run_ranks(train_all, world, [broken])
     for expected, found in zip(metrics_of(whole), metrics_of(broken), strict=True):
@@ -163,19 +161,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tiny_m
             assert found[name] == expected[name], (expected["step"], name)
     for name, tensor in weights_of(whole).items():
         assert torch.equal(weights_of(broken)[name], tensor), name
-
-
-TIMED = {"seconds", "tokens_per_second"}
-
-
-def _train_and_die_after(config: Config, steps: int) -> None:
-    """SIGKILL to every rank after so many steps: nothing gets to clean up."""
-
-    def deadly(result: StepResult) -> None:
-        if result.step == steps:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    train(config, watch=deadly)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, tiny_model, tiny_log):
@@ -186,7 +171,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, tiny_model, tiny_l
     )
     run_ranks(train_all, 1, [whole])
     with pytest.raises(RuntimeError, match="died"):
-        run_ranks(_train_and_die_after, 2, moved, 4)
+        run_ranks(train_and_die_after, 2, moved, 4)
     run_ranks(train_all, 1, [moved])
     for expected, found in zip(metrics_of(whole), metrics_of(moved), strict=True):
         for name in ("loss", "kl_raw", "grad_norm"):

@@ -5,8 +5,7 @@ import random
 import pytest
 import torch
 from ranks import run_ranks
-from test_promises import TIMED, _train_and_die_after
-from tiny_runs import metrics_of, tiny_config, train_all, weights_of
+from tiny_runs import TIMED, metrics_of, tiny_config, train_all, train_and_die_after, weights_of
 
 
 @pytest.mark.soak
@@ -32,7 +31,7 @@ def test_a_run_killed_again_and_again_equals_the_undisturbed_one(tmp_path, tiny_
     run_ranks(train_all, world, [whole])
     for step in sorted(rng.sample(range(1, 12), 4)):
         with pytest.raises(RuntimeError, match="died"):
-            run_ranks(_train_and_die_after, world, broken, step)
+            run_ranks(train_and_die_after, world, broken, step)
     run_ranks(train_all, world, [broken])
     for expected, found in zip(metrics_of(whole), metrics_of(broken), strict=True):
         assert {k: v for k, v in found.items() if k not in TIMED} == {

@@ -1,6 +1,8 @@
 """What the tests of whole runs share: a config for a tiny run, and running several of them on every rank."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 
 from kto_dist.training.config import Config
 from kto_dist.training.loop import train
+from kto_dist.training.step import StepResult
 
 
 def tiny_config(folder: Path, model: Path, log: Path, **overrides: Any) -> Config:
@@ -47,3 +50,17 @@ def weights_of(config: Config) -> dict[str, torch.Tensor]:
 def train_all(configs: list[Config]) -> list[dict[str, Any]]:
     """On every rank: the runs one after the other, in one process."""
     return [train(config) for config in configs]
+
+
+TIMED = {"seconds", "tokens_per_second"}
+"""Metrics that differ from run to run."""
+
+
+def train_and_die_after(config: Config, steps: int) -> None:
+    """SIGKILL to every rank after so many steps: nothing gets to clean up."""
+
+    def deadly(result: StepResult) -> None:
+        if result.step == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config, watch=deadly)
