@@ -42,122 +42,120 @@ def test_a_model_and_a_log_are_all_that_is_needed(file):
     assert config.model.path == "some/model" and config.data.train == ("log.jsonl",)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "parts"),
-    [
-        # value, rule, remedy
-        (["train.lr=0"], ["train.lr", "0", "greater than 0", "peak learning rate"]),
-        (["train.lr=-1e-6"], ["train.lr", "-1e-06", "greater than 0", "peak learning rate"]),
-        (["train.lr=.inf"], ["train.lr", "inf", "finite", "peak learning rate"]),
-        (["train.lr=.nan"], ["train.lr", "nan", "finite", "peak learning rate"]),
-        (["train.lr=fast"], ["train.lr", "'fast'", "valid number", "peak learning rate"]),
-        (["kto.beta=0"], ["kto.beta", "0", "greater than 0", "log-ratio"]),
-        (["kto.beta=-0.1"], ["kto.beta", "-0.1", "greater than 0", "log-ratio"]),
-        (["kto.loss=dpo2"], ["kto.loss", "'dpo2'", "'kto' or 'apo_zero_unpaired'"]),
-        (["kto.desirable_weight=-1"], ["kto.desirable_weight", "-1", "greater than or equal to 0"]),
-        (["train.seed=-1"], ["train.seed", "-1", "greater than or equal to 0"]),
-        (["train.global_batch=many"], ["train.global_batch", "'many'", "valid integer", "rows"]),
-        (["train.global_batch=2.5"], ["train.global_batch", "2.5", "integer", "rows"]),
-        (["train.betas=[0.9]"], ["train.betas", "AdamW"]),
-        (["train.betas=[0.9, 1.0]"], ["train.betas", "1.0", "AdamW"]),
-        (["train.betas=[-0.1, 0.9]"], ["train.betas", "-0.1", "AdamW"]),
-        (["train.output="], ["train.output", "valid string", "folder"]),
-        (["train.output=' '"], ["train.output", "blank"]),
-        (["data.train=[]"], ["data.train", "at least 1"]),
-        (["model.attention=flash"], ["model.attention", "'flash'", "'sdpa'"]),
-        (["train.global_batch=1"], ["train.global_batch (1)", "at least 2", "apo_zero_unpaired"]),
-        (
-            ["kto.kl_pairs_per_step=33"],
-            ["kto.kl_pairs_per_step (33)", "at most train.global_batch (32)", "one partner"],
-        ),
-        (
-            ["data.max_length=9000"],
-            ["reference.tokens_per_batch (8192)", "at least data.max_length (9000)", "lower data.max_length"],
-        ),
-        (
-            ["reference.tokens_per_batch=1000"],
-            ["reference.tokens_per_batch (1000)", "at least data.max_length (1024)", "raise it"],
-        ),
-        (["data.max_length=1"], ["max_length (1)", "at least 2", "one completion token"]),
-        (
-            ["data.max_prompt_length=1024"],
-            ["max_prompt_length (1024)", "below max_length (1024)", "no completion token"],
-        ),
-        (["data.heldout=0.0"], ["heldout (0.0)", "between 0 and 1"]),
-        (["data.heldout=1.0"], ["heldout (1.0)", "between 0 and 1"]),
-        (["data.heldout=5"], ["heldout (5", "between 0 and 1"]),
-        (["deepspeed.offload_parameters=cpu"], ["offload_parameters (cpu)", "zero_stage 3, not 2"]),
-        (
-            ["deepspeed.offload_optimizer=cpu", "deepspeed.zero_stage=0"],
-            ["offload_optimizer (cpu)", "1, 2 or 3, not 0"],
-        ),
-        (["deepspeed.offload_optimizer=nvme"], ["offload_optimizer (nvme)", "zero_stage 3, not 2"]),
-        (["deepspeed.zero_stage=3", "deepspeed.offload_parameters=nvme"], ["nvme_path", "folder on a fast local disk"]),
-        (["deepspeed.zero_stage=4"], ["deepspeed.zero_stage", "4", "0, 1, 2 or 3"]),
-        (["reference.offload=nvme"], ["offload (nvme)", "nvme_path", "folder on a fast local disk"]),
-        (["reference.offload=cpu", "reference.zero_stage=0"], ["offload (cpu)", "zero_stage 3 or auto"]),
-        (["reference.gguf_file=a.gguf"], ["gguf_file (a.gguf)", "reference.path"]),
-        (["checkpoint.keep=0"], ["checkpoint.keep", "0", "greater than 0", "newest checkpoints"]),
-        (["health.patience=0"], ["health.patience", "0", "greater than 0", "consecutive steps"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
-)
-def test_a_wrong_value_is_named_with_its_rule_and_a_remedy(file, overrides, parts):
-    message = mistake(file, *overrides)
-    assert all(part in message for part in parts), message
+WRONG = [
+    # value, rule, remedy
+    (["train.lr=0"], ["train.lr", "0", "greater than 0", "peak learning rate"]),
+    (["train.lr=-1e-6"], ["train.lr", "-1e-06", "greater than 0", "peak learning rate"]),
+    (["train.lr=.inf"], ["train.lr", "inf", "finite", "peak learning rate"]),
+    (["train.lr=.nan"], ["train.lr", "nan", "finite", "peak learning rate"]),
+    (["train.lr=fast"], ["train.lr", "'fast'", "valid number", "peak learning rate"]),
+    (["kto.beta=0"], ["kto.beta", "0", "greater than 0", "log-ratio"]),
+    (["kto.beta=-0.1"], ["kto.beta", "-0.1", "greater than 0", "log-ratio"]),
+    (["kto.loss=dpo2"], ["kto.loss", "'dpo2'", "'kto' or 'apo_zero_unpaired'"]),
+    (["kto.desirable_weight=-1"], ["kto.desirable_weight", "-1", "greater than or equal to 0"]),
+    (["train.seed=-1"], ["train.seed", "-1", "greater than or equal to 0"]),
+    (["train.global_batch=many"], ["train.global_batch", "'many'", "valid integer", "rows"]),
+    (["train.global_batch=2.5"], ["train.global_batch", "2.5", "integer", "rows"]),
+    (["train.betas=[0.9]"], ["train.betas", "AdamW"]),
+    (["train.betas=[0.9, 1.0]"], ["train.betas", "1.0", "AdamW"]),
+    (["train.betas=[-0.1, 0.9]"], ["train.betas", "-0.1", "AdamW"]),
+    (["train.output="], ["train.output", "valid string", "folder"]),
+    (["train.output=' '"], ["train.output", "blank"]),
+    (["data.train=[]"], ["data.train", "at least 1"]),
+    (["model.attention=flash"], ["model.attention", "'flash'", "'sdpa'"]),
+    (["train.global_batch=1"], ["train.global_batch (1)", "at least 2", "apo_zero_unpaired"]),
+    (
+        ["kto.kl_pairs_per_step=33"],
+        ["kto.kl_pairs_per_step (33)", "at most train.global_batch (32)", "one partner"],
+    ),
+    (
+        ["data.max_length=9000"],
+        ["reference.tokens_per_batch (8192)", "at least data.max_length (9000)", "lower data.max_length"],
+    ),
+    (
+        ["reference.tokens_per_batch=1000"],
+        ["reference.tokens_per_batch (1000)", "at least data.max_length (1024)", "raise it"],
+    ),
+    (["data.max_length=1"], ["max_length (1)", "at least 2", "one completion token"]),
+    (
+        ["data.max_prompt_length=1024"],
+        ["max_prompt_length (1024)", "below max_length (1024)", "no completion token"],
+    ),
+    (["data.heldout=0.0"], ["heldout (0.0)", "between 0 and 1"]),
+    (["data.heldout=1.0"], ["heldout (1.0)", "between 0 and 1"]),
+    (["data.heldout=5"], ["heldout (5", "between 0 and 1"]),
+    (["deepspeed.offload_parameters=cpu"], ["offload_parameters (cpu)", "zero_stage 3, not 2"]),
+    (
+        ["deepspeed.offload_optimizer=cpu", "deepspeed.zero_stage=0"],
+        ["offload_optimizer (cpu)", "1, 2 or 3, not 0"],
+    ),
+    (["deepspeed.offload_optimizer=nvme"], ["offload_optimizer (nvme)", "zero_stage 3, not 2"]),
+    (["deepspeed.zero_stage=3", "deepspeed.offload_parameters=nvme"], ["nvme_path", "folder on a fast local disk"]),
+    (["deepspeed.zero_stage=4"], ["deepspeed.zero_stage", "4", "0, 1, 2 or 3"]),
+    (["reference.offload=nvme"], ["offload (nvme)", "nvme_path", "folder on a fast local disk"]),
+    (["reference.offload=cpu", "reference.zero_stage=0"], ["offload (cpu)", "zero_stage 3 or auto"]),
+    (["reference.gguf_file=a.gguf"], ["gguf_file (a.gguf)", "reference.path"]),
+    (["checkpoint.keep=0"], ["checkpoint.keep", "0", "greater than 0", "newest checkpoints"]),
+    (["health.patience=0"], ["health.patience", "0", "greater than 0", "consecutive steps"]),
+]
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["kto.loss=apo_zero_unpaired", "train.global_batch=1"],
-        ["kto.kl_pairs_per_step=32"],
-        ["data.max_prompt_length=1023"],
-        ["data.max_length=8192"],
-        ["data.heldout=0.1"],
-        ["data.heldout=heldout.jsonl"],
-        ["data.train=[a.jsonl, b.jsonl]"],
-        ["kto.desirable_weight=0"],
-        ["kto.desirable_weight=auto"],
-        ["train.packing=true"],
-        ["deepspeed.zero_stage=3", "deepspeed.offload_parameters=nvme", "deepspeed.nvme_path=/disk"],
-        ["reference.offload=cpu"],
-        ["tracking.register=name"],
-        ["health.max_kl=null"],
-    ],
-    ids=" ".join,
-)
-def test_a_value_just_within_its_rule_is_taken(file, overrides):
-    load(file, *overrides)
+def test_a_wrong_value_is_named_with_its_rule_and_a_remedy(file):
+    for overrides, parts in WRONG:
+        message = mistake(file, *overrides)
+        assert all(part in message for part in parts), (overrides, message)
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        # a slip of the pen
-        ("trian.lr=1", "unknown section trian: did you mean train?"),
-        ("train.global_bach=8", "unknown key train.global_bach: did you mean train.global_batch?"),
-        ("kto.betta=1", "unknown key kto.betta: did you mean kto.beta?"),
-        ("tracking.registr=x", "unknown key tracking.registr: did you mean tracking.register?"),
-        ("checkpoint.every_step=1", "unknown key checkpoint.every_step: did you mean checkpoint.every_steps?"),
-        # another library's word, or one that stands in another section
-        ("train.learning_rate=1", "unknown key train.learning_rate: did you mean train.lr?"),
-        ("train.learning_rat=1", "unknown key train.learning_rat: did you mean train.lr?"),
-        (
-            "train.per_device_train_batch_size=4",
-            "unknown key train.per_device_train_batch_size: did you mean train.global_batch or "
-            "train.tokens_per_microbatch?",
-        ),
-        ("train.beta=1", "unknown key train.beta: did you mean kto.beta? known: output, global_batch"),
-        ("kto.max_length=1", "unknown key kto.max_length: did you mean data.max_length? known: loss, beta"),
-        ("data.path=x", "unknown key data.path: did you mean model.path or reference.path? known: train, heldout"),
-        ("learning_rate.x=1", "unknown section learning_rate: did you mean train.lr? known: model, reference"),
-        # nothing like it
-        ("train.qqq=1", "unknown key train.qqq: known: output, global_batch"),
-    ],
-)
-def test_an_unknown_name_is_an_error_that_says_what_it_may_have_meant(file, override, said):
-    assert said in mistake(file, override)
+RIGHT = [
+    ["kto.loss=apo_zero_unpaired", "train.global_batch=1"],
+    ["kto.kl_pairs_per_step=32"],
+    ["data.max_prompt_length=1023"],
+    ["data.max_length=8192"],
+    ["data.heldout=0.1"],
+    ["data.heldout=heldout.jsonl"],
+    ["data.train=[a.jsonl, b.jsonl]"],
+    ["kto.desirable_weight=0"],
+    ["kto.desirable_weight=auto"],
+    ["train.packing=true"],
+    ["deepspeed.zero_stage=3", "deepspeed.offload_parameters=nvme", "deepspeed.nvme_path=/disk"],
+    ["reference.offload=cpu"],
+    ["tracking.register=name"],
+    ["health.max_kl=null"],
+]
+
+
+def test_a_value_just_within_its_rule_is_taken(file):
+    for overrides in RIGHT:
+        load(file, *overrides)
+
+
+UNKNOWN = [
+    # a slip of the pen
+    ("trian.lr=1", "unknown section trian: did you mean train?"),
+    ("train.global_bach=8", "unknown key train.global_bach: did you mean train.global_batch?"),
+    ("kto.betta=1", "unknown key kto.betta: did you mean kto.beta?"),
+    ("tracking.registr=x", "unknown key tracking.registr: did you mean tracking.register?"),
+    ("checkpoint.every_step=1", "unknown key checkpoint.every_step: did you mean checkpoint.every_steps?"),
+    # another library's word, or one that stands in another section
+    ("train.learning_rate=1", "unknown key train.learning_rate: did you mean train.lr?"),
+    ("train.learning_rat=1", "unknown key train.learning_rat: did you mean train.lr?"),
+    (
+        "train.per_device_train_batch_size=4",
+        "unknown key train.per_device_train_batch_size: did you mean train.global_batch or "
+        "train.tokens_per_microbatch?",
+    ),
+    ("train.beta=1", "unknown key train.beta: did you mean kto.beta? known: output, global_batch"),
+    ("kto.max_length=1", "unknown key kto.max_length: did you mean data.max_length? known: loss, beta"),
+    ("data.path=x", "unknown key data.path: did you mean model.path or reference.path? known: train, heldout"),
+    ("learning_rate.x=1", "unknown section learning_rate: did you mean train.lr? known: model, reference"),
+    # nothing like it
+    ("train.qqq=1", "unknown key train.qqq: known: output, global_batch"),
+]
+
+
+def test_an_unknown_name_is_an_error_that_says_what_it_may_have_meant(file):
+    for override, said in UNKNOWN:
+        assert said in mistake(file, override)
 
 
 def test_another_librarys_flat_settings_are_told_where_they_stand_here(file):
