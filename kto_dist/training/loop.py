@@ -23,8 +23,9 @@ from kto_dist.base.signals import sigterm_noted
 from kto_dist.data.audited import describes_all, find_audits
 from kto_dist.model.causal_lm import check_scoring
 from kto_dist.model.devices import Cost, cost_of, make_deterministic, peak
-from kto_dist.model.engines import AdamW, Policy, zero_stage
+from kto_dist.model.engines import AdamW, Policy
 from kto_dist.model.memory import NeedsRestart
+from kto_dist.model.options import zero_stage
 from kto_dist.objective import metrics
 from kto_dist.record.run_folder import append_line, read_lines
 from kto_dist.record.tracker import Status
