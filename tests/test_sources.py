@@ -94,7 +94,10 @@ def test_a_missing_file_is_never_looked_for_on_the_hub(tmp_path, monkeypatch, na
         find_sources([str(tmp_path / name) if name == "../data" else name])
 
 
-@pytest.mark.parametrize("name, text, match", [("log.csv", "a,b", "type of the file"), ("log.jsonl", "\n", "no rows")])
+@pytest.mark.parametrize(
+    "name, text, match",
+    [("log.txt", "a,b", "type of the file"), ("log.jsonl", "\n", "no rows"), ("log.csv", "prompt,label\n", "no rows")],
+)
 def test_a_file_that_cannot_hold_rows_is_an_error(tmp_path, name, text, match):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=match):

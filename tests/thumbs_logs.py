@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from kto_dist.data.formats import BadRows, Row, read_rows
 from kto_dist.data.sources import find_sources
@@ -17,9 +18,15 @@ def write(path: Path, *records: object) -> str:
     return str(path)
 
 
-def read(*paths: object, on_bad_row: str = "error", bad: BadRows | None = None) -> list[Row]:
+def read(
+    *paths: object,
+    on_bad_row: Literal["error", "skip"] = "error",
+    bad: BadRows | None = None,
+    columns: dict[str, str | None] | None = None,
+) -> list[Row]:
     sources = find_sources([str(path) for path in paths])
-    return list(read_rows(sources, on_bad_row=on_bad_row, bad=bad or BadRows()))
+    bad = BadRows() if bad is None else bad
+    return list(read_rows(sources, on_bad_row=on_bad_row, bad=bad, columns=columns))
 
 
 def content(rows: list[Row]) -> list[tuple]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from kto_dist.base.remembered import sha256_once
+from kto_dist.data.sources import files_below
 
 VERSION = 1
 """Of audit.json, that this module reads; docs/audit.md."""
 _TAG_LENGTH = 500  # what a tag of MLflow's datasets holds
-_READ_OF_FOLDERS = (".parquet", ".jsonl", ".jsonl.gz")  # as sources.py does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,5 +151,5 @@ def _files(path: str) -> list[Path]:
     if here.is_file():
         return [here]
     if here.is_dir():
-        return sorted(file for file in here.rglob("*") if file.name.endswith(_READ_OF_FOLDERS) and file.is_file())
+        return files_below(here)
     return sorted(file for match in glob.glob(path, recursive=True) if (file := Path(match)).is_file())

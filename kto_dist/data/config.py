@@ -1,18 +1,43 @@
 """The `data` section: which rows, and how they become tokens."""
 
-from typing import Literal
+import difflib
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from kto_dist.base.config import Paths, Positive, Section, Text
+from kto_dist.data.columns import KNOWN
+
+Name = Annotated[str, Field(pattern=r"^[\w][\w .-]*$")]
+"""Of a source: a part of its metrics' names."""
+Named = Annotated[dict[Name, Paths], Field(min_length=1)]
+"""Source's name -> its path or paths."""
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class DataConfig(Section):
     """The thumbs, and how rows become tokens."""
 
-    train: Paths = Field(description="JSONL or Parquet file(s), a `datasets` folder, or a hub name (name:split)")
-    heldout: str | float | None = Field(
-        None, description="held-out rows: a path like `train`, or the fraction of prompts to hold out (by prompt hash)"
+    train: Annotated[Annotated[tuple[Text, ...], Field(min_length=1)] | Named, BeforeValidator(_listed)] = Field(
+        description="JSONL, CSV or Parquet file(s), a `datasets` folder, or a hub name (name:split); or name: path of"
+        " several sources, each with counts and metrics of its own"
+    )
+    heldout: float | Text | Named | None = Field(
+        None,
+        description="held-out rows: a path or name: path like `train`, or the fraction of prompts to hold out (by"
+        " prompt hash)",
+    )
+    columns: dict[Text, Text | None] = Field(
+        default_factory=dict,
+        description="column of the data for a name that is known, as in {prompt: query, label: /votes/0/thumb}; null:"
+        " leave that column out",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="settings of the chat template, as in {enable_thinking: false}; a row's `chat_template_kwargs` win",
     )
     max_length: Positive = Field(1024, description="tokens of prompt + completion; longer rows are cut")
     max_prompt_length: Positive | None = Field(
@@ -37,7 +62,40 @@ class DataConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _columns_are_known(self) -> "DataConfig":
+        for name in (name for name, own in self.columns.items() if own is not None and name not in KNOWN):
+            near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KNOWN)}"
+            raise ValueError(f"columns: {name} is no name that is known, {hint} It reads {{known name: your column}}")
+        return self
+
     @property
     def prompt_limit(self) -> int:
         """Tokens that the prompt of an over-long row keeps."""
         return self.max_prompt_length or max(1, self.max_length // 2)
+
+    @property
+    def train_sources(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """(name, paths) of each source; without names every path is one."""
+        return _sources(self.train)
+
+    @property
+    def heldout_sources(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """(name, paths) of each held-out source; () where rows are held out by a fraction, or not at all."""
+        return () if self.heldout is None or isinstance(self.heldout, float) else _sources(self.heldout)
+
+    @property
+    def train_paths(self) -> tuple[str, ...]:
+        return tuple(path for _, paths in self.train_sources for path in paths)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Of the training rows' sources that have names; () where they have none."""
+        return tuple(self.train) if isinstance(self.train, dict) else ()
+
+
+def _sources(given: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    if isinstance(given, dict):
+        return tuple(given.items())
+    return tuple((path, (path,)) for path in ([given] if isinstance(given, str) else given))

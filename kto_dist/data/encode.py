@@ -3,27 +3,36 @@
 In:  rows as `formats.read_rows` gives them, and an `Encoder`: the tokenizer and the settings that decide the tokens.
 Out: one `Part` a split, and what could not be read. It runs in the worker processes too.
 
-Messages are rendered with the chat template: the prompt with the header that starts an answer, so that its tokens are
-the ones that the model sees when it generates; the completion is what the template writes after that, up to the last
-EOS (what follows is never generated). Where the answer's header differs between the two renderings (a template that
-opens a thought for new answers only), the prompt ends where they part; a row whose earlier turns differ as well cannot
-be told apart into prompt and completion: it is a bad row. Text prompts get the tokenizer's special tokens except a
-final EOS, text completions get one EOS. Both sides are tokenised apart.
+1. `texts.as_text`   a row -> text: messages through the chat template, text as it is
+2. `_tokens`         the whole text -> tokens, cut where the prompt's own tokens end
+3. `_part`           cut to length, counted, as an Arrow batch
+
+The prompt has the header that starts an answer, so that its tokens are the ones that the model sees when it generates;
+the completion is what the template writes after that, up to the last EOS (what follows is never generated). Both are
+tokenised as one text, and cut at the common prefix of its tokens and those of the prompt alone: a token that joins the
+end of the prompt with the start of the answer is the answer's. Where the answer's header differs between the two
+renderings (a template that opens a thought for new answers only), the prompt ends where they part; a row whose earlier
+turns differ as well cannot be told apart into prompt and completion: it is a bad row. Prompts that were text get the
+tokenizer's special tokens except a final EOS, completions that were text get one EOS.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.examples import fit
-from kto_dist.data.formats import BadRows, Messages, Row
+from kto_dist.data.records import short
+from kto_dist.data.rows import BadRows, Row
+from kto_dist.data.spelling import Ids, Speller, bare, common_prefix, restored
+from kto_dist.data.template import ChatTemplate
+from kto_dist.data.texts import Text, Unfit, as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,10 +45,15 @@ SCHEMA = pa.schema(
         "weight": pa.float64(),
         "prompt_group": pa.int64(),
         "pair": pa.int64(),
+        "source": pa.int16(),
         "prompt": pa.large_string(),
         "completion": pa.large_string(),
+        "template": pa.large_string(),
     }
 )
+JOINED = "prompts end a token early, because the tokenizer joins their end with the start of the answer"
+ENDLESS = "answers without an end: no EOS, and no other special token, closes them, so that stopping is not learned"
+UNSPELLED = "prompts whose tokens don't spell their text: the tokenizer cannot write some of it"
 COUNTS = ("kept", "prompts_cut", "completions_cut", "dropped", "prompt_tokens", "completion_tokens")
 """What is summed up per class."""
 
@@ -55,96 +69,148 @@ class Part:
     """(rows,) uint64, a hash: equal for rows with equal tokens, whatever their labels and weights."""
     counts: np.ndarray
     """(2, 6) int64: undesirable and desirable by COUNTS."""
+    sources: np.ndarray
+    """(S, 2) int64: kept rows by source, undesirable and desirable."""
     shortened_headers: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoder:
     tokenizer: "PreTrainedTokenizerBase"
+    template: ChatTemplate | None
+    """None where the tokenizer has none."""
     max_length: int
     prompt_limit: int
     on_bad_row: str
     fraction: float | None
     """Of the prompts that are held out, by the hash of the prompt before cutting, which knows no seed: a row stays on
     its side as the log grows."""
+    sources: int
+    """How many there are."""
+
+    @cached_property
+    def speller(self) -> Speller:
+        return Speller(self.tokenizer)
+
+    @cached_property
+    def endings(self) -> frozenset[int]:
+        """Ids of the tokens that may end a turn, EOS among them: templates end a call otherwise than an answer."""
+        special = [number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        marks = self.template.endings if self.template else ()
+        return frozenset([*special, *(int(self.tokenizer.convert_tokens_to_ids(mark)) for mark in marks)])
 
     def __call__(self, rows: list[Row]) -> tuple[list[Part], BadRows]:
-        bad = BadRows()
-        texts: list[_Text] = []
+        seen = BadRows()
+        eos = self.tokenizer.eos_token
+        texts = []
         for row in rows:
             try:
-                texts.append(_texts(self.tokenizer, row))
-            except _Untemplatable as error:
-                message = f"{row.source}: the chat template refuses this row: {error}"
-                if self.on_bad_row == "error":
-                    raise UserError(f"{message}; correct the messages, or set data.on_bad_row to skip") from None
-                bad.add("refused by the chat template", message)
+                texts.append(as_text(row, self.template, eos if isinstance(eos, str) else None, seen))
+            except Unfit as error:
+                self._refuse(row, error, seen)
+        tokens = []
+        for text, sides in zip(texts, _tokens(self, texts, seen), strict=True):
+            if isinstance(sides, Unfit):
+                self._refuse(text.row, sides, seen)
+            else:
+                tokens.append(_Tokens(text=text, prompt=sides[0], completion=sides[1], group=sides[2]))
         if self.fraction is None:
-            return [_encode(self, texts)], bad
+            return [_part(self, tokens)], seen
         limit = self.fraction * 2**64
-        heldout = [_hash64(_canonical(text.row.prompt).encode()) < limit for text in texts]
-        kept = [text for text, held in zip(texts, heldout, strict=True) if not held]
-        held = [text for text, held in zip(texts, heldout, strict=True) if held]
-        return [_encode(self, kept), _encode(self, held)], bad
+        heldout = [_hash64(_canonical(row.text.row.prompt).encode()) < limit for row in tokens]
+        kept = [row for row, held in zip(tokens, heldout, strict=True) if not held]
+        held = [row for row, held in zip(tokens, heldout, strict=True) if held]
+        return [_part(self, kept), _part(self, held)], seen
 
-
-class _Untemplatable(Exception):
-    """The chat template rejects these messages, or hides where the completion starts."""
+    def _refuse(self, row: Row, error: Unfit, seen: BadRows) -> None:
+        message = f"{row.source}: {error}"
+        if self.on_bad_row == "error":
+            raise UserError(f"{message}; correct the row, or set data.on_bad_row to skip") from None
+        seen.add(error.reason, message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Text:
-    """A row as text."""
-
-    row: Row
-    prompt: str
-    completion: str
-    shortened: bool
-    """Whether the prompt ends before the answer's header does."""
-
-    @property
-    def plain(self) -> bool:
-        return isinstance(self.row.prompt, str)
+class _Tokens:
+    text: Text
+    prompt: Ids
+    completion: Ids
+    group: int
+    """A hash of the prompt's own tokens, before it met its answer and before it was cut."""
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, header: bool) -> str:
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=header)
-    # Templates raise the first on purpose (roles must alternate); the second is `None + text` inside one.
-    except (jinja2.TemplateError, TypeError) as error:
-        raise _Untemplatable(str(error)) from None
-    assert isinstance(text, str)
-    return text
+def _tokens(encoder: Encoder, texts: Sequence[Text], seen: BadRows) -> list[tuple[Ids, Ids, int] | Unfit]:
+    """For each row the tokens of prompt and completion, and the prompt's group."""
+    speller = encoder.speller
+    prompts: list[Ids] = [[]] * len(texts)
+    wholes: list[Ids] = [[]] * len(texts)
+    for plain in (False, True):
+        places = [place for place, text in enumerate(texts) if text.plain == plain]
+        chosen = [texts[place] for place in places]
+        # many answers have the same prompt
+        asked = list(dict.fromkeys((text.prompt, text.typed_before) for text in chosen))
+        alone = speller.ids([prompt for prompt, _ in asked], special=plain, typed=[typed for _, typed in asked])
+        full = speller.ids([text.full for text in chosen], special=plain, typed=[text.typed for text in chosen])
+        if plain:
+            alone, full = ([speller.opened(ids) for ids in side] for side in (alone, full))
+        of_prompt = dict(zip(asked, alone, strict=True))
+        for place, text, ids in zip(places, chosen, full, strict=True):
+            prompts[place], wholes[place] = of_prompt[text.prompt, text.typed_before], ids
+    spoken = [restored(text.full, text.typed) for text in texts]
+    spelled = speller.spells([speller.without_bos(ids, text) for ids, text in zip(wholes, spoken, strict=True)], spoken)
+    return [_cut(encoder, *row, seen) for row in zip(texts, prompts, wholes, spelled, strict=True)]
 
 
-def _texts(tokenizer: "PreTrainedTokenizerBase", row: Row) -> _Text:
-    if isinstance(row.prompt, str) or isinstance(row.completion, str):
-        assert isinstance(row.prompt, str) and isinstance(row.completion, str)
-        return _Text(row=row, prompt=row.prompt, completion=row.completion, shortened=False)
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{row.source} holds chat messages and the tokenizer has no chat template: use the "
-            "instruction-tuned model's tokenizer, add a chat_template.jinja to the model's folder, or "
-            "write prompts as text"
-        )
-    prompt = _render(tokenizer, row.prompt, header=True)
-    full = _render(tokenizer, row.prompt + row.completion, header=False)
-    if full.startswith(prompt):
-        return _Text(row=row, prompt=prompt, completion=full[len(prompt) :], shortened=False)
-    shorter = min(len(prompt), len(full))
-    same = next((place for place in range(shorter) if prompt[place] != full[place]), shorter)
-    if same < len(_render(tokenizer, row.prompt, header=False)):
-        raise _Untemplatable("it renders the earlier turns differently once the answer follows them")
-    return _Text(row=row, prompt=prompt[:same], completion=full[same:], shortened=True)
+def _cut(
+    encoder: Encoder, text: Text, prompt: Ids, whole: Ids, spelled: bool, seen: BadRows
+) -> tuple[Ids, Ids, int] | Unfit:
+    speller, group = encoder.speller, _hash64(np.array(prompt, np.int32).tobytes())
+    if text.says_nothing:
+        return prompt, [], group
+    seam = common_prefix(prompt, whole)
+    if seam < len(prompt):
+        seen.note(JOINED, text.row.source, short(speller.decoded([whole[seam:]])[0][:40]))
+    prompt, completion = whole[:seam], whole[seam:]
+    if not seam:  # one token from the first character on: nothing would be left to answer
+        prompt, completion = speller.ids([text.prompt, text.full[len(text.prompt) :]])
+    if not spelled:
+        answer = bare(text.full[len(text.prompt) :])
+        if not bare(speller.decoded([completion])[0]).endswith(answer):
+            return Unfit(
+                "not spelled by its tokens",
+                f"the tokenizer cannot write this answer ({short(answer)}): its tokens say "
+                f"{short(speller.decoded([completion])[0])}",
+            )
+        seen.note(UNSPELLED, text.row.source, short(text.prompt[-60:]))
+    return prompt, _ended(encoder, text, completion, seen), group
 
 
-def _encode(encoder: Encoder, texts: Sequence[_Text]) -> Part:
-    rows = [text.row for text in texts]
-    prompts, completions = _ids(encoder.tokenizer, texts)
-    lengths = np.array([[len(ids) for ids in side] for side in (prompts, completions)], np.int64).reshape(2, -1)
+def _ended(encoder: Encoder, text: Text, completion: Ids, seen: BadRows) -> Ids:
+    """A completion up to its end; text gets an EOS."""
+    eos = encoder.tokenizer.eos_token_id
+    if text.plain:
+        if eos is None:
+            seen.note(ENDLESS, text.row.source, short(text.full[-40:]))
+            return completion
+        return completion if completion[-1:] == [eos] else [*completion, eos]
+    if eos in completion:
+        return _up_to_last(completion, {eos})
+    # the end of a turn is another token, as <end_of_turn> is: what follows it is no part of the answer
+    ended = _up_to_last(completion, encoder.endings)
+    if not encoder.endings & {*completion} or encoder.speller.decoded([completion[len(ended) :]])[0].strip():
+        seen.note(ENDLESS, text.row.source, short(text.full[-40:]))
+        return completion
+    return ended
+
+
+def _up_to_last(ids: Ids, ends: Collection[int]) -> Ids:
+    return ids[: next((place for place in range(len(ids), 0, -1) if ids[place - 1] in ends), 0)]
+
+
+def _part(encoder: Encoder, rows: Sequence[_Tokens]) -> Part:
+    lengths = np.array([[len(row.prompt), len(row.completion)] for row in rows], np.int64).reshape(-1, 2).T
     prompt_kept, completion_kept = fit(lengths[0], lengths[1], encoder.max_length, encoder.prompt_limit)
     kept = (completion_kept > 0) & (lengths[0] > 0)
-    desirable = np.array([row.desirable for row in rows], bool)
+    up = np.array([row.text.row.desirable for row in rows], bool)
     facts = np.stack(
         [
             kept,
@@ -155,94 +221,62 @@ def _encode(encoder: Encoder, texts: Sequence[_Text]) -> Part:
             kept * completion_kept,
         ]
     ).astype(np.int64)
-    indices = np.flatnonzero(kept)
-    prompt_ids = [np.array(prompts[i][len(prompts[i]) - prompt_kept[i] :], np.int32) for i in indices]
-    completion_ids = [np.array(completions[i][: completion_kept[i]], np.int32) for i in indices]
-    groups = [_hash64(ids.tobytes()) for ids in prompt_ids]
+    chosen = [rows[place] for place in np.flatnonzero(kept)]
+    originals = [row.text.row for row in chosen]
+    prompts = [
+        np.array(row.prompt[len(row.prompt) - count :], np.int32)
+        for row, count in zip(chosen, prompt_kept[kept], strict=True)
+    ]
+    completions = [
+        np.array(row.completion[:count], np.int32) for row, count in zip(chosen, completion_kept[kept], strict=True)
+    ]
+    sources = np.zeros((encoder.sources, 2), np.int64)
+    np.add.at(sources, ([row.origin for row in originals], up[kept].astype(int)), 1)
     batch = pa.record_batch(
         [
-            pa.array(prompt_ids, pa.list_(pa.int32())),
-            pa.array(completion_ids, pa.list_(pa.int32())),
-            pa.array(desirable[kept]),
-            pa.array([rows[i].weight for i in indices], pa.float64()),
-            pa.array(np.array(groups, np.uint64).view(np.int64)),
-            pa.array([rows[i].pair for i in indices], pa.int64()),
-            pa.array([_canonical(rows[i].prompt) for i in indices], pa.large_string()),
-            pa.array([_canonical(rows[i].completion) for i in indices], pa.large_string()),
+            pa.array(prompts, pa.list_(pa.int32())),
+            pa.array(completions, pa.list_(pa.int32())),
+            pa.array(up[kept]),
+            pa.array([row.weight for row in originals], pa.float64()),
+            pa.array(np.array([row.group for row in chosen], np.uint64).view(np.int64)),
+            pa.array([row.pair for row in originals], pa.int64()),
+            pa.array([row.origin for row in originals], pa.int16()),
+            pa.array([_canonical(row.prompt) for row in originals], pa.large_string()),
+            pa.array([_canonical(row.completion) for row in originals], pa.large_string()),
+            pa.array([_beside(row) for row in originals], pa.large_string()),
         ],
         schema=SCHEMA,
     )
-    digests = b"".join(
-        hashlib.blake2b(
-            b"%d %d %r " % (len(prompt), rows[i].desirable, rows[i].weight) + prompt.tobytes() + completion.tobytes(),
-            digest_size=16,
-        ).digest()
-        for i, prompt, completion in zip(indices, prompt_ids, completion_ids, strict=True)
-    )
-    contents = [
-        _hash64(b"%d " % len(prompt) + prompt.tobytes() + completion.tobytes())
-        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
-    ]
     return Part(
         batch=batch,
-        digests=digests,
-        contents=np.array(contents, np.uint64),
-        counts=np.stack([facts[:, ~desirable].sum(1), facts[:, desirable].sum(1)]),
-        shortened_headers=sum(text.shortened for text in texts),
+        digests=b"".join(_digests(originals, prompts, completions)),
+        contents=np.array(
+            [
+                _hash64(b"%d " % len(prompt) + prompt.tobytes() + completion.tobytes())
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ],
+            np.uint64,
+        ),
+        counts=np.stack([facts[:, ~up].sum(1), facts[:, up].sum(1)]),
+        sources=sources,
+        shortened_headers=sum(row.text.cut_header for row in rows),
     )
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[_Text]) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokens of prompts and of completions; none for a completion that says nothing."""
-    plain = np.array([text.plain for text in texts], bool)
-    prompts = _prompt_ids(tokenizer, [text.prompt for text in texts], plain)
-    completions = _token_ids(tokenizer, [text.completion for text in texts], special=False)
-    for index, text in enumerate(texts):
-        ended = _to_eos(completions[index], tokenizer, text.plain)
-        completions[index] = [] if _says_nothing(text.row) else ended
-    return prompts, completions
+def _digests(rows: Sequence[Row], prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> Iterator[bytes]:
+    """Of what of each row is trained on."""
+    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        facts = b"%d %d %r " % (len(prompt), row.desirable, row.weight)
+        yield hashlib.blake2b(facts + prompt.tobytes() + completion.tobytes(), digest_size=16).digest()
 
 
-def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, special: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose=False: rows above the tokenizer's own length limit are cut here, not a reason to warn.
-    found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = found["input_ids"]
-    return ids
+def _beside(row: Row) -> str | None:
+    """What a row gives the chat template beside its messages, as JSON."""
+    given = {"tools": list(row.tools), "settings": dict(row.template_kwargs)}
+    return _canonical({name: value for name, value in given.items() if value}) if any(given.values()) else None
 
 
-def _prompt_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], plain: np.ndarray) -> list[list[int]]:
-    prompts: list[list[int]] = [[]] * len(texts)
-    for special in (False, True):
-        places = np.flatnonzero(plain == special)
-        for place, ids in zip(places, _token_ids(tokenizer, [texts[i] for i in places], special=special), strict=True):
-            prompts[place] = ids
-    if plain.any():
-        eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-        probe = tokenizer("a")["input_ids"]
-        appends_eos = len(probe) > 1 and probe[-1] == eos
-        for place in np.flatnonzero(plain):
-            ids = prompts[place][:-1] if appends_eos else prompts[place]
-            # The text has its own BOS, and the tokenizer added another.
-            prompts[place] = ids[1:] if probe[0] == bos and ids[:2] == [bos, bos] else ids
-    return prompts
-
-
-def _to_eos(ids: list[int], tokenizer: "PreTrainedTokenizerBase", plain: bool) -> list[int]:
-    eos = tokenizer.eos_token_id
-    if plain:
-        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-    return ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else ids
-
-
-def _says_nothing(row: Row) -> bool:
-    if isinstance(row.completion, str):
-        return not row.completion.strip()
-    return not any(turn["content"].strip() or turn.get("tool_calls") for turn in row.completion)
-
-
-def _canonical(side: str | Messages) -> str:
+def _canonical(side: Any) -> str:
     return json.dumps(side, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
 
 

@@ -5,7 +5,7 @@ Out: `Examples`: tokens as views into the file, and what an estimate of z0 or a 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kto_dist.base.errors import UserError
-from kto_dist.data.formats import Messages
+from kto_dist.data.turns import Messages
 
 Length = TypeVar("Length", int, np.ndarray)
 
@@ -59,6 +59,14 @@ class DataReport:
     skipped: dict[str, int]
     """Reason -> rows of the files that could not be read; a split made by fraction shows those of the whole log."""
     skipped_examples: list[str]
+    unused: dict[str, int]
+    """Column, or key of a message -> rows that have it and that nothing reads; of the whole log, as `skipped`."""
+    notes: dict[str, int]
+    """What was found and may not be meant -> rows; of the whole log, as `skipped`."""
+    first: dict[str, str]
+    """Of each note the first row's place, and what it is about."""
+    sources: list[tuple[int, int]]
+    """Of each source of `data.train`: kept rows that are desirable, and undesirable."""
     shortened_headers: int
     """Rows whose prompt ends before the template's answer header does (see encode.py)."""
     desirable: ClassReport
@@ -78,10 +86,18 @@ class DataReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DataReport":
         classes = {name: ClassReport(**values[name]) for name in ("desirable", "undesirable")}
-        return cls(**{**values, **classes})
+        return cls(**{**values, **classes, "sources": [(up, down) for up, down in values["sources"]]})
 
-    def lines(self) -> list[str]:
-        """The summary for people."""
+    def noticed(self) -> list[str]:
+        """What was seen and not used, and what may not be meant, each with its count."""
+        found = [f"{count:,} {note} (first {self.first.get(note, '')})" for note, count in self.notes.items()]
+        if self.unused:
+            listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(self.unused.items()))
+            found.append(f"seen and not used, with the number of rows: {listed}")
+        return found
+
+    def lines(self, names: Sequence[str] = ()) -> list[str]:
+        """The summary for people; `names` are those of the sources."""
         classes = {"desirable": self.desirable, "undesirable": self.undesirable}
         kept = " + ".join(f"{counts.kept:,} {name}" for name, counts in classes.items())
         skipped = sum(self.skipped.values())
@@ -94,6 +110,8 @@ class DataReport:
                 f"tokens; {counts.prompts_cut:,} prompts and {counts.completions_cut:,} completions cut, "
                 f"{counts.dropped:,} rows dropped (empty)"
             )
+        for name, (up, down) in zip(names, self.sources, strict=False) if len(self.sources) > 1 else ():
+            lines.append(f"  source {name}: {up:,} desirable, {down:,} undesirable")
         for name, lengths in (("prompt", self.prompt_lengths), ("completion", self.completion_lengths)):
             lines.append(f"  {name} tokens: " + ", ".join(f"{key} {value:,}" for key, value in lengths.items()))
         if self.shortened_headers:
@@ -140,13 +158,18 @@ class Examples:
         self.weights: np.ndarray = table["weight"].to_numpy()
         """(N,) float64, 0 or more, from the log."""
         self.prompt_group: np.ndarray = table["prompt_group"].to_numpy()
-        """(N,) int64, a hash: equal for rows whose prompt tokens are equal."""
+        """(N,) int64, a hash: equal for rows whose prompts have equal tokens before they are cut to length."""
         self.fingerprint = fingerprint
         """Of all tokens, labels and weights, in order."""
         self.report = report
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
+
+    @cached_property
+    def source(self) -> np.ndarray:
+        """(N,) int16, the number of the row's source in `data.train`."""
+        return self._table["source"].to_numpy()  # type: ignore[no-any-return]
 
     @cached_property
     def pair(self) -> np.ndarray:
@@ -181,6 +204,12 @@ class Examples:
         sides = (json.loads(self._table[name][row].as_py()) for name in ("prompt", "completion"))
         prompt, completion = (side if isinstance(side, str) else tuple(side) for side in sides)
         return prompt, completion
+
+    def beside(self, row: int) -> dict[str, Any]:
+        """What the chat template was given beside the messages: `tools` and `settings`, where the row has them."""
+        given = self._table["template"][row].as_py()
+        found: dict[str, Any] = {} if given is None else json.loads(given)
+        return found
 
     def prompt_text(self, row: int) -> str:
         """The prompt for people to read; messages become `role: content` paragraphs."""
@@ -217,8 +246,8 @@ def check(examples: Examples, *, needs_pairs: bool, name: str = "data.train") ->
     if needs_pairs and not (examples.prompt_group != examples.prompt_group[0]).any():
         raise UserError(
             f"{name} has {len(examples)} rows with one and the same prompt: z0 is estimated on a prompt "
-            "with another prompt's completion; add prompts, raise data.max_length if cutting made them "
-            "equal, or use kto.loss=apo_zero_unpaired, which has no z0"
+            "with another prompt's completion; add prompts, or use "
+            " kto.loss=apo_zero_unpaired, which has no z0"
         )
 
 

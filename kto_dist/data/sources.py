@@ -1,38 +1,24 @@
-"""Where thumbs logs lie -> raw records, each with its place.
+"""Where thumbs logs lie.
 
-In:  paths of files and folders, globs, and hub names.
-Out: `Source`s, and a stream of (place, record); the place is "file:line" or "file:row 12", counted from 1. A line
-     that is no record comes as a `BadRecord`, so that the reader decides whether it stops the run.
+In:  paths of files and folders, globs, and hub names. Out: `Source`s, which `records.py` reads.
 """
 
 import glob
-import gzip
-import itertools
-import json
 import re
-import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from kto_dist.base.errors import UserError
 from kto_dist.base.remembered import sha256_once
 
 _JSON_NAMES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+_CSV_NAMES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_FILE_NAMES = (*_JSON_NAMES, *_CSV_NAMES, ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%+-]+)?")
-_BATCH = 1024
-
-
-class BadRecord(Exception):
-    """A record that cannot become rows: `reason` is the kind to count, the message is for people."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +26,7 @@ class Source:
     """One file, or one split of a dataset."""
 
     name: str
-    kind: Literal["json", "parquet", "dataset"]
+    kind: Literal["json", "csv", "parquet", "dataset"]
     dataset: Any = None
 
     def digest(self) -> str:
@@ -67,9 +53,9 @@ def _find(path: str) -> list[Source]:
     if here.is_dir():
         if (here / "dataset_info.json").exists() or (here / "dataset_dict.json").exists():
             return [_saved_dataset(path, None)]
-        files = sorted(file for file in here.rglob("*") if file.name.endswith((".parquet", ".jsonl", ".jsonl.gz")))
+        files = files_below(here)
         if not files:
-            raise UserError(f"folder {path} holds no .parquet, .jsonl or .jsonl.gz file and is no saved dataset")
+            raise UserError(f"folder {path} holds no .parquet, .jsonl, .jsonl.gz or .csv file and is no saved dataset")
         return [_file(file) for file in files]
     if glob.has_magic(path) and not _HUB_NAME.fullmatch(path):
         files = sorted(Path(match) for match in glob.glob(path, recursive=True) if Path(match).is_file())
@@ -79,9 +65,16 @@ def _find(path: str) -> list[Source]:
     folder, colon, split = path.rpartition(":")
     if colon and (Path(folder) / "dataset_dict.json").exists():
         return [_saved_dataset(folder, split)]
-    if _HUB_NAME.fullmatch(path) and not path.startswith((".", "/")) and not path.endswith((*_JSON_NAMES, ".parquet")):
+    if _HUB_NAME.fullmatch(path) and not path.startswith((".", "/")) and not path.endswith(_FILE_NAMES):
         return [_hub_dataset(path)]
     raise UserError(f"{path} does not exist: check the path; relative ones start at {Path.cwd()}")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The logs in a folder: Parquet and JSON lines, or CSV where there is nothing else."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    logs = [file for file in files if file.name.endswith((".parquet", ".jsonl", ".jsonl.gz"))]
+    return logs or [file for file in files if file.name.endswith((".csv", ".csv.gz"))]
 
 
 def _file(path: Path) -> Source:
@@ -89,7 +82,9 @@ def _file(path: Path) -> Source:
         return Source(name=str(path), kind="parquet")
     if path.name.endswith(_JSON_NAMES):
         return Source(name=str(path), kind="json")
-    raise UserError(f"{path}: the type of the file must be one of {', '.join((*_JSON_NAMES, '.parquet'))}; convert it")
+    if path.name.endswith(_CSV_NAMES):
+        return Source(name=str(path), kind="csv")
+    raise UserError(f"{path}: the type of the file must be one of {', '.join(_FILE_NAMES)}; convert it")
 
 
 def _saved_dataset(path: str, split: str | None) -> Source:
@@ -120,84 +115,3 @@ def _hub_dataset(path: str) -> Source:
             "path, or the hub name, or download the dataset beforehand"
         ) from None
     return Source(name=path, kind="dataset", dataset=loaded)
-
-
-def read_records(source: Source, columns: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
-    """Records of a source with their places, in order. Of parquet and datasets, only `columns` are read.
-
-    Raises `UserError` for a damaged file.
-    """
-    try:
-        if source.kind == "json":
-            yield from _json_records(source.name)
-            return
-        if source.kind == "parquet":
-            parquet = pyarrow.parquet.ParquetFile(source.name)
-            # Other columns (embeddings, images) may be large. With no known one, all are read, for the error
-            # to list.
-            known = [name for name in parquet.schema_arrow.names if name in columns] or None
-            batches = parquet.iter_batches(_BATCH, columns=known)
-        else:
-            names = source.dataset.column_names
-            dataset = source.dataset.select_columns([name for name in names if name in columns] or names)
-            batches = dataset.with_format("arrow").iter(_BATCH)
-        records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        for number, record in enumerate(records, 1):
-            yield f"{source.name}:row {number}", record
-    except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{source.name} is damaged or not what its name says: {error}; write it again") from None
-
-
-def _json_records(path: str) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
-    opener = gzip.open if path.endswith(".gz") else open
-    with opener(path, "rb") as file:
-        first = True
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            if first and line.lstrip()[:1] == b"[":
-                yield from _json_array(path, number, line + file.read())
-                return
-            first = False
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                record = BadRecord(
-                    "broken JSON", f"the line {short(line.decode(errors='replace'))} is not JSON: {error}"
-                )
-            if not isinstance(record, dict | BadRecord):
-                record = BadRecord("broken JSON", f"{short(record)} must be a JSON object: one object a line")
-            yield f"{path}:{number}", record
-
-
-def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
-    # The whole array is in memory, since JSON gives no place to go on after a broken element.
-    decoder, separator = json.JSONDecoder(), re.compile(r"[^\s,]|\Z")
-    try:
-        text = content.decode("utf-8")
-        position = text.index("[") + 1
-        line += text.count("\n", 0, position)
-        while True:
-            found = separator.search(text, position)
-            start = found.start() if found else len(text)
-            line += text.count("\n", position, start)
-            if text[start : start + 1] == "]":
-                return
-            record, position = decoder.raw_decode(text, start)
-            if not isinstance(record, dict):
-                record = BadRecord("broken JSON", f"{short(record)} must be a JSON object")
-            yield f"{path}:{line}", record
-            line += text.count("\n", start, position)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        problem = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(
-            f"{path}:{line}: the JSON array is broken here: {problem}; write one object a line instead"
-        ) from None
-
-
-def short(value: Any) -> str:
-    """A value as a message quotes it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

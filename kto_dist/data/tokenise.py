@@ -27,15 +27,17 @@ from kto_dist.base.errors import UserError
 from kto_dist.data.config import DataConfig
 from kto_dist.data.encode import COUNTS, SCHEMA, Encoder, Part
 from kto_dist.data.examples import ClassReport, DataReport, is_whole
-from kto_dist.data.formats import BadRows, read_rows
+from kto_dist.data.formats import read_rows
 from kto_dist.data.processes import CHUNKING, Chunking, over_chunks
+from kto_dist.data.rows import BadRows
 from kto_dist.data.sources import find_sources
+from kto_dist.data.template import look_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of every key: raise it when the same rows become other tokens or columns.
-_VERSION = 3
+_VERSION = 4
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -67,25 +69,26 @@ def prepare(
     """
     fingerprint = fingerprint or tokenizer_fingerprint(tokenizer)
     if isinstance(data.heldout, float):
-        folder = _prepare(data, data.train, data.heldout, tokenizer, fingerprint, chunking)
+        folder = _prepare(data, data.train_sources, data.heldout, tokenizer, fingerprint, chunking)
         return folder / "rows", folder / "heldout"
     heldout = None
     if data.heldout is not None:
-        heldout = _prepare(data, (data.heldout,), None, tokenizer, fingerprint, chunking) / "rows"
-    return _prepare(data, data.train, None, tokenizer, fingerprint, chunking) / "rows", heldout
+        heldout = _prepare(data, data.heldout_sources, None, tokenizer, fingerprint, chunking) / "rows"
+    return _prepare(data, data.train_sources, None, tokenizer, fingerprint, chunking) / "rows", heldout
 
 
 def _prepare(
     data: DataConfig,
-    paths: Sequence[str],
+    given: Sequence[tuple[str, tuple[str, ...]]],
     fraction: float | None,
     tokenizer: "PreTrainedTokenizerBase",
     fingerprint: str,
     chunking: Chunking,
 ) -> Path:
-    sources = find_sources(paths)
-    settings = [data.max_length, data.prompt_limit, data.on_bad_row, fraction]
-    key = _digest([_VERSION, [source.digest() for source in sources], fingerprint, settings])
+    found = [find_sources(paths) for _, paths in given]
+    settings = [data.max_length, data.prompt_limit, data.on_bad_row, fraction, data.columns, data.template_kwargs]
+    digests = [[source.digest() for source in sources] for sources in found]
+    key = _digest([_VERSION, digests, fingerprint, settings])
     final, names = Path(data.cache) / key, ("rows",) if fraction is None else ("rows", "heldout")
 
     def is_made() -> bool:
@@ -97,14 +100,22 @@ def _prepare(
     bad = BadRows()
     encoder = Encoder(
         tokenizer=tokenizer,
+        template=look_at(tokenizer, data.template_kwargs),
         max_length=data.max_length,
         prompt_limit=data.prompt_limit,
         on_bad_row=data.on_bad_row,
         fraction=fraction,
+        sources=len(given),
     )
     try:
-        splits = [_Split(temporary / name) for name in names]
-        rows = read_rows(sources, on_bad_row=data.on_bad_row, bad=bad)
+        splits = [_Split(temporary / name, len(given)) for name in names]
+        rows = read_rows(
+            [source for sources in found for source in sources],
+            on_bad_row=data.on_bad_row,
+            bad=bad,
+            columns=data.columns,
+            origins=[origin for origin, sources in enumerate(found) for _ in sources],
+        )
         for parts, chunk_bad in over_chunks(encoder, rows, workers=data.workers, chunking=chunking):
             bad.extend(chunk_bad)
             for split, part in zip(splits, parts, strict=True):
@@ -112,6 +123,7 @@ def _prepare(
         for split in splits:
             split.close(bad)
         if not all(split.rows for split in splits):
+            paths = [path for _, listed in given for path in listed]
             raise UserError(_why_empty(paths, fraction, [split.rows for split in splits], bad))
         if final.exists() and not is_made():
             shutil.rmtree(final)
@@ -147,7 +159,7 @@ def _digest(value: Any) -> str:
 class _Split:
     """Writes one split's folder: rows.arrow as chunks come; about.json last, so its presence means whole."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sources: int) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         self.rows = 0
@@ -156,6 +168,7 @@ class _Split:
         self._content = hashlib.blake2b(digest_size=16)
         self._contents: list[np.ndarray] = []
         self._counts = np.zeros((2, len(COUNTS)), np.int64)
+        self._sources = np.zeros((sources, 2), np.int64)
         self._shortened_headers = 0
 
     def add(self, part: Part) -> None:
@@ -165,6 +178,7 @@ class _Split:
         self._content.update(part.digests)
         self._contents.append(part.contents)
         self._counts += part.counts
+        self._sources += part.sources
         self._shortened_headers += part.shortened_headers
 
     def close(self, bad: BadRows) -> None:
@@ -180,6 +194,10 @@ class _Split:
             rows_read=undesirable.kept + undesirable.dropped + desirable.kept + desirable.dropped,
             skipped=dict(bad.counts),
             skipped_examples=bad.examples,
+            unused=dict(bad.unused),
+            notes=dict(bad.notes),
+            first=bad.first,
+            sources=[(int(up), int(down)) for down, up in self._sources],
             shortened_headers=self._shortened_headers,
             duplicates=duplicates,
             contradictions=contradictions,

@@ -1,0 +1,93 @@
+"""What columns are called: the names that are known, and a log's own names for them (`data.columns`).
+
+In:  a record as the file has it. Out: the same record under the known names.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TURNS = ("messages", "conversations", "conversation")
+GUESSES = ("question", "query", "input", "context")
+"""Prompts where no column is called so."""
+PROMPTS = ("prompt", "instruction", *TURNS, *GUESSES)
+ANSWERS = ("completion", "response", "output", "answer")
+LABELS = ("label", "kto_tag", "preference", "feedback")
+PAIRS = ("chosen", "rejected")
+SIDES = ("output_A", "output_B")
+TOOLS = ("tools", "functions")
+KWARGS = "chat_template_kwargs"
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+"""What a language model of text alone cannot see."""
+KNOWN = (*PROMPTS, *ANSWERS, *LABELS, *PAIRS, *SIDES, "system", "history", "weight", *TOOLS, KWARGS)
+"""What `data.columns` may map."""
+
+
+def is_there(value: Any) -> bool:
+    """Whether a cell holds anything: no null, no empty text, list or object."""
+    return value is not None and value != "" and value != [] and value != {}
+
+
+def find(record: Mapping[str, Any], name: str) -> tuple[bool, Any]:
+    """Whether a record has what `name` leads to, and what: a column, or a JSON pointer from a slash on (RFC 6901).
+
+    A number counts list elements from 0, a negative one from the end. A text on the way that is JSON is read as such.
+    """
+    if name in record:
+        return True, record[name]
+    if not name.startswith("/"):
+        return False, None
+    value: Any = record
+    for key in name[1:].split("/"):
+        key = key.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(value)
+        if isinstance(value, Mapping) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and key.lstrip("-").isdigit() and -len(value) <= int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return False, None
+    return True, value
+
+
+def root_of(name: str) -> str:
+    """The column that a name or a pointer starts from."""
+    return name[1:].split("/")[0].replace("~1", "/").replace("~0", "~") if name.startswith("/") else name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mapped:
+    """`data.columns` at work."""
+
+    names: Mapping[str, str | None]
+    """Known name -> the log's own name or pointer; None: the log's column of this name is left out."""
+    found: set[str] = field(default_factory=set)
+    """Known names whose columns some record had."""
+
+    def read(self) -> set[str]:
+        """Columns to read from files that are read by column."""
+        return {*KNOWN, *MEDIA} | {root_of(name) for name in self.names.values() if name is not None}
+
+    def under_known_names(self, record: dict[str, Any]) -> dict[str, Any]:
+        if not self.names:
+            return record
+        renamed = dict(record)
+        for known, own in self.names.items():
+            if own is None:
+                renamed.pop(known, None)
+                continue
+            there, value = find(record, own)
+            if there:
+                self.found.add(known)
+                if root_of(own) not in self.names:
+                    renamed.pop(root_of(own), None)
+                renamed[known] = value
+        return renamed
+
+    def missing(self) -> list[str]:
+        """Known names whose columns no record had."""
+        return [known for known, own in self.names.items() if own is not None and known not in self.found]

@@ -1,0 +1,265 @@
+"""One source -> raw records, each with its place.
+
+In:  a `Source`, and the columns that the reader wants. Out: a stream of (place, record); the place is "file:line" or
+     "file:row 12", counted from 1. What is no record comes as a `BadRecord`, so that the reader decides whether it
+     stops the run.
+
+Numbers of a class label (`datasets`' type) are read as the label's name, wherever they stand in a record.
+"""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from kto_dist.base.errors import UserError
+from kto_dist.data.sources import Source
+
+Record = dict[str, Any]
+
+_BATCH = 1024
+# A file's start. Another list of lists is a line of JSON lines that is no row.
+_ARRAY = re.compile(rb"\s*\[\s*(\{|\]|$)")
+_FIELD_BYTES = 2**31 - 1
+_DELIMITERS = ",;\t|"
+
+
+class BadRecord(Exception):
+    """A record that cannot become rows: `reason` is the kind to count, the message is for people."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def short(value: Any) -> str:
+    """A value as a message quotes it."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} that nests too deep"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def loads(text: str | bytes) -> Any:
+    """Of JSON. Raises `ValueError` for whatever cannot be read, also for what would be too deep or too long."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
+def read_records(source: Source, columns: Collection[str]) -> Iterator[tuple[str, Record | BadRecord]]:
+    """Records of a source with their places, in order. Of Parquet and datasets, only `columns` are read.
+
+    Raises `UserError` for a damaged file.
+    """
+    try:
+        if source.kind == "json":
+            yield from _json_records(source.name)
+            return
+        if source.kind == "csv":
+            yield from _csv_records(source.name)
+            return
+        table = _Table(source, columns)
+        for number, record in enumerate(table.records(), 1):
+            yield f"{source.name}:row {number}", record
+    except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{source.name} is damaged or not what its name says: {error}; write it again") from None
+
+
+def unread(source: Source, columns: Collection[str]) -> dict[str, int]:
+    """Columns of a Parquet file or a dataset that `read_records` does not read -> rows that have a value there.
+
+    Nulls are known of plain columns alone: lists and objects count with all rows.
+    """
+    return _Table(source, columns).unread() if source.kind in ("parquet", "dataset") else {}
+
+
+class _Table:
+    """A Parquet file or a dataset."""
+
+    def __init__(self, source: Source, columns: Collection[str]) -> None:
+        self._dataset = source.dataset
+        if source.kind == "parquet":
+            self._parquet = pyarrow.parquet.ParquetFile(source.name)
+            self.names = list(self._parquet.schema_arrow.names)
+            features = _features_in(self._parquet.schema_arrow.metadata)
+        else:
+            self.names = list(source.dataset.column_names)
+            features = source.dataset.features.to_dict()
+        # Other columns (embeddings, images) may be large. With no known one, all are read, for the error to list.
+        self.known = [name for name in self.names if name in columns] or self.names
+        namers = {name: _namer(features[name]) for name in self.known if name in features}
+        self._namers = {name: namer for name, namer in namers.items() if namer is not None}
+
+    def records(self) -> Iterator[Record | BadRecord]:
+        if self._dataset is None:
+            batches = self._parquet.iter_batches(_BATCH, columns=self.known)
+        else:
+            batches = self._dataset.select_columns(self.known).with_format("arrow").iter(_BATCH)
+        for record in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
+            try:
+                for name, namer in self._namers.items():
+                    record[name] = namer(record[name])
+            except IndexError:
+                yield BadRecord("unknown label", f"{name} ({short(record[name])}) is a number beyond its labels' names")
+                continue
+            yield record
+
+    def unread(self) -> dict[str, int]:
+        others = [name for name in self.names if name not in self.known]
+        if self._dataset is not None:
+            return dict.fromkeys(others, len(self._dataset))
+        about, counts = self._parquet.metadata, dict.fromkeys(others, 0)
+        for number in range(about.num_row_groups):
+            group = about.row_group(number)
+            nulls = dict.fromkeys(others, 0)
+            for place in range(group.num_columns):
+                column = group.column(place)
+                if column.path_in_schema in nulls and column.statistics and column.statistics.has_null_count:
+                    nulls[column.path_in_schema] = column.statistics.null_count
+            for name in others:
+                counts[name] += group.num_rows - nulls[name]
+        return {name: count for name, count in counts.items() if count}
+
+
+def _features_in(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    """What `datasets` wrote of its types into a Parquet file."""
+    try:
+        features = loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _namer(feature: Any) -> Callable[[Any], Any] | None:
+    """A function that puts names in place of the numbers of class labels; None where there are none."""
+    if isinstance(feature, list):
+        return _each(_namer(feature[0])) if len(feature) == 1 else None
+    if not isinstance(feature, dict):
+        return None
+    kind = feature.get("_type")
+    if kind == "ClassLabel" and isinstance(feature.get("names"), list):
+        return _label_namer(feature["names"])
+    if isinstance(kind, str):
+        return _each(_namer(feature.get("feature")))
+    inner = {name: _namer(part) for name, part in feature.items()}
+    namers = {name: namer for name, namer in inner.items() if namer is not None}
+    if not namers:
+        return None
+
+    def rename(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: namers[name](item) if name in namers else item for name, item in value.items()}
+
+    return rename
+
+
+def _label_namer(names: list[str]) -> Callable[[Any], Any]:
+    def rename(value: Any) -> Any:
+        if isinstance(value, list):  # a sequence of objects is stored as an object of lists
+            return [rename(item) for item in value]
+        # `datasets` writes -1 where there is no label
+        return None if value is None or value < 0 else names[value]
+
+    return rename
+
+
+def _each(namer: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    if namer is None:
+        return None
+    return lambda value: [namer(item) for item in value] if isinstance(value, list) else namer(value)
+
+
+def _opened(path: str) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+def _json_records(path: str) -> Iterator[tuple[str, Record | BadRecord]]:
+    with _opened(path) as file:
+        first = True
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            if first and _ARRAY.match(line):
+                yield from _json_array(path, number, line + file.read())
+                return
+            first = False
+            try:
+                record = loads(line)
+            except ValueError as error:
+                quoted = short(line[:200].decode(errors="replace"))
+                record = BadRecord("broken JSON", f"the line {quoted} is not JSON: {error}")
+            if not isinstance(record, dict | BadRecord):
+                record = BadRecord("broken JSON", f"{short(record)} must be a JSON object: one object a line")
+            yield f"{path}:{number}", record
+
+
+def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, Record | BadRecord]]:
+    # The whole array is in memory, since JSON gives no place to go on after a broken element.
+    decoder, start_of_value = json.JSONDecoder(), re.compile(r"[^\s,]|\Z")
+    try:
+        text = content.decode("utf-8")
+        position = text.index("[") + 1
+        line += text.count("\n", 0, position)
+        while True:
+            found = start_of_value.search(text, position)
+            start = found.start() if found else len(text)
+            line += text.count("\n", position, start)
+            if text[start : start + 1] == "]":
+                return
+            record, position = decoder.raw_decode(text, start)
+            if not isinstance(record, dict):
+                record = BadRecord("broken JSON", f"{short(record)} must be a JSON object")
+            yield f"{path}:{line}", record
+            line += text.count("\n", start, position)
+    except (ValueError, RecursionError) as error:
+        problem = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(
+            f"{path}:{line}: the JSON array is broken here: {problem}; write one object a line instead"
+        ) from None
+
+
+def _csv_records(path: str) -> Iterator[tuple[str, Record | BadRecord]]:
+    csv.field_size_limit(_FIELD_BYTES)
+    with _opened(path) as file:
+        # a byte that is no UTF-8 becomes half of a surrogate pair, which no text may hold: its row is a bad one
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        head = next((line for line in lines if line.strip()), "")
+        if not head:
+            return
+        delimiter = next((sign for sign in sorted(_DELIMITERS, key=lambda sign: -head.count(sign))), ",")
+        reader = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
+        header = next(reader)
+        if len({*header}) < len(header):
+            raise UserError(f"{path}: a column's name stands twice in {short(header)}: give each its own")
+        while True:
+            place = f"{path}:{reader.line_num + 1}"
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "unexpected end" in str(error):
+                    raise UserError(f"{place}: a quotation mark is not closed from here to the file's end") from None
+                yield place, BadRecord("broken CSV", f"the line is not CSV: {error}")
+                continue
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                problem = f"{len(fields)} fields ({short(fields)}), and the header has {len(header)}"
+                yield place, BadRecord("broken CSV", problem)
+                continue
+            yield place, dict(zip(header, fields, strict=True))

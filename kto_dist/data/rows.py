@@ -1,0 +1,63 @@
+"""Canonical rows, and the account of what became of a log's records.
+
+`formats.py` makes rows, `encode.py` makes tokens of them; both add to the account.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kto_dist.data.turns import Messages
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One rated answer. Prompt and completion are both text or both messages."""
+
+    prompt: str | Messages
+    completion: str | Messages
+    """All turns are the assistant's. May be empty text: whether that can be trained on is decided after tokenising."""
+    desirable: bool
+    weight: float
+    source: str
+    """The row's place, "file:line" or "file:row 12", counted from 1."""
+    pair: int | None = None
+    """The number of the pair that the row is an answer of; None for an answer that was rated alone."""
+    origin: int = 0
+    """The number of the source in `data.train`."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """For the chat template."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """For the chat template; wins over `data.template_kwargs`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BadRows:
+    """Rows that were skipped, and what was seen and not used."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Reason -> rows that were skipped."""
+    examples: list[str] = field(default_factory=list)
+    """The first few messages."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """Column, or key of a message -> rows that have it, where nothing reads it."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was found and may not be meant -> rows."""
+    first: dict[str, str] = field(default_factory=dict)
+    """Of each note the first row's place, and what it is about."""
+
+    def add(self, reason: str, message: str) -> None:
+        self.counts[reason] += 1
+        self.examples = [*self.examples, message][:5]
+
+    def note(self, note: str, where: str, quote: str = "", rows: int = 1) -> None:
+        self.notes[note] += rows
+        self.first.setdefault(note, f"{where}: {quote}" if quote else where)
+
+    def extend(self, other: "BadRows") -> None:
+        self.counts.update(other.counts)
+        self.examples = [*self.examples, *other.examples][:5]
+        self.unused.update(other.unused)
+        self.notes.update(other.notes)
+        self.first = {**other.first, **self.first}
