@@ -90,6 +90,10 @@ class DataConfig(Section):
         return tuple(path for _, paths in self.train_sources for path in paths)
 
     @property
+    def heldout_paths(self) -> tuple[str, ...]:
+        return tuple(path for _, paths in self.heldout_sources for path in paths)
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """Of the training rows' sources that have names; () where they have none."""
         return tuple(self.train) if isinstance(self.train, dict) else ()

@@ -15,7 +15,7 @@ from kto_dist.record.environment import environment_tags
 from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.training import checkpoint
 from kto_dist.training.card import model_card, say_outcome
-from kto_dist.training.prepare import PreparedTraining, counts
+from kto_dist.training.prepare import PreparedTraining, account, counts
 from kto_dist.training.run import Run
 
 
@@ -40,7 +40,10 @@ def finish(
         "training": last,
         "heldout": heldout,
         "data": {
-            "train": {**counts(prepared.train), "fingerprint": prepared.train.fingerprint},
+            "train": {
+                **account(prepared.train, [name for name, _ in prepared.config.data.train_sources]),
+                "fingerprint": prepared.train.fingerprint,
+            },
             "heldout": None if prepared.heldout is None else counts(prepared.heldout),
             "audits": [audit.to_dict() for audit in run.audits],
             "class_weights": {"undesirable": prepared.class_weights[0], "desirable": prepared.class_weights[1]},

@@ -60,9 +60,9 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
 
 def _run(config: Config, console: Console, watch: Watch | None) -> dict[str, Any]:
     found = find_checkpoint(config, console)
-    audits = agree.on_main(lambda: find_audits(config.data.train, console.warn))
+    audits = agree.on_main(lambda: find_audits(config.data.train_paths, console.warn))
     prepared = prepare_training(config, console)
-    if not describes_all(audits, config.data.train):
+    if not describes_all(audits, config.data.train_paths):
         for doubt in prepared.train.report.doubts():
             console.warn(doubt)
     setup, fingerprint = find(prepared, console)

@@ -3,7 +3,7 @@
 In:  the config. Out: `Prepared`, or `PreparedTraining` for who is going to train.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,10 +84,7 @@ def prepare(config: Config, console: Console) -> Prepared:
         )
     with_z0 = LOSSES[config.kto.loss].has_z0
     check(train, needs_pairs=with_z0)
-    for name, examples in (("train", train), ("held-out", heldout)):
-        for line in () if examples is None else examples.report.lines():
-            console.say(f"{name}: {line}")
-
+    _say(config, train, heldout, console)
     if tokenizer.chat_template and isinstance(train.original(0)[0], str):
         console.warn(
             "the rows are plain text, which is taken as it is, but the tokenizer has a chat template: if the model is "
@@ -110,6 +107,21 @@ def prepare(config: Config, console: Console) -> Prepared:
     return Prepared(
         config=config, tokenizer=tokenizer, model_config=model_config, train=train, heldout=heldout, plan=plan
     )
+
+
+def _say(config: Config, train: Examples, heldout: Examples | None, console: Console) -> None:
+    """What the rows are, and what was seen and not used."""
+    names = [name for name, _ in config.data.train_sources]
+    apart = [name for name, _ in config.data.heldout_sources]
+    for line in train.report.lines(names):
+        console.say(f"train: {line}")
+    for line in () if heldout is None else heldout.report.lines(apart or names):
+        console.say(f"held-out: {line}")
+    for line in train.report.noticed():
+        console.warn(line)
+    # rows held out by a fraction come from the same log
+    for line in heldout.report.noticed() if heldout is not None and apart else ():
+        console.warn(f"held-out: {line}")
 
 
 def prepare_training(config: Config, console: Console) -> PreparedTraining:
@@ -200,6 +212,17 @@ def class_weights(train: Examples, config: Config, warn: Callable[[str], None]) 
             f"{mass[0]:g} undesirable rows, auto would set both weights within it"
         )
     return down, up
+
+
+def account(examples: Examples, names: Sequence[str]) -> dict[str, Any]:
+    """For the summary: counts by class and source, and what was seen and not used."""
+    by_source = zip(names, examples.report.sources, strict=False)
+    return {
+        **counts(examples),
+        "sources": {name: {"desirable": up, "undesirable": down} for name, (up, down) in by_source},
+        "unused": examples.report.unused,
+        "noticed": examples.report.notes,
+    }
 
 
 def counts(examples: Examples) -> dict[str, Any]:

@@ -141,8 +141,9 @@ def open_run(prepared: PreparedTraining, run: Run, console: Console) -> Tracker:
     )
     for name, examples in (("training", prepared.train), ("heldout", prepared.heldout)):
         if examples is not None:
-            apart = name == "heldout" and isinstance(config.data.heldout, str)
-            source = str(config.data.heldout) if apart else ", ".join(config.data.train)
+            apart = name == "heldout" and bool(config.data.heldout_sources)
+            paths = config.data.heldout_paths if apart else config.data.train_paths
+            source = ", ".join(paths)
             tags = audit_tags(run.audits) if name == "training" else {}
             tracker.log_dataset(name, name, examples.fingerprint, counts(examples), source, tags)
     for path, folder in audit_files(run.audits):
