@@ -31,12 +31,12 @@ class DataConfig(Section):
         " prompt hash)",
     )
     columns: dict[Text, Text | None] = Field(
-        default_factory=dict,
+        {},
         description="column of the data for a name that is known, as in {prompt: query, label: /votes/0/thumb}; null:"
         " leave that column out",
     )
     template_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
+        {},
         description="settings of the chat template, as in {enable_thinking: false}; a row's `chat_template_kwargs` win",
     )
     max_length: Positive = Field(1024, description="tokens of prompt + completion; longer rows are cut")
