@@ -143,6 +143,15 @@ def test_a_chunk_of_more_elements_than_32_bits_count_is_addressed_in_64():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_matrices_may_lie_the_other_way_round_in_memory(backend):
+    leaves, others = case([3, 0, 5], backend=backend)
+    wanted = exact(leaves, others)
+    for name in ("hidden", "weight"):
+        leaves[name] = leaves[name].detach().T.contiguous().T.requires_grad_()
+    agree(run(kto_head, leaves, others, backend=backend), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_lies_apart_in_memory_is_read_where_it_lies(backend):
     leaves, others = case([3, 0, 5], backend=backend)
     wanted = exact(leaves, others)

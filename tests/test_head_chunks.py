@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kto_kernels import sequence_lengths
-from kto_kernels.chunks import cut, even_rows
+from kto_kernels.chunks import cut, even_rows, evenly
 from torch import Tensor
 
 
@@ -46,6 +46,16 @@ def test_a_gpus_chunks_stay_within_the_budget_and_take_no_more_waves_than_full_o
     # a chunk costs something beside its waves: a tenth of one
     assert not total or cost(-(-total // -(-total // rows))) <= cost(-(-total // fewest)) + 0.1 * fewest
     assert even_rows(16384, 6000, 1024, 132) == 4224
+
+
+@given(start=st.integers(0, 50), count=st.integers(0, 400), multiple=st.integers(1, 9), times=st.integers(1, 9))
+def test_parts_of_a_chunk_are_as_few_as_can_be_and_all_but_the_last_are_multiples(start, count, multiple, times):
+    most = multiple * times
+    parts = list(evenly(start, start + count, most, multiple))
+    assert [row for begin, end in parts for row in range(begin, end)] == list(range(start, start + count))
+    sizes = [end - begin for begin, end in parts]
+    assert len(sizes) <= -(-count // most) and max(sizes, default=0) <= most
+    assert multiple == 1 or all(size % multiple == 0 for size in sizes[:-1])
 
 
 @given(lengths=st.lists(st.integers(0, 4), max_size=6))

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import kto_kernels
 import pytest
+import torch
+from kernel_cases import device_of
 
 pytest.importorskip("triton")
+
+from kto_kernels import triton_scale
 
 COMPILE = """
 import sys
@@ -55,6 +59,8 @@ for loss in LOSSES.values():
 
 signature = dict(source="*fp32", factor="*fp32", into="*bf16", count="i32")
 compile(triton_scale._scale_kernel, signature, dict(BLOCK=8192), 8)
+signature = dict(source="*bf16", factors="*fp32", into="*bf16", width="i32", source_stride="i32", into_stride="i32")
+compile(triton_scale._scale_rows_kernel, signature, dict(BLOCK=2048), 4)
 """
 
 
@@ -63,3 +69,19 @@ def test_every_variant_in_use_compiles_for_hopper_with_wide_loads_and_stores(tmp
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(kto_kernels.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("in_place", (False, True))
+@pytest.mark.parametrize("shape", ((0, 3), (5, 1), (3, 5000)))
+def test_rows_are_scaled_each_by_its_own_factor(shape, in_place, dtype):
+    device = device_of("triton")
+    rows = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
+    if not in_place:
+        rows = torch.stack([rows, rows], dim=-1)[..., 0]  # what lies apart is read where it lies
+    factor = torch.rand(shape[0], dtype=torch.promote_types(dtype, torch.float32), device=device) + 0.5
+    wanted = rows.double() * factor.double()[:, None]
+    found = triton_scale.scaled_rows(rows, factor, in_place=in_place)
+    assert (found.data_ptr() == rows.data_ptr()) == (in_place or not rows.numel())
+    # the interpreter truncates to bf16
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)

@@ -44,15 +44,24 @@ def cut(lengths: Sequence[int], rows: int, unit: int = 1) -> Iterator[Chunk]:
         yield Chunk(start=start, stop=stop, first=first, last=len(lengths), complete=True, piece=False)
 
 
-def evenly(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
-    """start..stop in as few parts of at most `most` as it takes, of equal size."""
+def evenly(start: int, stop: int, most: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """start..stop in as few parts of at most `most` as it takes, of equal size; all but the last a multiple.
+
+    `most` must be a multiple itself. evenly(0, 10, 4) -> 0..3, 3..6, 6..10; evenly(0, 10, 4, 2) -> 0..4, 4..8, 8..10.
+    """
+    assert most % multiple == 0
     parts = -(-(stop - start) // most)
-    edges = [start + (stop - start) * part // parts for part in range(parts + 1)] if parts else []
-    yield from pairwise(edges)
+    if not parts:
+        return
+    edges = [start + (stop - start) * part // parts for part in range(parts + 1)]
+    if multiple > 1:
+        size = -(-(stop - start) // (parts * multiple)) * multiple
+        edges = [min(stop, start + size * part) for part in range(parts + 1)]
+    yield from ((begin, end) for begin, end in pairwise(edges) if begin < end)
 
 
 # The tile of its result that a matmul's program makes at a time, in large products on today's GPUs.
-_TILE_ROWS, _TILE_COLUMNS = 128, 256
+TILE_ROWS, TILE_COLUMNS = 128, 256
 # What a chunk costs beside its products (another pass over dW, a few launches), in units of one wave of tiles.
 _CHUNK_COST = 0.1
 
@@ -65,14 +74,14 @@ def even_rows(total: int, most: int, width: int, processors: int) -> int:
     one. For 132 processors and width 1024 a chunk of 4,096 rows is one wave (128 tiles), and one of 5,461 is two:
     even_rows(16384, 6000, 1024, 132) = 4224, four chunks in place of three.
     """
-    across = -(-width // _TILE_COLUMNS)
+    across = -(-width // TILE_COLUMNS)
 
     def waves(rows: int) -> int:
-        return -(-across * -(-rows // _TILE_ROWS) // processors)
+        return -(-across * -(-rows // TILE_ROWS) // processors)
 
     fewest = max(1, -(-total // most))
     sizes = [max(1, -(-total // chunks)) for chunks in range(fewest, fewest + 3)]
     costs = [(-(-total // rows) * (waves(rows) + _CHUNK_COST), -rows) for rows in sizes]
     rows = -min(costs)[1]
     # as many as the same waves hold: sequences rarely end where a chunk should
-    return max(rows, min(most, waves(rows) * processors // across * _TILE_ROWS))
+    return max(rows, min(most, waves(rows) * processors // across * TILE_ROWS))

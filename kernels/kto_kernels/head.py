@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from kto_kernels.chunks import cut
 from kto_kernels.logits import LogitPass, Plan, plan_chunks
 from kto_kernels.losses import Loss, pick_loss
-from kto_kernels.matmul import one_dtype, pick_logits_dtype, scaled
+from kto_kernels.matmul import one_dtype, pick_logits_dtype, scaled, scaled_rows
 from kto_kernels.rows import pick_backend
 from kto_kernels.sequences import Sequences, Terms, sequence_pass
 from kto_kernels.transform import IDENTITY, LogitTransform
@@ -140,8 +140,8 @@ class _Head(torch.autograd.Function):
         )
         rows = logits.rows
         row_slope = torch.empty_like(rows.logps)  # of each row: its sequence's, times the row's own scale
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        sums = WeightSums(weight=wants_weight, bias=wants_bias, chunks=len(chunks))
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
+        sums = WeightSums(weight=wants_weight, bias=wants_bias, chunks=len(chunks), backend=plan.backend)
         sequences: Sequences | None = None
         for chunk in chunks:
             span = slice(chunk.start, chunk.stop)
@@ -183,7 +183,8 @@ class _Head(torch.autograd.Function):
         (row_slope,) = ctx.saved_tensors
         (grad_hidden, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
         if grad_hidden is not None:
-            grad_hidden.mul_((row_slope * grad_loss.to(row_slope.dtype))[:, None])
+            factor = row_slope * grad_loss.to(row_slope.dtype)
+            grad_hidden = scaled_rows(grad_hidden, factor, ctx.backend, in_place=True)
         grad_weight, grad_bias = (
             None if grad is None else scaled(grad, grad_loss, dtype, ctx.backend)
             for grad, dtype in zip((grad_weight, grad_bias), ctx.dtypes[1:], strict=True)

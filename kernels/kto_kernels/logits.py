@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kto_kernels.chunks import even_rows, evenly
+from kto_kernels.chunks import TILE_ROWS, even_rows, evenly
 from kto_kernels.matmul import logits_of
 from kto_kernels.rows import Rows, row_pass, writes_apart
 from kto_kernels.transform import LogitTransform
@@ -91,7 +91,9 @@ class LogitPass:
 
     def run(self, start: int, stop: int) -> None:
         """Fills `rows` from start to stop, and G, which the next call overwrites."""
-        for begin, end in evenly(start, stop, max(1, self._rows)):
+        # a matmul takes as long for the tile that it fills as for the one that it begins
+        most = max(1, self._rows)
+        for begin, end in evenly(start, stop, most, TILE_ROWS if most % TILE_ROWS == 0 else 1):
             logits = logits_of(self._hidden[begin:end], self._weight, self._logits[: end - begin])
             row_pass(
                 logits,

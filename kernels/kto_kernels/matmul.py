@@ -83,10 +83,21 @@ def weighted_sum(rows: Tensor, scale: Tensor) -> Tensor:  # (n, V), (n,) fp32 or
     return total
 
 
-def scaled_rows(rows: Tensor, factor: Tensor) -> Tensor:  # (n, H), (n,) wide -> (n, H) like rows
-    """Rounded once: on CUDA in one pass, since a product that is cast on the way takes no temporary there."""
-    if rows.is_cuda:
-        return torch.mul(rows, factor[:, None], out=torch.empty_like(rows))
+def scaled_rows(
+    rows: Tensor,  # (n, H)
+    factor: Tensor,  # (n,) fp32 or fp64
+    backend: str,
+    *,
+    in_place: bool = False,
+) -> Tensor:  # (n, H) like rows
+    """Each row times its factor, rounded once."""
+    # not in Triton's interpreter, which truncates what it stores as bf16: that would be one time too many
+    if backend == "triton" and rows.is_cuda:
+        from kto_kernels.triton_scale import scaled_rows as triton_scaled_rows
+
+        return triton_scaled_rows(rows, factor.contiguous(), in_place=in_place)
+    if in_place:
+        return rows.mul_(factor[:, None])
     return (rows * factor[:, None]).to(rows.dtype)
 
 

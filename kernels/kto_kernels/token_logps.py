@@ -88,7 +88,7 @@ def _gradients(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, Tensor | No
     _, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     transform, plan = ctx.settings
     factor = -grad_logps  # G is the gradient of -log pi
-    sums = WeightSums(weight=wants_weight, bias=wants_bias, chunks=len(ctx.chunks))
+    sums = WeightSums(weight=wants_weight, bias=wants_bias, chunks=len(ctx.chunks), backend=plan.backend)
     if wants_weight or wants_bias:
         logits = None
         if kept is None:
@@ -103,7 +103,7 @@ def _gradients(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, Tensor | No
             sums.add(gradient, hidden[start:stop], own if scale is None else own * scale[start:stop])
     grad_hidden = None
     if unscaled is not None:
-        grad_hidden = scaled_rows(unscaled, factor if scale is None else factor * scale)
+        grad_hidden = scaled_rows(unscaled, factor if scale is None else factor * scale, plan.backend)
     grad_weight, grad_bias = sums.result(weight)
     return (
         grad_hidden,

@@ -13,8 +13,9 @@ from kto_kernels.matmul import add_product, scaled_rows, weighted_sum
 class WeightSums:
     """n rows of a chunk at a time: their G (n, V), their hidden states (n, H), and the factor of each row of G."""
 
-    def __init__(self, *, weight: bool, bias: bool, chunks: int):
+    def __init__(self, *, weight: bool, bias: bool, chunks: int, backend: str):
         self._wants_weight, self._wants_bias, self._one_chunk = weight, bias, chunks == 1
+        self._backend = backend
         # (V, H) and (V,); None: nothing yet
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
@@ -24,7 +25,7 @@ class WeightSums:
 
     def add(self, gradient: Tensor, hidden: Tensor, factor: Tensor) -> None:
         if self._wants_weight:
-            rows = scaled_rows(hidden, factor)
+            rows = scaled_rows(hidden, factor, self._backend)
             if self._one_chunk:
                 self._weight = torch.mm(gradient.T, rows)
             else:
@@ -35,7 +36,7 @@ class WeightSums:
     def add_piece(self, gradient: Tensor, hidden: Tensor, factor: Tensor) -> None:
         """Rows of a unit whose slope is not known yet: `factor` is the rest of it."""
         if self._wants_weight:
-            self._own_weight = add_product(self._own_weight, gradient.T, scaled_rows(hidden, factor))
+            self._own_weight = add_product(self._own_weight, gradient.T, scaled_rows(hidden, factor, self._backend))
         if self._wants_bias:
             self._own_bias = _plus(self._own_bias, weighted_sum(gradient, factor))
 
