@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def loss_of(logps: Tensor, given: Inputs) -> Tensor:
     return (given.row_weight * kto_loss(summed, given.ref_logps, given.sign, z0=given.z0, beta=BETA)).sum()
 
 
-def ours(given: Inputs) -> Tensor:
+def ours(given: Inputs, logits_dtype: torch.dtype | None = None) -> Tensor:
     return kto_head(
         given.hidden,
         given.weight,
@@ -93,6 +94,7 @@ def ours(given: Inputs) -> Tensor:
         row_weight=given.row_weight,
         z0=given.z0,
         beta=BETA,
+        logits_dtype=logits_dtype,
     ).loss
 
 
@@ -181,6 +183,9 @@ class Meter:
 
     def seconds(self, work: Callable[[], None]) -> float:
         if self.device.type == "cuda":
+            # once untimed: a GPU runs as fast as what it did before has left it power for, so each kind of work is
+            # timed after itself
+            work()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             begin.record()
@@ -215,8 +220,12 @@ def implementations(given: Inputs) -> tuple[dict[str, Head], list[str]]:
     found: dict[str, Head] = {}
     missing = []
     wanted: Tensor | None = None
+    own: list[tuple[str, str, Callable[[], Head]]] = [("kto_kernels", "torch", lambda: ours)]
+    if given.hidden.is_cuda and given.hidden.dtype == torch.bfloat16:
+        # at the precision of the peers' logits
+        own.append(("kto_bf16_logits", "torch", lambda: partial(ours, logits_dtype=torch.bfloat16)))
     for name, package, build in (
-        ("kto_kernels", "torch", lambda: ours),
+        *own,
         ("torch", "torch", lambda: plain),
         ("torch_compile", "torch", compiled),
         ("trl", "trl", trl),
