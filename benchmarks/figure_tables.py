@@ -228,6 +228,7 @@ def feedback(content: Content) -> str:
 HEADS = {
     "floor": "floor: bare matmuls",
     "kto_kernels": "**`kto_head`**",
+    "kto_bf16_logits": "**`kto_head`**, bf16 logits",
     "torch_compile": "`torch.compile` of plain PyTorch",
     "torch": "plain PyTorch",
     "liger": "Liger",

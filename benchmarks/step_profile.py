@@ -34,7 +34,7 @@ from workload import write_rows
 CLASSES = {
     "communication": r"nccl",
     "attention": r"flash|fmha|attention|sdpa|efficient",
-    "head's own kernels": r"^_(row|sequence)_kernel",
+    "head's own kernels": r"^_(row|sequence|scale|scale_rows)_kernel",
     "optimizer": r"adam|multi_tensor_apply",
     "layer kernels": r"rms_norm|rope|swiglu|geglu|liger",
     "matmul": r"gemm|nvjet|xmma|cublas|gemv|splitk|cutlass",
