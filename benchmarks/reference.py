@@ -22,11 +22,14 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import machine
 import numpy as np
 import records
+from rich.console import Console
+from rich.table import Table
 from store import measure_store
 from throughput import job_dtype, start
 from trainers import Job
@@ -114,6 +117,38 @@ def measure_plan(rows: int) -> dict[str, float]:
     return {"rows": rows, "pairs": prompts.size, "find_seconds": found - began, "hash_seconds": hashed - found}
 
 
+def compared(
+    runs: dict[str, list[dict[str, float]]], pairs: int, tokens: int, console: Console
+) -> list[dict[str, Any]]:
+    """A line for each implementation, and a table of them on the console."""
+    lines = []
+    table = Table("", "pairs/s", "of the runs", "tokens/s", "peak GiB", "of bare", title="reference pass")
+    for name, found in runs.items():
+        rates = [pairs / run["seconds"] for run in found]
+        line = {
+            "implementation": name,
+            "rows_per_second": statistics.median(rates),
+            "tokens_per_second": statistics.median(rates) * tokens / pairs,
+            "peak_bytes": int(statistics.median(run["peak_bytes"] for run in found)),
+            "runs": rates,
+        }
+        lines.append(line)
+    bare = next((line["runs"] for line in lines if line["implementation"] == "bare"), None)
+    for line in lines:
+        if bare:
+            line["of_bare"] = statistics.median(own / other for own, other in zip(line["runs"], bare, strict=True))
+        table.add_row(
+            NAMES[line["implementation"]],
+            f"{line['rows_per_second']:.1f}",
+            f"{min(line['runs']):.1f}-{max(line['runs']):.1f}",
+            f"{line['tokens_per_second']:,.0f}",
+            f"{line['peak_bytes'] / 2**30:.2f}",
+            f"{line['of_bare']:.2f} x" if bare else "",
+        )
+    console.print(table)
+    return lines
+
+
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True, help="Hugging Face folder (see `make demo`)")
 @click.option("--log", default="launch/demo/thumbs.jsonl", show_default=True, help="rows to score")
@@ -150,9 +185,6 @@ def main(
     file: Path | None,
 ) -> None:
     """Measures the reference pass on the same pairs with kto_dist, a bare loop and TRL, and the store."""
-    from rich.console import Console
-    from rich.table import Table
-
     if not Path(model, "config.json").exists():
         raise click.UsageError(f"--model ({model}) holds no model: run `make demo` once, or name a folder")
     if rows % 4:
@@ -187,31 +219,7 @@ def main(
         (Path(folder) / "store").mkdir()
         store = measure_store(store_pairs, f"{folder}/store") if store_pairs else None
 
-    lines = []
-    table = Table("", "pairs/s", "of the runs", "tokens/s", "peak GiB", "of bare", title="reference pass")
-    for name, found in runs.items():
-        rates = [work.reference_pairs / run["seconds"] for run in found]
-        line = {
-            "implementation": name,
-            "rows_per_second": statistics.median(rates),
-            "tokens_per_second": statistics.median(rates) * work.reference_tokens / work.reference_pairs,
-            "peak_bytes": int(statistics.median(run["peak_bytes"] for run in found)),
-            "runs": rates,
-        }
-        lines.append(line)
-    bare = next((line["runs"] for line in lines if line["implementation"] == "bare"), None)
-    for line in lines:
-        if bare:
-            line["of_bare"] = statistics.median(own / other for own, other in zip(line["runs"], bare, strict=True))
-        table.add_row(
-            NAMES[line["implementation"]],
-            f"{line['rows_per_second']:.1f}",
-            f"{min(line['runs']):.1f}-{max(line['runs']):.1f}",
-            f"{line['tokens_per_second']:,.0f}",
-            f"{line['peak_bytes'] / 2**30:.2f}",
-            f"{line['of_bare']:.2f} x" if bare else "",
-        )
-    console.print(table)
+    lines = compared(runs, work.reference_pairs, work.reference_tokens, console)
     for title, figures in (("finding pairs", plan), ("store", store)):
         if figures:
             console.print(f"{title}: " + ", ".join(f"{key} {value:,.4g}" for key, value in figures.items()))

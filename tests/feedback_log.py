@@ -9,7 +9,7 @@ import json
 import random
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -44,6 +44,47 @@ def is_good(response: str) -> bool:
     return "e" not in response
 
 
+Answer = tuple[str, str, str, datetime]
+"""Prompt, response, model, when it was given."""
+
+
+def _answers(
+    rng: random.Random,
+    *,
+    prompts: int,
+    answers: int,
+    words_each: tuple[int, int],
+    near_copies: float,
+    share: Callable[[str, int], float],  # of good ones, by model and week
+    models: list[str],
+    weeks: int,
+) -> tuple[list[Answer], int]:
+    """What was answered, and how many of the answers are near copies of the one before."""
+
+    def words(count: int, letters: str) -> list[str]:
+        return ["".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(count)]
+
+    asked = {" ".join(words(rng.randint(2, 4), "abcdghilmnoe")) + "?" for _ in range(2 * prompts)}
+    asked = sorted(asked)[:prompts]
+    pool: list[Answer] = []
+    near = 0
+    for prompt in asked:
+        week = rng.randrange(weeks)
+        for _ in range(answers):
+            model = rng.choice(models)
+            wanted = rng.random() < share(model, week)
+            text = words(rng.randint(*words_each), "abcdghilmno")
+            if not wanted:
+                for place in rng.sample(range(len(text)), rng.randint(1, len(text))):
+                    text[place] = text[place][:-1] + "e"
+            given = START + timedelta(weeks=week, seconds=rng.randrange(5 * 86400))
+            pool.append((prompt, " ".join(text), model, given))
+            if rng.random() < near_copies:
+                pool.append((prompt, " ".join(text) + "!", model, given))
+                near += 1
+    return pool, near
+
+
 def generate(
     *,
     votes: int = 4000,
@@ -67,29 +108,17 @@ def generate(
     rng = random.Random(seed)
     models = models or {"v1": 0.0}
 
-    def words(count: int, letters: str) -> list[str]:
-        return ["".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(count)]
-
-    asked = {" ".join(words(rng.randint(2, 4), "abcdghilmnoe")) + "?" for _ in range(2 * prompts)}
-    asked = sorted(asked)[:prompts]
-    pool: list[tuple[str, str, str, datetime]] = []  # prompt, response, model, when it was given
+    pool, near = _answers(
+        rng,
+        prompts=prompts,
+        answers=answers,
+        words_each=words_each,
+        near_copies=near_copies,
+        share=lambda model, week: good_share + models[model] + drift * (week / max(1, weeks - 1) - 0.5),
+        models=sorted(models),
+        weeks=weeks,
+    )
     good: dict[str, bool] = {}
-    near = 0
-    for prompt in asked:
-        week = rng.randrange(weeks)
-        for _ in range(answers):
-            model = rng.choice(sorted(models))
-            share = good_share + models[model] + drift * (week / max(1, weeks - 1) - 0.5)
-            wanted = rng.random() < share
-            text = words(rng.randint(*words_each), "abcdghilmno")
-            if not wanted:
-                for place in rng.sample(range(len(text)), rng.randint(1, len(text))):
-                    text[place] = text[place][:-1] + "e"
-            given = START + timedelta(weeks=week, seconds=rng.randrange(5 * 86400))
-            pool.append((prompt, " ".join(text), model, given))
-            if rng.random() < near_copies:
-                pool.append((prompt, " ".join(text) + "!", model, given))
-                near += 1
     for _, response, _, _ in pool:
         good[response] = is_good(response)
 

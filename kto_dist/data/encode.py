@@ -21,7 +21,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +97,7 @@ class Encoder:
         """Ids of the tokens that may end a turn, EOS among them: templates end a call otherwise than an answer."""
         special = [number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         marks = self.template.endings if self.template else ()
-        return frozenset([*special, *(int(self.tokenizer.convert_tokens_to_ids(mark)) for mark in marks)])
+        return frozenset([*special, *cast(list[int], self.tokenizer.convert_tokens_to_ids(list(marks)))])
 
     def __call__(self, rows: list[Row]) -> tuple[list[Part], BadRows]:
         seen = BadRows()
@@ -221,7 +221,7 @@ def _part(encoder: Encoder, rows: Sequence[_Tokens]) -> Part:
             kept * completion_kept,
         ]
     ).astype(np.int64)
-    chosen = [rows[place] for place in np.flatnonzero(kept)]
+    chosen = [rows[place] for place in np.flatnonzero(kept).tolist()]
     originals = [row.text.row for row in chosen]
     prompts = [
         np.array(row.prompt[len(row.prompt) - count :], np.int32)

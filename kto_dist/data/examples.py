@@ -169,7 +169,7 @@ class Examples:
     @cached_property
     def source(self) -> np.ndarray:
         """(N,) int16, the number of the row's source in `data.train`."""
-        return self._table["source"].to_numpy()  # type: ignore[no-any-return]
+        return self._table["source"].to_numpy()
 
     @cached_property
     def pair(self) -> np.ndarray:

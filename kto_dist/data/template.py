@@ -264,7 +264,10 @@ def _arguments(
 
     def tried(arguments: Any) -> str:
         call = {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": arguments}}
-        turns = [{"role": "user", "content": _ASK}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        turns: list[dict[str, Any]] = [
+            {"role": "user", "content": _ASK},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
         return _tried(tokenizer, turns, settings, content)
 
     as_objects, as_text = tried({"city": _CITY}), tried(json.dumps({"city": _CITY}))
