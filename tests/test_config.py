@@ -302,3 +302,27 @@ def test_unreadable_deepspeed_options_are_named_with_the_rule(tmp_path, content,
         path.write_text(content)
     with pytest.raises(UserError, match=f"deepspeed.config .*options.json.*{rule}"):
         read_deepspeed_json(str(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=true", "train: lr (true) must be a number: peak learning rate"),
+        ("train.betas=[0.9, false]", "betas ([0.9, false]) must be a number"),
+        ("evaluate.every_steps=no", "every_steps (false) must be a number"),
+        ('train.output="a\\0b"', "holds a NUL character"),
+        (f"train.output={'a' * 300}", "train.output: must have no part of more than 255 bytes"),
+        (f"data.train=[x, /data/{'a' * 300}]", "data.train: must have no part of more than 255 bytes"),
+    ],
+)
+def test_what_is_no_number_or_no_name_is_the_users_mistake(tmp_path, override, message):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: x}\ndata: {train: y}\n")
+    with pytest.raises(UserError) as refusal:
+        Config.load(path, [override])
+    assert message in str(refusal.value)
+
+
+def test_a_config_whose_name_no_file_can_have_is_a_mistake():
+    with pytest.raises(UserError, match="cannot be read: .*too long"):
+        Config.load("a" * 300)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kto_dist.record.tracking_uri import absolute, artifact_location, ui_command, without_password
+from kto_dist.base.secrets import masked
+from kto_dist.record.tracking_uri import absolute, artifact_location, ui_command
 
 
 def test_the_ui_command_quotes_the_path_and_hides_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,7 +16,12 @@ def test_the_ui_command_quotes_the_path_and_hides_the_password(monkeypatch: pyte
 
 def test_passwords_are_masked_wherever_they_stand_in_a_text() -> None:
     text = "from http://me:secret@host:5000/x to postgresql://me:secret@db/runs, see me@example.com"
-    assert without_password(text) == "from http://***@host:5000/x to postgresql://***@db/runs, see me@example.com"
+    assert masked(text) == "from http://***@host:5000/x to postgresql://***@db/runs, see me@example.com"
+    assert (
+        masked("mysql://me:p@ss@db/runs?ssl_password=a&x=1&Token=b'")
+        == "mysql://***@db/runs?ssl_password=***&x=1&Token=***'"
+    )
+    assert masked("s3://bucket/a@b/c?x=1") == "s3://bucket/a@b/c?x=1"
 
 
 @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:", "http://host:5000", "postgresql://db/runs"])

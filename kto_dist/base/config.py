@@ -13,14 +13,15 @@ import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from kto_dist.base.elsewhere import ELSEWHERE
 from kto_dist.base.errors import UserError
+from kto_dist.base.secrets import masked
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -53,12 +54,40 @@ def _not_blank(value: str) -> str:
     return value
 
 
+def _fits_a_file_system(value: str) -> str:
+    longest = max(value.split("/"), key=len)
+    if "://" not in value and len(longest.encode()) > 255:
+        raise ValueError(f"must have no part of more than 255 bytes, which file systems refuse: {longest[:40]}...")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_not_blank)]
-Paths = Annotated[tuple[Text, ...], BeforeValidator(_one_path_as_list), Field(min_length=1)]
+# a file, a folder or a URL
+Place = Annotated[Text, AfterValidator(_fits_a_file_system)]
+Paths = Annotated[tuple[Place, ...], BeforeValidator(_one_path_as_list), Field(min_length=1)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_yes_for_a_number_and_no_nul(cls, values: Any) -> Any:
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        for name, value in values.items() if isinstance(values, dict) else ():
+            parts = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(part, str) and "\0" in part for part in parts):
+                raise ValueError(f"{name} ({value!r}) holds a NUL character, which no name of a file can have")
+            kinds = _leaves(fields[name].annotation) if name in fields else set()
+            if any(isinstance(part, bool) for part in parts) and kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{name} ({str(value).lower()}) must be a number: {fields[name].description}")
+        return values
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    """The plain types that a field's annotation is made of."""
+    parts = get_args(annotation)
+    return {annotation} if not parts else {leaf for part in parts for leaf in _leaves(part)}
 
 
 # A config: a model whose fields are sections, such as that of a training run or that of mining.
@@ -76,6 +105,8 @@ def resolve(
         raise UserError(f"config {path} does not exist: give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"config {path} is not readable as YAML: {error}") from None
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict) or not all(isinstance(section, dict | None) for section in tree.values()):
         loose = (
@@ -147,7 +178,16 @@ def flatten(config: Section) -> list[tuple[str, str, Any]]:
 
 
 def to_yaml(config: Section) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+    """To be kept and passed around: without the passwords of URLs."""
+    return yaml.safe_dump(_masked(config.model_dump(mode="json", by_alias=True)), sort_keys=False)
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_masked(part) for part in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def _floats_from_text(tree: dict[str, Any]) -> dict[str, Any]:

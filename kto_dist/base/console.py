@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from kto_dist.base import comm
+from kto_dist.base.secrets import masked
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -48,10 +49,10 @@ class Console:
         self._phase = None
 
     def say(self, text: str) -> None:
-        self._out.print(text, markup=False)
+        self._out.print(masked(text), markup=False)
 
     def warn(self, text: str) -> None:
-        self._out.print("warning: " + text, style="yellow", markup=False)
+        self._out.print("warning: " + masked(text), style="yellow", markup=False)
 
     def show(self, renderable: object) -> None:
         self._out.print(renderable)

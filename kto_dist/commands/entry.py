@@ -17,6 +17,7 @@ from typing import NoReturn
 from kto_dist.base import comm, processes, restart
 from kto_dist.base.errors import UserError
 from kto_dist.base.exits import DONE, DONE_MARK, FAILED, LAUNCHER, MISTAKE, Stopped, leave
+from kto_dist.base.secrets import masked
 from kto_dist.training.config import Config
 
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         _note_done()
     except UserError as mistake:
         if comm.local_rank() == 0:  # another host may lack a file that rank 0's has
-            print(f"error: {mistake}", file=sys.stderr, flush=True)
+            print(f"error: {masked(str(mistake))}", file=sys.stderr, flush=True)
         return MISTAKE
     finally:
         comm.shutdown()
@@ -110,7 +111,7 @@ def run_and_leave(arguments: list[str] | None = None, work: Callable[[list[str] 
     try:
         status = work(arguments)
     except Exception:
-        traceback.print_exc()
+        print(masked(traceback.format_exc()), file=sys.stderr, flush=True)
         status = FAILED
     leave(status)
 

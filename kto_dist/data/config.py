@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kto_dist.base.config import Paths, Positive, Section, Text
+from kto_dist.base.config import Paths, Place, Positive, Section, Text
 from kto_dist.data.columns import KNOWN
 
 Name = Annotated[str, Field(pattern=r"^[\w][\w .-]*$")]
@@ -21,11 +21,11 @@ def _listed(value: Any) -> Any:
 class DataConfig(Section):
     """The thumbs, and how rows become tokens."""
 
-    train: Annotated[Annotated[tuple[Text, ...], Field(min_length=1)] | Named, BeforeValidator(_listed)] = Field(
+    train: Annotated[Annotated[tuple[Place, ...], Field(min_length=1)] | Named, BeforeValidator(_listed)] = Field(
         description="JSONL, CSV or Parquet file(s), a `datasets` folder, or a hub name (name:split); or name: path of"
         " several sources, each with counts and metrics of its own"
     )
-    heldout: float | Text | Named | None = Field(
+    heldout: float | Place | Named | None = Field(
         None,
         description="held-out rows: a path or name: path like `train`, or the fraction of prompts to hold out (by"
         " prompt hash)",
@@ -45,7 +45,7 @@ class DataConfig(Section):
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="a row that cannot be read: stop, or count it")
     workers: Positive | None = Field(None, description="processes that tokenise; null: one a core, at most 8")
-    cache: Text = Field("runs/tokenised", description="folder of tokenised datasets, keyed by content")
+    cache: Place = Field("runs/tokenised", description="folder of tokenised datasets, keyed by content")
 
     @model_validator(mode="after")
     def _lengths_leave_room(self) -> "DataConfig":

@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from kto_dist.base.config import Section, Text
+from kto_dist.base.config import Place, Section
 from kto_dist.base.errors import UserError
 
 
 class ModelConfig(Section):
     """The policy, and the reference where `reference.path` is empty."""
 
-    path: Text = Field(description="Hugging Face folder or hub name of the model to align")
+    path: Place = Field(description="Hugging Face folder or hub name of the model to align")
     gguf_file: str | None = Field(None, description="GGUF file inside `path`, unpacked to dense weights at load")
     attention: Literal["auto", "varlen", "flash_attention_2", "sdpa", "eager"] = Field(
         "auto", description="attention implementation; auto: the first of these that device, dtype and family have"
@@ -32,8 +32,8 @@ class DeepspeedConfig(Section):
     )
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where optimizer states live")
     offload_parameters: Literal["none", "cpu", "nvme"] = Field("none", description="where ZeRO-3 keeps the weights")
-    nvme_path: str | None = Field(None, description="fast local disk for offload to nvme")
-    config: str | None = Field(None, description="JSON file of further DeepSpeed options, merged and checked")
+    nvme_path: Place | None = Field(None, description="fast local disk for offload to nvme")
+    config: Place | None = Field(None, description="JSON file of further DeepSpeed options, merged and checked")
 
     @model_validator(mode="after")
     def _offload_is_possible(self) -> "DeepspeedConfig":

@@ -40,10 +40,11 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
 from kto_dist.base.config import Section, flatten
+from kto_dist.base.secrets import masked
 from kto_dist.record.config import TrackingConfig
 from kto_dist.record.mlmodel import write_mlmodel
 from kto_dist.record.tracker import Status, Tracker
-from kto_dist.record.tracking_uri import Unusable, alone, artifact_location, check, without_password
+from kto_dist.record.tracking_uri import Unusable, alone, artifact_location, check
 
 # What MLflow raises when it, its database, its server or its disk fails.
 _ERRORS = (OSError, ImportError, sqlite3.Error, MlflowException, SQLAlchemyError, CommandError)
@@ -103,7 +104,7 @@ class MlflowRun(Tracker):
         warn: Callable[[str], None],
     ) -> None:
         self.run_id: str = run.info.run_id
-        self.uri: str | None = without_password(uri)
+        self.uri: str | None = masked(uri)
         self._experiment_id = run.info.experiment_id
         self._settings = section
         self._client = client
@@ -316,7 +317,7 @@ def _describe(
     params = {}
     for section, key, value in flatten(settings):
         text = value if isinstance(value, str) else json.dumps(value)
-        params[f"{section}.{key}"] = without_password(text)[:_PARAM_LENGTH]
+        params[f"{section}.{key}"] = masked(text)[:_PARAM_LENGTH]
     known = run.data.params
     changed = {key: value for key, value in params.items() if key in known and known[key] != value}
     if changed:
@@ -386,7 +387,7 @@ def _patience(*, retries: int, timeout: int) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    text = without_password(str(error)).strip() or type(error).__name__
+    text = masked(str(error)).strip() or type(error).__name__
     # urllib3 buries the system's own words in a line of its objects.
     system = re.search(
         r"\[Errno -?\d+\] [^'\"):]+|Read timed out|[Cc]onnect(ion)? timed out|Failed to resolve '[^']+'", text

@@ -18,9 +18,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kto_dist.base.files import write_whole
+from kto_dist.base.secrets import masked
 from kto_dist.record.plots import PLOTS, Record, curve, is_finite, render
 from kto_dist.record.theme import DARK, LIGHT
-from kto_dist.record.tracking_uri import without_password
 
 
 def write_report(run: str | Path) -> Path:
@@ -57,7 +57,7 @@ def write_report(run: str | Path) -> Path:
         comparison=_comparison(summary, heldout),
         samples=[sample for sample in _listed(summary.get("samples")) if isinstance(sample, dict)],
         sections=_sections(summary),
-        config=without_password(config.read_text(encoding="utf-8")) if config.is_file() else None,
+        config=masked(config.read_text(encoding="utf-8")) if config.is_file() else None,
     )
     write_whole(run / "report.html", page.encode("utf-8"))
     return run / "report.html"
@@ -91,8 +91,8 @@ def show(value: Any) -> str:
             return str(value)
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     if isinstance(value, str):
-        return without_password(value)
-    return without_password(json.dumps(value, ensure_ascii=False, default=str))
+        return masked(value)
+    return masked(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _tiles(metrics: list[Record], heldout: list[Record], summary: Record) -> list[tuple[str, str, str]]:

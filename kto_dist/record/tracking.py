@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kto_dist.base.config import Section
+from kto_dist.base.secrets import masked
 from kto_dist.record.config import TrackingConfig
 from kto_dist.record.tracker import NullTracker, Tracker
-from kto_dist.record.tracking_uri import Unusable, absolute, without_password
+from kto_dist.record.tracking_uri import Unusable, absolute
 
 
 def start(
@@ -42,7 +43,7 @@ def start(
         return open_run(section, uri, settings=settings, name=name, folder=folder, run_id=run_id, tags=tags, warn=warn)
     except (Unusable, ImportError) as error:
         warn(
-            f"MLflow at {without_password(uri)} cannot be used: {error}. The run goes on without it "
+            f"MLflow at {masked(uri)} cannot be used: {error}. The run goes on without it "
             "(metrics.jsonl and report.html have everything). To track it, start that server or set "
             "tracking.uri=sqlite:////path/to/mlflow.db; tracking.enabled=false silences this"
         )

@@ -10,6 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from kto_dist.base.secrets import masked
+
 _DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -20,13 +22,8 @@ class Unusable(OSError):
 def ui_command(uri: str) -> str:
     """The shell command that shows the runs of a tracking URI in a browser."""
     if urlsplit(uri).scheme in ("http", "https"):
-        return f"python -m webbrowser {shlex.quote(without_password(uri))}"
+        return f"python -m webbrowser {shlex.quote(masked(uri))}"
     return f"mlflow ui --backend-store-uri {shlex.quote(absolute(uri))}"
-
-
-def without_password(text: str) -> str:
-    """Masks the user and password of each URI in a text: reports, tags and warnings are passed around."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
 
 
 def check(uri: str) -> None:

@@ -4,15 +4,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kto_dist.base.config import Positive, Section, Text
+from kto_dist.base.config import Place, Positive, Section
 
 
 class ReferenceConfig(Section):
     """The frozen reference, scored once into a store; attention and kernels follow the policy, all else is its own."""
 
-    path: str | None = Field(None, description="the reference model; null: the policy's own starting weights")
+    path: Place | None = Field(None, description="the reference model; null: the policy's own starting weights")
     gguf_file: str | None = Field(None, description="GGUF file inside `reference.path`")
-    store: Text = Field("runs/reference", description="folder of the log-prob store, shared by any number of runs")
+    store: Place = Field("runs/reference", description="folder of the log-prob store, shared by any number of runs")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the reference runs, whatever the policy runs on; auto: a GPU where there is one"
     )
@@ -27,7 +27,7 @@ class ReferenceConfig(Section):
         "auto", description="0: a whole copy on every device; 3: sharded over the ranks; auto: 3 when offloaded, else 0"
     )
     offload: Literal["none", "cpu", "nvme"] = Field("none", description="where ZeRO-3 keeps the parameters")
-    nvme_path: str | None = Field(None, description="fast local disk for offload: nvme")
+    nvme_path: Place | None = Field(None, description="fast local disk for offload: nvme")
     tokens_per_batch: Positive = Field(8192, description="tokens a device scores at a time")
     packing: Literal["auto"] | bool = Field("auto", description="rows end to end without padding, as `train.packing`")
     share_prefixes: Literal["auto"] | bool = Field(
