@@ -13,6 +13,7 @@ from functools import reduce
 from kto_dist.base import agree, comm
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
+from kto_dist.model import ops
 from kto_dist.model.causal_lm import ROUNDING, check_scoring
 from kto_dist.model.engines import Reference
 from kto_dist.reference.pairs import PairList, RefLogps
@@ -103,6 +104,8 @@ def _load(
 ) -> LoadedReference:
     """Collective. The reference in memory; gone again where loading fails on some rank. Raises `UserError`."""
     agree.together(begin)
+    if setup.placement.offload == "nvme":
+        agree.once_per_host(lambda: ops.compile_ops(["async_io"], console.say))
     console.say(f"loading the reference ({setup.path}, {fingerprint.dtype})")
     # kept even when another rank's fails
     loaded: list[Reference] = []
