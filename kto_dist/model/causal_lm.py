@@ -18,17 +18,11 @@ import transformers
 from kto_kernels import LogitTransform, sequence_logps, token_logps
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import MicroBatch, collate
+from kto_dist.model import hub
 from kto_dist.model.attention import ATTENTIONS
 from kto_dist.model.config import check_model_path
 from kto_dist.model.kernels import fuse
@@ -66,6 +60,7 @@ def pick_logits(setting: str, name: str, dtype: torch.dtype, device: torch.devic
 def load_config(path: str, gguf_file: str | None = None, name: str = "model.path") -> PretrainedConfig:
     """Raises `UserError` where there is no model to load."""
     check_model_path(name, path)
+    hub.require(name, path)
     try:
         return AutoConfig.from_pretrained(path, **_gguf(gguf_file))
     except (OSError, ValueError, json.JSONDecodeError) as error:
@@ -97,7 +92,7 @@ def load_model(
     attention: str,
     kernels: str = "none",
     config: PretrainedConfig | None = None,
-) -> PreTrainedModel:
+) -> nn.Module:
     """The model in `dtype` with dropout off, since the policy must equal its reference before the first step."""
     # a copy: the export writes the given one
     config = copy.deepcopy(config) if config else load_config(path, gguf_file)
@@ -160,9 +155,9 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 class ScoringModel(nn.Module):
     """`lm` with one forward: tokens of a micro-batch and a head -> what the head returns."""
 
-    def __init__(self, lm: PreTrainedModel):
+    def __init__(self, lm: nn.Module):
         super().__init__()
-        self.lm: PreTrainedModel = lm
+        self.lm = lm
         self.transform = logit_transform(lm.config)
         lm_head = lm.get_output_embeddings()
         if hasattr(lm_head, "base_layer"):  # what peft puts in a layer's place
@@ -179,7 +174,7 @@ class ScoringModel(nn.Module):
         def forward(hidden: Tensor, head: Head | None = None) -> Any:
             return plain_forward(hidden) if head is None else head(hidden, lm_head.weight, lm_head.bias)
 
-        lm_head.forward = forward  # type: ignore[method-assign, assignment]
+        lm_head.forward = forward
         # cuDNN's attention builds a plan for every new shape, in milliseconds of the host, and micro-batches have many
         torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -1,0 +1,48 @@
+"""A model's name that nobody can resolve is told at once, and what is in the cache needs no hub."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import save_tiny
+
+LOAD = """
+import sys
+from kto_dist.base.errors import UserError
+from kto_dist.model.causal_lm import load_config, load_tokenizer
+try:
+    print(load_config("some/model").hidden_size, len(load_tokenizer("some/model")))
+except UserError as error:
+    print("refused:", error)
+"""
+
+
+def load(cache: Path) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
+        environment = {name: value for name, value in environment.items() if not name.lower().endswith("_proxy")}
+        done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_name_that_cannot_be_reached_is_refused_without_retries(tmp_path):
+    done = load(tmp_path)
+    assert (
+        "refused: model.path (some/model) is no folder here and not in the cache, and the hub (http://" in done.stdout
+    )
+    assert "Retry" not in done.stderr
+
+
+def test_a_model_in_the_cache_needs_no_hub(tmp_path):
+    repository = tmp_path / "hub" / "models--some--model"
+    save_tiny(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    done = load(tmp_path)
+    assert done.stdout.split() == ["48", "258"]
+    assert "Retry" not in done.stderr
