@@ -9,6 +9,7 @@ from kto_dist.training.health import CLAMPED_STEPS, Monitor
 
 FINE = {"loss": 0.5, "kl_raw": 1.0, "kl_clamped": 0.0}
 RUNAWAY = {**FINE, "kl_raw": 300.0}
+DEAD = {**FINE, "grad_norm": 0.0, "saturated/all": 1.0, "rewards/all": -4000.0}
 CLAMPED = {**FINE, "kl_raw": -1.0, "kl_clamped": 1.0}
 
 
@@ -69,6 +70,18 @@ def test_one_positive_kl_starts_the_count_of_clamped_steps_again():
 def test_a_figure_that_is_not_finite_stops_at_once_whatever_is_set(value, on_trouble):
     (item,) = advice({**FINE, "grad_norm": value}, on_trouble=on_trouble, patience=99)
     assert item.stop and "grad_norm" in item.message
+
+
+@pytest.mark.parametrize(("on_trouble", "stop"), [("stop", True), ("warn", False)])
+def test_a_model_without_any_gradient_is_dead_and_not_exported(on_trouble, stop):
+    assert acted([DEAD] * 10, patience=3) == [3]
+    (item,) = advice(DEAD, repeat=3, on_trouble=on_trouble)
+    assert item.stop is stop and "no longer learns" in item.message and "train.lr" in item.message
+
+
+@pytest.mark.parametrize("alive", ({"grad_norm": 1e-9}, {"saturated/all": 0.99}))
+def test_saturated_rows_or_a_gradient_of_nothing_alone_are_no_death(alive):
+    assert acted([{**DEAD, **alive}] * 10) == []
 
 
 def test_rules_count_apart_from_each_other():

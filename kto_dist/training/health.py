@@ -60,9 +60,23 @@ def rules(limits: HealthConfig) -> tuple[Rule, ...]:
             stops=False,
         ),
     )
-    if limits.max_kl is None:
-        return always
-    return (*always, _runaway(limits.max_kl, limits))
+    watched = (*always, _dead(limits))
+    return watched if limits.max_kl is None else (*watched, _runaway(limits.max_kl, limits))
+
+
+def _dead(limits: HealthConfig) -> Rule:
+    """No row has a slope any more, so no step changes anything: what is exported then is what one bad step left."""
+    return Rule(
+        name="dead",
+        beyond=lambda figures: figures.get("grad_norm") == 0.0 and figures.get("saturated/all") == 1.0,
+        patience=limits.patience,
+        reason=lambda figures: (
+            f"for {limits.patience} steps the gradient has been 0 and every row saturated (rewards "
+            f"{figures.get('rewards/all', math.nan):.3g}): the model no longer learns"
+        ),
+        remedy="start again with a lower train.lr, a longer train.warmup or a train.clip",
+        stops=limits.on_trouble == "stop",
+    )
 
 
 def _runaway(limit: float, limits: HealthConfig) -> Rule:
