@@ -211,7 +211,7 @@ def run_kto_dist(
     prepared = prepare_training(config, console)
     setup, identity = find(prepared, console)
     machine.reset_peak()
-    outcome = score_reference(wanted(prepared), setup, identity, console).outcome
+    outcome = score_reference(wanted(prepared, console), setup, identity, console).outcome
     clock.reference = {"seconds": outcome.scoring_seconds, "peak_bytes": machine.peak()}
     losses: list[float] = []
 

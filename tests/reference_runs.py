@@ -32,7 +32,7 @@ def score(
     setup, fingerprint = find(prepared, Console())
     if shard is not None:
         setup = replace(setup, settings=replace(setup.settings, shard=shard))
-    return score_reference(wanted(prepared), setup, fingerprint, console or Console(), **options)
+    return score_reference(wanted(prepared, Console()), setup, fingerprint, console or Console(), **options)
 
 
 def logps_of_pairs(config: Config, **options: Any) -> np.ndarray:

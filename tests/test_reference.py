@@ -107,6 +107,8 @@ POLICY = {
     "train__tokens_per_microbatch": 100,
     "train__packing": True,
     "train__lr": 1e-6,
+    "train__deterministic": True,
+    "train__profile": True,
     "train__schedule": "linear",
     "train__warmup": 3.0,
     "train__betas": (0.8, 0.9),
@@ -135,6 +137,7 @@ POLICY = {
 }
 # These are about rows and pairs, about where MLflow is, or (loss: tested above) leave pairs out.
 NOT_POLICY = {"model__path", "model__gguf_file", "kto__loss", "kto__kl_pairs_per_step", "train__global_batch"}
+NOT_POLICY |= {"model__kernels"}  # the reference follows it, so that step 0 holds: tests/test_layer_kernels.py
 NOT_POLICY |= {"train__epochs", "train__max_steps", "train__seed", "tracking__enabled", "tracking__uri"}
 # The reference follows them unless it has its own.
 NOT_POLICY |= {"model__attention"}
@@ -174,18 +177,18 @@ def test_settings_of_the_policy_change_no_value_in_any_bit(tmp_path, tiny_model,
     assert (run_ranks(logps_of_pairs, 1, before)[0] == run_ranks(logps_of_pairs, 1, after)[0]).all()
 
 
-def _values_and_positions(config: Config) -> tuple[np.ndarray, int]:
-    """And how many positions the model has read."""
+def _values_and_tokens(config: Config) -> tuple[np.ndarray, int]:
+    """And how many tokens the model has read, but for the first of each row: padding has no position of its own."""
     read = []
 
     def counting(forward):
-        return lambda **batch: (read.append(batch["input_ids"].numel()), forward(**batch))[1]
+        return lambda **batch: (read.append(int((batch["position_ids"] > 0).sum())), forward(**batch))[1]
 
     return logps_of_pairs(config, engine=with_forward(counting)), sum(read)
 
 
 @pytest.mark.parametrize("stage", (0, 3))
-def test_shared_prompts_give_the_same_values_from_fewer_positions(tmp_path, tiny_model, tiny_log, stage):
+def test_shared_prompts_give_the_same_values_from_fewer_tokens(tmp_path, tiny_model, tiny_log, stage):
     found = {}
     for share in (False, True):
         config = tiny_config(
@@ -196,11 +199,12 @@ def test_shared_prompts_give_the_same_values_from_fewer_positions(tmp_path, tiny
             reference__store=str(tmp_path / f"store-{share}"),
             reference__zero_stage=stage,
         )
-        ranks = run_ranks(_values_and_positions, 2, config)
+        ranks = run_ranks(_values_and_tokens, 2, config)
         assert (ranks[0][0] == ranks[1][0]).all()
         found[share] = ranks[0][0], sum(read for _, read in ranks)
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
-    assert found[True][1] < 0.85 * found[False][1]
+    # the model's checks, which read the same in both, are among them
+    assert found[True][1] < 0.9 * found[False][1]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_scorer import IDENTITY, OTHER, fill, keys_of, shards_of, value_of
 from pair_key import keys_array, pair_key
+from small_disk import mounted, remount
 
 from kto_dist.base.errors import UserError
 from kto_dist.store.shards import KEY, encode
@@ -229,16 +230,8 @@ def test_a_store_that_cannot_be_created_is_refused_with_its_path(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB, which can be full and read-only."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "256k") as disk:
+        yield disk
 
 
 def test_a_full_disk_is_told_keeps_what_was_stored_and_can_go_on(small_disk):
@@ -267,7 +260,7 @@ def test_too_little_room_is_told_before_any_work(small_disk):
 def test_a_read_only_store_answers_and_refuses_to_grow(small_disk):
     store = Store(small_disk, IDENTITY)
     fill(store, range(100))
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    remount(small_disk, "ro")
     reader = Store(small_disk, IDENTITY)
     logps, found = reader.lookup(keys_of(range(100)))
     assert found.all() and (logps == value_of(IDENTITY, range(100))).all()
@@ -284,7 +277,7 @@ def test_damage_in_a_read_only_store_is_passed_over(small_disk):
     fill(store, range(100))
     (shard,) = shards_of(store)
     _damage(shard, "flipped")
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    remount(small_disk, "ro")
     for _ in range(2):
         assert not found_in(small_disk, 100)[1].any()
 

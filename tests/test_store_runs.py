@@ -1,7 +1,6 @@
 """Whole passes over a store: other texts never meet each other's numbers, and where the store lies doesn't matter."""
 
 import os
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 from reference_runs import logps_of_pairs, scored_and_found
+from small_disk import remount
 from test_storage import s3  # noqa: F401  a fixture
 from test_store import small_disk  # noqa: F401  a fixture
 from tiny import CHAT_TEMPLATE, save_tiny, thumbs, tiny_tokenizer, write_jsonl
@@ -79,7 +79,7 @@ def test_a_run_whose_pairs_are_all_there_trains_from_a_read_only_store(tmp_path,
     store = str(small_disk / "store")
     config = tiny_config(tmp_path, tiny_model, tiny_log, reference__store=store, train__max_steps=1)
     run_ranks(scored_and_found, 1, config)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    remount(small_disk, "ro")
     (summaries,) = run_ranks(train_all, 1, [config])
     assert summaries[0]["reference"]["scored"] == 0
     more = tiny_config(tmp_path, tiny_model, tiny_log, reference__store=store, train__max_steps=2)

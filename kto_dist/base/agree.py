@@ -61,6 +61,11 @@ def once_per_host(work: Callable[[], T]) -> T:
     return first if head == 0 else outcomes[head].results[0]
 
 
+def side_by_side(work: Callable[[], T]) -> list[T]:
+    """Every rank does its own work, however long it takes; returns all results, in rank order, on every rank."""
+    return [outcome.results[0] for outcome in _while_others_wait(work)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Outcome(Generic[T]):
     """What a rank's work came to."""

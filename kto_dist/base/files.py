@@ -2,8 +2,12 @@
 
 import hashlib
 import os
+import re
 import uuid
 from pathlib import Path
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
+"""`.<name>.<32 hex digits>`: what a writer that was killed leaves behind."""
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -17,11 +21,16 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """A file or a folder, from the system's memory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from kto_dist.base.config import flatten, keys, resolve, sections
 from kto_dist.base.errors import UserError
+from kto_dist.base.secrets import masked
 from kto_dist.commands.settings import settings_page
 from kto_dist.commands.store import store
 from kto_dist.model.config import check_model_path
@@ -32,7 +33,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as mistake:
-            click.echo(f"error: {mistake}", err=True)
+            click.echo(f"error: {masked(str(mistake))}", err=True)
             raise SystemExit(2) from None
 
 
@@ -88,7 +89,7 @@ def show_config(config: Path | None, overrides: tuple[str, ...], markdown: bool)
     table = Table("setting", "value", "from", "meaning", box=None, pad_edge=False)
     for section, key, value in flatten(resolved):
         meaning = keys(sections(Config)[section])[key]
-        table.add_row(f"{section}.{key}", str(value), origin[f"{section}.{key}"], meaning)
+        table.add_row(f"{section}.{key}", masked(str(value)), origin[f"{section}.{key}"], meaning)
     # piped output is for grep: one line a setting, however long
     Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
 
@@ -176,6 +177,22 @@ def _say_checks(audit: dict[str, Any], folder: Path) -> None:
         mark = {"pass": "ok", "warn": "warning", "unknown": "unknown"}[check["status"]]
         click.echo(f"{mark}: {line_of(check)}")
     click.echo(f"report: {folder / 'report.html'}")
+
+
+@main.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step; default: the newest whole one.")
+@click.option("--output", type=click.Path(path_type=Path), help="Where to write it; default: RUN/export.")
+def export_model(run: Path, step: int | None, output: Path | None) -> None:
+    """Write the model of a checkpoint of RUN in Hugging Face layout.
+
+    RUN is the folder of a run (train.output) that a signal or a rule of health has ended. One process does it, whatever
+    the number of ranks that trained.
+    """
+    from kto_dist.base.console import Console
+    from kto_dist.training.export import export_checkpoint
+
+    click.echo(f"model: {export_checkpoint(run, step, output, Console())}")
 
 
 main.add_command(store)

@@ -41,15 +41,16 @@ class RunFolder:
     def export(self) -> Path:
         return self.path / "export"
 
-    def begin(self, config: str, *, step: int, last: bool) -> None:
+    def begin(self, config: str, *, step: int, last: bool) -> list[str]:
         """Writes the config, and drops what a run wrote after the checkpoint of `step` that it goes on from.
 
-        `last`: no step is left, so the last evaluation is made again, from the same weights. Raises `OSError`.
+        `last`: no step is left, so the last evaluation is made again, from the same weights. Returns what was lost
+        because it could not be read: a log of the past does not stop a run. Raises `OSError`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, config.encode())
-        _keep_until(self.metrics, step)
-        _keep_until(self.heldout, step - 1 if last else step)
+        lost = [_keep_until(self.metrics, step), _keep_until(self.heldout, step - 1 if last else step)]
+        return [text for text in lost if text]
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -58,18 +59,28 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; none where there is no file."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # the line that a crash cut short
-            break
-    return lines
+    """Those that are whole, which a line that a crash cut short is not; none where there is no file."""
+    return [line for line in map(_parsed, _texts(path)) if line is not None]
 
 
-def _keep_until(path: Path, step: int) -> None:
-    kept = [line for line in read_lines(path) if step and line["step"] <= step]
+def _texts(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _keep_until(path: Path, step: int) -> str | None:
+    """What is said where lines of kept steps could not be read."""
+    texts = _texts(path)
+    lines = [_parsed(text) for text in texts]
+    kept = [line for line in lines if line is not None and step and line["step"] <= step]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    # the last one may be what a crash cut short, after the checkpoint
+    broken = sum(line is None for line in lines[:-1])
+    return f"{broken:,} lines of {path} could not be read, and are left out" if broken and step else None

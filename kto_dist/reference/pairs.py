@@ -3,6 +3,8 @@
 In:  the plan and the rows. Out: `PairList`, what has to be known; `RefLogps`, what is known, for steps and evaluations.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,24 +14,42 @@ from kto_dist.data.batch import Plan, heldout_pairs, step_kl_pairs, step_rows
 from kto_dist.data.examples import Examples
 
 
-def wanted_pairs(plan: Plan, train: Examples) -> tuple[np.ndarray, np.ndarray]:
+def wanted_pairs(
+    plan: Plan, train: Examples, say: Callable[[str], None] = lambda text: None
+) -> tuple[np.ndarray, np.ndarray]:
     """Collective. (P,) rows that give the prompt, (P,) rows that give the completion, sorted, without repeats.
 
     A million rows are a second or two of drawing KL pairs, so every rank draws those of its share of the steps.
     """
     seen = np.zeros(plan.rows, dtype=bool)
-    codes = [np.zeros(0, np.int64)]
+    codes, waiting = [np.zeros(0, np.int64)], 0
+    started = time.monotonic()
     for step in range(plan.steps):
         rows = step_rows(plan, step)
         seen[rows] = True
         if step % comm.world_size() == comm.rank():
             prompts, completions = step_kl_pairs(plan, step, rows, train.prompt_group)
             codes.append(prompts * plan.rows + completions)
+            waiting += prompts.size
+        if waiting > _MANY:  # a run of many epochs meets the same pairs again
+            codes, waiting = [_distinct(np.concatenate(codes))], 0
+        if step == _FEW:
+            minutes = (time.monotonic() - started) / _FEW * plan.steps / 60
+            if minutes > 1:
+                say(f"drawing the KL pairs of {plan.steps:,} steps takes about {minutes:,.0f} minutes")
     own = np.flatnonzero(seen)
-    code = np.concatenate([own * plan.rows + own, *comm.gather(np.concatenate(codes))])
-    code.sort()
-    code = code[np.insert(code[1:] != code[:-1], 0, True)]
+    code = _distinct(np.concatenate([own * plan.rows + own, *comm.gather(np.concatenate(codes))]))
     return code // plan.rows, code % plan.rows
+
+
+# Pairs that are kept with repeats, and steps whose time tells that of all.
+_MANY, _FEW = 2**22, 1000
+
+
+def _distinct(code: np.ndarray) -> np.ndarray:
+    """Sorted."""
+    code.sort()
+    return code[np.insert(code[1:] != code[:-1], 0, True)] if code.size else code
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +65,9 @@ class PairList:
     """(P,) rows that give the completion."""
 
 
-def training_pairs(plan: Plan, train: Examples) -> PairList:
+def training_pairs(plan: Plan, train: Examples, say: Callable[[str], None] = lambda text: None) -> PairList:
     """Collective. Every row that a step takes, and the KL pairs of the steps."""
-    prompts, completions = wanted_pairs(plan, train)
+    prompts, completions = wanted_pairs(plan, train, say)
     return PairList(title="training pairs", examples=train, prompts=prompts, completions=completions)
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.files import TEMPORARY
 from kto_dist.store.contents import folders_of, read_shards, told, trusted_manifest
 from kto_dist.store.shards import NAME, disagreements, encode, merge
-from kto_dist.store.storage import TEMPORARY, File, Root, Storage, open_storage
+from kto_dist.store.storage import File, Root, Storage, open_storage
 from kto_dist.store.store import FORMAT, MANIFEST, USED, in_use, is_lease, last_used
 
 SMALL_SHARD = 2**18

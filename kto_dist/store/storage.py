@@ -9,7 +9,6 @@ there.
 """
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ import fsspec
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
-"""`.<name>.<32 hex digits>`: what a writer that was killed leaves behind."""
 _WHOLE_PUT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "memory"}
 """Object stores whose PUT is whole or not at all. Others (sftp, smb, http ...) show a file while it is written."""
 

@@ -23,6 +23,18 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     )
 
 
+def checkpoint_card(config: Config, step: int, figures: dict[str, Any]) -> str:
+    """Of a model from a checkpoint; `figures`: the line of metrics of its step."""
+    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items() if isinstance(value, float))
+    return (
+        f"---\nbase_model: {config.model.path}\nlibrary_name: transformers\ntags: [kto, kto_dist]\n---\n\n"
+        f"# {Path(config.train.output).name}, step {step}\n\n"
+        f"{config.model.path} after {step} steps of Kahneman-Tversky Optimization (arXiv 2402.01306, loss "
+        f"`{config.kto.loss}`, beta {config.kto.beta}, {config.train.global_batch} rows a step, peak learning rate "
+        f"{config.train.lr}): a checkpoint of a run, not its end.\n\n| step {step} | value |\n|---|---|\n{table}\n"
+    )
+
+
 def say_outcome(summary: dict[str, Any], output: Path, console: Console) -> None:
     """The held-out figures that matter most, and where everything lies."""
     before, after = summary["heldout"]["before"], summary["heldout"]["after"]

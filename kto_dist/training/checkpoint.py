@@ -1,33 +1,33 @@
-"""Checkpoints that are whole or absent, resume, and the export in Hugging Face layout.
+"""Checkpoints that are whole or absent, checked byte by byte, and found again by the run that wrote them.
 
-    <output>/checkpoints/step-00000040/   DeepSpeed's files, rng-rank-*.pt, and state.json, which lists every file
+    <output>/checkpoints/step-00000040/   DeepSpeed's files, rng-rank-*.safetensors, state.json, and manifest.json,
+                                          which lists every file with its checksum
 
 A checkpoint is written below a hidden name, flushed to disk, and renamed when every rank is done, so one that a crash
-cut short is never seen. On hosts without a shared file system each keeps its own part, and the newest step that all
-of them have is resumed.
+cut short is never seen. One that is found is read whole and compared with its manifest; where a byte is another one,
+the checkpoint before it counts. On hosts without a shared file system each keeps its own part, and the newest step that
+all of them have is resumed.
 """
 
 import json
 import os
-import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from kto_dist.base import agree, comm
+from kto_dist.base import agree, comm, disks
 from kto_dist.base.errors import UserError
-from kto_dist.base.files import write_whole
+from kto_dist.base.files import TEMPORARY, flush, write_whole
+from kto_dist.model import engine_files
 from kto_dist.model.engines import Policy
+from kto_dist.training import manifest, random_states
 from kto_dist.training.config import Config
+
+STATE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,9 +41,13 @@ class State:
     identity: dict[str, Any]
     """What decides the trajectory: another value means another run."""
     mlflow_run: str | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Others that the steps until here were made with; changed ones are applied, and said."""
 
 
-def identity(config: Config, *, data: str, policy: str, reference: str | None, zero_stage: int) -> dict[str, Any]:
+def identity(
+    config: Config, *, data: str, policy: str, reference: str | None, zero_stage: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """`data`, `policy` and `reference`: fingerprints of the tokenised rows, of the starting weights, and of the
     reference's where it is another model.
 
@@ -55,10 +59,19 @@ def identity(config: Config, *, data: str, policy: str, reference: str | None, z
         "reference": reference,
         "train.seed": config.train.seed,
         "train.global_batch": config.train.global_batch,
-        "train.dtype": config.train.dtype,
+        "train.dtype": str(dtype).removeprefix("torch."),
         "deepspeed.zero_stage": zero_stage,
         **{f"kto.{key}": value for key, value in config.kto.model_dump(mode="json").items()},
     }
+
+
+# Of `train`: what a run may change on its way. The rest is part of its identity, or leaves the trajectory alone.
+APPLIED = ("lr", "schedule", "warmup", "betas", "eps", "weight_decay", "clip")
+
+
+def settings_of(config: Config, steps: int) -> dict[str, Any]:
+    plain = config.train.model_dump(mode="json")
+    return {**{f"train.{name}": plain[name] for name in APPLIED}, "steps": steps}
 
 
 def folder(output: str | Path) -> Path:
@@ -66,56 +79,66 @@ def folder(output: str | Path) -> Path:
 
 
 def save(policy: Policy, output: str | Path, state: State, keep: int) -> Path:
-    """Collective. Returns the finished checkpoint's folder."""
+    """Collective. Returns the finished checkpoint's folder. Raises `UserError` where a disk does not take it."""
     name = f"step-{state.step:08d}"
     root = folder(output)
     partial = root / f".partial-{name}"
 
+    def describe() -> None:
+        if not (partial / STATE).exists():
+            write_whole(partial / STATE, json.dumps(asdict(state), indent=1).encode())
+
     def finish() -> None:
         if not partial.exists():  # another host of a shared file system has done it
             return
-        files = {
-            str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()
-        }
-        for file in files:
-            _flush(partial / file)
-        write_whole(partial / "state.json", json.dumps({**asdict(state), "files": files}, indent=1).encode())
         shutil.rmtree(root / name, ignore_errors=True)
         os.replace(partial, root / name)
-        _flush(root)
-        for old in _complete(root)[keep:]:
+        flush(root)
+        for old in _names(root)[keep:]:
             shutil.rmtree(root / old)
 
-    agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-    agree.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
-    policy.save(root, partial.name)
-    torch.save(_random_states(), partial / f"rng-rank-{comm.rank()}.pt")
-    comm.barrier()
-    agree.once_per_host(finish)
+    with disks.refusals(f"the checkpoint of step {state.step}", "train.output", root):
+        agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        agree.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
+        policy.save(root, partial.name)
+        random_states.save(partial / f"rng-rank-{comm.rank()}.safetensors")
+        agree.once_per_host(describe)
+        comm.barrier()
+        manifest.write(partial)
+        agree.once_per_host(finish)
     return root / name
 
 
 def find(output: str | Path, warn: Callable[[str], None]) -> Path | None:
-    """Collective. The newest checkpoint that is whole on every host."""
+    """Collective. The newest checkpoint that is whole on every host, to the last byte."""
     root = folder(output)
-    seen = [
-        set(names)
-        for names in comm.gather(_complete(root, warn) if comm.local_rank() == 0 else None)
-        if names is not None
-    ]
-    common = set.intersection(*seen)
-    return root / max(common) if common else None
+    seen = [set(names) for names in comm.gather(_names(root) if comm.local_rank() == 0 else None) if names is not None]
+    for name in sorted(set.intersection(*seen), reverse=True):
+        wrong = damage(root / name)
+        if not wrong:
+            return root / name
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        warn(f"checkpoint {root / name} is damaged: {wrong[0]}{more}; it is passed over")
+    return None
+
+
+def damage(checkpoint: Path) -> list[str]:
+    """Collective. What is wrong with it, the same on every rank; empty where nothing is."""
+    if not agree.on_main(lambda: _is_older(checkpoint)):
+        return manifest.damage(checkpoint)
+    return agree.on_main(lambda: _damage_of_older(checkpoint))
 
 
 def read_state(checkpoint: Path) -> State:
-    content = json.loads((checkpoint / "state.json").read_text())
-    del content["files"]
+    """Of a checkpoint that is whole."""
+    content = json.loads((checkpoint / STATE).read_text())
+    content.pop("files", None)
     return State(**content)
 
 
-def check_same_run(found: State, now: dict[str, Any], output: str) -> None:
-    """Raises `UserError` when the checkpoint is another run's."""
-    if "reference" not in found.identity and now["reference"] is not None:
+def check_same_run(found: State, now: State, output: str) -> None:
+    """Raises `UserError` when the checkpoint is another run's, or beyond this one's end."""
+    if "reference" not in found.identity and now.identity["reference"] is not None:
         raise UserError(
             f"the checkpoint in train.output ({output}) does not say from which weights its policy started: an older "
             "version of kto_dist wrote it, which noted those of reference.path alone. Go on with that version, give "
@@ -123,23 +146,42 @@ def check_same_run(found: State, now: dict[str, Any], output: str) -> None:
         )
     differing = [
         f"{key} was {found.identity.get(key)!r} and is {value!r}"
-        for key, value in now.items()
+        for key, value in now.identity.items()
         if found.identity.get(key) != value
+        # an older version did not note what `auto` meant
+        and not (key == "train.dtype" and found.identity.get(key) == "auto")
     ]
     if differing:
         raise UserError(
             f"the checkpoint in train.output ({output}) belongs to another run: {'; '.join(differing)}. "
             "Give another train.output, or delete the folder's checkpoints"
         )
+    if found.step > now.settings["steps"]:
+        raise UserError(
+            f"this run has {now.settings['steps']:,} steps, and the checkpoint in train.output ({output}) has done "
+            f"{found.step:,}: raise train.max_steps or train.epochs, or give another train.output. (kto-dist export "
+            "writes the model of a checkpoint)"
+        )
+
+
+def changes(found: State, now: State) -> list[str]:
+    """What is another setting from here on."""
+    return [
+        f"{name} is {value!r} (was {found.settings[name]!r})"
+        for name, value in now.settings.items()
+        if found.settings.get(name, value) != value
+    ]
 
 
 def load(policy: Policy, checkpoint: Path, universal: Path | None) -> None:
     """Collective. Restores weights, optimizer and random states."""
     source = universal or checkpoint
-    policy.load(source.parent, source.name)
-    states = checkpoint / f"rng-rank-{comm.rank()}.pt"
+    engine_files.load(policy, source.parent, source.name)
+    states = checkpoint / f"rng-rank-{comm.rank()}.safetensors"
     if states.exists():
-        _set_random_states(torch.load(states, weights_only=False))
+        random_states.restore(states)
+    elif (older := checkpoint / f"rng-rank-{comm.rank()}.pt").exists():
+        random_states.restore_older(older)
 
 
 def to_universal(checkpoint: Path, found: State) -> Path | None:
@@ -150,93 +192,47 @@ def to_universal(checkpoint: Path, found: State) -> Path | None:
 
     def convert() -> None:
         shutil.rmtree(target, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        if wrong := engine_files.recut(checkpoint, target):
             raise UserError(
                 f"{checkpoint} was written by {found.world_size} ranks and could not be re-cut for "
-                f"{comm.world_size()}: {done.stderr.strip()[-500:]}; resume with {found.world_size} ranks"
+                f"{comm.world_size()}: {wrong}; resume with {found.world_size} ranks"
             )
 
     agree.on_main(convert)
     return target
 
 
-def _complete(root: Path, warn: Callable[[str], None] | None = None) -> list[str]:
-    """Names of whole checkpoints, newest first."""
-    names = []
-    for path in sorted(root.glob("step-*"), reverse=True):
-        try:
-            files = json.loads((path / "state.json").read_text())["files"]
-            whole = all((path / file).stat().st_size == size for file, size in files.items())
-        except (OSError, json.JSONDecodeError, KeyError):
-            whole = False
-        if whole:
-            names.append(path.name)
-        elif warn:
-            warn(f"checkpoint {path} is damaged: passed over")
-    return names
+def clear(output: str | Path) -> None:
+    """Rank 0, of a folder that no run is at work in. Removes what killed runs have left half-written."""
+    root = Path(output)
+    for path in [*root.glob(".partial-*"), *folder(root).glob(".partial-*"), *folder(root).glob(".universal-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in [*root.glob(".*"), *folder(root).glob(".*")]:
+        if TEMPORARY.fullmatch(path.name) or path.name.startswith((".done-", ".seen-")):
+            path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _names(root: Path) -> list[str]:
+    """Of what was finished as a checkpoint, whole or not by now, newest first."""
+    return sorted((path.name for path in root.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def _is_older(checkpoint: Path) -> bool:
+    """Whether a version wrote it that knew sizes, and no checksums."""
+    return not (checkpoint / manifest.NAME).exists() and b'"files"' in _bytes(checkpoint / STATE)
+
+
+def _damage_of_older(checkpoint: Path) -> list[str]:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        files = json.loads((checkpoint / STATE).read_text())["files"]
+        read_state(checkpoint)
+        return [name for name, size in files.items() if (checkpoint / name).stat().st_size != size]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{STATE} or a file that it names cannot be read: {error}"]
 
 
-def _random_states() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(comm.device()) if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], comm.device())
-
-
-def export(
-    weights: dict[str, Tensor],
-    target: Path,
-    *,
-    model_config: PretrainedConfig,
-    generation_config: GenerationConfig | None,
-    tokenizer: PreTrainedTokenizerBase,
-    card: str,
-) -> None:
-    """Rank 0. Writes a Hugging Face folder (safetensors, tokenizer, model card) and loads it back to check it.
-
-    The folder appears whole: it is written beside `target` and takes its place when the check has passed.
-    """
-    partial = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    dtype = next(iter(weights.values())).dtype
-    with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    # the shell gives the names and the ties; the tensors are ours
-    if generation_config is not None:
-        shell.generation_config = generation_config
-    shell.save_pretrained(partial, state_dict=weights)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in partial.iterdir():  # safetensors writes for the owner alone
-        file.chmod(0o666 & ~mask)
-
-    loaded = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype).state_dict()
-    wrong = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
-    if wrong:
-        raise RuntimeError(f"the export does not load back as it was written: {', '.join(wrong[:5])}")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kto_dist.base.config import Decay, NonNegativeFloat, Positive, PositiveFloat, Section, Text, build, resolve
+from kto_dist.base.config import Decay, NonNegativeFloat, Place, Positive, PositiveFloat, Section, build, resolve
 from kto_dist.data.config import DataConfig
 from kto_dist.evaluation.config import EvaluateConfig
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
@@ -21,7 +21,7 @@ from kto_dist.reference.config import ReferenceConfig
 class TrainConfig(Section):
     """The optimizer's steps."""
 
-    output: Text = Field("runs/kto", description="the run's folder")
+    output: Place = Field("runs/kto", description="the run's folder")
     global_batch: Positive = Field(32, description="rows of one optimizer step, over all ranks")
     tokens_per_microbatch: Literal["auto"] | Positive = Field(
         "auto",
@@ -59,7 +59,11 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
-    every_steps: Positive | None = Field(None, description="optimizer steps between checkpoints; null: only on SIGTERM")
+    every_steps: Positive | None = Field(
+        None,
+        description="optimizer steps between checkpoints; null: only when the run is stopped, and at its end until the "
+        "export is done",
+    )
     keep: Positive = Field(2, description="newest checkpoints that stay on disk")
     resume: Literal["auto"] | bool = Field(
         "auto",

@@ -1,12 +1,14 @@
 """The end of a run: export, summary, report, artifacts."""
 
 import json
+import shutil
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
 
-from kto_dist.base import agree, comm
+from kto_dist.base import agree, comm, disks
 from kto_dist.base.console import Console
 from kto_dist.base.files import write_whole
 from kto_dist.model.engines import Policy
@@ -15,6 +17,8 @@ from kto_dist.record.environment import environment_tags
 from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.training import checkpoint
 from kto_dist.training.card import model_card, say_outcome
+from kto_dist.training.export import export
+from kto_dist.training.heavy import NAMED, heavy_rows
 from kto_dist.training.prepare import PreparedTraining, account, counts
 from kto_dist.training.run import Run
 
@@ -35,6 +39,7 @@ def finish(
     weights = policy.weights()
     generation = getattr(policy.model.lm, "generation_config", None)
     console.end()
+    heavy = heavy_rows(prepared.plan, prepared.train, prepared.class_weights)
     summary = {
         "steps": prepared.plan.steps,
         "training": last,
@@ -47,6 +52,7 @@ def finish(
             "heldout": None if prepared.heldout is None else counts(prepared.heldout),
             "audits": [audit.to_dict() for audit in run.audits],
             "class_weights": {"undesirable": prepared.class_weights[0], "desirable": prepared.class_weights[1]},
+            "heavy_rows": {"count": len(heavy), "rows": [asdict(row) for row in heavy[:NAMED]]},
         },
         "reference": {
             "fingerprint": run.reference.digest,
@@ -67,7 +73,10 @@ def finish(
         "mlflow": {"uri": run.tracker.uri, "run_id": run.mlflow_run},
     }
     policy.close()
-    agree.on_main(lambda: None if weights is None else _write(weights, generation, prepared, run, summary))
+    with disks.refusals("the export", "train.output", run.folder.path):
+        agree.on_main(lambda: None if weights is None else _write(weights, generation, prepared, run, summary))
+    if prepared.config.checkpoint.every_steps is None:  # there are those alone that this process was to go on from
+        agree.once_per_host(lambda: shutil.rmtree(checkpoint.folder(run.folder.path), ignore_errors=True))
     say_outcome(summary, run.folder.path, console)
     return comm.broadcast(summary)
 
@@ -81,7 +90,7 @@ def _write(
 ) -> None:
     """Rank 0."""
     folder, tracking = run.folder, prepared.config.tracking
-    checkpoint.export(
+    export(
         weights,
         folder.export,
         model_config=prepared.model_config,

@@ -9,37 +9,38 @@
 Run it under the `deepspeed` launcher (`--module kto_dist.commands.train`), by `kto-dist train`, or call `train`.
 """
 
-import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kto_dist.base import agree, comm, restart
 from kto_dist.base.console import Console
 from kto_dist.base.exits import FAILED, TERMINATED, Stopped
-from kto_dist.base.signals import sigterm_noted
+from kto_dist.base.signals import before_sigterm, sigterm_noted
 from kto_dist.data.audited import describes_all, find_audits
+from kto_dist.model import ops
 from kto_dist.model.causal_lm import check_scoring
-from kto_dist.model.devices import Cost, cost_of, make_deterministic, peak
-from kto_dist.model.engines import AdamW, Policy
+from kto_dist.model.devices import cost_of, make_deterministic
+from kto_dist.model.engines import AdamW, Policy, zero_stage
 from kto_dist.model.memory import NeedsRestart
-from kto_dist.model.options import zero_stage
-from kto_dist.objective import metrics
-from kto_dist.record.run_folder import append_line, read_lines
+from kto_dist.record.run_folder import read_lines
 from kto_dist.record.tracker import Status
 from kto_dist.reference.logps import ReferenceLogps, score_reference
 from kto_dist.reference.record import PassRecord
 from kto_dist.training import checkpoint
 from kto_dist.training.ahead import ahead
 from kto_dist.training.config import Config
+from kto_dist.training.figures import FEW, due, is_sound, line_of, long_way, step_figures
 from kto_dist.training.finish import finish
 from kto_dist.training.health import Monitor
+from kto_dist.training.heavy import heavy_rows, warning
 from kto_dist.training.prepare import PreparedTraining, find, prepare_training, wanted
 from kto_dist.training.profile import profiled
-from kto_dist.training.run import Run, alone_in, find_checkpoint, open_run, start_run
-from kto_dist.training.step import StepResult, StepWork
+from kto_dist.training.run import Goodbye, Run, alone_in, find_checkpoint, open_run, start_run
+from kto_dist.training.step import StepResult
 from kto_dist.training.stepper import Stepper
 
 Watch = Callable[[StepResult], None]
@@ -54,30 +55,36 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
     comm.init()
     if config.train.deterministic:
         make_deterministic()
-    with alone_in(Path(config.train.output)):
-        return _run(config, Console(), watch)
+    goodbye = Goodbye()
+    with alone_in(Path(config.train.output)), before_sigterm(goodbye):
+        return _run(config, Console(), watch, goodbye)
 
 
-def _run(config: Config, console: Console, watch: Watch | None) -> dict[str, Any]:
+def _run(config: Config, console: Console, watch: Watch | None, goodbye: Goodbye) -> dict[str, Any]:
     found = find_checkpoint(config, console)
     audits = agree.on_main(lambda: find_audits(config.data.train_paths, console.warn))
     prepared = prepare_training(config, console)
     if not describes_all(audits, config.data.train_paths):
         for doubt in prepared.train.report.doubts():
             console.warn(doubt)
+    if heavy := heavy_rows(prepared.plan, prepared.train, prepared.class_weights):
+        console.warn(warning(heavy))
     setup, fingerprint = find(prepared, console)
     run = start_run(prepared, fingerprint, audits, found, console)
-    record = PassRecord(lambda: open_run(prepared, run, console))
+    record = goodbye.record = PassRecord(lambda: open_run(prepared, run, console))
+    goodbye.where = (
+        f"before step {run.state.step + 1}: what was scored is in reference.store ({config.reference.store}), and the "
+        "same command goes on from there"
+    )
     status: Status = "FAILED"
     restart.before(lambda: record.finish("KILLED"))
     try:
-        with record.ended_by_sigterm():
-            refs = score_reference(wanted(prepared), setup, fingerprint, console, record.watch, record.open)
+        refs = score_reference(wanted(prepared, console), setup, fingerprint, console, record.watch, record.open)
         agree.together(record.open)
         run.tracker = record.tracker
         if found is None or refs.outcome.hits < refs.outcome.pairs:
             record.end(refs.outcome)
-        summary = _train(prepared, refs, run, console, watch)
+        summary = _train(prepared, refs, run, console, watch, goodbye)
         status = "FINISHED"
     except (Stopped, NeedsRestart, KeyboardInterrupt) as stop:
         status = "FAILED" if isinstance(stop, Stopped) and stop.exit_code == FAILED else "KILLED"
@@ -88,7 +95,12 @@ def _run(config: Config, console: Console, watch: Watch | None) -> dict[str, Any
 
 
 def _train(
-    prepared: PreparedTraining, refs: ReferenceLogps, run: Run, console: Console, watch: Watch | None
+    prepared: PreparedTraining,
+    refs: ReferenceLogps,
+    run: Run,
+    console: Console,
+    watch: Watch | None,
+    goodbye: Goodbye,
 ) -> dict[str, Any]:
     config, plan = prepared.config, prepared.plan
     console.phase("policy")
@@ -111,11 +123,11 @@ def _train(
             tick()
             seconds, started = time.monotonic() - started, time.monotonic()
             done, tokens = result.step, tokens + result.tokens
-            last = _figures(result, work, cost, prepared, seconds)
+            last = step_figures(result, work, cost, seconds, steps_per_epoch=plan.steps_per_epoch)
             if comm.is_main():
-                append_line(run.folder.metrics, last)
+                run.write(run.folder.metrics, last)
                 run.tracker.log(done, {name: value for name, value in last.items() if name != "step"})
-            show(done, _line(last))
+            show(done, line_of(last))
             if watch is not None:
                 watch(result)
 
@@ -124,19 +136,23 @@ def _train(
                 console.warn(item.message)
             stopping = [item for item in advice if item.stop]
             signalled = comm.any_(terminated())
-            if _due(config.evaluate.every_steps, done) and done < plan.steps:
+            if due(config.evaluate.every_steps, done) and done < plan.steps:
                 _evaluate(stepper, run, console, done)
                 started = time.monotonic()
+            saving = due(config.checkpoint.every_steps, done) or done == plan.steps or signalled or stopping
             # a broken step must not push a sound checkpoint out
-            if (_due(config.checkpoint.every_steps, done) or signalled or stopping) and _is_sound(last):
+            if saving and is_sound(last):
                 _save(policy, prepared, run, console, done)
                 started = time.monotonic()
-            if signalled:
+            if signalled or (done == plan.steps and comm.any_(terminated())):
                 message = f"stopped by a signal after step {done} of {plan.steps}; the same command goes on from there"
                 raise Stopped(message, TERMINATED)
             if stopping:
                 raise Stopped(stopping[0].message, FAILED)
+            if done - first == FEW and (long := long_way(plan.steps - done, seconds)):
+                console.warn(long)
 
+    goodbye.where = "after the last step; the same command evaluates and exports the model of its checkpoint"
     after = _evaluate(stepper, run, console, plan.steps)
     lines = read_lines(run.folder.metrics) if not last else []
     heldout = {"before": before, "after": after}
@@ -149,6 +165,7 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Poli
     config = prepared.config
     if zero_stage(config.deepspeed, prepared.dtype) != config.deepspeed.zero_stage:
         console.say("deepspeed.zero_stage 0 becomes 1 in bf16: it keeps the fp32 master weights that stage 0 lacks")
+    agree.once_per_host(lambda: ops.compile_ops(ops.needed(config.deepspeed), console.say))
     universal = checkpoint.to_universal(run.found, run.state) if run.found else None
     section = config.train
     policy = Policy(
@@ -172,50 +189,10 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Poli
     return policy
 
 
-def _figures(
-    result: StepResult, work: StepWork, cost: Cost, prepared: PreparedTraining, seconds: float
-) -> dict[str, Any]:
-    """The step's line of metrics."""
-    figures: dict[str, Any] = {
-        "step": result.step,
-        "epoch": result.step / prepared.plan.steps_per_epoch,
-        **metrics.step_metrics(result.sums, result.kl),
-        "grad_norm": result.grad_norm,
-        "learning_rate": result.learning_rate,
-        "tokens": result.tokens,
-        "seconds": seconds,
-        "tokens_per_second": result.tokens / seconds,
-    }
-    flops = 3 * cost.forward(work.lengths, int(work.answers.sum()))
-    flops += cost.forward(work.kl_lengths, int(work.kl_answers.sum()))
-    if (rate := peak()) is not None:
-        figures["mfu"] = flops / seconds / (rate * comm.world_size())
-    return figures
-
-
-def _line(figures: dict[str, Any]) -> str:
-    kl_raw, rate = figures.get("kl_raw", 0.0), figures["tokens_per_second"]
-    return f"loss {figures['loss']:.4f}  kl_raw {kl_raw:+.2f}  {rate:,.0f} tokens/s"
-
-
-def _due(every: int | None, done: int) -> bool:
-    return every is not None and done % every == 0
-
-
-def _is_sound(figures: dict[str, Any]) -> bool:
-    return all(math.isfinite(value) for value in figures.values())
-
-
 def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console, step: int) -> Path:
     """Collective."""
     console.phase("checkpoint")
-    state = checkpoint.State(
-        step=step,
-        world_size=comm.world_size(),
-        zero_stage=run.state.zero_stage,
-        identity=run.state.identity,
-        mlflow_run=run.mlflow_run,
-    )
+    state = replace(run.now, step=step, mlflow_run=run.mlflow_run)
     saved = checkpoint.save(policy, run.folder.path, state, prepared.config.checkpoint.keep)
     console.phase("training")
     return saved
@@ -226,7 +203,7 @@ def _evaluate(stepper: Stepper, run: Run, console: Console, step: int) -> dict[s
     console.phase("evaluation")
     figures = stepper.evaluate()
     if figures is not None and comm.is_main():
-        append_line(run.folder.heldout, {"step": step, **figures})
+        run.write(run.folder.heldout, {"step": step, **figures})
         run.tracker.log(step, {f"heldout/{name}": value for name, value in figures.items()})
     console.phase("training")
     return figures

@@ -35,7 +35,7 @@ def precompute(config: Config, watch: Watch | None = None) -> Outcome:
     status: Status = "FAILED"
     try:
         with record.ended_by_sigterm():
-            refs = score_reference(wanted(prepared), setup, fingerprint, console, both, record.open)
+            refs = score_reference(wanted(prepared, console), setup, fingerprint, console, both, record.open)
         agree.together(record.open)
         record.end(refs.outcome)
         status = "FINISHED"

@@ -189,9 +189,9 @@ def find(prepared: Prepared, console: Console) -> tuple[ReferenceSetup, Fingerpr
     )
 
 
-def wanted(prepared: Prepared) -> list[PairList]:
+def wanted(prepared: Prepared, console: Console) -> list[PairList]:
     """Collective. The pairs whose reference log-probs the run will need."""
-    lists = [training_pairs(prepared.plan, prepared.train)]
+    lists = [training_pairs(prepared.plan, prepared.train, console.say)]
     if prepared.heldout is not None:
         with_z0 = LOSSES[prepared.config.kto.loss].has_z0
         lists.append(evaluation_pairs(prepared.config.train.seed, prepared.heldout, with_z0=with_z0))

@@ -1,23 +1,26 @@
 """What a run goes on from and what it writes to: its folder, its checkpoint, its MLflow run."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kto_dist.base import agree, comm, restart
+from kto_dist.base import agree, comm, disks, restart
 from kto_dist.base.config import to_yaml
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data.audited import Audited, audit_files, audit_tags
-from kto_dist.model.options import zero_stage
+from kto_dist.model.engines import zero_stage
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
-from kto_dist.record.run_folder import RunFolder
+from kto_dist.record.run_folder import RunFolder, append_line
 from kto_dist.record.tracker import NullTracker, Tracker
+from kto_dist.reference.record import PassRecord
 from kto_dist.reference.setup import local_folder
 from kto_dist.store.fingerprint import Fingerprint, weights_digest
 from kto_dist.training import checkpoint
@@ -33,6 +36,8 @@ class Run:
     folder: RunFolder
     state: checkpoint.State
     """Of the checkpoint that was found, or of step 0."""
+    now: checkpoint.State
+    """As the checkpoints of this process say, but for their step."""
     found: Path | None
     """The checkpoint to go on from."""
     reference: Fingerprint
@@ -41,6 +46,27 @@ class Run:
     tracker: Tracker = field(default_factory=NullTracker)
     mlflow_run: str | None = None
     """The id of the MLflow run, on every rank."""
+
+    def write(self, path: Path, line: dict[str, Any]) -> None:
+        """Rank 0. One more line of metrics. Raises `UserError`."""
+        with disks.refusals(f"the line of step {line['step']}", "train.output", self.folder.path):
+            append_line(path, line)
+
+
+@dataclass(kw_only=True)
+class Goodbye:
+    """The last words of a process that SIGTERM ends where nothing has to be saved."""
+
+    where: str = "before the first step; nothing was scored or trained yet"
+    record: PassRecord | None = None
+    """What tells MLflow."""
+
+    def __call__(self) -> None:
+        if comm.is_main():
+            # not through `print`: whoever was interrupted may be in the middle of one
+            os.write(2, f"stopped by a signal {self.where}\n".encode())
+        if self.record is not None:
+            self.record.finish("KILLED")
 
 
 @contextmanager
@@ -57,7 +83,16 @@ def alone_in(output: Path) -> Iterator[None]:
 def find_checkpoint(config: Config, console: Console) -> Path | None:
     """Collective. The checkpoint to go on from. Raises `UserError` where the output folder must not be used."""
     output = Path(config.train.output)
-    found = checkpoint.find(output, console.warn)
+    agree.once_per_host(lambda: checkpoint.clear(output))
+    damaged: list[str] = []
+    found = checkpoint.find(output, damaged.append)
+    if found is None and damaged:
+        raise UserError(
+            f"train.output ({output}) holds no whole checkpoint: {'; '.join(damaged)}. Put a copy in its place, or "
+            "delete the folder's checkpoints to start from the beginning"
+        )
+    for text in damaged:
+        console.warn(f"{text}, and the run goes on from {found}")
     if found is not None and config.checkpoint.resume is False:
         raise UserError(
             f"train.output ({output}) holds checkpoints and checkpoint.resume is false: give another folder, "
@@ -86,24 +121,28 @@ def start_run(
         policy=_policy_weights(config, reference),
         reference=reference.weights if config.reference.path else None,
         zero_stage=stage,
+        dtype=prepared.dtype,
     )
-    state = checkpoint.State(
+    now = state = checkpoint.State(
         step=0,
         world_size=comm.world_size(),
         zero_stage=stage,
         identity=identity,
         mlflow_run=None,
+        settings=checkpoint.settings_of(config, prepared.plan.steps),
     )
     if found is not None:
         state = checkpoint.read_state(found)
-        checkpoint.check_same_run(state, identity, str(output))
+        checkpoint.check_same_run(state, now, str(output))
         console.say(f"going on from {found.name} of {prepared.plan.steps} steps")
+        if changed := checkpoint.changes(state, now):
+            console.warn(f"other settings from step {state.step + 1} on: {'; '.join(changed)}")
     if (again := restart.order()) is not None:
         console.warn(
             f"{again.reason}. Started again by itself with {again.setting}={again.tokens}: "
             f"{max(0, again.step - state.step)} steps are done once more"
         )
-    return Run(folder=RunFolder(output), state=state, found=found, reference=reference, audits=audits)
+    return Run(folder=RunFolder(output), state=state, now=now, found=found, reference=reference, audits=audits)
 
 
 def _policy_weights(config: Config, reference: Fingerprint) -> str:
@@ -118,10 +157,10 @@ def _policy_weights(config: Config, reference: Fingerprint) -> str:
 def open_run(prepared: PreparedTraining, run: Run, console: Console) -> Tracker:
     """Writes the config, and opens the MLflow run with its datasets and audits. Raises `UserError`."""
     config, output = prepared.config, run.folder.path
-    try:
-        run.folder.begin(to_yaml(config), step=run.state.step, last=run.state.step == prepared.plan.steps)
-    except OSError as error:
-        raise UserError(f"train.output ({output}) cannot be written: {error}; give a folder with room") from None
+    with disks.refusals("the run", "train.output", output):
+        lost = run.folder.begin(to_yaml(config), step=run.state.step, last=run.state.step == prepared.plan.steps)
+    for text in lost:
+        console.warn(text)
     tracker = tracking.start(
         config.tracking,
         settings=config,

@@ -1,0 +1,83 @@
+"""What DeepSpeed has written to disk, read again: for the same ranks, for others, or as one model.
+
+Its files are pickles, which can hold code. None of it runs here: `torch.load` is told to rebuild tensors, plain
+values and the few classes of `_CLASSES`, whatever DeepSpeed asks of it, and refuses everything else.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kto_dist.base.errors import UserError
+from kto_dist.model.engines import Policy  # first: it imports deepspeed without its noise
+
+# isort: split
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+_FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def without_code(source: Path) -> Iterator[None]:
+    """Inside, loading a pickle runs none of its code. Raises `UserError` for one that would have to."""
+    before = os.environ.get(_FORCED)
+    os.environ[_FORCED] = "1"
+    try:
+        with torch.serialization.safe_globals(_CLASSES):
+            yield
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{source} holds something else than tensors and numbers, and is not loaded: {first}") from None
+    finally:
+        if before is None:
+            del os.environ[_FORCED]
+        else:
+            os.environ[_FORCED] = before
+
+
+def load(policy: Policy, folder: Path, tag: str) -> None:
+    """Collective. Weights, optimizer states and the engine's own counters."""
+    with without_code(folder / tag):
+        policy.load(folder, tag)
+
+
+def recut(source: Path, target: Path) -> str | None:
+    """Cuts a checkpoint anew, for any number of ranks. Returns what went wrong, or None."""
+    code = f"import sys; from {__name__} import recut_here; recut_here(sys.argv[1], sys.argv[2])"
+    done = subprocess.run([sys.executable, "-c", code, str(source), str(target)], capture_output=True, text=True)
+    return done.stderr.strip()[-500:] if done.returncode else None
+
+
+def recut_here(source: str, target: str) -> None:
+    """In a process of its own: it takes others to help."""
+    # they have to know of `_CLASSES` as well
+    multiprocessing.set_start_method("fork", force=True)
+    sys.argv[1:] = ["--inject_missing_state", "--input_folder", source, "--output_folder", target]
+    with without_code(Path(source)):
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+def consolidated(folder: Path, tag: str, stage: int) -> dict[str, Tensor]:
+    """The whole model of a checkpoint, at stage 3 in fp32, else as it was trained; no process group is needed."""
+    with without_code(folder / tag), contextlib.redirect_stdout(io.StringIO()):
+        if stage < 3:  # every rank has whole weights, and the first one has written them
+            file = folder / tag / "mp_rank_00_model_states.pt"
+            state = torch.load(file, map_location="cpu", weights_only=True)["module"]
+        else:
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+    return {name.removeprefix("lm."): tensor for name, tensor in state.items()}

@@ -1,0 +1,140 @@
+"""A model in Hugging Face layout: written whole, and loaded back before it takes its place.
+
+In:  weights, from the policy in memory or from a checkpoint of a run that has ended (`kto-dist export`).
+"""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from kto_dist.base import disks
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.model import engine_files
+from kto_dist.model.causal_lm import load_config, load_tokenizer
+from kto_dist.record.run_folder import RunFolder, read_lines
+from kto_dist.training import checkpoint
+from kto_dist.training.card import checkpoint_card
+from kto_dist.training.config import Config
+from kto_dist.training.lock import RunLock
+
+
+def export(
+    weights: dict[str, Tensor],
+    target: Path,
+    *,
+    model_config: PretrainedConfig,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+) -> None:
+    """Rank 0. Writes a Hugging Face folder (safetensors, tokenizer, model card) and loads it back to check it.
+
+    The folder appears whole: it is written beside `target` and takes its place when the check has passed.
+    """
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    dtype = next(iter(weights.values())).dtype
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    # the shell gives the names and the ties; the tensors are ours
+    if generation_config is not None:
+        shell.generation_config = generation_config
+    shell.save_pretrained(partial, state_dict=weights)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in partial.iterdir():  # safetensors writes for the owner alone
+        file.chmod(0o666 & ~mask)
+
+    loaded = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype).state_dict()
+    wrong = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
+    if wrong:
+        raise RuntimeError(f"the export does not load back as it was written: {', '.join(wrong[:5])}")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+
+
+def export_checkpoint(run: Path, step: int | None, target: Path | None, console: Console) -> Path:
+    """Writes the model of a run's checkpoint, by default its newest whole one, and returns where.
+
+    On one process, whatever number of ranks wrote it. Raises `UserError`.
+    """
+    folder = RunFolder(run)
+    if not folder.config.exists():
+        raise UserError(f"{run} holds no run: it has no {folder.config.name}; give the folder that train.output names")
+    config = Config.load(folder.config)
+    target = target or run / "export"
+    if target.exists():
+        raise UserError(f"{target} exists: give another folder with --output, or remove it")
+    lock = RunLock(run, uuid.uuid4().hex)
+    lock.take()
+    try:
+        found = _chosen(run, step, console)
+        state = checkpoint.read_state(found)
+        model = config.model
+        console.say(f"{found.name}, written by {state.world_size} ranks")
+        weights = engine_files.consolidated(found.parent, found.name, state.zero_stage)
+        lines = [line for line in read_lines(folder.metrics) if line["step"] == state.step]
+        with disks.refusals("the export", "its folder", target):
+            export(
+                _cast(weights, _dtype_of(state, found)),
+                target,
+                model_config=load_config(model.path, model.gguf_file),
+                generation_config=_generation_config(model.path),
+                tokenizer=load_tokenizer(model.path, model.gguf_file),
+                card=checkpoint_card(config, state.step, lines[0] if lines else {}),
+            )
+    finally:
+        lock.release()
+    return target
+
+
+def _chosen(run: Path, step: int | None, console: Console) -> Path:
+    """A checkpoint that is whole."""
+    root = checkpoint.folder(run)
+    there = sorted(path.name for path in root.glob("step-*"))
+    if step is None:
+        found = checkpoint.find(run, console.warn)
+        if found is None:
+            raise UserError(
+                f"{run} holds no whole checkpoint" + (f" ({', '.join(there)} are damaged)" if there else "")
+            )
+        return found
+    chosen = root / f"step-{step:08d}"
+    if not chosen.exists():
+        raise UserError(f"{run} has no checkpoint of step {step}: it has {', '.join(there) or 'none'}")
+    if wrong := checkpoint.damage(chosen):
+        raise UserError(f"checkpoint {chosen} is damaged: {'; '.join(wrong)}; choose another of {', '.join(there)}")
+    return chosen
+
+
+def _dtype_of(state: checkpoint.State, found: Path) -> torch.dtype:
+    """In which the run trained; the optimizer's master weights are fp32 in any case."""
+    noted = str(state.identity["train.dtype"])
+    if noted == "auto":  # an older version did not say what that meant, but DeepSpeed's names do
+        return torch.bfloat16 if any(found.glob("bf16_*")) else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(noted) or getattr(torch, noted)
+
+
+def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tied weights stay one tensor, and are saved once."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in weights.values():
+        if (tensor.data_ptr(), tensor.shape) not in done:
+            done[tensor.data_ptr(), tensor.shape] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: done[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
+
+
+def _generation_config(path: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:  # it has none
+        return None

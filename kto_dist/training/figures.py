@@ -1,0 +1,63 @@
+"""What is logged of a step, and what it says of the steps to come."""
+
+import math
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from kto_dist.base import comm
+from kto_dist.model.devices import Cost, peak
+from kto_dist.objective import metrics
+from kto_dist.training.step import StepResult, StepWork
+
+FEW = 3
+"""Steps after which their rate says how long a run will take."""
+_LONG = timedelta(days=2)
+
+
+def step_figures(
+    result: StepResult, work: StepWork, cost: Cost, seconds: float, *, steps_per_epoch: int
+) -> dict[str, Any]:
+    """The step's line of metrics."""
+    figures: dict[str, Any] = {
+        "step": result.step,
+        "epoch": result.step / steps_per_epoch,
+        **metrics.step_metrics(result.sums, result.kl),
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "tokens": result.tokens,
+        "seconds": seconds,
+        "tokens_per_second": result.tokens / seconds,
+    }
+    flops = 3 * cost.forward(work.lengths, int(work.answers.sum()))
+    flops += cost.forward(work.kl_lengths, int(work.kl_answers.sum()))
+    if (rate := peak()) is not None:
+        figures["mfu"] = flops / seconds / (rate * comm.world_size())
+    return figures
+
+
+def line_of(figures: Mapping[str, float]) -> str:
+    kl_raw, rate = figures.get("kl_raw", 0.0), figures["tokens_per_second"]
+    return f"loss {figures['loss']:.4f}  kl_raw {kl_raw:+.2f}  {rate:,.0f} tokens/s"
+
+
+def is_sound(figures: Mapping[str, float]) -> bool:
+    return all(math.isfinite(value) for value in figures.values())
+
+
+def due(every: int | None, done: int) -> bool:
+    return every is not None and done % every == 0
+
+
+def long_way(steps: int, seconds_a_step: float) -> str | None:
+    """What is said of steps that will take days at this rate."""
+    if steps * seconds_a_step <= _LONG.total_seconds():
+        return None
+    return f"at {seconds_a_step:.3g} s a step the {steps:,} steps that are left take {duration(steps * seconds_a_step)}"
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("years", 365.25 * 86400), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:,.0f} {unit}"
+    return f"about {seconds:.0f} seconds"

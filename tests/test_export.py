@@ -1,0 +1,111 @@
+"""Exports load anywhere, and that of a checkpoint is what the run itself would have exported then."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from ranks import run_ranks
+from safetensors.torch import load_file
+from tiny import save_tiny
+from tiny_runs import tiny_config, train_all, weights_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.commands.cli import main
+from kto_dist.training.config import Config
+from kto_dist.training.export import export_checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_log: Path) -> Config:
+    """Two ranks; checkpoints of the steps 1 to 3."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = {"checkpoint__every_steps": 1, "checkpoint__keep": 9, "train__max_steps": 3}
+    config = tiny_config(folder, tiny_model, tiny_log, **settings)
+    run_ranks(train_all, 2, [config])
+    return config
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+@pytest.mark.parametrize("tied", (False, True))
+def test_the_export_of_every_stage_loads_in_transformers_with_the_trained_weights(
+    tmp_path, tiny_log, stage, dtype, tied
+):
+    model = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
+    GenerationConfig(max_new_tokens=7, eos_token_id=[1, 2]).save_pretrained(model)
+    config = tiny_config(
+        tmp_path,
+        model,
+        tiny_log,
+        deepspeed__zero_stage=stage,
+        train__dtype=dtype,
+        reference__dtype=dtype,
+        train__max_steps=2,
+        checkpoint__every_steps=2,
+    )
+    run_ranks(train_all, 2, [config])
+    export = Path(config.train.output) / "export"
+    loaded = AutoModelForCausalLM.from_pretrained(export)
+    start = AutoModelForCausalLM.from_pretrained(model, dtype=loaded.dtype)
+    assert loaded.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert ("lm_head.weight" in load_file(export / "model.safetensors")) != tied
+    readable = {file.name: file.stat().st_mode & 0o044 for file in export.iterdir()}
+    assert set(readable.values()) == {0o044}
+    changed = [
+        not torch.equal(weight, start.state_dict()[name])
+        for name, weight in loaded.state_dict().items()
+        if weight.dim() > 1
+    ]
+    assert all(changed)
+    assert loaded.generation_config.max_new_tokens == 7  # the model's own settings, not ones made from its config
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], add_generation_prompt=True)
+    assert ids
+    assert (export / "README.md").read_text().startswith("---\nbase_model:")
+    assert not list(export.parent.glob(".partial*"))
+    # and so does that of its last checkpoint, bit for bit
+    again = export_checkpoint(Path(config.train.output), None, tmp_path / "again", Console())
+    found, expected = load_file(again / "model.safetensors"), weights_of(config)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_any_step_can_be_chosen_and_its_card_says_which(trained, tmp_path):
+    result = CliRunner().invoke(
+        main, ["export", trained.train.output, "--step", "2", "--output", str(tmp_path / "two")]
+    )
+    assert result.exit_code == 0, result.output
+    assert f"model: {tmp_path / 'two'}\n" in result.output
+    last, second = weights_of(trained), load_file(tmp_path / "two" / "model.safetensors")
+    assert not all(torch.equal(second[name], tensor) for name, tensor in last.items())
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert "after 2 steps" in card and "| loss | " in card
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+
+
+def test_what_cannot_be_exported_is_refused_with_what_there_is(trained, tmp_path):
+    with pytest.raises(UserError, match=r"has no checkpoint of step 7: it has step-00000001, step-00000002, step-0"):
+        export_checkpoint(Path(trained.train.output), 7, tmp_path / "x", Console())
+    with pytest.raises(
+        UserError, match=r"holds no run: it has no config.yaml; give the folder that train.output names"
+    ):
+        export_checkpoint(tmp_path, None, None, Console())
+    with pytest.raises(UserError, match=r"export exists: give another folder with --output"):
+        export_checkpoint(Path(trained.train.output), None, None, Console())
+    run = tmp_path / "run"
+    shutil.copytree(trained.train.output, run)
+    state = run / "checkpoints" / "step-00000002" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "step": 3}))
+    with pytest.raises(UserError, match=r"step-00000002 is damaged: state.json has .*choose another"):
+        export_checkpoint(run, 2, tmp_path / "x", Console())
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        export_checkpoint(run, None, tmp_path / "x", Console())
+    assert not (tmp_path / "x").exists()
