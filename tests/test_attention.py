@@ -134,7 +134,7 @@ def test_the_reference_follows_the_policy_where_it_can():
 )
 def test_auto_on_a_gpu_goes_by_dtype_capability_and_heads(monkeypatch, capability, dtype, head, flash, attention):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: flash)
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: flash)
     config = AutoConfig.for_model("llama", head_dim=head)
     assert pick_attention("model.attention", "auto", config, GPU, dtype) == attention
 
@@ -144,7 +144,7 @@ def test_flash_attention_2_is_named_with_what_is_missing(monkeypatch):
     with pytest.raises(UserError, match="runs on GPUs, not on cpu; use auto, or varlen or sdpa or eager"):
         pick_attention("model.attention", "flash_attention_2", llama, CPU, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: False)
     with pytest.raises(UserError, match="flash-attn is not installed"):
         pick_attention("model.attention", "flash_attention_2", llama, GPU, torch.bfloat16)
 

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 
 from kto_dist.base.errors import UserError
-from kto_dist.model.engines import _claim_swap_folders, _release_swap_folder, deepspeed_options
+from kto_dist.model.options import claim_swap_folders, deepspeed_options, release_swap_folder
 from kto_dist.training.config import Config
 
 
@@ -172,14 +172,14 @@ def test_swap_folders_of_killed_jobs_are_removed_and_those_of_living_ones_stay(t
     options = {"zero_optimization": {"offload_param": {"nvme_path": own}, "offload_optimizer": {"nvme_path": own}}}
     with open(tmp_path / "kto-2-2.lock", "w") as living:
         fcntl.flock(living, fcntl.LOCK_SH)
-        assert _claim_swap_folders(options) == {own}
+        assert claim_swap_folders(options) == {own}
         assert {path.name for path in tmp_path.iterdir()} == {"kto-2-2", "kto-2-2.lock", "kto-3-3.lock", "mine"}
-        _release_swap_folder(own)
+        release_swap_folder(own)
         assert not (tmp_path / "kto-3-3.lock").exists()
-    assert _claim_swap_folders({"zero_optimization": {"stage": 2}}) == set()
+    assert claim_swap_folders({"zero_optimization": {"stage": 2}}) == set()
 
 
 def test_a_swap_folder_that_cannot_be_made_is_told_with_its_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"nvme_path \(.*file\) cannot be used"):
-        _claim_swap_folders({"zero_optimization": {"offload_param": {"nvme_path": str(tmp_path / "file" / "kto-1-1")}}})
+        claim_swap_folders({"zero_optimization": {"offload_param": {"nvme_path": str(tmp_path / "file" / "kto-1-1")}}})

@@ -218,15 +218,23 @@ class MicroBatch:
         """In page-locked memory where there is a GPU, so that a copy to it does not make the host wait."""
         if not torch.cuda.is_available():
             return self
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._moving().items()})
+        return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return replace(self, **{n: tensor.to(device, non_blocking=True) for n, tensor in self._moving().items()})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _moving(self) -> dict[str, Tensor]:
-        """What the device needs."""
-        names = ("input_ids", "position_ids", "attention_mask", "bounds", "gather", "target", "position")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """With what the device needs somewhere else."""
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            bounds=move(self.bounds),
+            gather=move(self.gather),
+            target=move(self.target),
+            position=move(self.position),
+        )
 
 
 def collate(
@@ -248,8 +256,8 @@ def collate(
         starts = np.cumsum(lengths) - lengths if packed else np.arange(rows, dtype=np.int64) * width
 
     # sequences and runs of padding start and end here; an empty one has no place
-    edges = [[0, rows * width], starts, starts + lengths]
-    bounds = np.unique(np.concatenate(edges)).astype(np.int32)
+    edges = np.concatenate([np.array([0, rows * width]), starts, starts + lengths])
+    bounds = np.unique(edges).astype(np.int32)
     gather, target = [], []
     for (prompt, completion), start in zip(sequences, starts, strict=True):
         span = slice(start, start + len(prompt) + len(completion))

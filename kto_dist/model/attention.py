@@ -12,16 +12,17 @@ reach it through the decoder's keyword arguments (`cu_seq_lens_q`, `max_length_q
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import import_utils
 
 from kto_dist.base.errors import UserError
 
@@ -120,7 +121,7 @@ def _no_varlen(place: Place) -> str | None:
 def _no_flash_attention_2(place: Place) -> str | None:
     if place.device.type != "cuda":
         return f"it runs on GPUs, not on {place.device.type}"
-    if not transformers.utils.is_flash_attn_2_available():
+    if not import_utils.is_flash_attn_2_available():
         return "the package flash-attn is not installed"
     if not place.supports("flash_attn"):
         return f"{place.family} in transformers does not take it"
@@ -216,8 +217,8 @@ def varlen(
 
 AttentionInterface.register("varlen", varlen)
 
-# torch 2.11 repeats keys by hand
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
+# torch 2.11 has no grouped heads there: keys are repeated by hand
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def _on_cuda(

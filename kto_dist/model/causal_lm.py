@@ -18,7 +18,14 @@ import transformers
 from kto_kernels import LogitTransform, sequence_logps, token_logps
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import MicroBatch, collate
@@ -92,7 +99,7 @@ def load_model(
     attention: str,
     kernels: str = "none",
     config: PretrainedConfig | None = None,
-) -> nn.Module:
+) -> PreTrainedModel:
     """The model in `dtype` with dropout off, since the policy must equal its reference before the first step."""
     # a copy: the export writes the given one
     config = copy.deepcopy(config) if config else load_config(path, gguf_file)
@@ -155,9 +162,9 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 class ScoringModel(nn.Module):
     """`lm` with one forward: tokens of a micro-batch and a head -> what the head returns."""
 
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: PreTrainedModel):
         super().__init__()
-        self.lm = lm
+        self.lm: PreTrainedModel = lm
         self.transform = logit_transform(lm.config)
         lm_head = lm.get_output_embeddings()
         if hasattr(lm_head, "base_layer"):  # what peft puts in a layer's place
@@ -174,7 +181,7 @@ class ScoringModel(nn.Module):
         def forward(hidden: Tensor, head: Head | None = None) -> Any:
             return plain_forward(hidden) if head is None else head(hidden, lm_head.weight, lm_head.bias)
 
-        lm_head.forward = forward
+        lm_head.forward = forward  # type: ignore[method-assign, assignment]
         # cuDNN's attention builds a plan for every new shape, in milliseconds of the host, and micro-batches have many
         torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # Dense bf16 peak of one device in FLOP/s, from the makers' datasheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "MI300X": 1307e12, "B200": 2250e12}
@@ -59,7 +60,7 @@ def _positions_seen(lengths: np.ndarray, window: int | None) -> float:
     return float((near * (near + 1) / 2 + (tokens - near) * window).sum())
 
 
-def cost_of(lm: nn.Module) -> Cost:
+def cost_of(lm: PreTrainedModel) -> Cost:
     """Of a causal language model, sharded or not."""
     config = lm.config.get_text_config()
     looked_up = {id(p) for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
@@ -71,8 +72,8 @@ def cost_of(lm: nn.Module) -> Cost:
         if parameter is head or id(parameter) in looked_up or len(_shape(parameter)) < 2:
             continue
         share = routed / experts if experts and routed and ".experts." in name else 1.0
-        decoder += share * float(np.prod(_shape(parameter)))
-    return Cost(decoder=decoder, head=int(np.prod(_shape(head))), attention=_attention(config))
+        decoder += share * math.prod(_shape(parameter))
+    return Cost(decoder=decoder, head=math.prod(_shape(head)), attention=_attention(config))
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -89,7 +90,7 @@ def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:
     return tuple((width, windows[kind]) for kind in kinds if kind in windows)
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def _shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -103,7 +104,7 @@ def make_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
     # no kernel of ours reads what nobody wrote, and filling costs a pass over all fresh memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,14 +120,14 @@ class Sharding:
     logits_bytes: int
 
 
-def tokens_that_fit(lm: nn.Module, sharding: Sharding, memory: int) -> int:
+def tokens_that_fit(lm: PreTrainedModel, sharding: Sharding, memory: int) -> int:
     """How many tokens of a micro-batch `memory` bytes of a device are estimated to hold: a power of two.
 
     Of the device's whole memory and not of what is free, so that a resumed run finds the same. Activations of an eager
     decoder layer without checkpointing take about 18 H + 8 F bytes a token in bf16 (H hidden, F of the MLP): measured
     as 100 KB at H 2048, F 8192. Coarse on purpose: the largest micro-batch is tried before the first step.
     """
-    parameters = sum(int(np.prod(_shape(p))) for p in lm.parameters())
+    parameters = sum(math.prod(_shape(p)) for p in lm.parameters())
     room = _SHARE_OF_MEMORY * memory - _held_bytes(parameters, lm, sharding)
     config = lm.config.get_text_config()
     hidden = config.hidden_size
@@ -144,7 +145,7 @@ _SHARE_OF_MEMORY = 0.85
 _MOST_TOKENS = 65536
 
 
-def _held_bytes(parameters: int, lm: nn.Module, sharding: Sharding) -> float:
+def _held_bytes(parameters: int, lm: PreTrainedModel, sharding: Sharding) -> float:
     """Weights, gradients, optimizer and the head's buffers."""
     ranks, stage = sharding.ranks, sharding.stage
     weights = parameters * (2 if sharding.bf16 else 4) / (ranks if stage == 3 else 1)
@@ -153,5 +154,5 @@ def _held_bytes(parameters: int, lm: nn.Module, sharding: Sharding) -> float:
     # sums in fp32, and a micro-batch's own
     gradients = parameters * (4 / (ranks if stage >= 2 else 1) + (2 if sharding.bf16 else 4))
     states = parameters * (12 if sharding.bf16 else 8) / (ranks if stage else 1)
-    head = sharding.logits_bytes + 8 * int(np.prod(_shape(lm.get_output_embeddings().weight)))
+    head = sharding.logits_bytes + 8 * math.prod(_shape(lm.get_output_embeddings().weight))
     return weights + gradients + (0.0 if sharding.offload_optimizer else states) + head

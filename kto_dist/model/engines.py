@@ -7,14 +7,10 @@ DeepSpeed averages gradients over ranks and divides by accumulation steps. Both 
 what it is given is this rank's share of a sum, and what arrives in the optimizer is the gradient of the sum.
 """
 
-import contextlib
 import ctypes
-import fcntl
 import gc
-import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +20,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kto_dist.base import comm
-from kto_dist.base.errors import UserError
 from kto_dist.model.causal_lm import ScoringModel, load_model
-from kto_dist.model.config import DeepspeedConfig, ModelConfig, read_deepspeed_json
+from kto_dist.model.config import DeepspeedConfig, ModelConfig
+from kto_dist.model.options import claim_swap_folders, deepspeed_options, offload_options, release_swap_folder
 
 
 @contextmanager
@@ -57,138 +53,7 @@ with _quiet_import():
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def zero_stage(section: DeepspeedConfig, dtype: torch.dtype) -> int:
-    """The stage that is used. In bf16 without ZeRO DeepSpeed would update bf16 weights directly and lose every update
-    below half an ulp, so stage 0 becomes 1 there: same results, fp32 master weights, less memory."""
-    asked = section.zero_stage
-    return 1 if asked == 0 and dtype == torch.bfloat16 else asked
-
-
-def deepspeed_options(section: DeepspeedConfig, dtype: torch.dtype, clip: float) -> dict[str, Any]:
-    """What DeepSpeed is given: our own options, then the user's file merged in.
-
-    Raises `UserError` where the file contradicts a setting of ours; its `"auto"` values mean ours.
-    """
-    zero: dict[str, Any] = {"stage": zero_stage(section, dtype)}
-    for target, device in (
-        ("offload_optimizer", section.offload_optimizer),
-        ("offload_param", section.offload_parameters),
-    ):
-        if device != "none":
-            zero[target] = _offload(device, section.nvme_path)
-    options = {
-        # Micro-batches hold as many rows as their token budget does, and a step as many micro-batches as it needs:
-        # the boundary of a step is set by hand, and these two only have to multiply to train_batch_size.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
-        # a look at every gradient for what is no number, twice a step: the norm shows it as well, and the run stops
-        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": sys.maxsize,
-        # it waits for the device before and after every forward, and counts what we count ourselves
-        "timers": {"throughput": {"enabled": False}},
-    }
-    if section.config:
-        _merge(options, read_deepspeed_json(section.config), section.config)
-    return options
-
-
-def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"device": device, "pin_memory": torch.cuda.is_available()}
-    if device == "nvme":
-        # An engine deletes what another left below its path, so each job and engine has a path of its own.
-        options["nvme_path"] = str(Path(str(nvme_path)) / f"kto-{os.environ['MASTER_PORT']}-{os.getppid()}")
-    return options
-
-
-# Locks of this process's swap folders, held until it ends, however it ends.
-_held: dict[str, int] = {}
-
-
-def _claim_swap_folders(options: dict[str, Any]) -> set[str]:
-    """Locks the swap folders of an engine, and removes those beside them whose owners were killed.
-
-    Raises `UserError` where they cannot be made.
-    """
-    zero = options["zero_optimization"]
-    found = {zero[key].get("nvme_path") for key in ("offload_optimizer", "offload_param") if key in zero} - {None}
-    for folder in map(Path, found):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if str(folder) not in _held:
-                _held[str(folder)] = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-                fcntl.flock(_held[str(folder)], fcntl.LOCK_SH)
-            for lock in folder.parent.glob("kto-*.lock"):
-                if lock.with_suffix("") != folder:
-                    _remove_if_abandoned(lock)
-        except OSError as error:
-            raise UserError(f"nvme_path ({folder.parent}) cannot be used: {error}; name a folder that can") from None
-    return found
-
-
-def _remove_if_abandoned(lock: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # another rank was faster
-        descriptor = os.open(lock, os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-            lock.unlink()
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(descriptor)
-
-
-def _release_swap_folder(folder: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    Path(f"{folder}.lock").unlink(missing_ok=True)
-    if folder in _held:
-        os.close(_held.pop(folder))
-
-
-_SET_BY = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.tokens_per_microbatch",
-    "gradient_accumulation_steps": "train.global_batch and train.tokens_per_microbatch",
-    "gradient_clipping": "train.clip",
-    "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
-    "scheduler": "train.schedule and train.warmup",
-    "bf16.enabled": "train.dtype",
-    "fp16.enabled": "train.dtype",
-    "torch_autocast.enabled": "train.dtype",
-    "zero_optimization.stage": "deepspeed.zero_stage",
-    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
-    "zero_optimization.offload_optimizer.nvme_path": "deepspeed.nvme_path",
-    "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
-    "zero_optimization.offload_param.nvme_path": "deepspeed.nvme_path",
-}
-
-
-def _merge(ours: dict[str, Any], theirs: dict[str, Any], file: str, prefix: str = "") -> None:
-    for key, value in theirs.items():
-        name = prefix + key
-        if value == "auto":
-            continue
-        if name in _SET_BY:
-            # an absent option of ours is a "no": fp16, an offload target
-            if value != ours.get(key, False):
-                raise UserError(
-                    f"deepspeed.config ({file}): {name} ({json.dumps(value)}) contradicts this run's "
-                    f"{json.dumps(ours.get(key, 'unset'))}: remove it there and set {_SET_BY[name]}"
-                )
-        elif isinstance(value, dict):
-            nested = ours.setdefault(key, {})
-            _merge(nested, value, file, name + ".")
-            if not nested:
-                del ours[key]
-        else:
-            ours[key] = value
-
-
-def _sharded_load(options: dict[str, Any], **arguments: Any) -> nn.Module:
+def _sharded_load(options: dict[str, Any], **arguments: Any) -> PreTrainedModel:
     """Loads a model so that with ZeRO-3 no rank ever holds all of it. (GGUF is unpacked whole, then sharded.)"""
     if options["zero_optimization"]["stage"] != 3 or arguments["gguf_file"]:
         return load_model(**arguments)
@@ -232,7 +97,7 @@ class Policy:
         options = deepspeed_options(sharding, dtype, optimizer.clip)
         if universal:
             options["checkpoint"] = {"load_universal": True}
-        self._swap_folders = _claim_swap_folders(options)
+        self._swap_folders = claim_swap_folders(options)
         lm = _sharded_load(
             options,
             path=section.path,
@@ -342,7 +207,7 @@ class Policy:
         _destroy(self.engine, self.model)
         for folder in self._swap_folders:
             comm.barrier()
-            _release_swap_folder(folder)
+            release_swap_folder(folder)
 
 
 def _own_steps(optimizer: Any) -> None:
@@ -425,8 +290,8 @@ class Reference:
             "zero_optimization": {"stage": 3 if placement.sharded else 0},
         }
         if placement.offload != "none":
-            options["zero_optimization"]["offload_param"] = _offload(placement.offload, placement.nvme_path)
-        self._swap_folders = _claim_swap_folders(options)
+            options["zero_optimization"]["offload_param"] = offload_options(placement.offload, placement.nvme_path)
+        self._swap_folders = claim_swap_folders(options)
         lm = _sharded_load(
             options,
             path=path,
@@ -458,7 +323,7 @@ class Reference:
             for folder in self._swap_folders:
                 if wait:
                     comm.barrier()
-                _release_swap_folder(folder)
+                release_swap_folder(folder)
         del self.forward, self.model, self._engine
         _return_memory()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kto_dist.base.errors import UserError
 
@@ -49,14 +49,14 @@ def pick_kernels(setting: str, name: str, config: PretrainedConfig, device: torc
     return name
 
 
-def fuse(lm: nn.Module) -> None:
+def fuse(lm: PreTrainedModel) -> None:
     """Layers of this model alone.
 
     Liger also changes names in the family's module: classes, so that later models have its layers, which is undone at
     once, and the function of the rotary embedding, which layers look up as they run: it stays until the last model that
     was fused is gone.
     """
-    apply = _families()[lm.config.model_type]
+    apply = _families()[str(lm.config.model_type)]
     # of the losses each family has its own selection
     losses = ("cross_entropy", "fused_linear_cross_entropy")
     off = {name: False for name in losses if name in inspect.signature(apply).parameters}

@@ -24,8 +24,9 @@ from kto_dist.data.audited import describes_all, find_audits
 from kto_dist.model import ops
 from kto_dist.model.causal_lm import check_scoring
 from kto_dist.model.devices import cost_of, make_deterministic
-from kto_dist.model.engines import AdamW, Policy, zero_stage
+from kto_dist.model.engines import AdamW, Policy
 from kto_dist.model.memory import NeedsRestart
+from kto_dist.model.options import zero_stage
 from kto_dist.record.run_folder import read_lines
 from kto_dist.record.tracker import Status
 from kto_dist.reference.logps import ReferenceLogps, score_reference

@@ -15,7 +15,7 @@ from kto_dist.base.config import to_yaml
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data.audited import Audited, audit_files, audit_tags
-from kto_dist.model.engines import zero_stage
+from kto_dist.model.options import zero_stage
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
 from kto_dist.record.run_folder import RunFolder, append_line

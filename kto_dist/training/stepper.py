@@ -10,8 +10,9 @@ from kto_dist.base.console import Console
 from kto_dist.data.batch import Cutting, collate, pair_tokens
 from kto_dist.evaluation.heldout import evaluate_rows
 from kto_dist.model.devices import Sharding, tokens_that_fit
-from kto_dist.model.engines import Policy, zero_stage
+from kto_dist.model.engines import Policy
 from kto_dist.model.memory import Memory, NeedsRestart, attempt
+from kto_dist.model.options import zero_stage
 from kto_dist.objective.objective import labels_of, loss_and_rows
 from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.training.prepare import PreparedTraining
