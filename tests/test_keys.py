@@ -33,6 +33,10 @@ def make(rows: list[tuple[list[int], list[int]]], chunk: int = 1000) -> Examples
         undesirable=none,
         prompt_lengths={},
         completion_lengths={},
+        unused={},
+        notes={},
+        first={},
+        sources=[],
     )
     count = len(rows)
     table = pa.table(

@@ -138,7 +138,14 @@ POLICY = {
 # These are about rows and pairs, about where MLflow is, or (loss: tested above) leave pairs out.
 NOT_POLICY = {"model__path", "model__gguf_file", "kto__loss", "kto__kl_pairs_per_step", "train__global_batch"}
 NOT_POLICY |= {"model__kernels"}  # the reference follows it, so that step 0 holds: tests/test_layer_kernels.py
-NOT_POLICY |= {"train__epochs", "train__max_steps", "train__seed", "tracking__enabled", "tracking__uri"}
+NOT_POLICY |= {
+    "train__epochs",
+    "train__max_steps",
+    "train__seed",
+    "tracking__enabled",
+    "tracking__uri",
+    "tracking__report",
+}
 # The reference follows them unless it has its own.
 NOT_POLICY |= {"model__attention"}
 

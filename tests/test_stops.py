@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,18 @@ def _terminated_when(config: Config, there: Callable[[Config], bool], said: Path
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait_and_end, daemon=True).start()
+    train(config)
+
+
+def _terminated_in_the_last_evaluation(config: Config, said: Path) -> None:
+    """SIGTERM when the evaluation after the last step is written, ahead of the export."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+
+    def look(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).endswith("heldout.jsonl") and last_checkpoint(config):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sys.addaudithook(look)
     train(config)
 
 
@@ -62,7 +75,7 @@ def test_sigterm_in_evaluation_or_export_loses_no_step(tmp_path, tiny_model, tin
     config = tiny_config(tmp_path, tiny_model, tiny_log, **settings)
     whole = tiny_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"), data__heldout=0.3)
     with pytest.raises(RuntimeError, match="died without a result"):
-        run_ranks(_terminated_when, 1, config, last_checkpoint, tmp_path / "said")
+        run_ranks(_terminated_in_the_last_evaluation, 1, config, tmp_path / "said")
     assert "after the last step; the same command evaluates and exports" in (tmp_path / "said").read_text()
     assert status_of(tmp_path) == "KILLED" and not (tmp_path / "run" / "summary.json").exists()
     lines = metrics_of(config)

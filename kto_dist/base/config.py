@@ -55,6 +55,8 @@ def _not_blank(value: str) -> str:
 
 
 def _fits_a_file_system(value: str) -> str:
+    if "\0" in value:
+        raise ValueError(f"{value!r} holds a NUL character, which no name of a file can have")
     longest = max(value.split("/"), key=len)
     if "://" not in value and len(longest.encode()) > 255:
         raise ValueError(f"must have no part of more than 255 bytes, which file systems refuse: {longest[:40]}...")
@@ -76,7 +78,7 @@ class Section(BaseModel):
         fields = {field.alias or name: field for name, field in cls.model_fields.items()}
         for name, value in values.items() if isinstance(values, dict) else ():
             parts = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(part, str) and "\0" in part for part in parts):
+            if isinstance(value, str) and "\0" in value:
                 raise ValueError(f"{name} ({value!r}) holds a NUL character, which no name of a file can have")
             kinds = _leaves(fields[name].annotation) if name in fields else set()
             if any(isinstance(part, bool) for part in parts) and kinds & {int, float} and bool not in kinds:

@@ -3,7 +3,7 @@
 A rank that calls `Restarts.now` says so in a store that every rank looks at from a thread; then each of them replaces
 itself by the same command (`exec`), with some environment variables changed. No launcher notices: the processes stay.
 
-Only a process that runs nothing but the job may do this: `arm` is called by the command, never by `train`.
+Only a process that runs nothing but the job may do this: `Restarts` are made by the command, never by `train`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -40,9 +40,14 @@ class Order:
     """What is set to how much from now on."""
 
 
-def before(last_words: Callable[[], None]) -> None:
-    """What this process still does before it is replaced."""
+@contextlib.contextmanager
+def before(last_words: Callable[[], None]) -> Iterator[None]:
+    """Inside, what this process still does before it is replaced."""
     _last_words.append(last_words)
+    try:
+        yield
+    finally:
+        _last_words.remove(last_words)
 
 
 def order() -> Order | None:
@@ -54,50 +59,57 @@ def order() -> Order | None:
 class Restarts:
     """The means to start again; one a process."""
 
-    def __init__(self, host: str, port: int):
-        leads = comm.is_main()
-        self._store = TCPStore(host, port, is_master=leads, wait_for_workers=False, timeout=timedelta(seconds=60))
-        # of its own for the thread: a client answers one question at a time
-        self._ears = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    def __init__(self) -> None:
+        """Collective."""
         self._heard = threading.Event()
-        threading.Thread(target=self._listen, daemon=True, name="restarts").start()
+        self._store: TCPStore | None = None
+        if comm.size(comm.WORLD) == 1:
+            return
+        host, port = os.environ["MASTER_ADDR"], comm.broadcast(_free_port())
+        wait = timedelta(seconds=60)
+        self._store = TCPStore(host, port, is_master=comm.is_main(), wait_for_workers=False, timeout=wait)
+        # of its own for the thread: a client answers one question at a time
+        ears = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
+        threading.Thread(target=self._listen, args=(ears,), daemon=True, name="restarts").start()
 
     def now(self, order: Order) -> NoReturn:
         """Replaces every rank's process."""
-        self._store.set(_ORDER, json.dumps({ORDER: json.dumps(asdict(order)), "MASTER_PORT": str(_free_port())}))
+        changes = {ORDER: json.dumps(asdict(order)), "MASTER_PORT": str(_free_port())}
+        if self._store is None:
+            _go(changes)
+        self._store.set(_ORDER, json.dumps(changes))
         _wait_to_be_replaced()
 
     def hold(self) -> None:
         """Does not return where a restart was ordered: what failed here failed because another rank was replaced."""
         with contextlib.suppress(RuntimeError):  # the store went with rank 0's old process
-            if self._heard.is_set() or self._store.check([_ORDER]):
+            if self._heard.is_set() or (self._store is not None and self._store.check([_ORDER])):
                 _wait_to_be_replaced()
 
-    def _listen(self) -> None:
-        while not self._ears.check([_ORDER]):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-        order = json.loads(self._ears.get(_ORDER))
+    def _listen(self, ears: TCPStore) -> None:
+        try:
+            while not ears.check([_ORDER]):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        except RuntimeError:  # rank 0 has ended, and its store with it
+            return
+        changes = json.loads(ears.get(_ORDER))
         self._heard.set()
         # the store lies with rank 0, and everyone has to have read it before that process is replaced
-        self._ears.add("read", 1)
-        while comm.is_main() and self._ears.add("read", 0) < comm.world_size():
+        ears.add("read", 1)
+        while comm.is_main() and ears.add("read", 0) < comm.size(comm.WORLD):
             time.sleep(0.05)
-        for say in _last_words:
-            say()
-        _replace(order)
+        _go(changes)
+
+
+def _go(changes: dict[str, str]) -> NoReturn:
+    for say in list(_last_words):
+        say()
+    _replace(changes)
 
 
 def _wait_to_be_replaced() -> NoReturn:
     while True:
         time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def arm() -> Restarts | None:
-    """Collective. None for a single rank, which can go on in place."""
-    if comm.world_size() == 1:
-        return None
-    port = comm.broadcast(_free_port())
-    return Restarts(os.environ["MASTER_ADDR"], port)
 
 
 def _replace(environment: dict[str, str]) -> NoReturn:

@@ -184,7 +184,7 @@ def _say_checks(audit: dict[str, Any], folder: Path) -> None:
 @click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step; default: the newest whole one.")
 @click.option("--output", type=click.Path(path_type=Path), help="Where to write it; default: RUN/export.")
 def export_model(run: Path, step: int | None, output: Path | None) -> None:
-    """Write the model of a checkpoint of RUN in Hugging Face layout.
+    """Write the model of a checkpoint of RUN.
 
     RUN is the folder of a run (train.output) that a signal or a rule of health has ended. One process does it, whatever
     the number of ranks that trained.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kto_dist.base import comm, processes, restart
-from kto_dist.base.errors import UserError
+from kto_dist.base.errors import RankError, UserError
 from kto_dist.base.exits import DONE, DONE_MARK, FAILED, LAUNCHER, MISTAKE, Stopped, leave
 from kto_dist.base.secrets import masked
 from kto_dist.training.config import Config
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     _stay_with_launcher()
     try:
         comm.init()
-        restarts, again = restart.arm(), restart.order()
+        restarts, again = restart.Restarts(), restart.order()
         if again is not None:
             overrides = [*overrides, f"{again.setting}={again.tokens}"]
         settings = Config.load(config, overrides)
@@ -47,8 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         _note_done()
     except UserError as mistake:
-        if comm.local_rank() == 0:  # another host may lack a file that rank 0's has
-            print(f"error: {masked(str(mistake))}", file=sys.stderr, flush=True)
+        alone = isinstance(mistake, RankError)
+        if comm.local_rank() == 0 or alone:  # another host may lack a file that rank 0's has
+            where = f"rank {comm.rank()}: " if alone and comm.world_size() > 1 else ""
+            print(f"error: {where}{masked(str(mistake))}", file=sys.stderr, flush=True)
         return MISTAKE
     finally:
         comm.shutdown()

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from kto_dist.base import comm
-from kto_dist.base.errors import UserError
+from kto_dist.base.errors import RankError
 from kto_dist.data.batch import Cutting
 
 Result = TypeVar("Result")
@@ -43,9 +43,14 @@ class NeedsRestart(RuntimeError):
         """Updates done, where the one who raises or passes it on knows."""
 
 
+_TOLD_AS = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
+"""How the CPU's allocator, CUDA's libraries, NCCL and Triton put it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """On a GPU, or on the CPU, where torch has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        text in str(error).lower() for text in _TOLD_AS
+    )
 
 
 def attempt(work: Callable[[], Result], phase: str, *, again: bool) -> Result:
@@ -94,7 +99,7 @@ class Memory:
     def within(self, run: Callable[[Cutting], Result], forget: Callable[[], None]) -> Result:
         """Collective. `run(cutting)`, again with half the tokens as often as it runs out of memory.
 
-        `forget` throws away what a failed try left behind. Raises `UserError` where the longest row alone is too much,
+        `forget` throws away what a failed try left behind. Raises `RankError` where the longest row alone is too much,
         `NeedsRestart` where other ranks may be waiting for this one.
         """
         while True:
@@ -102,6 +107,8 @@ class Memory:
                 return run(self.cutting)
             except OutOfMemory as error:
                 phase = error.phase
+            except NeedsRestart:
+                raise
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -111,7 +118,7 @@ class Memory:
             self.halve(phase)
 
     def halve(self, phase: str) -> None:
-        """Raises `UserError` where there is nothing left to halve."""
+        """Raises `RankError` where there is nothing left to halve."""
         tokens, half = self.cutting.tokens, self._half(phase)
         self.cutting = replace(self.cutting, tokens=half)
         said = f"out of memory in {phase} at {tokens:,} tokens a micro-batch: going on with {half:,}"
@@ -120,7 +127,7 @@ class Memory:
 
     def _half(self, phase: str) -> int:
         if self.cutting.tokens <= self.longest:
-            raise UserError(
+            raise RankError(
                 f"out of memory in {phase}, with the longest row ({self.longest} tokens) alone in a micro-batch: lower "
                 "data.max_length, turn on model.gradient_checkpointing, shard more (deepspeed.zero_stage: 3), or "
                 "offload (deepspeed.offload_optimizer: cpu)"

@@ -260,7 +260,8 @@ def _score(
     meter = Meter(work.tokens, watch)
     memory = Memory(
         cutting=settings.cutting,
-        longest=int(tokens.max()),
+        # a tree of completions may be longer than any row
+        longest=max(int(tokens.max()), settings.cutting.max_length),
         setting="reference.tokens_per_batch",
         warn=warn,
     )

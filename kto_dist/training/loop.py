@@ -78,14 +78,15 @@ def _run(config: Config, console: Console, watch: Watch | None, goodbye: Goodbye
         "same command goes on from there"
     )
     status: Status = "FAILED"
-    restart.before(lambda: record.finish("KILLED"))
     try:
-        refs = score_reference(wanted(prepared, console), setup, fingerprint, console, record.watch, record.open)
+        with restart.before(lambda: record.finish("KILLED")):
+            refs = score_reference(wanted(prepared, console), setup, fingerprint, console, record.watch, record.open)
         agree.together(record.open)
         run.tracker = record.tracker
         if found is None or refs.outcome.hits < refs.outcome.pairs:
             record.end(refs.outcome)
-        summary = _train(prepared, refs, run, console, watch, goodbye)
+        with restart.before(lambda: record.finish("KILLED")):
+            summary = _train(prepared, refs, run, console, watch, goodbye)
         status = "FINISHED"
     except (Stopped, NeedsRestart, KeyboardInterrupt) as stop:
         status = "FAILED" if isinstance(stop, Stopped) and stop.exit_code == FAILED else "KILLED"
@@ -202,7 +203,11 @@ def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console
 def _evaluate(stepper: Stepper, run: Run, console: Console, step: int) -> dict[str, float] | None:
     """Collective. The held-out figures after `step` updates, also as a line in the folder."""
     console.phase("evaluation")
-    figures = stepper.evaluate()
+    try:
+        figures = stepper.evaluate()
+    except NeedsRestart as failure:
+        failure.step = step
+        raise
     if figures is not None and comm.is_main():
         run.write(run.folder.heldout, {"step": step, **figures})
         run.tracker.log(step, {f"heldout/{name}": value for name, value in figures.items()})

@@ -5,9 +5,10 @@ It is an MLflow run of its own, named after the training run that it is for, wit
 
 from pathlib import Path
 
-from kto_dist.base import agree, comm
+from kto_dist.base import agree, comm, restart
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
+from kto_dist.model.memory import NeedsRestart
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
 from kto_dist.record.tracker import Status, Tracker
@@ -34,12 +35,12 @@ def precompute(config: Config, watch: Watch | None = None) -> Outcome:
 
     status: Status = "FAILED"
     try:
-        with record.ended_by_sigterm():
+        with record.ended_by_sigterm(), restart.before(lambda: record.finish("KILLED")):
             refs = score_reference(wanted(prepared, console), setup, fingerprint, console, both, record.open)
         agree.together(record.open)
         record.end(refs.outcome)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (NeedsRestart, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:

@@ -31,11 +31,9 @@ class Stepper:
     memory: Memory = field(init=False)
 
     def __post_init__(self) -> None:
-        train, section = self.prepared.train, self.prepared.config.data
-        longest = int(train.prompt_lengths.max()) + int(train.completion_lengths.max())
         self.memory = Memory(
             cutting=self.prepared.cutting,
-            longest=min(section.max_length, longest),
+            longest=self.prepared.config.data.max_length,
             setting="train.tokens_per_microbatch",
             warn=self.console.warn,
         )
@@ -136,12 +134,23 @@ class Stepper:
 
 
 def _longest_rows(prepared: PreparedTraining, cutting: Cutting) -> np.ndarray:
-    """At least as many tokens as any micro-batch, and the longest sequences: (S,) rows."""
+    """The longest sequences, and as many tokens as any micro-batch: (S,) rows."""
     lengths = np.minimum(prepared.train.prompt_lengths + prepared.train.completion_lengths, cutting.max_length)
-    order = np.argsort(-lengths, kind="stable")[: prepared.plan.global_batch]
-    if cutting.packed:
-        return order[: max(1, int(np.searchsorted(np.cumsum(lengths[order]), cutting.tokens, "right")))]
-    return order[: max(1, cutting.tokens // int(lengths[order[0]]))]
+    order = np.argsort(-lengths, kind="stable")
+    if not cutting.packed:
+        return order[: max(1, min(prepared.plan.global_batch, cutting.tokens // int(lengths[order[0]])))]
+    chosen: list[int] = []
+    left = cutting.tokens
+    for row in order[:_LOOKED_AT].tolist():
+        # what is too long for what is left makes room for a shorter one
+        if lengths[row] <= left and len(chosen) < prepared.plan.global_batch:
+            chosen.append(row)
+            left -= int(lengths[row])
+    return np.array(chosen)
+
+
+_LOOKED_AT = 20_000
+"""Rows, the longest first."""
 
 
 def _tokens(prepared: PreparedTraining, row: int) -> tuple[np.ndarray, np.ndarray]:
