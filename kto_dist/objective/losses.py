@@ -1,6 +1,6 @@
 """The table of losses: what the rest of the system has to know of each, whatever its formula.
 
-The formulas are in kto_kernels (`kto_loss.py`, with their sources), under the same names.
+The formulas are in the table of kto_kernels (`losses.py`, with their sources), under the same names.
 """
 
 from dataclasses import dataclass
