@@ -2,10 +2,13 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from kto_dist.base.vocabulary import DOWN, ROLES, UP, plain, role_of, thumb_of
+from kto_dist.base.vocabulary import DOWN, MINED, ROLES, UP, plain, role_of, thumb_of
 from kto_dist.data.formats import BadRows, read_rows
+from kto_dist.data.records import unread
 from kto_dist.data.sources import find_sources
 from kto_dist.feedback.config import ColumnsConfig, InputConfig, MiningConfig
 from kto_dist.feedback.labels import meaning_of
@@ -34,3 +37,10 @@ def test_a_word_of_no_table_means_nothing(word):
 def test_roles_are_known_in_any_case():
     assert {role_of(f" {name.upper()} ") for name in ROLES} == {"system", "developer", "user", "assistant", "tool"}
     assert role_of("wizard") is None
+
+
+def test_the_columns_that_mining_writes_beside_its_rows_are_no_strangers_to_training(tmp_path):
+    rows = {"prompt": ["a"], "completion": ["b"], "label": [True], "odd": [1], **{name: [1] for name in MINED}}
+    pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+    (source,) = find_sources([str(tmp_path / "train.parquet")])
+    assert unread(source, ["prompt", "completion", "label"]) == {"odd": 1}

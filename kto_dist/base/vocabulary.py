@@ -59,3 +59,8 @@ def role_of(name: str) -> str | None:
 
 
 _THUMBS = dict.fromkeys(map(plain, UP), True) | dict.fromkeys(map(plain, DOWN), False)
+
+MINED = frozenset(
+    ("votes_up", "votes_down", "users", "first_time", "last_time", "models", "prompt_key", "response_key")
+)
+"""Columns of a mined dataset that say where a row comes from: training has no use for them, and nobody wonders."""

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.vocabulary import MINED
 from kto_dist.data.sources import Source
 
 Record = dict[str, Any]
@@ -116,7 +117,8 @@ class _Table:
             yield record
 
     def unread(self) -> dict[str, int]:
-        others = [name for name in self.names if name not in self.known]
+        mined = MINED if set(self.names) >= MINED else frozenset()
+        others = [name for name in self.names if name not in self.known and name not in mined]
         if self._dataset is not None:
             return dict.fromkeys(others, len(self._dataset))
         about, counts = self._parquet.metadata, dict.fromkeys(others, 0)
