@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +16,7 @@ from kto_dist.objective.metrics import (
     class_sums,
     empty_sums,
     row_table,
+    source_metrics,
     step_metrics,
 )
 
@@ -174,3 +176,19 @@ def test_auc_is_the_chance_that_a_desirable_row_outranks_an_undesirable_one(rows
 @pytest.mark.parametrize("label", (True, False))
 def test_auc_needs_both_classes(label):
     assert auc(torch.arange(3.0), torch.tensor([label] * 3)) is None
+
+
+def test_figures_by_source_leave_out_sources_without_rows_and_single_ones():
+    table = torch.arange(3.0 * len(QUANTITIES), dtype=torch.float64).reshape(3, -1)
+    table[:, QUANTITIES.index("rows")] = 1
+    loss, reward = table[:, QUANTITIES.index("loss")], table[:, QUANTITIES.index("reward")]
+    source = np.array([2, 0, 2], np.int16)
+    assert source_metrics(table, source, ["a", "b", "c"]) == {
+        "loss/source/a": loss[1],
+        "rewards/source/a": reward[1],
+        "rows/source/a": 1,
+        "loss/source/c": (loss[0] + loss[2]) / 2,
+        "rewards/source/c": (reward[0] + reward[2]) / 2,
+        "rows/source/c": 2,
+    }
+    assert source_metrics(table, source * 0, ["a"]) == {}

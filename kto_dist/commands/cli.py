@@ -95,14 +95,28 @@ def show_config(config: Path | None, overrides: tuple[str, ...], markdown: bool)
 
 
 @main.command(short_help="Train on this machine's devices.")
+@click.option(
+    "--check", is_flag=True, help="Look at config, model and rows in this process, show three rows, and exit."
+)
 @_ranks
 @_command
-def train(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+def train(config: Path, overrides: tuple[str, ...], ranks: int | None, check: bool) -> None:
     """Train on this machine's devices, under the deepspeed launcher.
 
     CONFIG is a YAML file; `kto-dist init` prints one. SECTION.KEY=VALUE overrides come last and win, as in
     `train.lr=1e-6`. After a stop, the same command goes on from the newest checkpoint.
+
+    --check loads no weights and needs no GPU. It makes the tokenised rows, which the run then finds in `data.cache`.
     """
+    if check:
+        from kto_dist.commands.entry import quiet
+        from kto_dist.training import preview
+
+        quiet()
+        settings = Config.load(config, overrides)
+        check_model_path("model.path", settings.model.path)
+        preview.check(settings)
+        return
     _launch("train", config, overrides, ranks)
 
 

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         if again is not None:
             overrides = [*overrides, f"{again.setting}={again.tokens}"]
         settings = Config.load(config, overrides)
-        _quiet()
+        quiet()
         try:
             _run(job, settings)
         except Stopped as stop:
@@ -97,7 +97,7 @@ def _note_done() -> None:
             print(f"warning: {mark} cannot be written ({error}), so the launcher will take this job for unfinished")
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Libraries report progress of their own on every rank; the run's own lines say what matters."""
     import transformers
 

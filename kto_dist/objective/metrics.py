@@ -3,8 +3,12 @@
 1. `row_table`      (S, Q): what is known of each row, for whoever needs rows: intervals, slices, samples
 2. `class_sums`     (2, Q): row 0 for undesirable and row 1 for desirable rows; adds up over shards
 3. `step_metrics`   the only division. A class without rows is absent from the result.
+4. `source_metrics` the same by source of the data, from the table.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from kto_kernels import SATURATED_SLOPE
 from torch import Tensor
@@ -80,6 +84,28 @@ def step_metrics(
         }
     if all(f"rewards/{name}" in result for name in CLASSES):
         result["rewards/margin"] = result["rewards/desirable"] - result["rewards/undesirable"]
+    return result
+
+
+def source_metrics(
+    table: Tensor,  # (S, Q) of the rows of all ranks, on the CPU
+    source: np.ndarray,  # (S,) number of each row's source
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Means over the rows of each source; a source without rows is absent, as are sources that are not told apart."""
+    if len(names) < 2:
+        return {}
+    sums = torch.zeros(len(names), len(QUANTITIES), dtype=torch.float64)
+    sums.index_add_(0, torch.from_numpy(source.astype(np.int64)), table)
+    result: dict[str, float] = {}
+    for name, values in zip(names, sums.tolist(), strict=True):
+        total = dict(zip(QUANTITIES, values, strict=True))
+        if total["rows"]:
+            result |= {
+                f"loss/source/{name}": total["loss"] / total["rows"],
+                f"rewards/source/{name}": total["reward"] / total["rows"],
+                f"rows/source/{name}": total["rows"],
+            }
     return result
 
 

@@ -27,6 +27,7 @@ from kto_dist.model.devices import cost_of, make_deterministic
 from kto_dist.model.engines import AdamW, Policy
 from kto_dist.model.memory import NeedsRestart
 from kto_dist.model.options import zero_stage
+from kto_dist.objective.metrics import source_metrics
 from kto_dist.record.run_folder import read_lines
 from kto_dist.record.tracker import Status
 from kto_dist.reference.logps import ReferenceLogps, score_reference
@@ -39,6 +40,7 @@ from kto_dist.training.finish import finish
 from kto_dist.training.health import Monitor
 from kto_dist.training.heavy import heavy_rows, warning
 from kto_dist.training.prepare import PreparedTraining, find, prepare_training, wanted
+from kto_dist.training.preview import preview
 from kto_dist.training.profile import profiled
 from kto_dist.training.run import Goodbye, Run, alone_in, find_checkpoint, open_run, start_run
 from kto_dist.training.step import StepResult
@@ -70,6 +72,8 @@ def _run(config: Config, console: Console, watch: Watch | None, goodbye: Goodbye
             console.warn(doubt)
     if heavy := heavy_rows(prepared.plan, prepared.train, prepared.class_weights):
         console.warn(warning(heavy))
+    for line in preview(prepared, prepared.class_weights):
+        console.say(line)
     setup, fingerprint = find(prepared, console)
     run = start_run(prepared, fingerprint, audits, found, console)
     record = goodbye.record = PassRecord(lambda: open_run(prepared, run, console))
@@ -126,6 +130,7 @@ def _train(
             seconds, started = time.monotonic() - started, time.monotonic()
             done, tokens = result.step, tokens + result.tokens
             last = step_figures(result, work, cost, seconds, steps_per_epoch=plan.steps_per_epoch)
+            last |= source_metrics(result.table, prepared.train.source[result.rows], config.data.source_names)
             if comm.is_main():
                 run.write(run.folder.metrics, last)
                 run.tracker.log(done, {name: value for name, value in last.items() if name != "step"})

@@ -1,0 +1,116 @@
+"""Looking before training: the rows that `--check` and every start of a run show, and the exit status."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny import tiny_tokenizer, write_jsonl
+from tiny_runs import metrics_of, tiny_config
+
+from kto_dist.base.config import to_yaml
+from kto_dist.base.console import Console
+from kto_dist.commands.cli import main
+from kto_dist.training.loop import train
+from kto_dist.training.prepare import class_weights, prepare
+from kto_dist.training.preview import preview
+
+
+def asked(words: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": words}]
+
+
+def told(words: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": words}]
+
+
+APP = [
+    {"prompt": asked("one"), "completion": told("bad"), "label": False},
+    {"prompt": asked("two"), "completion": told("worse"), "label": False, "weight": 0.5, "colour": "red"},
+]
+HH = [{"prompt": asked("three"), "completion": told("good"), "label": True, "weight": 2.0}]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, str]:
+    named = {"app": APP, "hh": HH}
+    return {name: str(write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in named.items()}
+
+
+def checked(folder: Path, *overrides: str, **settings: object):
+    """The command, in this process: (exit status, what it said)."""
+    model = folder / "model"
+    if not model.exists():
+        model.mkdir()
+        tiny_tokenizer().save_pretrained(model)
+        about = {"model_type": "llama", "vocab_size": 258, "max_position_embeddings": 256}
+        (model / "config.json").write_text(json.dumps(about))
+    path = folder / "config.yaml"
+    path.write_text(to_yaml(tiny_config(folder, model, folder / "app.jsonl", **settings)))
+    result = CliRunner().invoke(main, ["train", str(path), "--check", *overrides])
+    return result.exit_code, result.output
+
+
+def test_a_check_shows_rows_counts_and_what_is_not_used_without_weights(tmp_path, sources):
+    """The model's folder has none."""
+    status, said = checked(tmp_path, data__train=sources)
+    assert status == 0, said
+    lines = said.splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("row 3"))
+    assert lines[start : start + 9] == [
+        "row 3 of 3: desirable, weight 2 (times 1 of its class), 24 prompt + 5 completion tokens, from hh",
+        '  prompt:     "<|im_start|>user\\nthree<|im_end|>\\n<|im_start|>assistant\\n"',
+        '  trained on: "good<|im_end|>"',
+        "row 1 of 3: undesirable, weight 1 (times 1 of its class), 22 prompt + 4 completion tokens, from app",
+        '  prompt:     "<|im_start|>user\\none<|im_end|>\\n<|im_start|>assistant\\n"',
+        '  trained on: "bad<|im_end|>"',
+        "row 2 of 3: undesirable, weight 0.5 (times 1 of its class), 22 prompt + 6 completion tokens, from app",
+        '  prompt:     "<|im_start|>user\\ntwo<|im_end|>\\n<|im_start|>assistant\\n"',
+        '  trained on: "worse<|im_end|>"',
+    ]
+    assert "source app: 0 desirable, 2 undesirable" in said and "source hh: 1 desirable, 0 undesirable" in said
+    assert "colour (1)" in said
+    assert lines[-1].startswith("check: passed")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"data__train": "nothing.jsonl"}, "does not exist"),
+        ({"data__max_length": 512}, "512"),
+        ({"kto__beta": -1}, "beta"),
+    ],
+)
+def test_a_check_says_what_is_wrong_with_status_2(tmp_path, sources, changes, rule):
+    overrides = [f"{name.replace('__', '.')}={value}" for name, value in changes.items()]
+    status, said = checked(tmp_path, *overrides, data__train=sources)
+    assert status == 2 and rule in said, said
+
+
+def test_long_texts_are_cut_in_their_middle(tmp_path, tiny_model):
+    rows = [{"prompt": "a" * 40 + "b" * 20, "completion": "c" * 30 + "d", "label": label} for label in (True, False)]
+    rows.append({"prompt": "other", "completion": "e", "label": True})
+    config = tiny_config(tmp_path, tiny_model, write_jsonl(tmp_path / "log.jsonl", rows))
+    prepared = prepare(config, Console())
+    lines = preview(prepared, class_weights(prepared.train, config, print), rows=1, characters=20)
+    assert lines[1:] == [
+        '  prompt:     "aaaaaaaaaa [... 40 characters ...] bbbbbbbbbb"',
+        '  trained on: "cccccccccc [... 21 characters ...] <|im_end|>"',
+    ]
+
+
+def test_a_run_shows_three_rows_and_has_metrics_by_source(tmp_path, tiny_model, sources, capsys):
+    """A step of all rows has both sources; steps of one row have one each."""
+    config = tiny_config(tmp_path, tiny_model, tmp_path, data__train=sources, train__max_steps=2, train__global_batch=3)
+    train(config)
+    said = capsys.readouterr().out
+    assert [line.split(":")[0] for line in said.splitlines() if line.startswith("row ")] == [
+        "row 3 of 3", "row 1 of 3", "row 2 of 3",
+    ]  # fmt: skip
+    for line in metrics_of(config):
+        assert (line["rows/source/app"], line["rows/source/hh"]) == (2, 1)
+        # app is all of the thumbs down, and hh of the thumbs up
+        for name, label in (("app", "undesirable"), ("hh", "desirable")):
+            assert line[f"loss/source/{name}"] == pytest.approx(line[f"loss/{label}"])
+            assert line[f"rewards/source/{name}"] == pytest.approx(line[f"rewards/{label}"])
