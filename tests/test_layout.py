@@ -208,7 +208,6 @@ REACHES_INSIDE = {
     "test_feedback_report.py",
     "test_feedback_training.py",
     "test_feedback_turns.py",
-    "test_models.py",
     "test_storage.py",
     "test_store_runs.py",
     "test_store_tools.py",
