@@ -7,7 +7,6 @@ them this is a single process, which gets a process group of its own, since Deep
 
 import ctypes
 import os
-import socket
 from datetime import timedelta
 from enum import Enum
 from typing import TypeVar
@@ -19,6 +18,9 @@ from torch import Tensor
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
+
+NO_PORT = "0"
+"""`MASTER_PORT` of a single process: it has nobody to meet, so that it opens no port which another could take."""
 
 
 class Group(Enum):
@@ -36,19 +38,21 @@ def init() -> None:
     """Joins the process group; a second call does nothing."""
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+    alone = "RANK" not in os.environ or os.environ.get("MASTER_PORT") == NO_PORT
+    if alone:
+        # DeepSpeed reads them; a process that this one starts inherits them, and is alone as well
+        ours = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": NO_PORT}
+        os.environ.update({name: str(value) for name, value in ours.items()})
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     else:
         _keep_large_blocks()
     # Both backends: values on the host (keys, messages, sums) never travel through the device.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    if alone:
+        dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
 
 
 def _keep_large_blocks() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kto_dist.base import comm
 from kto_dist.base.errors import UserError
 from kto_dist.model.config import DeepspeedConfig, read_deepspeed_json
 
@@ -61,7 +62,9 @@ def offload_options(device: str, nvme_path: str | None) -> dict[str, Any]:
     options: dict[str, Any] = {"device": device, "pin_memory": torch.cuda.is_available()}
     if device == "nvme":
         # An engine deletes what another left below its path, so each job and engine has a path of its own.
-        options["nvme_path"] = str(Path(str(nvme_path)) / f"kto-{os.environ['MASTER_PORT']}-{os.getppid()}")
+        port = os.environ["MASTER_PORT"]
+        owner = os.getpid() if port == comm.NO_PORT else os.getppid()
+        options["nvme_path"] = str(Path(str(nvme_path)) / f"kto-{port}-{owner}")
     return options
 
 

@@ -1,0 +1,17 @@
+"""Processes meet where a launcher says so, and a single one alone."""
+
+import os
+import subprocess
+import sys
+
+from kto_dist.base import comm
+
+PROGRAM = "from kto_dist.base import comm; comm.init(); print(comm.world_size(), comm.broadcast(7))"
+
+
+def test_a_process_that_a_single_one_starts_is_alone_as_well():
+    """Both are in their process groups at once; what the first wrote into its environment is inherited."""
+    comm.init()
+    assert os.environ["WORLD_SIZE"] == "1"
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1 7\n"), done.stderr
