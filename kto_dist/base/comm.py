@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch does not re-export it
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ def init() -> None:
     # Both backends: values on the host (keys, messages, sums) never travel through the device.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if alone:
-        dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=TIMEOUT)
 

@@ -74,7 +74,8 @@ class Restarts:
 
     def now(self, order: Order) -> NoReturn:
         """Replaces every rank's process."""
-        changes = {ORDER: json.dumps(asdict(order)), "MASTER_PORT": comm.NO_PORT if self._store is None else str(_free_port())}
+        port = comm.NO_PORT if self._store is None else str(_free_port())
+        changes = {ORDER: json.dumps(asdict(order)), "MASTER_PORT": port}
         if self._store is None:
             _go(changes)
         self._store.set(_ORDER, json.dumps(changes))
