@@ -27,8 +27,8 @@ class DataConfig(Section):
     )
     heldout: float | Place | Named | None = Field(
         None,
-        description="held-out rows: a path or name: path like `train`, or the fraction of prompts to hold out (by"
-        " prompt hash)",
+        description="held-out rows: a path, or the fraction of prompts to hold out (by prompt hash); or name: path of"
+        " several sets, each with figures of its own",
     )
     columns: dict[Text, Text | None] = Field(
         {},
@@ -84,6 +84,11 @@ class DataConfig(Section):
     def heldout_sources(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """(name, paths) of each held-out source; () where rows are held out by a fraction, or not at all."""
         return () if self.heldout is None or isinstance(self.heldout, float) else _sources(self.heldout)
+
+    @property
+    def heldout_names(self) -> tuple[str, ...]:
+        """Of the held-out sets that have names; () where they have none."""
+        return tuple(self.heldout) if isinstance(self.heldout, dict) else ()
 
     @property
     def train_paths(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Held-out rows under the current policy.
+"""Held-out rows under a model: figures, how sure they are, and where they differ.
 
-May import: `objective`, `reference` and what these may import. Open first: `heldout.py`.
+May import: `objective`, `reference`, `record` and what these may import. Open first: `heldout.py`, then `figures.py`.
 """

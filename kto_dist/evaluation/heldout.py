@@ -1,72 +1,96 @@
-"""Held-out rows under the current policy: the training metrics without an update, and the AUC of the reward.
+"""Held-out rows under a model: their log-probs, and what the objective makes of them. `figures.py` sums that up.
+
+In:  log-probs of the model and of the reference by pair, each scored now (`under`) or ahead (`reference.RefLogps`).
+Out: `Evaluated`.
 
 z0 is estimated over the held-out rows' own KL pairs, which depend on the seed alone, so every evaluation of a run, and
 of any run on these rows, asks about the same pairs.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from kto_kernels import kto_loss
 
 from kto_dist.base import comm
 from kto_dist.data.batch import Cutting, heldout_pairs, microbatches, pair_lengths
 from kto_dist.data.examples import Examples
-from kto_dist.model.causal_lm import Forward
+from kto_dist.evaluation.figures import Evaluated
+from kto_dist.model.causal_lm import Forward, completion_logps
 from kto_dist.model.memory import attempt
 from kto_dist.objective import metrics
-from kto_dist.objective.objective import Objective, kl_sums, labels_of, loss_and_rows
-from kto_dist.reference.pairs import RefLogps
+from kto_dist.objective.losses import Loss
+from kto_dist.objective.objective import Objective, labels_of
+
+Logps = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(P,) rows that give the prompt, (P,) rows that give the completion -> (P,) fp64 log-probs."""
 
 
-@torch.no_grad()
 def evaluate_rows(
-    forward: Forward,
+    model: Logps,
+    reference: Logps,
     examples: Examples,
-    refs: RefLogps,
     *,
     seed: int,
-    objective: Objective,
+    loss: Loss,
+    beta: float,
     cutting: Cutting,
     class_weights: tuple[float, float],
-    again: bool = True,
-) -> dict[str, float]:
-    """Collective. `loss`, `kl`, `rewards/*`, `accuracy/*` and the like over all rows, and `auc`.
-
-    Raises `OutOfMemory` on all ranks where one of them ran out of it, unless `again` is false: where ranks wait for
-    each other in a forward.
-    """
-    device, rank, ranks = comm.device(), comm.rank(comm.DATA), comm.size(comm.DATA)
+) -> Evaluated:
+    """What the objective makes of all rows: no model is run but by `model` and `reference`."""
     rows = np.arange(len(examples))
-    prompts, completions = heldout_pairs(seed, examples)
-    kl = torch.zeros(2, dtype=torch.float64, device=device)
-    if objective.loss.has_z0:
-        batches = microbatches(examples, prompts, completions, cutting, rank=rank, ranks=ranks)
-        pair_refs = torch.from_numpy(refs(prompts, completions)).to(device)
-        own = attempt(lambda: kl_sums(forward, batches, pair_refs, objective), "the evaluation's KL pairs", again=again)
-        kl = comm.sum_(own, comm.DATA)
-    z0 = metrics.clamp_kl(kl)
+    prompts, completions = heldout_pairs(seed, examples) if loss.has_z0 else (rows[:0], rows[:0])
+    ratios = model(prompts, completions) - reference(prompts, completions) if prompts.size else np.zeros(0)
+    kl = torch.from_numpy(ratios)
+    z0 = metrics.clamp_kl(torch.stack([kl.sum(), torch.tensor(float(kl.numel()), dtype=torch.float64)]))
 
-    labels = labels_of(examples, rows, refs(rows, rows), class_weights)
-
-    def score_rows() -> torch.Tensor:
-        found, on_device = torch.zeros(rows.size, 2, dtype=torch.float64, device=device), labels.to(device)
-        for batch in microbatches(examples, rows, rows, cutting, rank=rank, ranks=ranks):
-            batch = batch.to(device)
-            found.index_copy_(0, batch.position, loss_and_rows(forward, batch, on_device, z0, objective)[1])
-        return found
-
-    found = comm.sum_(attempt(score_rows, "the evaluation's forwards", again=again), comm.DATA)
-    losses, logps = found.cpu().unbind(1)
+    labels = labels_of(examples, rows, reference(rows, rows), class_weights)
+    logps = torch.from_numpy(model(rows, rows))
     kept = pair_lengths(examples, rows, rows, cutting.max_length, cutting.prompt_limit)[1]
     table = metrics.row_table(
-        losses=losses,
+        losses=kto_loss(logps, labels.ref_logps, labels.sign, z0=z0, beta=beta, loss=loss.name),
         logps=logps,
         ref_logps=labels.ref_logps,
         sign=labels.sign,
         weight=labels.weight,
-        z0=z0.cpu(),
-        beta=objective.beta,
+        z0=z0,
+        beta=beta,
         tokens=torch.from_numpy(kept),
     )
-    result = metrics.step_metrics(metrics.class_sums(table, labels.sign), kl)
-    area = metrics.auc(logps - labels.ref_logps, labels.sign > 0)
-    return result if area is None else result | {"auc": area}
+    return Evaluated(
+        table=table,
+        sign=labels.sign,
+        prompts=examples.prompt_group,
+        kl=kl,
+        kl_rows=prompts,
+        beta=beta,
+    )
+
+
+def under(forward: Forward, examples: Examples, objective: Objective, cutting: Cutting, *, again: bool = True) -> Logps:
+    """The policy's log-probs as it is, divided among the ranks; what it returns is collective.
+
+    It raises `OutOfMemory` on all ranks where one of them ran out of it, unless `again` is false: where ranks wait for
+    each other in a forward.
+    """
+    device = comm.device()
+
+    @torch.no_grad()
+    def logps(prompts: np.ndarray, completions: np.ndarray) -> np.ndarray:
+        def own() -> torch.Tensor:
+            found = torch.zeros(prompts.size, dtype=torch.float64, device=device)
+            parts = microbatches(
+                examples, prompts, completions, cutting, rank=comm.rank(comm.DATA), ranks=comm.size(comm.DATA)
+            )
+            for batch in parts:
+                batch = batch.to(device)
+                values = completion_logps(
+                    forward, batch, objective.transform, objective.logits_bytes, objective.logits_dtype
+                )
+                found.index_copy_(0, batch.position, values)
+            return found
+
+        return comm.sum_(attempt(own, "the evaluation's forwards", again=again), comm.DATA).cpu().numpy()
+
+    return logps

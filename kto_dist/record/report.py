@@ -125,6 +125,8 @@ def _comparison(summary: Record, heldout: list[Record]) -> list[tuple[str, Any, 
     rows = []
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key), after.get(key)
+        if isinstance(old, dict | list) or isinstance(new, dict | list):
+            continue  # intervals and the like
         rows.append((key, old, new, new - old if is_finite(old) and is_finite(new) else None))
     return rows
 

@@ -30,7 +30,7 @@ def finish(
     run: Run,
     console: Console,
     last: dict[str, Any],  # the last step's line of metrics
-    heldout: dict[str, dict[str, float] | None],  # before, after
+    heldout: dict[str, dict[str, Any] | None],  # before, after
     tokens: int,  # of this process's steps
     memory: list[str],  # what was said when it ran out
 ) -> dict[str, Any]:

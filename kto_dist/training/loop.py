@@ -35,6 +35,7 @@ from kto_dist.reference.record import PassRecord
 from kto_dist.training import checkpoint
 from kto_dist.training.ahead import ahead
 from kto_dist.training.config import Config
+from kto_dist.training.evaluations import Evaluations
 from kto_dist.training.figures import FEW, due, is_sound, line_of, long_way, step_figures
 from kto_dist.training.finish import finish
 from kto_dist.training.health import Monitor
@@ -117,7 +118,8 @@ def _train(
     stepper.try_largest()
     first, last, tokens = run.state.step, {}, 0
     console.phase("training")
-    before = _evaluate(stepper, run, console, 0) if first == 0 else _first_evaluation(run)
+    evaluations = Evaluations(stepper, run, console)
+    before = evaluations.at(0) if first == 0 else evaluations.first()
     with (
         sigterm_noted() as terminated,
         console.steps("training", first, plan.steps) as show,
@@ -144,7 +146,7 @@ def _train(
             stopping = [item for item in advice if item.stop]
             signalled = comm.any_(terminated())
             if due(config.evaluate.every_steps, done) and done < plan.steps:
-                _evaluate(stepper, run, console, done)
+                evaluations.at(done)
                 started = time.monotonic()
             saving = due(config.checkpoint.every_steps, done) or done == plan.steps or signalled or stopping
             # a broken step must not push a sound checkpoint out
@@ -160,7 +162,7 @@ def _train(
                 console.warn(long)
 
     goodbye.where = "after the last step; the same command evaluates and exports the model of its checkpoint"
-    after = _evaluate(stepper, run, console, plan.steps)
+    after = evaluations.at(plan.steps)
     lines = read_lines(run.folder.metrics) if not last else []
     heldout = {"before": before, "after": after}
     said = stepper.memory.halved
@@ -203,23 +205,3 @@ def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console
     saved = checkpoint.save(policy, run.folder.path, state, prepared.config.checkpoint.keep)
     console.phase("training")
     return saved
-
-
-def _evaluate(stepper: Stepper, run: Run, console: Console, step: int) -> dict[str, float] | None:
-    """Collective. The held-out figures after `step` updates, also as a line in the folder."""
-    console.phase("evaluation")
-    try:
-        figures = stepper.evaluate()
-    except NeedsRestart as failure:
-        failure.step = step
-        raise
-    if figures is not None and comm.is_main():
-        run.write(run.folder.heldout, {"step": step, **figures})
-        run.tracker.log(step, {f"heldout/{name}": value for name, value in figures.items()})
-    console.phase("training")
-    return figures
-
-
-def _first_evaluation(run: Run) -> dict[str, Any] | None:
-    lines = read_lines(run.folder.heldout)
-    return {name: value for name, value in lines[0].items() if name != "step"} if lines else None

@@ -8,7 +8,8 @@ import torch
 from kto_dist.base import comm
 from kto_dist.base.console import Console
 from kto_dist.data.batch import Cutting, collate, pair_tokens
-from kto_dist.evaluation.heldout import evaluate_rows
+from kto_dist.evaluation.figures import Evaluated
+from kto_dist.evaluation.heldout import evaluate_rows, under
 from kto_dist.model.devices import Sharding, tokens_that_fit
 from kto_dist.model.engines import Policy
 from kto_dist.model.memory import Memory, NeedsRestart, attempt
@@ -103,25 +104,27 @@ class Stepper:
 
         return attempt(once, "the largest micro-batch", again=not self.policy.waits_in_backward)
 
-    def evaluate(self) -> dict[str, float] | None:
-        """Collective. The held-out figures of the policy as it is; None without held-out rows."""
+    def evaluate(self) -> Evaluated | None:
+        """Collective. Held-out rows under the policy as it is; None without such rows."""
         prepared, refs = self.prepared, self.refs.heldout
-        heldout = prepared.heldout
+        heldout, objective = prepared.heldout, prepared.objective
         if heldout is None or refs is None:
             return None
-        return self.memory.within(
-            lambda cutting: evaluate_rows(
-                self.policy.forward,
-                heldout,
+
+        def evaluated(cutting: Cutting) -> Evaluated:
+            again = not self.policy.waits_in_forward
+            return evaluate_rows(
+                under(self.policy.forward, heldout, objective, cutting, again=again),
                 refs,
+                heldout,
                 seed=prepared.config.train.seed,
-                objective=prepared.objective,
+                loss=objective.loss,
+                beta=objective.beta,
                 cutting=cutting,
                 class_weights=prepared.class_weights,
-                again=not self.policy.waits_in_forward,
-            ),
-            lambda: None,
-        )
+            )
+
+        return self.memory.within(evaluated, lambda: None)
 
     def _start_check(self) -> StartCheck | None:
         """None where the reference is another model than the policy's start."""

@@ -1,0 +1,214 @@
+"""What held-out rows say of a model: figures, how sure they are, how they differ by slice, how well calibrated.
+
+In:  `Evaluated`: rows of metrics, and the log-ratios of KL pairs. Out: `Findings`. Knows neither models nor ranks.
+
+The implicit reward is a classifier's score: sigmoid(beta * (r - z0)), the v of KTO's Eq. 8 with d = 1, is taken as the
+chance that a row is desirable. z0 is the estimate over all KL pairs, and intervals take it as given.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kto_dist.evaluation.intervals import Area, Difference, Figure, Interval, Mean, intervals, wilson
+from kto_dist.evaluation.slices import by_value
+from kto_dist.objective import metrics
+
+BINS = 10
+"""Of the reliability plot."""
+# what a slice is judged by
+IN_SLICES = ("loss", "accuracy/all", "auc", "brier", "rewards/margin")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """S held-out rows and K KL pairs under one policy."""
+
+    table: Tensor
+    """(S, Q) fp64 on the CPU, as `metrics.row_table` makes it."""
+    sign: Tensor
+    """(S,) fp64, +1 desirable, -1 undesirable"""
+    prompts: np.ndarray
+    """(S,) int64, equal for rows of one prompt."""
+    kl: Tensor
+    """(K,) fp64, log-ratios of prompts with another prompt's completion; none for a loss without z0."""
+    kl_rows: np.ndarray
+    """(K,) int64, the rows that give the prompt."""
+    beta: float
+
+    @property
+    def kl_sums(self) -> Tensor:  # (2,) sum and count
+        return torch.tensor([float(self.kl.sum()), float(self.kl.numel())], dtype=torch.float64)
+
+    @property
+    def z0(self) -> float:
+        return float(metrics.clamp_kl(self.kl_sums))
+
+    @property
+    def desirable(self) -> np.ndarray:  # (S,) bool
+        return (self.sign > 0).numpy()
+
+    @property
+    def chance(self) -> np.ndarray:  # (S,) that the row is desirable, by its reward
+        return torch.sigmoid(self.column("reward") - self.beta * self.z0).numpy()
+
+    def column(self, name: str) -> Tensor:  # (S,)
+        return self.table[:, metrics.QUANTITIES.index(name)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bin:
+    """Rows whose chances are alike."""
+
+    chance: float
+    """Their mean."""
+    desirable: float
+    """The share of them that is."""
+    low: float
+    """Of Wilson's interval of that share."""
+    high: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Findings:
+    """All that is said of one evaluation."""
+
+    figures: dict[str, float]
+    """Name -> value, over all rows and per class; `<set>/<name>` of each named set of rows."""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    reliability: list[Bin] = field(default_factory=list)
+    slices: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Column -> value -> figure -> its interval as a dict, or a number where it has none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a line of heldout.jsonl has it: figures by name, the rest below them."""
+        beside = {
+            "intervals": {name: asdict(interval) for name, interval in self.intervals.items()},
+            "reliability": [asdict(found) for found in self.reliability],
+            "slices": self.slices,
+        }
+        return {**self.figures, **{name: value for name, value in beside.items() if value}}
+
+
+Slices = Mapping[str, np.ndarray]
+"""Column -> (S,) value of each row, as text."""
+
+
+def figures_of(rows: Evaluated, sets: np.ndarray | None = None) -> dict[str, float]:
+    """The figures alone. `sets`: (S,) the name of the set that each row belongs to, where there are several."""
+    found = metrics.step_metrics(metrics.class_sums(rows.table, rows.sign), rows.kl_sums)
+    found |= {name: value for name, value in _values(rows, _figures(rows)).items() if name not in found}
+    for name, chosen in _sets(sets):
+        found |= {f"{name}/{figure}": value for figure, value in _values(rows, _figures(rows, chosen)).items()}
+        found[f"{name}/rows"] = float(chosen.sum())
+    return found
+
+
+def findings(rows: Evaluated, *, sets: np.ndarray | None = None, slices: Slices | None = None) -> Findings:
+    """The figures with their intervals, which take a moment."""
+    figures = _figures(rows)
+    for name, chosen in _sets(sets):
+        figures |= {f"{name}/{figure}": of for figure, of in _figures(rows, chosen).items()}
+    cuts = [(column, *cut) for column, values in (slices or {}).items() for cut in by_value(values)]
+    cut_figures = [
+        {name: figure for name, figure in _figures(rows, chosen).items() if name in IN_SLICES} for *_, chosen in cuts
+    ]
+    numbered = {f"{number} {name}": of for number, own in enumerate(cut_figures) for name, of in own.items()}
+    sure = intervals({**figures, **numbered}, _prompts(rows))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for number, (column, value, chosen) in enumerate(cuts):
+        own: dict[str, Any] = _values(rows, cut_figures[number])
+        own |= {name: asdict(sure[f"{number} {name}"]) for name in own if f"{number} {name}" in sure}
+        found.setdefault(column, {})[value] = {"rows": int(chosen.sum()), **own}
+    return Findings(
+        figures=figures_of(rows, sets),
+        intervals={name: sure[name] for name in figures if name in sure},
+        reliability=reliability(rows.chance, rows.desirable),
+        slices=found,
+    )
+
+
+def compare(first: Evaluated, second: Evaluated) -> dict[str, Interval]:
+    """First minus second, on the same rows and pairs: what is hard for both falls out."""
+    assert (first.prompts == second.prompts).all() and (first.kl_rows == second.kl_rows).all()
+    ours, theirs = _figures(first), _figures(second)
+    return intervals(
+        {name: Difference(first=ours[name], second=theirs[name]) for name in ours if name in theirs}, _prompts(first)
+    )
+
+
+def reliability(chance: np.ndarray, desirable: np.ndarray, bins: int = BINS) -> list[Bin]:
+    """Rows by their chance, as many in each bin as in the others; ties stay together."""
+    if not chance.size:
+        return []
+    edges = np.quantile(chance, np.linspace(0, 1, bins + 1))[1:-1]
+    place = np.searchsorted(edges, chance)
+    found = []
+    for number in np.unique(place):
+        here = place == number
+        share = float(desirable[here].mean())
+        low, high = wilson(share, int(here.sum()))
+        found.append(Bin(chance=float(chance[here].mean()), desirable=share, low=low, high=high, rows=int(here.sum())))
+    return found
+
+
+def _sets(sets: np.ndarray | None) -> list[tuple[str, np.ndarray]]:
+    return [] if sets is None else [(str(name), sets == name) for name in np.unique(sets)]
+
+
+def _prompts(rows: Evaluated) -> np.ndarray:  # (S + K,)
+    return np.concatenate([rows.prompts, rows.prompts[rows.kl_rows]])
+
+
+def _figures(rows: Evaluated, chosen: np.ndarray | None = None) -> dict[str, Figure]:
+    """By name, over `chosen` (S,) rows. Rows and KL pairs are units of one sample, so that all see the same draws."""
+    count, pairs = len(rows.table), rows.kl.numel()
+    chosen = np.ones(count, bool) if chosen is None else chosen
+    desirable = rows.desirable
+    nobody = np.zeros(pairs)
+
+    def mean(values: np.ndarray, counted: np.ndarray, *, share: bool = False) -> Mean:
+        return Mean(values=np.append(values, nobody), counted=np.append(counted, nobody > 0), share=share)
+
+    column = {name: rows.column(name).numpy() for name in metrics.QUANTITIES}
+    miss = (rows.chance - desirable) ** 2
+    classes = {"desirable": chosen & desirable, "undesirable": chosen & ~desirable, "all": chosen}
+    found: dict[str, Figure] = {}
+    for name, counted in classes.items():
+        if not counted.any():
+            continue
+        ending = "" if name == "all" else f"/{name}"
+        found |= {
+            f"loss{ending}": mean(column["loss"], counted),
+            f"rewards/{name}": mean(column["reward"], counted),
+            f"accuracy/{name}": mean(column["correct"], counted, share=True),
+            f"logps/{name}": mean(column["logps"], counted),
+            f"ref_logps/{name}": mean(column["ref_logps"], counted),
+            f"saturated/{name}": mean(column["saturated"], counted, share=True),
+            f"brier{ending}": mean(miss, counted),
+            f"tokens/{name}": mean(column["tokens"], counted),
+        }
+    if {"rewards/desirable", "rewards/undesirable"} <= found.keys():
+        found["rewards/margin"] = Difference(first=found["rewards/desirable"], second=found["rewards/undesirable"])
+        found["auc"] = Area(
+            score=np.append(column["reward"], nobody),
+            desirable=np.append(desirable, nobody > 0),
+            counted=np.append(chosen, nobody > 0),
+        )
+    of_pairs = chosen[rows.kl_rows]
+    if of_pairs.any():
+        found["kl_raw"] = Mean(
+            values=np.append(np.zeros(count), rows.kl.numpy()), counted=np.append(np.zeros(count, bool), of_pairs)
+        )
+    return found
+
+
+def _values(rows: Evaluated, figures: Mapping[str, Figure]) -> dict[str, float]:
+    once = np.ones((1, len(rows.table) + rows.kl.numel()))
+    values = {name: float(figure.of(once)[0]) for name, figure in figures.items()}
+    return {name: value for name, value in values.items() if np.isfinite(value)}
