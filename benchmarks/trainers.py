@@ -333,7 +333,8 @@ def run_bare(job: Job, output: Path, started: float) -> dict[str, Any]:
     from kto_dist.base import comm
     from kto_dist.base.console import Console
     from kto_dist.data.batch import microbatches, step_kl_pairs, step_rows
-    from kto_dist.model.causal_lm import DTYPES, ScoringModel, load_model, score
+    from kto_dist.model.causal_lm import DTYPES, ScoringModel, score
+    from kto_dist.model.loading import load_model
     from kto_dist.reference.pairs import wanted_pairs
     from kto_dist.training.prepare import prepare_training
 

@@ -33,7 +33,7 @@ def write_rows(log: str, job: Job, folder: Path) -> Workload:
     from kto_dist.data import tokenise as data
     from kto_dist.data.batch import Plan, step_rows
     from kto_dist.data.config import DataConfig
-    from kto_dist.model.causal_lm import load_tokenizer
+    from kto_dist.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(job.model)
 
@@ -93,8 +93,8 @@ def _count(chosen: Any, order: np.ndarray, job: Job) -> Workload:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from kto_dist.model.causal_lm import load_config
     from kto_dist.model.devices import cost_of
+    from kto_dist.model.loading import load_config
 
     with torch.device("meta"):
         cost = cost_of(AutoModelForCausalLM.from_config(load_config(job.model)))

@@ -12,15 +12,12 @@ from kto_dist.data.batch import collate
 from kto_dist.model import causal_lm
 from kto_dist.model.causal_lm import (
     ScoringModel,
-    check_context,
     completion_logps,
-    load_config,
-    load_model,
-    load_tokenizer,
     logit_transform,
     pick_dtype,
     score,
 )
+from kto_dist.model.loading import check_context, load_config, load_model, load_tokenizer, set_modes
 
 CPU = torch.device("cpu")
 
@@ -156,24 +153,53 @@ def test_an_adapter_below_a_frozen_head_gets_its_gradient():
     assert all(p.grad is not None for name, p in lm.named_parameters() if "lora_B" in name)
 
 
-# Each family's sources of randomness in training mode.
+# What families do in training mode alone, beside dropout: they add noise, draw experts, or leave weights undivided.
 NOISY = {
     "gpt2": ("gpt2", {**GPT, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
     "llama": ("llama", {"attention_dropout": 0.5}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5, "attention_dropout": 0.5}),
     "opt_layerdrop": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.5, "dropout": 0.0}),
     "mixtral_jitter": ("mixtral", {"num_local_experts": 4, "router_jitter_noise": 0.3}),
+    "phimoe_router": ("phimoe", {"num_local_experts": 4, "router_jitter_noise": 0.3, "input_jitter_noise": 0.3}),
+    "dbrx_parts": (
+        "dbrx",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 128,
+            "resid_pdrop": 0.5,
+            "attn_config": {"attn_pdrop": 0.5, "kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.3},
+        },
+    ),
+    "rwkv_rescaled": ("rwkv", {"num_hidden_layers": 4, "rescale_every": 2}),
 }
 
 
+@pytest.mark.parametrize("checkpointing", (False, True), ids=("plain", "checkpointed"))
 @pytest.mark.parametrize("name", NOISY)
-def test_a_loaded_model_is_deterministic_in_training_mode(tmp_path, name):
+def test_the_policys_function_is_that_of_the_untouched_model_in_evaluation(tmp_path, name, checkpointing):
     kind, settings = NOISY[name]
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, **settings})).save_pretrained(tmp_path)
-    lm = load_model(str(tmp_path), gguf_file=None, dtype=torch.float32, attention="eager").train()
+    config = AutoConfig.for_model(kind, **{**COMMON, **settings})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     ids = torch.arange(3, 40)[None]
-    passes = [lm(input_ids=ids).logits for _ in range(6)]
-    assert all(torch.equal(passes[0], other) for other in passes)
+    with torch.no_grad():
+        untouched = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+        wanted = untouched(input_ids=ids, use_cache=False).logits
+    lm = load_model(str(tmp_path), gguf_file=None, dtype=torch.float32, attention="eager")
+    before = {parameter: value.detach().clone() for parameter, value in lm.named_parameters()}
+    if checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_modes(lm)
+    for _ in range(3):
+        found = lm(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 if kind == "rwkv" else 1e-6)
+    found.square().sum().backward()
+    silent = {parameter for parameter, value in lm.named_parameters() if value.grad is None or not value.grad.any()}
+    assert not {parameter for parameter in silent if "router" in parameter or "gate" in parameter}, silent
+    assert all(torch.equal(value, before[parameter]) for parameter, value in lm.named_parameters())
 
 
 def test_loading_leaves_the_given_config_as_it_was(tmp_path):

@@ -11,7 +11,7 @@ from tiny import save_tiny
 LOAD = """
 import sys
 from kto_dist.base.errors import UserError
-from kto_dist.model.causal_lm import load_config, load_tokenizer
+from kto_dist.model.loading import load_config, load_tokenizer
 try:
     print(load_config("some/model").hidden_size, len(load_tokenizer("some/model")))
 except UserError as error:

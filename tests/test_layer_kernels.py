@@ -12,8 +12,9 @@ from transformers import AutoConfig
 from transformers.models.llama import modeling_llama
 
 from kto_dist.base.errors import UserError
-from kto_dist.model.causal_lm import ScoringModel, load_model
+from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.model.kernels import fuse, pick_kernels
+from kto_dist.model.loading import load_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LLAMA = AutoConfig.for_model("llama")

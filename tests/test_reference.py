@@ -100,6 +100,7 @@ def test_a_damaged_shard_is_found_and_its_pairs_are_scored_again(tmp_path, tiny_
 # Every setting of the policy that does not decide which pairs there are, with another value than the default.
 POLICY = {
     "model__gradient_checkpointing": True,
+    "model__trust_remote_code": True,
     "kto__beta": 0.5,
     "kto__desirable_weight": 3.0,
     "kto__undesirable_weight": 2.0,

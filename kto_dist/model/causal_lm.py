@@ -1,38 +1,25 @@
-"""A Hugging Face causal language model, made to score completions: loading, dtype, attention, and the head.
+"""A Hugging Face causal language model, made to score completions: dtype, the transform of its logits, and the head.
 
-In:  a model folder or hub name. Out: `ScoringModel`, whose forward runs the decoder, keeps only the hidden states that
-predict completion tokens, and hands them to a `Head` together with the LM head's weight.
+In:  a model that `loading` has loaded. Out: `ScoringModel`, whose forward runs the decoder, keeps only the hidden
+states that predict completion tokens, and hands them to a `Head` together with the LM head's weight.
 
 The head runs *inside* `lm_head.forward`, so that whatever hooks a sharding engine has put on that module gather the
 weight for it and release it after, in forward and in backward. Nothing here knows about ranks or DeepSpeed.
 """
 
-import copy
-import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from kto_kernels import LogitTransform, sequence_logps, token_logps
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import MicroBatch, collate
-from kto_dist.model import hub
 from kto_dist.model.attention import ATTENTIONS
-from kto_dist.model.config import check_model_path
-from kto_dist.model.kernels import fuse
 
 Head = Callable[[Tensor, Tensor, Tensor | None], Any]
 # (N, H) hidden states of completion rows, (V, H) weight, (V,) bias or None -> tensors
@@ -62,78 +49,6 @@ def pick_logits(setting: str, name: str, dtype: torch.dtype, device: torch.devic
             "matmul returns what it is given, and only CUDA can return fp32 from bf16; use auto"
         )
     return DTYPES[name]
-
-
-def load_config(path: str, gguf_file: str | None = None, name: str = "model.path") -> PretrainedConfig:
-    """Raises `UserError` where there is no model to load."""
-    check_model_path(name, path)
-    hub.require(name, path)
-    try:
-        return AutoConfig.from_pretrained(path, **_gguf(gguf_file))
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{name} ({path}) holds no Hugging Face model: {first}; give a folder with config.json and weights, "
-            "or the name of a model on the hub"
-        ) from None
-
-
-def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **_gguf(gguf_file))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path ({path}) has no tokenizer that loads: {error}; save one beside the weights "
-            "(tokenizer.save_pretrained)"
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {path} has no EOS token: a completion needs an end; set tokenizer.eos_token")
-    return tokenizer
-
-
-def load_model(
-    path: str,
-    *,
-    gguf_file: str | None,
-    dtype: torch.dtype,
-    attention: str,
-    kernels: str = "none",
-    config: PretrainedConfig | None = None,
-) -> PreTrainedModel:
-    """The model in `dtype` with dropout off, since the policy must equal its reference before the first step."""
-    # a copy: the export writes the given one
-    config = copy.deepcopy(config) if config else load_config(path, gguf_file)
-    for key, value in config.to_dict().items():
-        # dropout, layerdrop, resid_pdrop, router_jitter_noise
-        if isinstance(value, float) and value > 0 and ("drop" in key or "jitter" in key):
-            setattr(config, key, 0.0)
-    extra = _gguf(gguf_file)
-    if gguf_file:
-        # packed GGUF weights can be neither trained nor saved
-        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention, **extra
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the model at {path} does not load with attention {attention}: {error}") from None
-    if kernels == "liger":
-        fuse(lm)
-    return lm
-
-
-def _gguf(gguf_file: str | None) -> dict[str, Any]:
-    return {"gguf_file": gguf_file} if gguf_file else {}
-
-
-def check_context(config: PretrainedConfig, max_length: int) -> None:
-    """Raises `UserError` when rows may be longer than what the model has positions for."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit and max_length > limit:
-        raise UserError(
-            f"data.max_length ({max_length}) must be at most the model's context of {limit} tokens "
-            "(max_position_embeddings): lower it; longer rows are then cut, and counted"
-        )
 
 
 # Where model families keep what they do to the logits after the matmul. Each value multiplies, divides or caps.
@@ -166,6 +81,7 @@ class ScoringModel(nn.Module):
         super().__init__()
         self.lm: PreTrainedModel = lm
         self.transform = logit_transform(lm.config)
+        self._decoder = _decoder_of(lm)
         lm_head = lm.get_output_embeddings()
         if hasattr(lm_head, "base_layer"):  # what peft puts in a layer's place
             raise UserError(
@@ -179,7 +95,10 @@ class ScoringModel(nn.Module):
         plain_forward = lm_head.forward
 
         def forward(hidden: Tensor, head: Head | None = None) -> Any:
-            return plain_forward(hidden) if head is None else head(hidden, lm_head.weight, lm_head.bias)
+            if head is None:
+                return plain_forward(hidden)
+            # mamba's last norm leaves fp32, as its residual stream is, and its own forward casts here as well
+            return head(hidden.to(lm_head.weight.dtype), lm_head.weight, lm_head.bias)
 
         lm_head.forward = forward  # type: ignore[method-assign, assignment]
         # cuDNN's attention builds a plan for every new shape, in milliseconds of the host, and micro-batches have many
@@ -215,9 +134,17 @@ class ScoringModel(nn.Module):
             tokens |= {name: functional.pad(tokens[name], (0, more)) for name in _PADDED}
         if head is None:
             return self.lm(**tokens).logits[:, :width]
-        hidden = getattr(self.lm, self.lm.base_model_prefix)(**tokens)[0][:, :width]
+        hidden = getattr(self.lm, self._decoder)(**tokens)[0][:, :width]
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, gather)
         return self.lm.get_output_embeddings()(rows, head=head)
+
+
+def _decoder_of(lm: PreTrainedModel) -> str:
+    """The attribute that holds the model below its head. llama4's prefix names that of its multimodal kin."""
+    for name in (lm.base_model_prefix, "model", "transformer", "decoder"):
+        if isinstance(getattr(lm, name, None), nn.Module):
+            return name
+    raise UserError(f"{type(lm).__name__} keeps no decoder apart from its LM head: it cannot be trained here")
 
 
 # Where rows are padded on a GPU, they are as wide as a multiple of this.

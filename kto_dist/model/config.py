@@ -22,6 +22,9 @@ class ModelConfig(Section):
         "auto", description="fused kernels of layers; auto: Liger's on GPUs where installed and known for the family"
     )
     gradient_checkpointing: bool = Field(False, description="recompute each decoder layer in backward, to save memory")
+    trust_remote_code: bool = Field(
+        False, description="run the Python code that a model's folder brings along (auto_map): read it first"
+    )
 
 
 class DeepspeedConfig(Section):

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kto_dist.base import comm
-from kto_dist.model.causal_lm import ScoringModel, load_model
+from kto_dist.base import agree, comm
+from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
+from kto_dist.model.loading import load_model, set_modes
 from kto_dist.model.options import claim_swap_folders, deepspeed_options, offload_options, release_swap_folder
+from kto_dist.model.trial import check_runs
 
 
 @contextmanager
@@ -54,12 +56,17 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _sharded_load(options: dict[str, Any], **arguments: Any) -> PreTrainedModel:
-    """Loads a model so that with ZeRO-3 no rank ever holds all of it. (GGUF is unpacked whole, then sharded.)"""
-    if options["zero_optimization"]["stage"] != 3 or arguments["gguf_file"]:
+    """Loads a model so that with ZeRO-3 no rank ever holds all of it. (GGUF is unpacked whole, then sharded.)
+
+    Collective with ZeRO-3, where rank 0 alone reads values: what it finds wrong is raised on every rank.
+    """
+    if options["zero_optimization"]["stage"] != 3:
         return load_model(**arguments)
+    if arguments["gguf_file"]:
+        return agree.together(lambda: load_model(**arguments))
     keep_alive = HfDeepSpeedConfig(options)  # transformers looks for it, and holds only a weak reference
     try:
-        return load_model(**arguments)
+        return agree.together(lambda: load_model(**arguments))
     finally:
         unset_hf_deepspeed_config()
         del keep_alive
@@ -98,19 +105,21 @@ class Policy:
         if universal:
             options["checkpoint"] = {"load_universal": True}
         self._swap_folders = claim_swap_folders(options)
-        lm = _sharded_load(
-            options,
-            path=section.path,
-            gguf_file=section.gguf_file,
-            dtype=dtype,
-            attention=attention,
-            kernels=kernels,
-            config=model_config,
+        lm = agree.together(
+            lambda: _sharded_load(
+                options,
+                path=section.path,
+                gguf_file=section.gguf_file,
+                dtype=dtype,
+                attention=attention,
+                kernels=kernels,
+                config=model_config,
+                trust_remote_code=section.trust_remote_code,
+            )
         )
         if section.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # checkpointing is only active in training mode; dropout is off by configuration
-        lm.train()
+        set_modes(lm)
         self.model = ScoringModel(lm)
         self._stage = options["zero_optimization"]["stage"]
         self._on_cpu = sharding.offload_optimizer != "none"
@@ -123,6 +132,7 @@ class Policy:
             dist_init_required=False,
         )
         self.forward = self.engine
+        agree.together(lambda: check_runs(self.forward, self.model, comm.device()))
         if self._stage <= 1:
             # reduced in `step`, so that no rank waits for another in the middle of a backward
             self.engine.enable_backward_allreduce = False
@@ -283,6 +293,7 @@ class Reference:
         attention: str,
         kernels: str,
         device: torch.device,
+        trust_remote_code: bool = False,
     ):
         options: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
@@ -300,8 +311,10 @@ class Reference:
             attention=attention,
             kernels=kernels,
             config=model_config,
+            trust_remote_code=trust_remote_code,
         )
-        lm.eval().requires_grad_(False)
+        lm.requires_grad_(False)
+        set_modes(lm)
         self.model = ScoringModel(lm)
         self.sharded = placement.sharded
         """Whether ranks wait for each other in a forward."""
@@ -312,6 +325,7 @@ class Reference:
         else:
             self.model.to(device)
         self.forward = self._engine or self.model
+        check_runs(self.forward, self.model, device)
 
     def close(self, *, wait: bool = True) -> None:
         """Gives the memory back. The object is not usable afterwards.

@@ -12,6 +12,7 @@ class ReferenceConfig(Section):
 
     path: Place | None = Field(None, description="the reference model; null: the policy's own starting weights")
     gguf_file: str | None = Field(None, description="GGUF file inside `reference.path`")
+    trust_remote_code: bool = Field(False, description="as `model.trust_remote_code`, for `reference.path`")
     store: Place = Field("runs/reference", description="folder of the log-prob store, shared by any number of runs")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the reference runs, whatever the policy runs on; auto: a GPU where there is one"
@@ -49,6 +50,8 @@ class ReferenceConfig(Section):
                 "packing and share_prefixes are both true, and a row holds either pairs end to end or completions of "
                 "one prompt: leave one on auto"
             )
+        if self.trust_remote_code and not self.path:
+            raise ValueError("trust_remote_code is for reference.path, which is not set: set model.trust_remote_code")
         if self.gguf_file and not self.path:
             raise ValueError(f"gguf_file ({self.gguf_file}) needs reference.path, the folder that holds it")
         return self

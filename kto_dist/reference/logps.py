@@ -16,6 +16,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.model import ops
 from kto_dist.model.causal_lm import ROUNDING, check_scoring
 from kto_dist.model.engines import Reference
+from kto_dist.model.weights import Weights
 from kto_dist.reference.pairs import PairList, RefLogps
 from kto_dist.reference.prefix import sharing_is_exact
 from kto_dist.reference.progress import Progress, Watch
@@ -36,6 +37,8 @@ class ReferenceLogps:
     heldout: RefLogps | None
     fingerprint: Fingerprint
     outcome: Outcome
+    weights: Weights
+    """What the reference's files hold that is not used, or is rounded."""
 
 
 def score_reference(
@@ -80,6 +83,7 @@ def score_reference(
         heldout=results[1][0] if len(results) > 1 else None,
         fingerprint=fingerprint,
         outcome=total,
+        weights=setup.weights,
     )
 
 
@@ -121,6 +125,7 @@ def _load(
                     attention=setup.attention,
                     kernels=setup.kernels,
                     device=setup.device,
+                    trust_remote_code=setup.trust_remote_code,
                 )
             )
         )

@@ -4,8 +4,9 @@ In:  the `reference` and `model` sections and the rows' lengths. Out: `Reference
 without loading a model. `logps.py` goes on from them.
 """
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting
 from kto_dist.model.attention import pick_attention, pick_packing
-from kto_dist.model.causal_lm import load_config, pick_dtype, pick_logits
+from kto_dist.model.causal_lm import pick_dtype, pick_logits
 from kto_dist.model.config import ModelConfig
 from kto_dist.model.engines import Placement
 from kto_dist.model.kernels import pick_kernels
+from kto_dist.model.loading import load_config
+from kto_dist.model.weights import Weights, check_weights
 from kto_dist.reference.config import ReferenceConfig
 from kto_dist.reference.prefix import T0_OVER_HIDDEN, can_share
 from kto_dist.reference.scoring import PassSettings
@@ -36,6 +39,7 @@ class ReferenceSetup:
     """The setting that names it."""
     path: str
     gguf_file: str | None
+    trust_remote_code: bool
     model_config: PretrainedConfig
     device: torch.device
     dtype: torch.dtype
@@ -51,6 +55,8 @@ class ReferenceSetup:
     """How pairs are cut and scored."""
     store: str
     """Folder or URL of the store."""
+    weights: Weights = field(default_factory=Weights)
+    """What its files hold that is not used, or is rounded."""
 
     @property
     def logits(self) -> str:
@@ -61,19 +67,27 @@ class ReferenceSetup:
     @cached_property
     def folder(self) -> Path:
         """Of the weights: what is hashed is what is loaded, whatever a hub's name means by then."""
-        return local_folder(self.path, self.gguf_file)
+        return local_folder(self.path, self.gguf_file, code=self.trust_remote_code)
 
     def fingerprint(self) -> Fingerprint:
         """Of the weights as they lie there now; files that are as they were are not read again."""
         return fingerprint(
             self.folder,
             self.gguf_file,
-            self.model_config.to_dict(),
+            self.model_config.to_dict() | self._code(),
             dtype=_named(self.dtype),
             logits=self.logits,
             attention=self.attention,
             kernels=None if self.kernels == "none" else self.kernels,
         )
+
+    def _code(self) -> dict[str, str]:
+        """Of the Python files that the model brings along, where they run: they decide what is computed."""
+        if not self.trust_remote_code or not getattr(self.model_config, "auto_map", None):
+            return {}
+        files = sorted(self.folder.glob("*.py"))
+        hashed = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+        return {"code": hashlib.sha256("\n".join(hashed).encode()).hexdigest()}
 
 
 def _named(dtype: torch.dtype) -> str:
@@ -84,10 +98,10 @@ def pick_reference(
     section: ReferenceConfig, model: ModelConfig, *, max_length: int, prompt_limit: int
 ) -> ReferenceSetup:
     """Raises `UserError` where a setting of the reference cannot be had on this rank."""
-    name, path, gguf_file = ("reference.path", section.path, section.gguf_file)
+    name, path, gguf_file, trust = "reference.path", section.path, section.gguf_file, section.trust_remote_code
     if not path:
-        name, path, gguf_file = ("model.path", model.path, model.gguf_file)
-    model_config = load_config(path, gguf_file, name)
+        name, path, gguf_file, trust = "model.path", model.path, model.gguf_file, model.trust_remote_code
+    model_config = load_config(path, gguf_file, name, trust_remote_code=trust)
     device = reference_device(section)
     dtype = pick_dtype(section.dtype, device)
     attention = pick_attention(
@@ -99,6 +113,7 @@ def pick_reference(
         name=name,
         path=path,
         gguf_file=gguf_file,
+        trust_remote_code=trust,
         model_config=model_config,
         device=device,
         dtype=dtype,
@@ -126,11 +141,22 @@ def pick_reference(
 
 
 def find_reference(
-    section: ReferenceConfig, model: ModelConfig, *, max_length: int, prompt_limit: int, console: Console
+    section: ReferenceConfig,
+    model: ModelConfig,
+    *,
+    max_length: int,
+    prompt_limit: int,
+    console: Console,
+    known: Weights | None = None,
 ) -> tuple[ReferenceSetup, Fingerprint]:
-    """Collective. Hashes the weights, and raises `UserError` where hosts differ or a setting cannot be had."""
+    """Collective. Hashes the weights, and raises `UserError` where some are missing, hosts differ or a setting cannot
+    be had. `known`: what was found in the files already, where they are the policy's."""
     setup = agree.together(lambda: pick_reference(section, model, max_length=max_length, prompt_limit=prompt_limit))
     console.phase("reference")
+    weights = known or agree.once_per_host(lambda: _check(setup))
+    setup = replace(setup, weights=weights)
+    for text in () if known else weights.warnings(setup.name, exported=False):
+        console.warn(text)
     found = agree.once_per_host(setup.fingerprint)
 
     # One value of a pair counts for all ranks, and all of them read equally many micro-batches.
@@ -147,6 +173,10 @@ def find_reference(
     ):
         agree.same_everywhere(value, what, remedy)
     return setup, found
+
+
+def _check(setup: ReferenceSetup) -> Weights:
+    return check_weights(setup.name, setup.path, setup.folder, setup.gguf_file, setup.model_config, setup.dtype)
 
 
 def reference_device(section: ReferenceConfig) -> torch.device:
@@ -186,10 +216,12 @@ def may_share(
     return True if section.share_prefixes is True else None
 
 
-def local_folder(path: str, gguf_file: str | None, fetch: Callable[..., str] = snapshot_download) -> Path:
+def local_folder(
+    path: str, gguf_file: str | None, fetch: Callable[..., str] = snapshot_download, *, code: bool = False
+) -> Path:
     """The folder of a model given by folder or hub name; of a hub's model the files that are going to be loaded.
 
-    `fetch`: what brings them here, given what `snapshot_download` is given.
+    `fetch`: what brings them here, given what `snapshot_download` is given. `code`: its Python files too.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -197,7 +229,7 @@ def local_folder(path: str, gguf_file: str | None, fetch: Callable[..., str] = s
     kinds = [[gguf_file]] if gguf_file else [["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin*"]]
     try:
         for wanted in kinds:
-            folder = Path(fetch(path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+            folder = Path(fetch(path, allow_patterns=[*wanted, *(["*.py"] if code else ())], ignore_patterns=["*/*"]))
             if any(folder.glob(wanted[0])):
                 break
         return folder

@@ -16,7 +16,7 @@ from kto_dist.base import disks
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.model import engine_files
-from kto_dist.model.causal_lm import load_config, load_tokenizer
+from kto_dist.model.loading import load_config, load_tokenizer
 from kto_dist.record.run_folder import RunFolder, read_lines
 from kto_dist.training import checkpoint
 from kto_dist.training.card import checkpoint_card

@@ -60,6 +60,10 @@ def finish(
             "from_store": refs.outcome.hits,
             "scored": refs.outcome.pairs - refs.outcome.hits,
         },
+        "weights": {
+            "policy": prepared.weights.summary(),
+            "reference": refs.weights.summary() if prepared.config.reference.path else None,
+        },
         "world_size": comm.world_size(),
         "precision": str(prepared.dtype).removeprefix("torch."),
         "attention": prepared.attention,

@@ -19,19 +19,14 @@ from kto_dist.data import tokenise as data
 from kto_dist.data.batch import Cutting, Plan
 from kto_dist.data.examples import Examples, check, load
 from kto_dist.model.attention import pick_attention, pick_packing
-from kto_dist.model.causal_lm import (
-    check_context,
-    load_config,
-    load_tokenizer,
-    logit_transform,
-    pick_dtype,
-    pick_logits,
-)
+from kto_dist.model.causal_lm import logit_transform, pick_dtype, pick_logits
 from kto_dist.model.kernels import pick_kernels
+from kto_dist.model.loading import check_context, load_config, load_tokenizer, model_class
+from kto_dist.model.weights import Weights, check_weights
 from kto_dist.objective.losses import LOSSES
 from kto_dist.objective.objective import Objective
 from kto_dist.reference.pairs import PairList, evaluation_pairs, training_pairs
-from kto_dist.reference.setup import ReferenceSetup, find_reference
+from kto_dist.reference.setup import ReferenceSetup, find_reference, local_folder
 from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.training.config import Config
 
@@ -63,6 +58,8 @@ class PreparedTraining(Prepared):
     class_weights: tuple[float, float]
     """(undesirable, desirable)"""
     objective: Objective
+    weights: Weights
+    """What the policy's files hold that is not used, or is rounded."""
 
 
 def prepare(config: Config, console: Console) -> Prepared:
@@ -126,6 +123,9 @@ def _say(config: Config, train: Examples, heldout: Examples | None, console: Con
 
 def prepare_training(config: Config, console: Console) -> PreparedTraining:
     """Collective. `prepare`, and what the policy needs. Raises `UserError`."""
+    weights = agree.once_per_host(lambda: _policy_weights(config))
+    for text in weights.warnings("model.path", exported=True):
+        console.warn(text)
     prepared = prepare(config, console)
     device = comm.device()
 
@@ -158,17 +158,38 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
             logits_bytes=None if config.train.logits_mebibytes is None else config.train.logits_mebibytes * 2**20,
             logits_dtype=logits_dtype,
         ),
+        weights=weights,
     )
+
+
+def _policy_weights(config: Config) -> Weights:
+    """Raises `UserError` where the policy lacks weights, or what its settings ask for."""
+    model = config.model
+    model_config = load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code)
+    if model.gradient_checkpointing and not getattr(
+        model_class(model_config), "supports_gradient_checkpointing", False
+    ):
+        raise UserError(
+            f"model.gradient_checkpointing (true) cannot be had: {model_config.model_type} in transformers recomputes "
+            "no layers; set it to false, and save memory by train.tokens_per_microbatch or deepspeed.zero_stage"
+        )
+    folder = local_folder(model.path, model.gguf_file, code=model.trust_remote_code)
+    dtype = pick_dtype(config.train.dtype, comm.device())
+    return check_weights("model.path", model.path, folder, model.gguf_file, model_config, dtype)
 
 
 def _models(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """The policy's config and tokenizer; raises `UserError` where a model's context is too short for the rows."""
     model, reference = config.model, config.reference
-    model_config = load_config(model.path, model.gguf_file)
+    trust = model.trust_remote_code
+    model_config = load_config(model.path, model.gguf_file, trust_remote_code=trust)
     check_context(model_config, config.data.max_length)
     if reference.path:
-        check_context(load_config(reference.path, reference.gguf_file, "reference.path"), config.data.max_length)
-    return model_config, load_tokenizer(model.path, model.gguf_file)
+        other = load_config(
+            reference.path, reference.gguf_file, "reference.path", trust_remote_code=reference.trust_remote_code
+        )
+        check_context(other, config.data.max_length)
+    return model_config, load_tokenizer(model.path, model.gguf_file, trust_remote_code=trust)
 
 
 def _tokens_to_start_with(config: Config) -> int:
@@ -186,6 +207,7 @@ def find(prepared: Prepared, console: Console) -> tuple[ReferenceSetup, Fingerpr
         max_length=config.data.max_length,
         prompt_limit=config.data.prompt_limit,
         console=console,
+        known=prepared.weights if isinstance(prepared, PreparedTraining) and not config.reference.path else None,
     )
 
 

@@ -150,7 +150,11 @@ def _policy_weights(config: Config, reference: Fingerprint) -> str:
     if not config.reference.path:
         return reference.weights
     model = config.model
-    digest = agree.once_per_host(lambda: weights_digest(local_folder(model.path, model.gguf_file), model.gguf_file))
+
+    def folder() -> Path:
+        return local_folder(model.path, model.gguf_file, code=model.trust_remote_code)
+
+    digest = agree.once_per_host(lambda: weights_digest(folder(), model.gguf_file))
     return agree.same_everywhere(digest, "the weights in model.path", "copy the model to each of them again")
 
 

@@ -29,7 +29,7 @@ from kto_dist.base.files import write_whole
 from kto_dist.commands import launcher
 from kto_dist.data import tokenise as data
 from kto_dist.data.examples import load
-from kto_dist.model.causal_lm import load_model, load_tokenizer
+from kto_dist.model.loading import load_model, load_tokenizer
 from kto_dist.record import report, tracking
 from kto_dist.record.tracking_uri import ui_command
 from kto_dist.training.config import Config
