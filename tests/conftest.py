@@ -19,6 +19,8 @@ if not GPUS:
 # before DeepSpeed is imported: within this process it runs on the CPU, whatever there is
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import s3_server
+from small_disk import mounted
 from tiny import save_tiny, thumbs, write_jsonl
 
 torch.set_num_threads(1)
@@ -36,6 +38,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 rows, 24 prompts."""
     return write_jsonl(tmp_path_factory.mktemp("log") / "thumbs.jsonl", thumbs(80, 24))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with mounted(tmp_path / "disk", "256k") as disk:
+        yield disk
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    with s3_server.serving():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ As a program it stores pairs FIRST..LAST in shards, and says after each how far 
 
 import hashlib
 import resource
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,20 @@ def fill(store: Store, pairs: Sequence[int], identity: Fingerprint | None = None
 
 def shards_of(store: Store) -> list[Path]:
     return sorted(path for path in store.folder.path.iterdir() if NAME.fullmatch(path.name))
+
+
+FILL = [sys.executable, __file__]
+"""This module as a program."""
+
+
+def run_fill(root: Path, first: int, last: int, **options: object) -> subprocess.Popen:
+    """A process of its own that stores pairs first..last, a shard after the other."""
+    arguments = [f"{name}={value}" for name, value in options.items()]
+    return subprocess.Popen([*FILL, str(root), str(first), str(last), *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def found_in(root: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    return Store(root, IDENTITY, warn=lambda text: None).lookup(keys_of(range(count)))
 
 
 def main() -> None:

@@ -5,15 +5,12 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
-from fake_scorer import IDENTITY, OTHER, fill, keys_of, value_of
-from test_store import FILL
+from fake_scorer import FILL, IDENTITY, OTHER, fill, keys_of, value_of
 
 from kto_dist.base.errors import UserError
 from kto_dist.store.gc import collect, plan_gc
@@ -21,33 +18,6 @@ from kto_dist.store.shards import NAME
 from kto_dist.store.storage import open_storage, write_whole
 from kto_dist.store.store import Store
 from kto_dist.store.tools import export, summarise, verify
-
-SERVER = """
-import sys, threading, logging
-logging.getLogger("werkzeug").setLevel(logging.ERROR)
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    """An S3 server in a process of its own, and the environment that leads clients to it."""
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    port = next(line for line in server.stdout if line.strip().isdigit()).strip()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield
-    server.stdin.close()
-    server.wait(timeout=20)
-    server.stdout.close()
 
 
 @pytest.fixture(params=("s3", "memory", "file", "folder"))

@@ -6,10 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,26 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_scorer import IDENTITY, OTHER, fill, keys_of, shards_of, value_of
+from fake_scorer import IDENTITY, OTHER, fill, found_in, keys_of, run_fill, shards_of, value_of
 from pair_key import keys_array, pair_key
-from small_disk import mounted, remount
+from small_disk import remount
 
 from kto_dist.base.errors import UserError
 from kto_dist.store.shards import KEY, encode
 from kto_dist.store.storage import LocalStorage
 from kto_dist.store.store import FORMAT, Store
-
-FILL = [sys.executable, str(Path(__file__).with_name("fake_scorer.py"))]
-
-
-def run_fill(root: Path, first: int, last: int, **options: object) -> subprocess.Popen:
-    """A process of its own that stores pairs first..last, a shard after the other."""
-    arguments = [f"{name}={value}" for name, value in options.items()]
-    return subprocess.Popen([*FILL, str(root), str(first), str(last), *arguments], stdout=subprocess.PIPE, text=True)
-
-
-def found_in(root: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
-    return Store(root, IDENTITY, warn=lambda text: None).lookup(keys_of(range(count)))
 
 
 def test_what_was_added_is_found_and_nothing_else(tmp_path):
@@ -226,12 +211,6 @@ def test_a_store_that_cannot_be_created_is_refused_with_its_path(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"reference.store \(.*file/store\) cannot be opened or created.*give a folder"):
         Store(tmp_path / "file" / "store", IDENTITY)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    with mounted(tmp_path / "disk", "256k") as disk:
-        yield disk
 
 
 def test_a_full_disk_is_told_keeps_what_was_stored_and_can_go_on(small_disk):

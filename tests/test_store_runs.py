@@ -9,8 +9,6 @@ import pytest
 from ranks import run_ranks
 from reference_runs import logps_of_pairs, scored_and_found
 from small_disk import remount
-from test_storage import s3  # noqa: F401  a fixture
-from test_store import small_disk  # noqa: F401  a fixture
 from tiny import CHAT_TEMPLATE, save_tiny, thumbs, tiny_tokenizer, write_jsonl
 from tiny_runs import tiny_config, train_all
 from tokenizers import models
@@ -75,7 +73,7 @@ def test_another_text_is_scored_anew_and_an_equal_one_never_wrongly(tmp_path, ch
     assert len(summarise(second.reference.store)) == 1
 
 
-def test_a_run_whose_pairs_are_all_there_trains_from_a_read_only_store(tmp_path, tiny_model, tiny_log, small_disk):  # noqa: F811
+def test_a_run_whose_pairs_are_all_there_trains_from_a_read_only_store(tmp_path, tiny_model, tiny_log, small_disk):
     store = str(small_disk / "store")
     config = tiny_config(tmp_path, tiny_model, tiny_log, reference__store=store, train__max_steps=1)
     run_ranks(scored_and_found, 1, config)
@@ -102,7 +100,7 @@ def _on_s3(environment: dict[str, str], config: Config) -> tuple[int, int, float
     return scored, found, float(logps_of_pairs(config).sum())
 
 
-def test_ranks_share_a_store_on_s3(tmp_path, tiny_model, tiny_log, s3):  # noqa: F811
+def test_ranks_share_a_store_on_s3(tmp_path, tiny_model, tiny_log, s3):
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     config = tiny_config(tmp_path, tiny_model, tiny_log, reference__store="s3://bucket/shared/reference")
     first = run_ranks(_on_s3, 2, environment, config)

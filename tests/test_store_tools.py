@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from fake_scorer import IDENTITY, OTHER, fill, keys_of, shards_of, value_of
-from test_store import found_in, run_fill
+from fake_scorer import IDENTITY, OTHER, fill, found_in, keys_of, run_fill, shards_of, value_of
 
 from kto_dist.base.errors import UserError
 from kto_dist.commands.cli import main
