@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pytest
 
 from kto_dist.base.config import build
+from kto_dist.base.errors import UserError
 from kto_dist.feedback import MiningConfig, pipeline
 
 COLUMNS = {"prompt": "q", "response": "a", "feedback": "f"}
@@ -69,3 +71,22 @@ def removed(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     """Step -> votes that it took, of steps that took some."""
     found = connection.execute("SELECT step, sum(removed) FROM steps GROUP BY step HAVING sum(removed) > 0").fetchall()
     return {step: int(votes) for step, votes in found}
+
+
+def got(folder: Path, rows: Any, columns: dict[str, Any] | None = None, **sections: Any) -> list[tuple[Any, ...]]:
+    """What `rows_of` tells of a log."""
+    with mined(folder, rows, columns, **sections) as connection:
+        return rows_of(connection)
+
+
+def mistake(folder: Path, rows: Any, columns: dict[str, Any] | None = None, **sections: Any) -> str:
+    """The message with which a log is refused."""
+    with pytest.raises(UserError) as caught, mined(folder, rows, columns, **sections):
+        pass
+    return str(caught.value)
+
+
+def noticed_in(folder: Path, rows: Any, columns: dict[str, Any] | None = None, **sections: Any) -> dict[str, int]:
+    """What a log holds besides -> rows."""
+    with mined(folder, rows, columns, **sections) as connection:
+        return dict(connection.execute("SELECT name, sum(rows)::INTEGER FROM noticed GROUP BY 1").fetchall())

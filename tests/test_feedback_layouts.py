@@ -1,6 +1,5 @@
-"""Where values lie in a row and which of them belong together: pointers, votes in lists, conversations in any dress."""
+"""Where values lie in a row and which of them belong together: pointers, votes in lists, documents, tables."""
 
-import csv
 import json
 import sqlite3
 
@@ -8,89 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from mining import config_of, mined, removed, rows_of, write_log
+from log_formats import ANSWER, CHAT, FORMATS, LATER, NEXT, TALK, USER, in_every_format
+from mining import config_of, got, mined, mistake, removed, rows_of, write_log
 
 from kto_dist.base.errors import UserError
 from kto_dist.feedback import mine, pipeline
 from kto_dist.feedback.documents import Broken, loads
 from kto_dist.feedback.documents import rows as document_rows
 from kto_dist.feedback.pointers import MISSING, first, parse
-
-USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-MORE, LATER = {"role": "user", "content": "more"}, {"role": "assistant", "content": "later"}
-TALK = (("user", "hi"), ("assistant", "hello"), ("user", "more"))
-CHAT = {"messages": "c", "feedback": "f"}
-
-
-def got(folder, rows, columns, **sections):
-    with mined(folder, rows, columns, **sections) as connection:
-        return rows_of(connection)
-
-
-def mistake(folder, rows, columns, **sections):
-    with pytest.raises(UserError) as caught, mined(folder, rows, columns, **sections):
-        pass
-    return str(caught.value)
-
-
-def noticed_in(folder, rows, columns, **sections):
-    with mined(folder, rows, columns, **sections) as connection:
-        return dict(connection.execute("SELECT name, sum(rows)::INTEGER FROM noticed GROUP BY 1").fetchall())
-
-
-def as_csv(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(
-            {k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in rows
-        )
-    return path
-
-
-def as_sqlite(path, rows):
-    names = list(rows[0])
-    with sqlite3.connect(path) as database:
-        database.execute("drop table if exists log")
-        database.execute(f"create table log ({', '.join(names)})")
-        cells = [[json.dumps(v) if isinstance(v, dict | list) else v for v in row.values()] for row in rows]
-        database.executemany(f"insert into log values ({', '.join('?' * len(names))})", cells)
-    database.close()
-    return path
-
-
-def as_parquet(path, rows):
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def as_text_in_parquet(path, rows):
-    return as_parquet(
-        path, [{k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in r.items()} for r in rows]
-    )
-
-
-def as_json(path, rows):
-    path.write_text(json.dumps({"about": {"rows": [1]}, "all": {"them": rows}, "end": []}, indent=2))
-    return path
-
-
-FORMATS = {
-    "jsonl": write_log,
-    "csv": as_csv,
-    "db": as_sqlite,
-    "parquet": as_parquet,
-    "text.parquet": as_text_in_parquet,
-    "json": as_json,
-}
-
-
-def in_every_format(folder, rows, columns, expected, **sections):
-    for ending, write in FORMATS.items():
-        path = write(folder / f"log.{ending}", rows)
-        more = {"input__rows": "/all/them"} if ending == "json" else {}
-        assert got(folder, path, columns, **sections, **more) == sorted(expected, key=repr), ending
-
 
 # Pointers
 
@@ -119,7 +43,7 @@ def test_a_pointer_that_says_nothing_is_refused(tmp_path, text):
 def test_json_text_in_a_cell_is_read_as_what_it_holds(tmp_path):
     rows = [
         {"request": {"messages": [USER], "n": 1}, "reply": {"choices": [{"message": ANSWER}]}, "f": "up"},
-        {"request": {"messages": [USER, ANSWER, MORE]}, "reply": {"choices": [{"message": LATER}]}, "f": "down"},
+        {"request": {"messages": [USER, ANSWER, NEXT]}, "reply": {"choices": [{"message": LATER}]}, "f": "down"},
     ]
     columns = {"messages": "/request/messages", "response": "/reply/choices/0/message/content", "feedback": "f"}
     in_every_format(tmp_path, rows, columns, [("hi", "hello", True), (TALK, "later", False)])
@@ -201,222 +125,6 @@ def test_a_reaction_of_several_people_is_as_many_votes(tmp_path):
     with mined(tmp_path, rows, columns, labels__unknown="ignore") as connection:
         found = connection.execute("SELECT count(*), count(user_key) FROM votes WHERE label IS NOT NULL").fetchone()
         assert found == (3, 2) and rows_of(connection) == [("a", "x", True), ("b", "x", False)]
-
-
-# Which answer was rated
-
-
-def turns_with_ids():
-    return [turn | {"id": f"turn-{i:04}"} for i, turn in enumerate([USER, ANSWER, MORE, LATER])]
-
-
-def test_the_rated_turn_is_told_by_its_id_or_its_number(tmp_path):
-    rows = [{"c": turns_with_ids(), "f": "up", "t": "turn-0001", "n": 1, "m": "2"},
-            {"c": turns_with_ids(), "f": "down", "t": "turn-0003", "n": 3, "m": "4"}]  # fmt: skip
-    expected = [("hi", "hello", True), (TALK, "later", False)]
-    for more in ({"rated": "t"}, {"rated_index": "n"}):
-        in_every_format(tmp_path, rows, CHAT | more, expected)
-    assert got(tmp_path, rows, CHAT | {"rated_index": "m"}, turns__first=1) == sorted(expected, key=repr)
-    message = mistake(tmp_path, rows, CHAT | {"rated_index": "m"})
-    assert "must be the assistant's" in message and "turns.first is 1" in message
-    assert "'turn-0009'" in mistake(tmp_path, [rows[0] | {"t": "turn-0009"}], CHAT | {"rated": "t"})
-
-
-def test_a_row_that_names_another_turn_than_the_last_is_no_guess(tmp_path):
-    rows = [{"c": turns_with_ids(), "f": "up", "meta": {"message_id": "turn-0001"}}]
-    assert 'map columns.rated: "/meta/message_id"' in mistake(tmp_path, rows, CHAT)
-    assert got(tmp_path, rows, CHAT, input__ignore=["meta"]) == [(TALK, "later", True)]
-    assert got(tmp_path, [rows[0] | {"meta": {"message_id": "turn-0003"}}], CHAT) == [(TALK, "later", True)]
-
-
-def test_turns_may_carry_their_own_votes(tmp_path):
-    talk = [USER, ANSWER | {"score": 1}, MORE, LATER | {"score": -1}]
-    rows = [{"c": talk, "u": "jane"}, {"c": [USER, ANSWER], "u": "joe"}]
-    columns = {"messages": "c", "feedback": "/c[]/score", "user": "u"}
-    in_every_format(tmp_path, rows, columns, [("hi", "hello", True), (TALK, "later", False)])
-
-
-TREE = {
-    "root": {"id": "root", "message": None, "parent": None},
-    "q1": {"id": "q1", "parent": "root", "message": {"author": {"role": "user"}, "content": {"parts": ["hi"]}}},
-    "a1": {"id": "a1", "parent": "q1", "message": {"author": {"role": "assistant"}, "content": {"parts": ["first"]}}},
-    "a2": {"id": "a2", "parent": "q1", "message": {"author": {"role": "assistant"}, "content": {"parts": ["hello"]}}},
-    "q2": {"id": "q2", "parent": "a2", "message": {"author": {"role": "user"}, "content": {"parts": ["more"]}}},
-    "a3": {"id": "a3", "parent": "q2", "message": {"author": {"role": "assistant"}, "content": {"parts": ["later"]}}},
-}
-
-
-@pytest.mark.parametrize("write", [dict, lambda tree: list(tree.values()), lambda tree: dict(reversed(tree.items()))])
-def test_in_a_tree_of_turns_those_above_the_rated_answer_are_its_prompt(tmp_path, write):
-    rows = [{"c": write(TREE), "f": "up", "r": "a3"}, {"c": write(TREE), "f": "down", "r": "a1"}]
-    assert got(tmp_path, rows, CHAT | {"rated": "r"}) == [("hi", "first", False), (TALK, "later", True)]
-    lost = {name: node for name, node in TREE.items() if name != "q1"}
-    message = mistake(tmp_path, [{"c": write(lost), "f": "up", "r": "a3"}], CHAT | {"rated": "r"})
-    assert "a turn above the rated answer is not there; its id is: 'q1'" in message
-    circle = TREE | {"q1": TREE["q1"] | {"parent": "a2"}}
-    assert "back to one of them" in mistake(
-        tmp_path, [{"c": write(circle), "f": "up", "r": "a3"}], CHAT | {"rated": "r"}
-    )
-
-
-# Turns in every dress
-
-
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [{"type": "human", "content": "hi"}, {"type": "ai", "content": "hello"}],
-        [{"sender": "User", "text": "hi"}, {"sender": "Bot", "text": "hello"}],
-        [{"message.role": "user", "message.content": "hi"}, {"message.role": "assistant", "message.content": "hello"}],
-        [{"message": USER}, {"message": ANSWER}],
-        [{"type": "human", "data": {"content": "hi"}}, {"type": "ai", "data": {"content": "hello"}}],
-        [["hi", "hello"]],
-        [{"lc": 1, "type": "constructor", "id": ["langchain", "HumanMessage"], "kwargs": {"content": "hi"}},
-         {"lc": 1, "type": "constructor", "id": ["langchain", "AIMessageChunk"], "kwargs": {"content": "hello"}}],
-        [{"role": "user", "parts": [{"text": "hi"}]}, {"role": "model", "parts": [{"text": "hello"}]}],
-        [{"role": "USER", "message": "hi"}, {"role": "CHATBOT", "message": "hello"}],
-        [{"role": "USER", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, ANSWER],
-        [{"role": "user", "content": [{"type": "input_text", "text": "hi"}, {"type": "input_image"}]}, ANSWER],
-        [USER, {"role": "assistant", "content": [{"type": "thinking"}, {"type": "text", "text": "hello"}]}],
-        [USER, {"role": "assistant", "content": "", "text": "hello"}],
-        {"messages": [USER, ANSWER], "model": "m"},
-        json.dumps([USER, ANSWER]),
-    ],
-)  # fmt: skip
-def test_turns_are_read_in_every_dress(tmp_path, turns):
-    assert got(tmp_path, [{"c": turns, "f": 1}], CHAT) == [("hi", "hello", True)]
-
-
-def test_a_log_names_its_own_roles_and_keys(tmp_path):
-    rows = [{"c": [{"who": "Customer", "said": {"body": "hi"}}, {"who": "note", "said": {"body": "!"}},
-                   {"who": True, "said": {"body": "hello"}}], "f": 1}]  # fmt: skip
-    keys = {"turns__role": "who", "turns__content": "/said/body"}
-    message = mistake(tmp_path, rows, CHAT, **keys)
-    assert "'Customer'; say in the roles section what it is, as in roles: {\"Customer\": user}" in message
-    said = {"roles__customer": "user", "roles__note": "ignore", "roles__True": "assistant"}
-    assert got(tmp_path, rows, CHAT, **keys, **said) == [("hi", "hello", True)]
-    with pytest.raises(UserError, match="roles.customer .*'system', 'developer'"):
-        config_of(tmp_path, "x", CHAT, roles__customer="client")
-
-
-def test_what_a_turn_holds_and_a_prompt_cannot_is_counted(tmp_path):
-    image = {"type": "image_url", "image_url": {"url": "x"}}
-    rows = [
-        {"c": [{"role": "user", "content": [image, {"type": "text", "text": "what?"}]}, ANSWER], "f": 1, "tools": [{}]},
-        {"c": [USER, ANSWER | {"reasoning_content": "hm", "images": []}], "f": 1, "question": "x", "tools": []},
-        {"c": [{"role": "user", "content": [image, image, "q"]}, ANSWER], "f": 1, "question": None},
-    ]
-    with mined(tmp_path, rows, CHAT) as connection:
-        noticed = dict(connection.execute("SELECT name, rows FROM noticed").fetchall())
-    assert noticed == {"image_url blocks": 2, "reasoning_content of a turn": 1, "question": 1, "tools": 1}
-    with mined(tmp_path, rows, CHAT, input__ignore=["tools", "image_url"]) as connection:
-        assert {*connection.execute("SELECT name FROM noticed").fetchall()} == {
-            ("question",),
-            ("reasoning_content of a turn",),
-        }
-
-
-def test_flat_rows_count_what_they_hold_besides_in_every_format(tmp_path):
-    rows = [
-        {"q": str(i), "a": "b", "f": "up", "question": "x" if i % 3 else "", "tools": '"tools": 1'} for i in range(7)
-    ]
-    columns = {"prompt": "q", "response": "a", "feedback": "f"}
-    for ending in ("jsonl", "csv", "db", "json"):
-        more = {"input__rows": "/all/them"} if ending == "json" else {}
-        with mined(tmp_path, FORMATS[ending](tmp_path / f"log.{ending}", rows), columns, **more) as connection:
-            assert dict(connection.execute("SELECT name, rows FROM noticed").fetchall()) == {
-                "question": 4,
-                "tools": 7,
-            }, ending
-    nulls = as_parquet(tmp_path / "nulls.parquet", [row | {"question": row["question"] or None} for row in rows])
-    with mined(tmp_path, nulls, columns) as connection:
-        assert dict(connection.execute("SELECT name, rows FROM noticed").fetchall()) == {"question": 4, "tools": 7}
-
-
-def test_calls_of_tools_are_read_as_every_api_writes_them(tmp_path):
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    dresses = [
-        [USER, {"role": "assistant", "content": None, "tool_calls": [call]},
-         {"role": "tool", "content": "r", "tool_call_id": "c"}],
-        [USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {"x": 1}}]},
-         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": ["r"]}]}],
-        [{"type": "human", "content": "hi"},
-         {"type": "ai", "content": "", "tool_calls": [{"id": "c", "name": "f", "args": {"x": 1}}]},
-         {"type": "tool", "content": "r", "tool_call_id": "c"}],
-    ]  # fmt: skip
-    prompts = []
-    for turns in dresses:
-        with mined(tmp_path, [{"c": [*turns, ANSWER], "f": 1}], CHAT) as connection:
-            ((prompt,),) = connection.execute("SELECT prompt FROM examples JOIN texts USING (vote)").fetchall()
-            prompts.append(json.loads(prompt))
-    assert prompts[0][1]["tool_calls"] == [call] and prompts[0] == prompts[1] == prompts[2]
-    assert "calls tools" in mistake(tmp_path, [{"c": dresses[0][:2], "f": 1}], CHAT)
-
-
-@pytest.mark.parametrize("mode", ["joined", "alternatives"])
-def test_answers_in_a_row_are_one_or_the_last_as_is_said(tmp_path, mode):
-    turns = [USER, {"role": "assistant", "content": "well,"}, ANSWER, MORE, LATER]
-    rows = [{"c": turns, "f": 1, "n": 4}, {"c": turns, "f": 0, "n": 1}]
-    assert "turns.answers_in_a_row" in mistake(tmp_path, rows, CHAT | {"rated_index": "n"})
-    said = "well,\nhello" if mode == "joined" else "hello"
-    lead = (("user", "hi"), ("assistant", said), ("user", "more"))
-    found = got(tmp_path, rows, CHAT | {"rated_index": "n"}, turns__answers_in_a_row=mode)
-    assert found == [("hi", said if mode == "joined" else "well,", False), (lead, "later", True)]
-
-
-# Pairs
-
-
-DUELS = [
-    {"q": "1", "x": "good", "y": "bad", "w": "A"}, {"q": "2", "x": "bad", "y": "good", "w": "model_b"},
-    {"q": "3", "x": "so", "y": "so-so", "w": "tie"}, {"q": "4", "x": "bad", "y": "worse", "w": "tie (bothbad)"},
-    {"q": "5", "x": "good", "y": "fine", "w": "both good"}, {"q": "6", "x": "one", "y": "two", "w": None},
-]  # fmt: skip
-DUEL = {"prompt": "q", "answer_a": "x", "answer_b": "y", "winner": "w"}
-
-
-def test_a_winner_labels_both_answers_and_a_tie_may_be_two_thumbs_down(tmp_path):
-    expected = [("1", "bad", False), ("1", "good", True), ("2", "bad", False), ("2", "good", True), ("4", "bad", False),
-                ("4", "worse", False), ("5", "fine", True), ("5", "good", True)]  # fmt: skip
-    in_every_format(tmp_path, DUELS, DUEL, expected)
-    message = mistake(tmp_path, [*DUELS, DUELS[0] | {"w": 1}], DUEL)
-    assert "columns.winner (w) has words without a meaning: '1'" in message and "labels.a_wins" in message
-    assert got(tmp_path, [DUELS[0] | {"w": 1}], DUEL, labels__a_wins=["1"]) == expected[:2]
-
-
-def test_a_winner_may_be_named_by_its_model_and_answers_may_be_conversations(tmp_path):
-    rows = [{"x": [USER, ANSWER, MORE, LATER], "y": [USER, {"role": "assistant", "content": "yo"}, MORE, ANSWER],
-             "m": "small", "n": "large", "w": "large"}]  # fmt: skip
-    columns = {"answer_a": "x", "answer_b": "y", "winner": "w", "model_a": "m", "model_b": "n"}
-    other = (("user", "hi"), ("assistant", "yo"), ("user", "more"))
-    assert got(tmp_path, rows, columns) == [(TALK, "later", False), (other, "hello", True)]
-
-
-def test_a_pair_whose_winner_is_a_column_is_not_taken_for_granted(tmp_path):
-    rows = [{"q": "?", "x": "good", "y": "bad", "winner": "a"}]
-    pair = {"prompt": "q", "chosen": "x", "rejected": "y"}
-    assert "columns.winner: winner in place of chosen and rejected" in mistake(tmp_path, rows, pair)
-    assert len(got(tmp_path, rows, pair, input__ignore=["winner"])) == 2
-
-
-def test_pairs_of_whole_conversations_bring_their_prompt(tmp_path):
-    whole = {"chosen": [USER, ANSWER], "rejected": [USER, LATER]}
-    expected = [("hi", "hello", True), ("hi", "later", False)]
-    assert got(tmp_path, [whole], {"chosen": "chosen", "rejected": "rejected"}) == expected
-    both = {"chosen": "chosen", "rejected": "rejected", "prompt": "q"}
-    assert got(tmp_path, [whole | {"q": "hi"}], both) == expected
-    assert "the prompt of the row is not asked" in mistake(tmp_path, [whole | {"q": "else"}], both)
-    assert "must be a whole conversation" in mistake(tmp_path, [{"x": "a", "y": "b"}], {"chosen": "x", "rejected": "y"})
-
-
-def test_a_system_column_becomes_the_first_turn(tmp_path):
-    rows = [{"s": "be brief", "q": "hi", "c": [USER], "a": "hello", "f": 1}]
-    expected = [((("system", "be brief"), ("user", "hi")), "hello", True)]
-    for asked in ({"prompt": "q"}, {"messages": "c"}):
-        assert got(tmp_path, rows, {"system": "s", "response": "a", "feedback": "f", **asked}) == expected
-    assert noticed_in(tmp_path, [{**rows[0], "system": "x"}], {"prompt": "q", "response": "a", "feedback": "f"}) == {
-        "system": 1
-    }
 
 
 # Files

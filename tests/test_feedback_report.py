@@ -10,10 +10,10 @@ from pathlib import Path
 
 import browser
 import pytest
+from audits import audited, crowd
 from feedback_log import vote
 from hypothesis import given
 from hypothesis import strategies as st
-from test_feedback_audit import audited, crowd
 
 from kto_dist.feedback.audit import Audit, File
 from kto_dist.feedback.content import readable

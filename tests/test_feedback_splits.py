@@ -1,4 +1,4 @@
-"""Which answers the language step takes, and which rows balance and stratify take of a split."""
+"""No prompt is in both splits, and balance and stratify take of them what they say."""
 
 import random
 
@@ -6,58 +6,6 @@ import pytest
 from mining import mined, removed, rows_of, vote
 
 from kto_dist.base.errors import UserError
-from kto_dist.feedback.language import check_languages
-
-GERMAN = "Die Schleife läuft über alle Zahlen und gibt jede von ihnen aus."
-CODE = """
-def total(numbers):
-    \"\"\"Add all of the numbers that are given to this function, and return what comes of it.\"\"\"
-    result = 0
-    for number in numbers:
-        # skip the ones which are missing
-        if number is not None:
-            result += number
-    return result
-"""
-
-
-def kept(folder, answers, languages):
-    rows = [vote(f"q{number}", answer) for number, answer in enumerate(answers)]
-    with mined(folder, rows, clean__languages=languages) as connection:
-        return {answer for _, answer, _ in rows_of(connection)}
-
-
-def test_numbers_and_digests_stay_whatever_language_is_wanted(tmp_path):
-    numbers = ", ".join(str(number**3) for number in range(40, 90))
-    digests = " ".join(f"{random.Random(number).getrandbits(128):032x}" for number in range(8))
-    assert kept(tmp_path, [GERMAN, numbers, digests], ["de"]) == {GERMAN, numbers, digests}
-
-
-@pytest.mark.parametrize("fenced", ["```python{}```", "  ```{}  ```\n", "```{}"])
-def test_an_answer_is_of_the_language_of_its_prose_and_not_of_its_fenced_code(tmp_path, fenced):
-    block = fenced.format(CODE * 3)
-    prose, english = f"{GERMAN}\n\n{block}", f"This is how one adds them, which is quite simple.\n{block}"
-    assert kept(tmp_path, [prose, block, english], ["de"]) == {prose, block}
-
-
-def test_what_follows_a_closed_fence_counts_as_prose(tmp_path):
-    english = "Here the loop goes over all of the numbers, and adds each one that is there to the result."
-    answers = [f"```{CODE}```\n{text}" for text in (GERMAN, english)]
-    assert kept(tmp_path, answers, ["de"]) == {answers[0]}
-
-
-def test_backticks_within_a_line_are_no_fence(tmp_path):
-    english = "Use ``` before and after the code, and it will be shown as it is by every program that reads this."
-    assert kept(tmp_path, [GERMAN, english], ["de"]) == {GERMAN}
-
-
-def test_the_error_names_every_code_that_can_be_told_apart_and_no_pseudo_language(tmp_path):
-    for code in ("klingon", "zxx"):
-        with pytest.raises(UserError, match=f"clean.languages \\({code}\\)") as raised:
-            check_languages((code,))
-        codes = str(raised.value).split("some of ")[1].split(", ")
-        assert {"de", "zh", "yue", "wuu", "ar", "arz", "ary"} <= set(codes) and "zxx" not in codes
-    check_languages(("zh", "yue"))
 
 
 def by_split(connection):
@@ -117,3 +65,67 @@ def test_stratify_leaves_at_least_half_of_the_held_out_rows(tmp_path, common):
             assert sorted(found["heldout"]) == [few, wanted]
             seen.add("reached")
     assert "stopped" in seen
+
+
+def split_of(connection):
+    return dict(connection.execute("SELECT prompt_key::VARCHAR, split FROM examples").fetchall())
+
+
+def test_no_prompt_is_in_both_splits_and_none_moves_as_the_log_grows(tmp_path):
+    generator = random.Random(0)
+    rows = [
+        vote(f"prompt {generator.randrange(900)}", f"a{i}", generator.choice(["up", "down", "down"]))
+        for i in range(3000)
+    ]
+    options = {"split__heldout": 0.2, "clean__near_duplicates": None}
+    with mined(tmp_path, rows[:900], **options) as connection:
+        before = split_of(connection)
+    with mined(tmp_path, rows, **options) as connection:
+        after = split_of(connection)
+        both = "SELECT count(*) FROM (SELECT prompt_key FROM examples GROUP BY 1 HAVING count(DISTINCT split) > 1)"
+        assert connection.execute(both).fetchone() == (0,)
+        shares = connection.execute("SELECT label, avg((split = 'heldout')::INT) FROM examples GROUP BY 1").fetchall()
+    # held-out rows may be left away (stratify), but nothing changes sides
+    moved = {prompt for prompt, split in before.items() if after.get(prompt, split) != split}
+    assert not moved and len(after) > len(before)
+    trained = {prompt for prompt, split in before.items() if split == "train"}
+    assert trained <= after.keys()
+    # 900 prompts: three standard deviations are 0.04
+    assert len(shares) == 2 and all(abs(share - 0.2) < 0.04 for _, share in shares)
+    with mined(tmp_path, rows, **options, split__seed=1) as connection:
+        assert split_of(connection) != after
+
+
+@pytest.mark.parametrize("up_share", [0.1, 0.5, 0.9])
+def test_the_held_out_classes_stand_as_in_training(tmp_path, up_share):
+    generator = random.Random(1)
+    rows = [vote(f"q{i}", "a", "up" if generator.random() < up_share else "down") for i in range(600)]
+    options = {"split__heldout": 0.2, "split__seed": 3}
+    with mined(tmp_path, rows, **options, split__stratify=False) as connection:
+        plain, everything = by_split(connection), rows_of(connection)
+    with mined(tmp_path, rows, **options) as connection:
+        found = by_split(connection)
+        took = connection.execute("SELECT label, removed FROM steps WHERE step = 'stratify'").fetchall()
+    assert len(everything) == 600 and found["train"] == plain["train"]
+    (up, down), (all_up, all_down), (train_up, train_down) = found["heldout"], plain["heldout"], plain["train"]
+    # as near as whole rows come to it, and one class is whole
+    assert abs(up - down * train_up / train_down) <= 0.5 or abs(down - up * train_down / train_up) <= 0.5
+    assert (up, down) != (all_up, all_down) and (up == all_up or down == all_down)
+    assert dict(took) == {True: all_up - up, False: all_down - down}
+
+
+def test_a_class_that_is_held_out_nowhere_takes_no_other_along(tmp_path):
+    rows = [vote(f"q{i}", "a", "up") for i in range(100)] + [vote("q0", "b", "down")]
+    for seed in range(3):
+        with mined(tmp_path, rows, split__heldout=0.3, split__seed=seed) as connection:
+            assert sum(map(sum, by_split(connection).values())) == 101
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
+def test_sampling_reaches_the_stated_ratio_and_takes_one_class_alone(tmp_path, target):
+    rows = [vote(f"q{i}", "a", "up" if i % 2 else "down") for i in range(200)]
+    with mined(tmp_path, rows, balance__target_up_share=target) as connection:
+        ups, n = connection.execute("SELECT count(*) FILTER (label), count(*) FROM examples").fetchone()
+        assert ups / n == pytest.approx(target, abs=0.005)
+        assert max(ups, n - ups) == 100
+        assert connection.execute("SELECT count(*) FROM votes WHERE removed = 'balance'").fetchone() == (200 - n,)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audits import mining_config
 from feedback_log import Generated, generate
 from ranks import run_ranks
-from test_feedback_audit import mining_config
 from tiny import write_jsonl
 from tiny_runs import tiny_config, train_all
 

@@ -4,8 +4,8 @@ import json
 import random
 
 import pytest
-from mining import mined, rows_of
-from test_feedback_layouts import FORMATS, got, mistake, noticed_in
+from log_formats import FORMATS
+from mining import got, mined, mistake, noticed_in, rows_of
 
 LINE = {"session": "s", "role": "r", "text": "x", "turn": "n", "feedback": "f"}
 TIMED = {"session": "s", "role": "r", "text": "x", "time": "t", "feedback": "f"}
