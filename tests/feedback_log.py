@@ -23,16 +23,16 @@ START = datetime(2026, 1, 5)  # a Monday
 @dataclass(frozen=True, kw_only=True)
 class Generated:
     rows: list[dict[str, Any]]
-    # id, prompt, response, feedback (up, down), user_id, created_at, model
+    """id, prompt, response, feedback (up, down), user_id, created_at, model"""
     good: dict[str, bool]
-    # response -> whether it is good
+    """response -> whether it is good"""
     critics: frozenset[str]
     exact_copies: int
-    # lines that are there twice
+    """lines that are there twice"""
     near_copies: int
-    # answers that are another one with a sign added
+    """answers that are another one with a sign added"""
     wrong_votes: int
-    # of honest users, without copies of lines
+    """of honest users, without copies of lines"""
     honest_votes: int
 
     def write(self, path: Path) -> Path:
@@ -85,6 +85,35 @@ def _answers(
     return pool, near
 
 
+class _Ballot:
+    """Who has voted on what: nobody votes on an answer twice."""
+
+    def __init__(self, rng: random.Random, pool: list[Answer]):
+        self.rng, self.pool = rng, pool
+        self.rows: list[dict[str, Any]] = []
+        self.seen: set[tuple[str, str]] = set()
+
+    def unseen(self, user: str) -> Answer:
+        while True:
+            answer = self.rng.choice(self.pool)
+            if (user, answer[1]) not in self.seen:
+                return answer
+
+    def vote(self, user: str, up: bool, answer: Answer) -> None:
+        prompt, response, model, given = answer
+        self.seen.add((user, response))
+        self.rows.append(
+            {
+                "prompt": prompt,
+                "response": response,
+                "feedback": "up" if up else "down",
+                "user_id": user,
+                "created_at": (given + timedelta(seconds=self.rng.randrange(86400))).isoformat() + "Z",
+                "model": model,
+            }
+        )
+
+
 def generate(
     *,
     votes: int = 4000,
@@ -118,48 +147,25 @@ def generate(
         models=sorted(models),
         weeks=weeks,
     )
-    good: dict[str, bool] = {}
-    for _, response, _, _ in pool:
-        good[response] = is_good(response)
+    good = {response: is_good(response) for _, response, _, _ in pool}
+    ballot = _Ballot(rng, pool)
 
     names = [f"user-{number}@example.org" for number in range(users)]
     worst = [f"critic-{number}@example.org" for number in range(critics)]
     activity = [1 / (rank + 5) for rank in range(users)]
-    seen: set[tuple[str, str]] = set()
-    rows: list[dict[str, Any]] = []
     wrong = 0
-
-    def vote(user: str, up: bool, answer: tuple[str, str, str, datetime]) -> None:
-        prompt, response, model, given = answer
-        seen.add((user, response))
-        rows.append(
-            {
-                "prompt": prompt,
-                "response": response,
-                "feedback": "up" if up else "down",
-                "user_id": user,
-                "created_at": (given + timedelta(seconds=rng.randrange(86400))).isoformat() + "Z",
-                "model": model,
-            }
-        )
-
-    def unseen(user: str) -> tuple[str, str, str, datetime]:
-        while True:
-            answer = rng.choice(pool)
-            if (user, answer[1]) not in seen:
-                return answer
-
     for _ in range(votes):
         user = rng.choices(names, activity)[0]
-        answer = unseen(user)
+        answer = ballot.unseen(user)
         misses = rng.random() < noise
         wrong += misses
-        vote(user, good[answer[1]] != misses, answer)
+        ballot.vote(user, good[answer[1]] != misses, answer)
     for user in worst:
         for _ in range(critic_votes):
-            answer = unseen(user)
+            answer = ballot.unseen(user)
             dislikes = good[answer[1]] or not contrary
-            vote(user, (rng.random() >= critic_down_rate) == dislikes, answer)
+            ballot.vote(user, (rng.random() >= critic_down_rate) == dislikes, answer)
+    rows = ballot.rows
     copied = rng.sample(rows, round(exact_copies * len(rows)))
     rows += [dict(row) for row in copied]
     rng.shuffle(rows)

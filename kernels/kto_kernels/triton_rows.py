@@ -62,6 +62,47 @@ def _load(logits, bias, place, V, SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS: tl.cons
     return tl.where(inside, z, float("-inf"))
 
 
+@triton.jit
+def _from_the_largest(
+    logits,
+    gradient,
+    bias,
+    V,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row once more: its largest logit, the sum over exp(z - largest) and its moment; the gradient is written."""
+    columns = tl.arange(0, BLOCK)
+    # largest logit so far, and the sum over exp(z - largest)
+    origin = tl.full((), float("-inf"), WIDE)
+    total = tl.full((), 0.0, WIDE)
+    for start in range(0, V, BLOCK):
+        z = _load(logits, bias, start + columns, V, SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, WIDE)
+        now = tl.maximum(origin, tl.max(z, axis=0))
+        # a bias of -inf may rule out all columns so far
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        total = total * tl.exp(origin - shift) + tl.sum(tl.exp(z - shift), axis=0)
+        origin = now
+    moment = tl.full((), 0.0, WIDE)
+    if GRADIENT or ENTROPY:
+        for start in range(0, V, BLOCK):
+            place = start + columns
+            z = _load(logits, bias, place, V, SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, WIDE)
+            e = tl.exp(z - origin)
+            if ENTROPY:
+                moment += tl.sum(tl.where(e > 0, e * (z - origin), 0.0), axis=0)
+            if GRADIENT:
+                g = _carried_back(e, z, SCALE, SOFTCAP, TEMPERATURE)
+                tl.store(gradient + place, g.to(gradient.dtype.element_ty), mask=place < V)
+    return origin, total, moment
+
+
 @triton.jit(do_not_specialize_on_alignment=["target", "logps", "scales", "entropies"])
 def _row_kernel(
     logits,  # (n, V)
@@ -114,27 +155,9 @@ def _row_kernel(
     moment = tl.sum(moments, axis=0)
 
     if (total > _LARGEST_SUM) | (total < _SMALLEST_SUM):
-        # largest logit so far, and the sum over exp(z - largest)
-        origin = tl.full((), float("-inf"), WIDE)
-        total = tl.full((), 0.0, WIDE)
-        for start in range(0, V, BLOCK):
-            z = _load(logits, bias, start + columns, V, SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, WIDE)
-            now = tl.maximum(origin, tl.max(z, axis=0))
-            # a bias of -inf may rule out all columns so far
-            shift = tl.where(now == float("-inf"), 0.0, now)
-            total = total * tl.exp(origin - shift) + tl.sum(tl.exp(z - shift), axis=0)
-            origin = now
-        if GRADIENT or ENTROPY:
-            moment = tl.full((), 0.0, WIDE)
-            for start in range(0, V, BLOCK):
-                place = start + columns
-                z = _load(logits, bias, place, V, SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, WIDE)
-                e = tl.exp(z - origin)
-                if ENTROPY:
-                    moment += tl.sum(tl.where(e > 0, e * (z - origin), 0.0), axis=0)
-                if GRADIENT:
-                    g = _carried_back(e, z, SCALE, SOFTCAP, TEMPERATURE)
-                    tl.store(gradient + place, g.to(gradient.dtype.element_ty), mask=place < V)
+        origin, total, moment = _from_the_largest(
+            logits, gradient, bias, V, SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, GRADIENT, ENTROPY, WIDE, BLOCK
+        )
 
     # goal_z - origin first: it is exact where the log-prob is near 0
     tl.store(logps + row, (goal_z - origin) - tl.log(total))
