@@ -121,24 +121,31 @@ def resolve(
     tree = {name: dict(section or {}) for name, section in tree.items()}
     origin = {f"{name}.{key}": str(path) for name, section in tree.items() for key in section}
 
-    for override in overrides:
-        dotted, separator, text = override.partition("=")
-        section, dot, key = dotted.partition(".")
-        if not (separator and dot and section and key):
-            raise UserError(f"override {override!r} must read section.key=value, for example train.lr=1e-6")
-        try:
-            tree.setdefault(section, {})[key] = yaml.load(text, _StrictLoader)
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"override {override!r} is not readable as YAML: {error}; quote the value, as in \"{dotted}='...'\""
-            ) from None
-        origin[dotted] = "override"
+    origin |= dict.fromkeys(override(tree, overrides), "override")
 
     overridden = {name for name, source in origin.items() if source == "override"}
     config = build(tree, where=str(path), overridden=overridden, kind=kind)
     for name, key, _ in flatten(config):
         origin.setdefault(f"{name}.{key}", "default")
     return config, origin
+
+
+def override(tree: dict[str, dict[str, Any]], words: Collection[str]) -> list[str]:
+    """Puts `section.key=value`s into a tree of plain values; returns each `section.key`. Raises `UserError`."""
+    changed = []
+    for word in words:
+        dotted, separator, text = word.partition("=")
+        section, dot, key = dotted.partition(".")
+        if not (separator and dot and section and key):
+            raise UserError(f"override {word!r} must read section.key=value, for example train.lr=1e-6")
+        try:
+            tree.setdefault(section, {})[key] = yaml.load(text, _StrictLoader)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"override {word!r} is not readable as YAML: {error}; quote the value, as in \"{dotted}='...'\""
+            ) from None
+        changed.append(dotted)
+    return changed
 
 
 def build(

@@ -19,6 +19,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.base.secrets import masked
 from kto_dist.commands.settings import settings_page
 from kto_dist.commands.store import store
+from kto_dist.commands.words import options
 from kto_dist.model.config import check_model_path
 from kto_dist.training.config import Config
 
@@ -129,6 +130,26 @@ def precompute(config: Path, overrides: tuple[str, ...], ranks: int | None) -> N
     CONFIG and the overrides are those of `train`. A pass that was stopped goes on where it was.
     """
     _launch("precompute", config, overrides, ranks)
+
+
+@main.command(short_help="Figures with intervals of a model on held-out rows.")
+@_ranks
+@options
+def evaluate(ranks: int | None, **words: Any) -> None:
+    """Compare the model of a run, or any model, with its reference on held-out rows: figures with intervals.
+
+    The target, RUN_OR_MODEL, is a run's folder (train.output), or a Hugging Face folder or hub name, which needs
+    --reference and --data. A run's own held-out rows, reference and settings are used where nothing else is given;
+    SECTION.KEY=VALUE overrides change them, as in `reference.tokens_per_batch=4096`. Log-probs are kept in
+    reference.store: what was scored once is not scored again.
+    """
+    from kto_dist.commands import launcher
+    from kto_dist.commands.words import words_of
+    from kto_dist.training.judged import Request, resolve
+
+    asked = Request(**words)
+    judged = resolve(asked)  # a mistake shows at once, not once the ranks have started
+    raise SystemExit(launcher.run("evaluate", words_of(asked), ranks, folder=judged.output.absolute().parent))
 
 
 @main.command(short_help="Make a training set from a raw log of feedback.")

@@ -1,4 +1,5 @@
-"""What every rank runs: `python -m kto_dist.commands.entry train|precompute CONFIG [section.key=value ...]`.
+"""What every rank runs: `python -m kto_dist.commands.entry train|precompute CONFIG [section.key=value ...]`, or
+`evaluate RUN_OR_MODEL ...`.
 
 Turns the outcome into the exit status that the launcher passes on: 0 done, 2 the user's mistake (said once a host),
 143 stopped by a signal, 1 anything else.
@@ -18,24 +19,25 @@ from kto_dist.base import comm, processes, restart
 from kto_dist.base.errors import RankError, UserError
 from kto_dist.base.exits import DONE, DONE_MARK, FAILED, LAUNCHER, MISTAKE, Stopped, leave
 from kto_dist.base.secrets import masked
+from kto_dist.commands.words import request
 from kto_dist.training.config import Config
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # DeepSpeed's launcher adds --local_rank=N; the environment says the same
-    job, config, *overrides = [word for word in arguments if not word.startswith("--local_rank")]
+    job, *words = [word for word in arguments if not word.startswith("--local_rank")]
     restarts = None
     _stay_with_launcher()
     try:
         comm.init()
         restarts, again = restart.Restarts(), restart.order()
         if again is not None:
-            overrides = [*overrides, f"{again.setting}={again.tokens}"]
-        settings = Config.load(config, overrides)
+            words = [*words, f"{again.setting}={again.tokens}"]
+        work = _work(job, words)
         quiet()
         try:
-            _run(job, settings)
+            work()
         except Stopped as stop:
             if comm.is_main():
                 print(f"stopped: {stop}", file=sys.stderr, flush=True)
@@ -57,15 +59,30 @@ def main(arguments: list[str] | None = None) -> int:
     return DONE
 
 
-def _run(job: str, settings: Config) -> None:
-    if job == "train":
-        from kto_dist.training.loop import train
+def _work(job: str, words: list[str]) -> Callable[[], object]:
+    """What is going to be done; nothing that takes long is imported for it. Raises `UserError`."""
+    if job == "evaluate":
+        wanted = request(words)
 
-        train(settings)
-    else:
+        def evaluation() -> object:
+            from kto_dist.training.evaluate import evaluate
+
+            return evaluate(wanted)
+
+        return evaluation
+    config, *overrides = words
+    settings = Config.load(config, overrides)
+
+    def run() -> object:
+        if job == "train":
+            from kto_dist.training.loop import train
+
+            return train(settings)
         from kto_dist.training.precompute import precompute
 
-        precompute(settings)
+        return precompute(settings)
+
+    return run
 
 
 def _start_again(restarts: restart.Restarts, failure: RuntimeError) -> None:
@@ -119,7 +136,8 @@ def run_and_leave(arguments: list[str] | None = None, work: Callable[[list[str] 
 
 
 def usage(job: str) -> str:
-    return f"usage: deepspeed [--hostfile H] --module kto_dist.commands.{job} CONFIG [section.key=value ...]"
+    words = "CONFIG" if job != "evaluate" else "RUN_OR_MODEL [--data FILE] [--reference MODEL] [--against RUN_OR_MODEL]"
+    return f"usage: deepspeed [--hostfile H] --module kto_dist.commands.{job} {words} [section.key=value ...]"
 
 
 def script(job: str) -> None:

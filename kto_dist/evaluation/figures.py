@@ -75,6 +75,16 @@ class Bin:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Histogram:
+    """Rewards by class: B bins of equal width."""
+
+    edges: list[float]
+    """B + 1"""
+    desirable: list[int]
+    undesirable: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
     """All that is said of one evaluation."""
 
@@ -82,6 +92,7 @@ class Findings:
     """Name -> value, over all rows and per class; `<set>/<name>` of each named set of rows."""
     intervals: dict[str, Interval] = field(default_factory=dict)
     reliability: list[Bin] = field(default_factory=list)
+    rewards: Histogram | None = None
     slices: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Column -> value -> figure -> its interval as a dict, or a number where it has none."""
 
@@ -90,6 +101,7 @@ class Findings:
         beside = {
             "intervals": {name: asdict(interval) for name, interval in self.intervals.items()},
             "reliability": [asdict(found) for found in self.reliability],
+            "histogram": None if self.rewards is None else asdict(self.rewards),
             "slices": self.slices,
         }
         return {**self.figures, **{name: value for name, value in beside.items() if value}}
@@ -129,6 +141,7 @@ def findings(rows: Evaluated, *, sets: np.ndarray | None = None, slices: Slices 
         figures=figures_of(rows, sets),
         intervals={name: sure[name] for name in figures if name in sure},
         reliability=reliability(rows.chance, rows.desirable),
+        rewards=histogram(rows.column("reward").numpy(), rows.desirable),
         slices=found,
     )
 
@@ -155,6 +168,15 @@ def reliability(chance: np.ndarray, desirable: np.ndarray, bins: int = BINS) -> 
         low, high = wilson(share, int(here.sum()))
         found.append(Bin(chance=float(chance[here].mean()), desirable=share, low=low, high=high, rows=int(here.sum())))
     return found
+
+
+def histogram(reward: np.ndarray, desirable: np.ndarray, bins: int = 30) -> Histogram | None:
+    """None without rows. All rewards lie in it: the widest tell what a clipped plot would hide."""
+    if not reward.size:
+        return None
+    edges = np.histogram_bin_edges(reward, bins)
+    up, down = (np.histogram(reward[desirable == wanted], edges)[0].tolist() for wanted in (True, False))
+    return Histogram(edges=edges.tolist(), desirable=up, undesirable=down)
 
 
 def _sets(sets: np.ndarray | None) -> list[tuple[str, np.ndarray]]:

@@ -14,7 +14,7 @@ import torch
 from kto_kernels import kto_loss
 
 from kto_dist.base import comm
-from kto_dist.data.batch import Cutting, heldout_pairs, microbatches, pair_lengths
+from kto_dist.data.batch import Cutting, heldout_pairs, microbatches
 from kto_dist.data.examples import Examples
 from kto_dist.evaluation.figures import Evaluated
 from kto_dist.model.causal_lm import Forward, completion_logps
@@ -35,7 +35,6 @@ def evaluate_rows(
     seed: int,
     loss: Loss,
     beta: float,
-    cutting: Cutting,
     class_weights: tuple[float, float],
 ) -> Evaluated:
     """What the objective makes of all rows: no model is run but by `model` and `reference`."""
@@ -47,7 +46,6 @@ def evaluate_rows(
 
     labels = labels_of(examples, rows, reference(rows, rows), class_weights)
     logps = torch.from_numpy(model(rows, rows))
-    kept = pair_lengths(examples, rows, rows, cutting.max_length, cutting.prompt_limit)[1]
     table = metrics.row_table(
         losses=kto_loss(logps, labels.ref_logps, labels.sign, z0=z0, beta=beta, loss=loss.name),
         logps=logps,
@@ -56,7 +54,7 @@ def evaluate_rows(
         weight=labels.weight,
         z0=z0,
         beta=beta,
-        tokens=torch.from_numpy(kept),
+        tokens=torch.tensor(examples.completion_lengths),
     )
     return Evaluated(
         table=table,

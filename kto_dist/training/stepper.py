@@ -120,7 +120,6 @@ class Stepper:
                 seed=prepared.config.train.seed,
                 loss=objective.loss,
                 beta=objective.beta,
-                cutting=cutting,
                 class_weights=prepared.class_weights,
             )
 

@@ -1,0 +1,92 @@
+"""Findings as lines for a terminal: what matters first, each figure with its range."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kto_dist.evaluation.figures import Findings
+from kto_dist.evaluation.intervals import Interval
+
+FIRST = (
+    "accuracy/all",
+    "accuracy/desirable",
+    "accuracy/undesirable",
+    "auc",
+    "brier",
+    "loss",
+    "rewards/margin",
+    "rewards/desirable",
+    "rewards/undesirable",
+    "kl_raw",
+    "tokens/desirable",
+    "tokens/undesirable",
+)
+"""The figures that are shown, in this order."""
+
+
+def lines_of(
+    found: Findings,
+    sets: Sequence[str] = (),
+    against: Findings | None = None,
+    paired: dict[str, Interval] | None = None,
+) -> list[str]:
+    """A table of the figures, and below it the sets and slices. `paired`: this one minus the other."""
+    head = ["held-out", "value", "95 % interval"]
+    rows = [[name, _number(found.figures[name]), _range(found.intervals.get(name))] for name in _shown(found)]
+    if against is not None and paired is not None:
+        head += ["other", "difference", "95 % interval"]
+        for row in rows:
+            other, apart = against.figures.get(row[0]), paired.get(row[0])
+            row += [
+                "" if other is None else _number(other),
+                "" if apart is None else f"{apart.value:+.4g}",
+                _range(apart),
+            ]
+    lines = _aligned([head, *rows])
+    methods = sorted({interval.method for interval in found.intervals.values()} - {"bootstrap"})
+    if methods:
+        lines.append(f"({' and '.join(methods)} in place of a bootstrap: too few prompts, or a figure without spread)")
+    cuts = [("set", {name: _of_set(found, name) for name in sets}), *found.slices.items()]
+    for column, values in cuts:
+        if values:
+            table = [[column, "rows", "accuracy", "", "auc", ""]]
+            table += [[value, f"{own['rows']:,.0f}", *_cells(own)] for value, own in values.items()]
+            lines += ["", *_aligned(table)]
+    return lines
+
+
+def _shown(found: Findings) -> list[str]:
+    return [name for name in FIRST if name in found.figures]
+
+
+def _of_set(found: Findings, name: str) -> dict[str, Any]:
+    own: dict[str, Any] = {"rows": found.figures[f"{name}/rows"]}
+    for figure in ("accuracy/all", "auc"):
+        if f"{name}/{figure}" in found.figures:
+            own[figure] = found.intervals.get(f"{name}/{figure}", found.figures[f"{name}/{figure}"])
+    return own
+
+
+def _cells(own: dict[str, Any]) -> list[str]:
+    """`own`: figure -> its interval, also as a dict, or a number where it has none."""
+    cells: list[str] = []
+    for name in ("accuracy/all", "auc"):
+        figure = own.get(name)
+        sure = Interval(**figure) if isinstance(figure, dict) else figure
+        if isinstance(sure, Interval):
+            cells += [_number(sure.value), _range(sure)]
+        else:
+            cells += ["" if sure is None else _number(sure), ""]
+    return cells
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _range(interval: Interval | None) -> str:
+    return "" if interval is None else f"{interval.low:.3g} to {interval.high:.3g}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,181 @@
+"""A model against its reference on held-out rows, outside of a run; and against another model on the same rows.
+
+In:  `judged.Request`. Out: a JSON file, and the same as a dict.
+
+Each model's log-probs are scored, or found in the store, as a reference's are: to the store a model is a model. So any
+Hugging Face folder can be evaluated, one at a time in memory, sharded or offloaded as `reference.*` says, and evaluated
+again without a forward.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from kto_dist.base import agree, comm, disks
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.base.files import write_whole
+from kto_dist.data import tokenise
+from kto_dist.data.examples import Examples, load
+from kto_dist.evaluation.figures import Evaluated, compare, findings
+from kto_dist.evaluation.heldout import evaluate_rows
+from kto_dist.evaluation.slices import sets_of, slices_of
+from kto_dist.evaluation.table import lines_of
+from kto_dist.model.loading import load_tokenizer
+from kto_dist.objective.losses import LOSSES
+from kto_dist.record.environment import environment_tags
+from kto_dist.reference.logps import ReferenceLogps, score_reference
+from kto_dist.reference.pairs import evaluation_pairs
+from kto_dist.reference.setup import find_reference
+from kto_dist.training.config import Config
+from kto_dist.training.judged import Judged, Request, resolve
+from kto_dist.training.prepare import counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def evaluate(request: Request) -> dict[str, Any]:
+    """Collective. Returns what the JSON file has. Raises `UserError` for what the user can fix."""
+    comm.init()
+    console = Console()
+    judged = agree.together(lambda: resolve(request))
+    config = judged.config
+    examples = _rows(judged, console)
+
+    models = _models(judged)
+    scored = {name: _scored(config, name, model, examples, console) for name, model in models.items()}
+    console.end()
+    return agree.on_main(lambda: _said(judged, models, scored, examples, console))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Model:
+    """Where weights and tokenizer lie."""
+
+    path: str
+    gguf_file: str | None
+    trust_remote_code: bool
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        found: dict[str, int] = self.tokenizer.get_vocab()
+        return found
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return load_tokenizer(self.path, self.gguf_file, trust_remote_code=self.trust_remote_code)
+
+
+def _models(judged: Judged) -> dict[str, _Model]:
+    own, reference = judged.config.model, judged.config.reference
+    found = {
+        "reference": _Model(
+            path=str(reference.path),
+            gguf_file=reference.gguf_file,
+            trust_remote_code=reference.trust_remote_code,
+        ),
+        "model": _Model(path=own.path, gguf_file=own.gguf_file, trust_remote_code=own.trust_remote_code),
+    }
+    if judged.against is not None:
+        found["against"] = _Model(path=judged.against, gguf_file=None, trust_remote_code=own.trust_remote_code)
+    return found
+
+
+def _rows(judged: Judged, console: Console) -> Examples:
+    """Collective."""
+    config = judged.config
+    tokenizer = agree.together(lambda: _tokenizer(judged))
+    console.phase("data")
+    rows, apart = agree.once_per_host(lambda: tokenise.prepare(config.data, tokenizer))
+    examples = load(rows if apart is None else apart)
+    agree.same_everywhere(examples.fingerprint, "what the rows give as tokens", "copy rows and tokenizer to each again")
+    for line in examples.report.lines(judged.sets):
+        console.say(f"held-out: {line}")
+    for line in examples.report.noticed():
+        console.warn(line)
+    if not len(examples):
+        raise UserError("no row is left to evaluate on")
+    return examples
+
+
+def _tokenizer(judged: Judged) -> "PreTrainedTokenizerBase":
+    """The model's. Raises `UserError` where another model would read its tokens as other words."""
+    models = _models(judged)
+    tokenizer = models["model"].tokenizer
+    for name, model in models.items():
+        if model.vocabulary != tokenizer.get_vocab():
+            raise UserError(
+                f"{name} ({model.path}) has another vocabulary than {models['model'].path}: log-probs of the same "
+                "tokens are compared, so both need the same tokenizer"
+            )
+    return tokenizer
+
+
+def _scored(config: Config, name: str, model: _Model, examples: Examples, console: Console) -> ReferenceLogps:
+    """Collective. A model's log-probs of all rows and their KL pairs, by the settings of `reference`."""
+    section = config.reference.model_copy(update=asdict(model))
+    pairs = evaluation_pairs(config.train.seed, examples, with_z0=LOSSES[config.kto.loss].has_z0)
+    console.say(f"{name}: {model.path}")
+    setup, fingerprint = find_reference(
+        section,
+        config.model,
+        max_length=config.data.max_length,
+        prompt_limit=config.data.prompt_limit,
+        console=console,
+    )
+    return score_reference([pairs], setup, fingerprint, console)
+
+
+def _said(
+    judged: Judged,
+    models: dict[str, _Model],
+    scored: dict[str, ReferenceLogps],
+    examples: Examples,
+    console: Console,
+) -> dict[str, Any]:
+    """Rank 0. Figures, file and table."""
+    config = judged.config
+
+    def under(name: str) -> Evaluated:
+        return evaluate_rows(
+            scored[name].train,
+            scored["reference"].train,
+            examples,
+            seed=config.train.seed,
+            loss=LOSSES[config.kto.loss],
+            beta=config.kto.beta,
+            class_weights=judged.weights,
+        )
+
+    sources = judged.sets or [name for name, _ in config.data.train_sources]
+    sets, slices = sets_of(examples, judged.sets), slices_of(examples, sources)
+    rows = under("model")
+    found = findings(rows, sets=sets, slices=slices)
+    said: dict[str, Any] = {
+        **{name: _about(model.path, scored[name]) for name, model in models.items()},
+        "data": {**counts(examples), "fingerprint": examples.fingerprint, "sets": list(judged.sets)},
+        "loss": config.kto.loss,
+        "beta": config.kto.beta,
+        "class_weights": {"undesirable": judged.weights[0], "desirable": judged.weights[1]},
+        "heldout": found.to_dict(),
+        "versions": environment_tags(),
+    }
+    other = paired = None
+    if judged.against is not None:
+        rows_there = under("against")
+        other, paired = findings(rows_there, sets=sets, slices=slices), compare(rows, rows_there)
+        said["heldout_against"] = other.to_dict()
+        said["difference"] = {name: asdict(interval) for name, interval in paired.items()}
+    with disks.refusals("the evaluation", "--output", judged.output.parent):
+        judged.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(judged.output, json.dumps(said, indent=1).encode())
+    for line in lines_of(found, judged.sets, other, paired):
+        console.say(line)
+    console.say(f"evaluation: {judged.output}")
+    return said
+
+
+def _about(path: str, scored: ReferenceLogps) -> dict[str, Any]:
+    pairs, hits = scored.outcome.pairs, scored.outcome.hits
+    return {"path": path, "fingerprint": scored.fingerprint.digest, "from_store": hits, "scored": pairs - hits}

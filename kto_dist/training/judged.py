@@ -1,0 +1,148 @@
+"""What `kto-dist evaluate` was asked for: which model, against which reference, on which rows.
+
+In:  the words of the command line. Out: `Judged`, a config that is resolved and checked; no weights are touched.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kto_dist.base.class_weights import class_weights
+from kto_dist.base.config import build, override
+from kto_dist.base.errors import UserError
+from kto_dist.model.config import check_model_path
+from kto_dist.record.run_folder import RunFolder
+from kto_dist.training.config import Config
+
+_NAMED = re.compile(r"(\w[\w .-]*)=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """The words of the command line."""
+
+    target: str
+    """A run's folder, or a model's: a path or a hub name."""
+    data: tuple[str, ...] = ()
+    """FILE or NAME=FILE; none: the held-out rows of the run."""
+    reference: str | None = None
+    """A model; None: that of the run."""
+    against: str | None = None
+    """Another model or run, on the same rows."""
+    output: str | None = None
+    """The JSON file; None: evaluation.json in the run's folder, or here."""
+    overrides: tuple[str, ...] = ()
+    """section.key=value of the run's config."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """What is going to be evaluated."""
+
+    config: Config
+    """The run's, with the model, its reference and the rows in their places: those of `data.train`, or what is held out
+    of them where `data.heldout` is a fraction."""
+    against: str | None
+    """The folder or hub name of the other model."""
+    sets: tuple[str, ...]
+    """What the sets of rows are called; () where there is one."""
+    weights: tuple[float, float]
+    """(undesirable, desirable) loss weights of the classes."""
+    output: Path
+
+
+def resolve(request: Request) -> Judged:
+    """Raises `UserError`."""
+    own = _run_of(request.target)
+    run = own or (None if request.against is None else _run_of(request.against))
+    tree: dict[str, dict[str, Any]] = {"model": {"path": request.target}, "data": {"train": "none"}}
+    if run is not None:
+        tree = Config.load(run.config).model_dump(mode="json", by_alias=True)
+    override(tree, request.overrides)
+
+    start, reference = dict(tree["model"]), tree.setdefault("reference", {})
+    if request.reference:
+        reference |= {"path": request.reference, "gguf_file": None}
+    elif not reference.get("path") and run is not None:
+        reference |= {key: start[key] for key in ("path", "gguf_file", "trust_remote_code")}
+    elif not reference.get("path"):
+        raise UserError(
+            f"{request.target} is no run's folder, so its reference is not known, and figures compare a model with its "
+            "reference: give --reference MODEL"
+        )
+    path = model_of(request.target)
+    tree["model"] |= {"path": path} if path == start["path"] else {"path": path, "gguf_file": None}
+    sets = _place_rows(tree["data"], request, run)
+    config = build(tree, kind=Config)
+    against = None if request.against is None else model_of(request.against)
+    models = {"the model": path, "the reference": str(config.reference.path), "--against": against}
+    for name, place in models.items():
+        if place is not None:
+            check_model_path(name, place)
+    return Judged(
+        config=config,
+        against=against,
+        sets=sets,
+        weights=_weights(config, run),
+        output=Path(request.output) if request.output else (own.path if own else Path()) / "evaluation.json",
+    )
+
+
+def model_of(target: str) -> str:
+    """The folder or hub name of the model that a run, or the name of a model, stands for. Raises `UserError`."""
+    run = _run_of(target)
+    if run is None:
+        return target
+    if not run.export.exists():
+        raise UserError(
+            f"{target} has no {run.export.name}/: the run goes on, or was stopped; `kto-dist export {target}` writes "
+            "the model of its newest checkpoint"
+        )
+    return str(run.export)
+
+
+def _run_of(target: str) -> RunFolder | None:
+    folder = RunFolder(Path(target))
+    return folder if folder.config.is_file() else None
+
+
+def _place_rows(data: dict[str, Any], request: Request, run: RunFolder | None) -> tuple[str, ...]:
+    """Puts the rows in place of the training rows, but for those that are held out by a fraction; returns the sets."""
+    if request.data:
+        named = _named(request.data)
+        data |= {"train": dict(named), "heldout": None}
+        return tuple(name for name, _ in named) if len(named) > 1 else ()
+    held = data.get("heldout")
+    if held is None:
+        what = f"{request.target} is no run's folder" if run is None else f"{run.path} holds out no rows"
+        raise UserError(f"{what}: say which rows with --data FILE (several sets: --data NAME=FILE --data NAME=FILE)")
+    if isinstance(held, float):
+        return ()
+    data |= {"train": held, "heldout": None}
+    return tuple(held) if isinstance(held, dict) and len(held) > 1 else ()
+
+
+def _named(given: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, path) of each file; without a name it is called as the file is."""
+    found: list[tuple[str, str]] = []
+    for word in given:
+        match = None if Path(word).exists() else _NAMED.fullmatch(word)
+        name, path = match.groups() if match else (re.sub(r"[^\w .-]", "_", Path(word).stem).lstrip(" .-"), word)
+        if name in dict(found):
+            raise UserError(f"--data {word}: two sets are called {name}; give names, as in --data fresh={path}")
+        found.append((name or f"set {len(found) + 1}", path))
+    return found
+
+
+def _weights(config: Config, run: RunFolder | None) -> tuple[float, float]:
+    """As the run had them; where that is not known, what stands in the config, and 1 for `auto`."""
+    if run is not None:
+        try:
+            known = json.loads(run.summary.read_text(encoding="utf-8"))["data"]["class_weights"]
+            return float(known["undesirable"]), float(known["desirable"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return class_weights(1.0, 1.0, up=config.kto.desirable_weight, down=config.kto.undesirable_weight)
