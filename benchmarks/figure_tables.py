@@ -204,7 +204,7 @@ def sweep(content: Content) -> str:
     settings = content["settings"]
     job = f"{settings['steps']} steps of {settings['global_batch']} rows a run"
     end = f"All of it took {total:.0f} s, and would have taken {content['saved_seconds']:.0f} s more without the store."
-    text = table(["`kto.beta`", "pairs scored", "from the store", "s of scoring"], rows)
+    text = table(["`objective.beta`", "pairs scored", "from the store", "s of scoring"], rows)
     return f"{about(content, job)}\n\n{text}\n\n{end}"
 
 

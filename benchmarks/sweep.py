@@ -45,7 +45,7 @@ def main(model: str, log: str, steps: int, global_batch: int, file: Path | None)
         config.write_text(json.dumps(tree), encoding="utf-8")
         for beta in BETAS:
             output = Path(folder) / f"beta-{beta}"
-            command = [sys.executable, "-m", "kto_dist.commands.cli", "train", str(config), f"kto.beta={beta}"]
+            command = [sys.executable, "-m", "kto_dist.commands.cli", "train", str(config), f"objective.beta={beta}"]
             started = time.monotonic()
             done = subprocess.run([*command, f"train.output={output}", "--ranks", "1"], capture_output=True, text=True)
             seconds = time.monotonic() - started

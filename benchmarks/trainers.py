@@ -173,7 +173,7 @@ def kto_dist_config(job: Job, output: Path) -> Any:
             "workers": 1,
         },
         # no class weights: the loss of the first step is 0.5 then, whoever computes it
-        "kto": {"desirable_weight": 1.0, "undesirable_weight": 1.0},
+        "objective": {"desirable_weight": 1.0, "undesirable_weight": 1.0},
         "train": {
             "output": str(output),
             "global_batch": job.global_batch,

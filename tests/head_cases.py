@@ -51,6 +51,12 @@ def case(
     return leaves, others | {"beta": 0.1}
 
 
+def nll_weight_of(others):
+    """For `others`: a weight of each sequence's -logp, 0 for those that are to become less likely."""
+    sign = others["sign"].double()
+    return {"nll_weight": (sign > 0) * torch.linspace(0.05, 0.4, len(sign), dtype=torch.float64, device=sign.device)}
+
+
 def run(head, leaves, others, *, grad_out=1.0, **options):
     """Outputs and gradients by name."""
     arguments = {**leaves, **others}

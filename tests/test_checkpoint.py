@@ -74,7 +74,7 @@ def test_killed_while_saving_the_run_goes_on_from_the_checkpoint_before(tmp_path
     ("change", "message"),
     [
         ({"train__seed": 1}, r"train.seed was 0 and is 1"),
-        ({"kto__beta": 0.2}, r"kto.beta was 0.1 and is 0.2"),
+        ({"objective__beta": 0.2}, r"objective.beta was 0.1 and is 0.2"),
         ({"train__global_batch": 8}, r"train.global_batch was 16 and is 8"),
         ({"deepspeed__zero_stage": 3}, r"deepspeed.zero_stage was 2 and is 3"),
         ({"data__max_length": 16}, r"data was .* and is"),
@@ -101,6 +101,21 @@ def test_another_policys_checkpoint_is_refused_although_the_reference_is_the_sam
         run_ranks(
             train_all, 1, [tiny_config(tmp_path, tiny_model, tiny_log, **settings | {"reference__path": str(policy)})]
         )
+
+
+def test_a_checkpoint_that_calls_the_losss_section_kto_is_gone_on_from(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, checkpoint__every_steps=2)
+    with pytest.raises(RuntimeError, match="died"):
+        run_ranks(_die_while_saving, 1, config)
+    folder = checkpoint.folder(config.train.output) / "step-00000002"
+    state = json.loads((folder / "state.json").read_text())
+    older = ("loss", "beta", "desirable_weight", "undesirable_weight", "kl_pairs_per_step")
+    identity = {name: value for name, value in state["identity"].items() if not name.startswith("objective.")}
+    identity |= {f"kto.{name}": state["identity"][f"objective.{name}"] for name in older}
+    (folder / "state.json").write_text(json.dumps({**state, "identity": identity}))
+    found = checkpoint.read_state(folder)
+    assert found.identity == state["identity"]
+    checkpoint.check_same_run(found, checkpoint.State(**state), config.train.output)
 
 
 def test_an_older_checkpoint_is_refused_where_it_cannot_be_known_whose_it_is(tmp_path, tiny_model, tiny_log, trained):

@@ -49,10 +49,21 @@ WRONG = [
     (["train.lr=.inf"], ["train.lr", "inf", "finite", "peak learning rate"]),
     (["train.lr=.nan"], ["train.lr", "nan", "finite", "peak learning rate"]),
     (["train.lr=fast"], ["train.lr", "'fast'", "valid number", "peak learning rate"]),
-    (["kto.beta=0"], ["kto.beta", "0", "greater than 0", "log-ratio"]),
-    (["kto.beta=-0.1"], ["kto.beta", "-0.1", "greater than 0", "log-ratio"]),
-    (["kto.loss=dpo2"], ["kto.loss", "'dpo2'", "'kto' or 'apo_zero_unpaired'"]),
-    (["kto.desirable_weight=-1"], ["kto.desirable_weight", "-1", "greater than or equal to 0"]),
+    (["objective.beta=0"], ["objective.beta", "0", "greater than 0", "log-ratio"]),
+    (["objective.beta=-0.1"], ["objective.beta", "-0.1", "greater than 0", "log-ratio"]),
+    (["objective.loss=dpo2"], ["objective.loss", "'dpo2'", "'kto', 'apo_zero_unpaired', 'dpo' or 'sft'"]),
+    (
+        ["objective.loss=dpo", "objective.desirable_weight=2", "objective.kl_pairs_per_step=4"],
+        ["loss dpo does not use desirable_weight (2.0) and kl_pairs_per_step (4)", "leave them out", "label_smoothing"],
+    ),
+    (["objective.pairs=one"], ["loss kto does not use pairs (one)", "leave it out", "it uses beta"]),
+    (["objective.loss=sft", "objective.beta=0.2"], ["loss sft does not use beta (0.2)", "no other setting"]),
+    (["objective.loss=dpo", "train.global_batch=7"], ["train.global_batch (7)", "even", "a pair", "never cut"]),
+    (
+        ["objective.loss=dpo", "train.tokens_per_microbatch=2047"],
+        ["train.tokens_per_microbatch (2047)", "2 times data.max_length (1024)", "longest pair"],
+    ),
+    (["objective.desirable_weight=-1"], ["objective.desirable_weight", "-1", "greater than or equal to 0"]),
     (["train.seed=-1"], ["train.seed", "-1", "greater than or equal to 0"]),
     (["train.global_batch=many"], ["train.global_batch", "'many'", "valid integer", "rows"]),
     (["train.global_batch=2.5"], ["train.global_batch", "2.5", "integer", "rows"]),
@@ -65,8 +76,8 @@ WRONG = [
     (["model.attention=flash"], ["model.attention", "'flash'", "'sdpa'"]),
     (["train.global_batch=1"], ["train.global_batch (1)", "at least 2", "apo_zero_unpaired"]),
     (
-        ["kto.kl_pairs_per_step=33"],
-        ["kto.kl_pairs_per_step (33)", "at most train.global_batch (32)", "one partner"],
+        ["objective.kl_pairs_per_step=33"],
+        ["objective.kl_pairs_per_step (33)", "at most train.global_batch (32)", "one partner"],
     ),
     (
         ["data.max_length=9000"],
@@ -107,15 +118,18 @@ def test_a_wrong_value_is_named_with_its_rule_and_a_remedy(file):
 
 
 RIGHT = [
-    ["kto.loss=apo_zero_unpaired", "train.global_batch=1"],
-    ["kto.kl_pairs_per_step=32"],
+    ["objective.loss=apo_zero_unpaired", "train.global_batch=1"],
+    ["objective.kl_pairs_per_step=32"],
+    ["objective.loss=dpo", "objective.pairs=best", "objective.label_smoothing=0.1", "objective.sft_weight=1"],
+    ["objective.loss=dpo", "train.tokens_per_microbatch=2048"],
+    ["objective.loss=sft", "objective.beta=0.1"],
     ["data.max_prompt_length=1023"],
     ["data.max_length=8192"],
     ["data.heldout=0.1"],
     ["data.heldout=heldout.jsonl"],
     ["data.train=[a.jsonl, b.jsonl]"],
-    ["kto.desirable_weight=0"],
-    ["kto.desirable_weight=auto"],
+    ["objective.desirable_weight=0"],
+    ["objective.desirable_weight=auto"],
     ["train.packing=true"],
     ["deepspeed.zero_stage=3", "deepspeed.offload_parameters=nvme", "deepspeed.nvme_path=/disk"],
     ["reference.offload=cpu"],
@@ -133,7 +147,7 @@ UNKNOWN = [
     # a slip of the pen
     ("trian.lr=1", "unknown section trian: did you mean train?"),
     ("train.global_bach=8", "unknown key train.global_bach: did you mean train.global_batch?"),
-    ("kto.betta=1", "unknown key kto.betta: did you mean kto.beta?"),
+    ("objective.betta=1", "unknown key objective.betta: did you mean objective.beta?"),
     ("tracking.registr=x", "unknown key tracking.registr: did you mean tracking.register?"),
     ("checkpoint.every_step=1", "unknown key checkpoint.every_step: did you mean checkpoint.every_steps?"),
     # another library's word, or one that stands in another section
@@ -144,8 +158,8 @@ UNKNOWN = [
         "unknown key train.per_device_train_batch_size: did you mean train.global_batch or "
         "train.tokens_per_microbatch?",
     ),
-    ("train.beta=1", "unknown key train.beta: did you mean kto.beta? known: output, global_batch"),
-    ("kto.max_length=1", "unknown key kto.max_length: did you mean data.max_length? known: loss, beta"),
+    ("train.beta=1", "unknown key train.beta: did you mean objective.beta? known: output, global_batch"),
+    ("objective.max_length=1", "unknown key objective.max_length: did you mean data.max_length? known: loss, beta"),
     ("data.path=x", "unknown key data.path: did you mean model.path or reference.path? known: train, heldout"),
     ("learning_rate.x=1", "unknown section learning_rate: did you mean train.lr? known: model, reference"),
     # nothing like it
@@ -161,7 +175,7 @@ def test_an_unknown_name_is_an_error_that_says_what_it_may_have_meant(file):
 def test_another_librarys_flat_settings_are_told_where_they_stand_here(file):
     message = mistake(file, tree={"learning_rate": 1e-6, "beta": 0.1, "eval_steps": 9, "qqq": 1, **LEAST})
     assert "must hold sections" in message and "qqq" not in message
-    for said in ("learning_rate is train.lr", "beta is kto.beta", "eval_steps is evaluate.every_steps"):
+    for said in ("learning_rate is train.lr", "beta is objective.beta", "eval_steps is evaluate.every_steps"):
         assert said in message
 
 
@@ -172,9 +186,19 @@ def test_every_hint_at_a_setting_names_one_that_there_is():
         assert set(meant) <= every and word not in words, word
 
 
+def test_the_section_of_the_loss_is_read_under_its_older_name(file):
+    tree = {**LEAST, "kto": {"beta": 0.3, "desirable_weight": 1.2}}
+    older = Config.load(file(tree), ["kto.beta=0.4", "objective.undesirable_weight=1.1"])
+    newer = Config.load(file({**LEAST, "objective": tree["kto"]}), ["objective.beta=0.4", "kto.undesirable_weight=1.1"])
+    assert older == newer == Config(**LEAST, kto=newer.objective.model_dump())
+    assert older.objective.beta == 0.4
+    with pytest.raises(UserError, match="kto is the older name of objective, and both are there"):
+        Config.load(file({**tree, "objective": {"beta": 0.3}}))
+
+
 def test_all_mistakes_are_reported_at_once(file):
-    message = mistake(file, "train.lr=0", "kto.beta=0", "model.nmae=x")
-    assert all(name in message for name in ("train.lr", "kto.beta", "model.nmae"))
+    message = mistake(file, "train.lr=0", "objective.beta=0", "model.nmae=x")
+    assert all(name in message for name in ("train.lr", "objective.beta", "model.nmae"))
 
 
 @pytest.mark.parametrize("name", ("model.path", "data.train"))
@@ -250,8 +274,8 @@ def test_overrides_win_over_the_file_and_the_last_over_the_others(file):
 
 def test_every_setting_has_an_origin(file):
     path = file({**LEAST, "train": {"lr": 1e-3, "seed": 4}, "tracking": {"register": "name"}})
-    config, origin = resolve(path, ["train.lr=2e-3", "kto.beta=0.2"], kind=Config)
-    assert origin["train.lr"] == origin["kto.beta"] == "override"
+    config, origin = resolve(path, ["train.lr=2e-3", "objective.beta=0.2"], kind=Config)
+    assert origin["train.lr"] == origin["objective.beta"] == "override"
     assert origin["train.seed"] == origin["model.path"] == origin["tracking.register"] == str(path)
     assert origin["train.clip"] == "default"
     assert {f"{section}.{key}" for section, key, _ in flatten(config)} == set(origin)
@@ -266,7 +290,7 @@ def test_every_setting_has_an_origin(file):
             "train.eps=1e-12",
             "train.betas=[0.8, 0.95]",
             "train.packing=true",
-            "kto.desirable_weight=1.5",
+            "objective.desirable_weight=1.5",
         ],
         ["data.train=[a, b]", "data.heldout=0.25", "tracking.register=name", "health.max_kl=null", "train.max_steps=7"],
     ],

@@ -95,7 +95,7 @@ def test_another_vocabulary_is_refused(tmp_path, tiny_model, tiny_log):
 
 
 def test_a_run_brings_rows_reference_and_settings(tmp_path, tiny_model, tiny_log):
-    config = a_run(tmp_path, tiny_model, tiny_log, data__heldout=str(tiny_log), kto__beta=0.7)
+    config = a_run(tmp_path, tiny_model, tiny_log, data__heldout=str(tiny_log), objective__beta=0.7)
     (Path(config.train.output) / "summary.json").write_text(
         json.dumps({"data": {"class_weights": {"undesirable": 1.5, "desirable": 1.0}}})
     )
@@ -103,7 +103,7 @@ def test_a_run_brings_rows_reference_and_settings(tmp_path, tiny_model, tiny_log
     assert judged.config.model.path == f"{config.train.output}/export"
     assert judged.config.reference.path == str(tiny_model)
     assert judged.config.data.train == (str(tiny_log),) and judged.config.data.heldout is None
-    assert (judged.config.kto.beta, judged.config.reference.tokens_per_batch) == (0.7, 777)
+    assert (judged.config.objective.beta, judged.config.reference.tokens_per_batch) == (0.7, 777)
     assert judged.weights == (1.5, 1.0)
     assert judged.output == Path(config.train.output) / "evaluation.json"
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from head_cases import OUTPUTS, agree, case, exact, run
+from head_cases import OUTPUTS, agree, case, exact, nll_weight_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import BACKENDS, BLOCKS, INPUTS, TRANSFORMS, budget_of, measured, products
@@ -23,13 +23,15 @@ pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
     entropy=st.booleans(),
     transform=st.sampled_from(sorted(TRANSFORMS)),
     loss=st.sampled_from(sorted(LOSSES)),
+    with_nll=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_values_and_gradients_are_the_definitions_whatever_the_chunks(
-    backend, lengths, width, vocabulary, rows_a_chunk, bias, entropy, transform, loss, seed
+    backend, lengths, width, vocabulary, rows_a_chunk, bias, entropy, transform, loss, with_nll, seed
 ):
     lengths = lengths[: len(lengths) // LOSSES[loss].unit * LOSSES[loss].unit]
     leaves, others = case(lengths, width, vocabulary, bias=bias, seed=seed, backend=backend)
+    others |= nll_weight_of(others) if with_nll else {}
     options = {"transform": TRANSFORMS[transform], "loss": loss, "entropy": entropy, "grad_out": 1.7}
     wanted = exact(leaves, others, **options)
     budget = budget_of(rows_a_chunk, vocabulary, 8)
@@ -44,6 +46,19 @@ def test_forward_and_backward_take_three_matmuls_and_one_less_for_each_frozen_in
     size = leaves["hidden"].numel() * leaves["weight"].shape[0]
     budget = budget_of(rows_a_chunk, 53, 4)
     assert products(lambda: run(kto_head, leaves, others, budget=budget, loss=loss)) == count * size
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_term_of_log_probs_costs_no_matmul_but_for_pairs_longer_than_a_chunk(loss):
+    leaves, others = case([9, 1, 0, 12, 3, 2], bias=False, dtype=torch.float32)
+    others |= nll_weight_of(others)
+    size = leaves["hidden"].numel() * leaves["weight"].shape[0]
+
+    def matmuls(rows_a_chunk):
+        return products(lambda: run(kto_head, leaves, others, budget=budget_of(rows_a_chunk, 53, 4), loss=loss)) / size
+
+    assert matmuls(1000) == matmuls(13) == 3
+    assert matmuls(4) == (3 if LOSSES[loss].unit == 1 else pytest.approx(3 + 27 / 27))
 
 
 def test_without_gradients_it_takes_one_matmul():

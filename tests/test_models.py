@@ -154,7 +154,7 @@ def test_training_in_bf16_follows_training_in_fp32(tmp_path, tiny_model, tiny_lo
 
 def test_the_learned_rule_shows_on_held_out_rows(tmp_path, tiny_model, tiny_log):
     config = tiny_config(
-        tmp_path, tiny_model, tiny_log, data__heldout=0.3, train__max_steps=30, train__lr=3e-3, kto__beta=0.2
+        tmp_path, tiny_model, tiny_log, data__heldout=0.3, train__max_steps=30, train__lr=3e-3, objective__beta=0.2
     )
     ((summary,),) = run_ranks(train_all, 1, [config])
     before, after = summary["heldout"]["before"], summary["heldout"]["after"]

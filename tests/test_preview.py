@@ -79,7 +79,7 @@ def test_a_check_shows_rows_counts_and_what_is_not_used_without_weights(tmp_path
     [
         ({"data__train": "nothing.jsonl"}, "does not exist"),
         ({"data__max_length": 512}, "512"),
-        ({"kto__beta": -1}, "beta"),
+        ({"objective__beta": -1}, "beta"),
     ],
 )
 def test_a_check_says_what_is_wrong_with_status_2(tmp_path, sources, changes, rule):

@@ -44,7 +44,7 @@ def test_scores_are_the_log_probs_of_the_model_itself(tmp_path, tiny_model, tiny
     [
         ({"reference__tokens_per_batch": 128, "deepspeed__zero_stage": 3, "reference__zero_stage": 3}, 1),
         ({"reference__packing": True, "reference__logits_mebibytes": 1}, 2),
-        ({"kto__loss": "apo_zero_unpaired"}, 1),
+        ({"objective__loss": "apo_zero_unpaired"}, 1),
     ],
 )
 def test_a_change_that_leaves_the_pairs_alone_scores_nothing(tmp_path, tiny_model, tiny_log, changes, world):
@@ -58,7 +58,7 @@ def test_a_change_that_leaves_the_pairs_alone_scores_nothing(tmp_path, tiny_mode
 def test_added_rows_cost_only_the_new_pairs(tmp_path, tiny_model):
     rows = thumbs(60, 20)
     # no z0, so the pairs are the rows themselves
-    changes = {"kto__loss": "apo_zero_unpaired", "train__max_steps": None, "train__epochs": 1.0}
+    changes = {"objective__loss": "apo_zero_unpaired", "train__max_steps": None, "train__epochs": 1.0}
     log = write_jsonl(tmp_path / "log.jsonl", rows[:48])
     run_ranks(scored_and_found, 1, tiny_config(tmp_path, tiny_model, log, **changes))
     log = write_jsonl(tmp_path / "log.jsonl", rows)
@@ -101,9 +101,10 @@ def test_a_damaged_shard_is_found_and_its_pairs_are_scored_again(tmp_path, tiny_
 POLICY = {
     "model__gradient_checkpointing": True,
     "model__trust_remote_code": True,
-    "kto__beta": 0.5,
-    "kto__desirable_weight": 3.0,
-    "kto__undesirable_weight": 2.0,
+    "objective__beta": 0.5,
+    "objective__desirable_weight": 3.0,
+    "objective__undesirable_weight": 2.0,
+    "objective__sft_weight": 0.5,
     "train__output": "elsewhere",
     "train__tokens_per_microbatch": 100,
     "train__packing": True,
@@ -137,7 +138,13 @@ POLICY = {
     "health__on_trouble": "warn",
 }
 # These are about rows and pairs, about where MLflow is, or (loss: tested above) leave pairs out.
-NOT_POLICY = {"model__path", "model__gguf_file", "kto__loss", "kto__kl_pairs_per_step", "train__global_batch"}
+NOT_POLICY = {
+    "model__path",
+    "model__gguf_file",
+    "objective__loss",
+    "objective__kl_pairs_per_step",
+    "train__global_batch",
+}
 NOT_POLICY |= {"model__kernels"}  # the reference follows it, so that step 0 holds: tests/test_layer_kernels.py
 NOT_POLICY |= {
     "train__epochs",
@@ -230,7 +237,7 @@ def test_what_the_reference_cannot_do_is_refused_before_it_is_loaded(tmp_path, t
 
 
 @pytest.mark.parametrize(
-    "policy", [{"train__dtype": "bf16", "train__logits_dtype": "fp32"}, {"kto__desirable_weight": 0.001}]
+    "policy", [{"train__dtype": "bf16", "train__logits_dtype": "fp32"}, {"objective__desirable_weight": 0.001}]
 )
 def test_what_this_machine_or_the_loss_makes_of_the_policy_is_nothing_to_the_reference(
     tmp_path, tiny_model, tiny_log, policy
@@ -241,7 +248,12 @@ def test_what_this_machine_or_the_loss_makes_of_the_policy_is_nothing_to_the_ref
 
 
 def test_without_z0_held_out_rows_are_scored_alone(tmp_path, tiny_model, tiny_log):
-    changes = {"kto__loss": "apo_zero_unpaired", "data__heldout": 0.3, "train__max_steps": None, "train__epochs": 1.0}
+    changes = {
+        "objective__loss": "apo_zero_unpaired",
+        "data__heldout": 0.3,
+        "train__max_steps": None,
+        "train__epochs": 1.0,
+    }
     scored, _ = run_ranks(scored_and_found, 1, tiny_config(tmp_path, tiny_model, tiny_log, **changes))[0]
     assert scored == len(tiny_log.read_text().splitlines())
 

@@ -124,7 +124,7 @@ def test_a_precompute_is_an_mlflow_run_with_its_throughput(tmp_path, tiny_model,
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("kto").experiment_id])
     assert run.info.run_name == "precompute-run" and run.info.status == "FINISHED"
-    assert run.data.tags["job"] == "precompute" and run.data.params["kto.beta"] == "0.1"
+    assert run.data.tags["job"] == "precompute" and run.data.params["objective.beta"] == "0.1"
     metrics = run.data.metrics
     assert (metrics["reference/scored"], metrics["reference/from_store"]) == (scored, found)
     assert metrics["reference/rows_per_second"] > 0 and metrics["reference/tokens_per_second"] > 0

@@ -112,7 +112,7 @@ def test_params_are_the_resolved_config_and_tags_are_kept(store: Store) -> None:
     config = Config(
         model={"path": "/".join(["m" * 200] * 35)},
         data={"train": "rows.jsonl", "heldout": 0.1},
-        kto={"beta": 0.25},
+        objective={"beta": 0.25},
         tracking={"experiment": "exp", "run_name": "chosen"},
     )
     tracker = store.start(config, reference="abc", git_commit="f00")
@@ -120,7 +120,7 @@ def test_params_are_the_resolved_config_and_tags_are_kept(store: Store) -> None:
     run = store.client.get_run(tracker.run_id)
 
     assert set(run.data.params) == {f"{section}.{key}" for section, key, _ in flatten(config)}
-    assert run.data.params["kto.beta"] == "0.25"
+    assert run.data.params["objective.beta"] == "0.25"
     assert run.data.params["data.heldout"] == "0.1"
     assert run.data.params["model.path"] == config.model.path[:6000]
     assert run.data.tags["reference"] == "abc"

@@ -40,7 +40,7 @@ class HeadOutput:
     kind: Loss
     """the row of the table of losses"""
     loss: Tensor
-    """() fp64, sum over sequences of row weight times loss"""
+    """() fp64, sum over sequences of row weight times loss, and of the weight of -logp times -logp"""
     logps: Tensor
     """(S,) fp64, log-prob of each completion"""
     losses: Tensor
@@ -70,6 +70,7 @@ def kto_head(
     z0: Tensor,  # () the step's KL estimate, clamped at 0; no gradient flows into it
     beta: float,
     loss: str = "kto",  # a name in `losses.LOSSES`
+    nll_weight: Tensor | None = None,  # (S,) weight of each completion's -logp beside the loss, as for an SFT term
     bias: Tensor | None = None,  # (V,)
     transform: LogitTransform = IDENTITY,
     entropy: bool = False,
@@ -83,7 +84,8 @@ def kto_head(
     for every loss the result over the number of sequences is the mean over rows, or over pairs.
 
     Costs three N*H*V matmuls with gradients (two where hidden or weight is frozen), one without. Memory beyond inputs,
-    outputs and gradients: `budget`, and a (V, H) fp32 sum (two, when a unit is longer than a chunk).
+    outputs and gradients: `budget`, and a (V, H) fp32 sum (two, when a unit is longer than a chunk). A pair that is
+    longer than a chunk takes a fourth with `nll_weight`, in which its two sequences may differ.
 
     `lengths` on a GPU is read back, which waits for the device. From one id a row: `sequence_lengths`.
     Under autocast hidden and weight are cast as a matmul would. Targets must lie in 0..V-1: a GPU does not check.
@@ -99,8 +101,9 @@ def kto_head(
             "the completion rows of every sequence, one sequence after the other"
         )
     hidden, weight = one_dtype(hidden, weight)
-    for name, tensor in (("ref_logps", ref_logps), ("sign", sign), ("row_weight", row_weight)):
-        if tensor.shape != lengths.shape:
+    per_sequence = {"ref_logps": ref_logps, "sign": sign, "row_weight": row_weight, "nll_weight": nll_weight}
+    for name, tensor in per_sequence.items():
+        if tensor is not None and tensor.shape != lengths.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, but there are {len(sizes)} lengths: give one value a sequence"
             )
@@ -108,7 +111,9 @@ def kto_head(
     plan = plan_chunks(hidden, weight, pick_logits_dtype(logits_dtype, hidden), backend, budget)
     # as a tensor, so that another beta compiles nothing
     slope = torch.full((), beta, dtype=torch.float64, device=hidden.device)
-    terms = Terms(loss=row, ref_logps=ref_logps, sign=sign, row_weight=row_weight, z0=z0, beta=slope)
+    terms = Terms(
+        loss=row, ref_logps=ref_logps, sign=sign, row_weight=row_weight, z0=z0, beta=slope, nll_weight=nll_weight
+    )
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
         value, logps, losses, entropies = _Head.apply(
@@ -157,11 +162,13 @@ class _Head(torch.autograd.Function):
             if not differentiable or not count:
                 continue
             if chunk.piece:
-                factor = sequences.row_signs()[span].to(row_slope.dtype)
-                factor = factor if rows.scale is None else factor * rows.scale[span]
-                sums.add_piece(logits.gradient(count), hidden[span], factor)
+                gradient, scale = logits.gradient(count), None if rows.scale is None else rows.scale[span]
+                sums.add_piece(gradient, hidden[span], sequences.piece_factor(span, scale, row_slope.dtype))
+                own = sequences.piece_nll(span, scale, row_slope.dtype)
+                if own is not None:
+                    sums.add(gradient, hidden[span], own)
                 if chunk.complete:
-                    sums.finish_pieces(sequences.slopes[chunk.first])
+                    sums.finish_pieces(sequences.piece_slope(chunk.first))
             else:
                 sums.add(logits.gradient(count), hidden[span], row_slope[span])
         if sequences is None:

@@ -43,6 +43,7 @@ def kto_head(
     z0: Tensor,  # () the step's KL estimate, clamped at 0, no gradient
     beta: float,
     loss: str = "kto",
+    nll_weight: Tensor | None = None,  # (S,) weight of each completion's -logp beside the loss
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
     entropy: bool = False,
@@ -54,4 +55,6 @@ def kto_head(
         logps_of_all = _logits(hidden, weight, bias, transform).log_softmax(-1)
         entropies = sequence_logps(-(logps_of_all.exp() * logps_of_all).sum(-1), lengths).detach()
     loss_sum = (row_weight * losses).sum()
+    if nll_weight is not None:
+        loss_sum = loss_sum - (nll_weight * logps).sum()
     return HeadOutput(kind=LOSSES[loss], loss=loss_sum, logps=logps.detach(), losses=losses.detach(), entropy=entropies)

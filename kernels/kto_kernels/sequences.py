@@ -28,6 +28,8 @@ class Terms:
     """()"""
     beta: Tensor
     """()"""
+    nll_weight: Tensor | None
+    """(S,) weight of each sequence's -logp beside the loss; None: nothing"""
 
     def prepare(self, sizes: Sequence[int], device: torch.device) -> "Sequences":
         def wide(tensor: Tensor) -> Tensor:
@@ -44,6 +46,7 @@ class Terms:
                 row_weight=wide(self.row_weight),
                 z0=wide(self.z0),
                 beta=wide(self.beta),
+                nll_weight=None if self.nll_weight is None else wide(self.nll_weight),
             ),
             starts=starts,
             starts_there=(starts.pin_memory() if device.type == "cuda" else starts).to(device, non_blocking=True),
@@ -70,11 +73,32 @@ class Sequences:
     """(S,) likewise: weight times minus dloss/dmargin of the unit; times its sign it is the factor of d(-logp)"""
 
     def weighted_loss(self) -> Tensor:  # ()
-        return (self.terms.row_weight * self.losses).sum()
+        value = (self.terms.row_weight * self.losses).sum()
+        return value if self.terms.nll_weight is None else value - (self.terms.nll_weight * self.logps).sum()
 
-    def row_signs(self) -> Tensor:  # (N,) fp64
-        rows = int(self.starts[-1])
-        return torch.repeat_interleave(self.terms.sign, self.starts_there.diff(), output_size=rows)
+    def piece_slope(self, first: int) -> Tensor:  # ()
+        """Of the unit that begins with sequence `first`: times its sign it is the factor of d(-logp).
+
+        That of -logp itself is in it where the unit is one sequence; the two of a pair may differ in it.
+        """
+        if self.terms.nll_weight is None or self.terms.loss.unit > 1:
+            return self.slopes[first]
+        return self.slopes[first] + self.terms.nll_weight[first] * self.terms.sign[first]
+
+    def piece_factor(self, rows: slice, scale: Tensor | None, dtype: torch.dtype) -> Tensor:  # (n,)
+        """What is known of the factor of these rows' G before their unit is complete; the rest is `piece_slope`."""
+        return self._by_row(self.terms.sign, rows, scale, dtype)
+
+    def piece_nll(self, rows: slice, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:  # (n,)
+        """What is added to it, and is no part of `piece_slope`; None: nothing."""
+        if self.terms.nll_weight is None or self.terms.loss.unit == 1:
+            return None
+        return self._by_row(self.terms.nll_weight, rows, scale, dtype)
+
+    def _by_row(self, values: Tensor, rows: slice, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        spread = torch.repeat_interleave(values, self.starts_there.diff(), output_size=int(self.starts[-1]))
+        found = spread[rows].to(dtype)
+        return found if scale is None else found * scale
 
     def sums(self, tokens: Tensor) -> Tensor:  # (N,) -> (S,) fp64
         return sequence_logps(tokens, self.starts.diff())
@@ -90,7 +114,7 @@ def sequence_pass(
     backend: str,
 ) -> None:
     """Fills `logps`, `losses` and `slopes` of sequences first..last-1, whose rows are all known, and `row_slope` of
-    those rows: the sequence's slope times its sign and the row's scale."""
+    those rows: the sequence's slope times its sign, plus the weight of its -logp, times the row's scale."""
     terms, own = sequences.terms, slice(first, last)
     if backend == "triton":
         from kto_kernels.triton_sequences import sequence_pass as triton_sequence_pass
@@ -100,6 +124,7 @@ def sequence_pass(
             token_logps,
             sequences.starts_there,
             (terms.ref_logps, terms.sign, terms.row_weight, terms.z0, terms.beta),
+            terms.nll_weight,
             scale,
             (sequences.logps, sequences.losses, sequences.slopes),
             row_slope,
@@ -115,5 +140,6 @@ def sequence_pass(
     losses, slopes = terms.loss.by_sequence(losses), terms.loss.by_sequence(slopes)
     sequences.logps[own], sequences.losses[own], sequences.slopes[own] = logps, losses, slopes
     signed = slopes * terms.sign[own]
+    signed = signed if terms.nll_weight is None else signed + terms.nll_weight[own]
     of_rows = torch.repeat_interleave(signed, lengths.to(signed.device), output_size=rows.stop - rows.start)
     row_slope[rows] = of_rows if scale is None else of_rows * scale[rows]

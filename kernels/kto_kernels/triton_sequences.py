@@ -38,6 +38,7 @@ def _sequence_kernel(
     row_weight,
     z0,  # ()
     beta,  # ()
+    nll_weight,  # (S,)
     scales,  # (N,)
     logps,
     losses,
@@ -48,6 +49,7 @@ def _sequence_kernel(
     CURVE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     HAS_Z0: tl.constexpr,
+    HAS_NLL: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -77,6 +79,8 @@ def _sequence_kernel(
         tl.store(losses + sequence, value)
         tl.store(slopes + sequence, slope)
         signed = tl.load(sign + sequence) * slope
+        if HAS_NLL:
+            signed += tl.load(nll_weight + sequence)
         begin = tl.load(starts + sequence)
         end = tl.load(starts + sequence + 1)
         for start in range(begin, end, BLOCK):
@@ -92,6 +96,7 @@ def sequence_pass(
     token_logps: Tensor,
     starts: Tensor,
     terms: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],  # ref_logps, sign, row_weight, z0, beta
+    nll_weight: Tensor | None,
     scale: Tensor | None,
     found: tuple[Tensor, Tensor, Tensor],  # logps, losses, slopes
     row_slope: Tensor,
@@ -105,6 +110,7 @@ def sequence_pass(
                 token_logps,
                 starts,
                 *terms,
+                terms[0] if nll_weight is None else nll_weight,
                 token_logps if scale is None else scale,
                 *found,
                 row_slope,
@@ -113,6 +119,7 @@ def sequence_pass(
                 CURVE=loss.curve.name,
                 HAS_REFERENCE=loss.has_reference,
                 HAS_Z0=loss.has_z0,
+                HAS_NLL=nll_weight is not None,
                 HAS_SCALES=scale is not None,
                 BLOCK=1024,
                 num_warps=4,

@@ -11,7 +11,7 @@ Paths are kept as written: relative ones are relative to the working directory, 
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -119,9 +119,14 @@ def resolve(
             f"config {path} must hold sections with keys below them, such as `train:` with `lr: 5.0e-6`{''.join(hints)}"
         )
     tree = {name: dict(section or {}) for name, section in tree.items()}
+    renamed: Mapping[str, str] = getattr(kind, "RENAMED", {})
+    try:
+        tree = current_names(tree, renamed)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     origin = {f"{name}.{key}": str(path) for name, section in tree.items() for key in section}
 
-    origin |= dict.fromkeys(override(tree, overrides), "override")
+    origin |= dict.fromkeys(override(tree, overrides, renamed), "override")
 
     overridden = {name for name, source in origin.items() if source == "override"}
     config = build(tree, where=str(path), overridden=overridden, kind=kind)
@@ -130,7 +135,15 @@ def resolve(
     return config, origin
 
 
-def override(tree: dict[str, dict[str, Any]], words: Collection[str]) -> list[str]:
+def current_names(tree: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Sections that stand under an older name, under the one that they have today. Raises `ValueError` for both."""
+    for older, name in renamed.items():
+        if older in tree and name in tree:
+            raise ValueError(f"{older} is the older name of {name}, and both are there: write {name} alone")
+    return {renamed.get(name, name): section for name, section in tree.items()}
+
+
+def override(tree: dict[str, dict[str, Any]], words: Collection[str], renamed: Mapping[str, str] = {}) -> list[str]:
     """Puts `section.key=value`s into a tree of plain values; returns each `section.key`. Raises `UserError`."""
     changed = []
     for word in words:
@@ -138,13 +151,14 @@ def override(tree: dict[str, dict[str, Any]], words: Collection[str]) -> list[st
         section, dot, key = dotted.partition(".")
         if not (separator and dot and section and key):
             raise UserError(f"override {word!r} must read section.key=value, for example train.lr=1e-6")
+        section = renamed.get(section, section)
         try:
             tree.setdefault(section, {})[key] = yaml.load(text, _StrictLoader)
         except yaml.YAMLError as error:
             raise UserError(
                 f"override {word!r} is not readable as YAML: {error}; quote the value, as in \"{dotted}='...'\""
             ) from None
-        changed.append(dotted)
+        changed.append(f"{section}.{key}")
     return changed
 
 

@@ -33,11 +33,13 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "data_seed": ("train.seed",),
     "output_dir": ("train.output",),
     # the loss
-    "loss_type": ("kto.loss",),
-    "pref_loss": ("kto.loss",),
-    "pref_beta": ("kto.beta",),
-    "kto_chosen_weight": ("kto.desirable_weight",),
-    "kto_rejected_weight": ("kto.undesirable_weight",),
+    "loss_type": ("objective.loss",),
+    "pref_loss": ("objective.loss",),
+    "pref_beta": ("objective.beta",),
+    "kto_chosen_weight": ("objective.desirable_weight",),
+    "kto_rejected_weight": ("objective.undesirable_weight",),
+    "pref_ftx": ("objective.sft_weight",),
+    "rpo_alpha": ("objective.sft_weight",),
     # the models
     "model_name_or_path": ("model.path",),
     "base_model": ("model.path",),

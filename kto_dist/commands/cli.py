@@ -152,6 +152,40 @@ def evaluate(ranks: int | None, **words: Any) -> None:
     raise SystemExit(launcher.run("evaluate", words_of(asked), ranks, folder=judged.output.absolute().parent))
 
 
+@main.command(short_help="Count the pairs that DPO could use.")
+@_command
+def pairs(config: Path, overrides: tuple[str, ...]) -> None:
+    """Count the pairs that DPO (objective.loss: dpo) could use of CONFIG's rows, by every rule of objective.pairs.
+
+    CONFIG and the overrides are those of `train`. A pair is a good and a bad answer to one prompt. Shows what each rule
+    leaves out, too; KTO uses all rows. Loads no weights and needs no GPU. It makes the
+    tokenised rows, which a run then finds in `data.cache`.
+    """
+    from kto_dist.commands.entry import quiet
+    from kto_dist.training.usable import usable_pairs
+
+    quiet()
+    settings = Config.load(config, overrides)
+    check_model_path("model.path", settings.model.path)
+    table = Table("rows of", "objective.pairs", "pairs", "prompts", "rows used", "rows", box=None, pad_edge=False)
+    for column in ("good alone", "bad alone", "left by the rule", "rated both ways"):
+        table.add_column(column)
+    for usable in usable_pairs(settings):
+        found = usable.found
+        used = f"{found.used:,} ({found.used / max(1, found.rows):.0%})"
+        counts = (found.no_bad, found.no_good, found.by_rule, found.twins)
+        table.add_row(
+            usable.data,
+            usable.rule,
+            f"{len(found.pairs):,}",
+            f"{found.prompts:,}",
+            used,
+            f"{found.rows:,}",
+            *(f"{count:,}" for count in counts),
+        )
+    Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
+
+
 @main.command(short_help="Make a training set from a raw log of feedback.")
 @_command
 def mine(config: Path, overrides: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ A pair (j, k) is the prompt of row j with the completion of row k; (i, i) is row
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -38,10 +38,22 @@ class Plan:
     """0: none; None: one a row."""
     max_length: int
     prompt_limit: int
+    units: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """(U, unit) rows that steps take, of each unit one after the other; None: every row is a unit."""
+
+    @property
+    def unit(self) -> int:
+        """Rows that are never parted: 1, or 2 for pairs."""
+        return 1 if self.units is None else self.units.shape[1]
+
+    @property
+    def taken(self) -> int:
+        """Rows of an epoch; a row that is in two pairs counts twice."""
+        return self.rows if self.units is None else self.units.size
 
     @property
     def steps_per_epoch(self) -> int:
-        full, rest = divmod(self.rows, self.global_batch)
+        full, rest = divmod(self.taken, self.global_batch)
         # one row alone would have no KL partner, so it joins the step before
         return max(1, full + (rest > 1))
 
@@ -55,11 +67,12 @@ class Plan:
 
 
 def step_rows(plan: Plan, step: int) -> np.ndarray:  # (B,) int64
-    """The rows of one optimizer step: each epoch is a fresh shuffle in which every row appears once."""
+    """The rows of one optimizer step: each epoch is a fresh shuffle in which every unit appears once."""
     epoch, within = plan.epoch_of(step)
-    start = within * plan.global_batch
-    stop = plan.rows if within == plan.steps_per_epoch - 1 else start + plan.global_batch
-    return _shuffle(plan.seed, epoch, plan.rows)[start:stop]
+    start, size = within * plan.global_batch // plan.unit, plan.global_batch // plan.unit
+    stop = plan.taken // plan.unit if within == plan.steps_per_epoch - 1 else start + size
+    chosen = _shuffle(plan.seed, epoch, plan.taken // plan.unit)[start:stop]
+    return chosen if plan.units is None else plan.units[chosen].ravel()
 
 
 @lru_cache(maxsize=2)
@@ -137,19 +150,24 @@ def cut(
     budget: int,  # tokens of one micro-batch, padding included
     ranks: int,
     packed: bool,
+    unit: int = 1,  # neighbours that stay together: 2 for pairs
 ) -> list[list[np.ndarray]]:  # [rank][micro-batch] -> positions into `lengths`; all ranks have equally many
     """Few micro-batches, each within the token budget, of nearly equal cost at the same turn of all ranks.
 
     Packed: longest first into the emptiest bin that has room. Padded: neighbours in length share a micro-batch.
-    Some micro-batches may be empty. Raises `ValueError` where one row alone exceeds the budget.
+    Some micro-batches may be empty. Raises `ValueError` where one row (or unit) alone exceeds the budget.
     """
-    if lengths.size and lengths.max() > budget:
-        raise ValueError(f"a row of {lengths.max()} tokens exceeds the budget of {budget} tokens a micro-batch")
-    order = np.argsort(-lengths, kind="stable")
-    bins = _packed_bins(lengths, order, budget, ranks) if packed else _padded_bins(lengths, order, budget, ranks)
-    cost = np.array([lengths[b].sum() if packed else lengths[b].max(initial=0) * b.size for b in bins])
+    # what a unit takes of a micro-batch
+    sizes = lengths.reshape(-1, unit).sum(1) if packed else lengths.reshape(-1, unit).max(1, initial=0) * unit
+    if sizes.size and sizes.max() > budget:
+        what = "row" if unit == 1 else "pair"
+        raise ValueError(f"a {what} of {sizes.max()} tokens exceeds the budget of {budget} tokens a micro-batch")
+    order = np.argsort(-sizes, kind="stable")
+    bins = _packed_bins(sizes, order, budget, ranks) if packed else _padded_bins(sizes, order, budget, ranks)
+    cost = np.array([sizes[b].sum() if packed else sizes[b].max(initial=0) * b.size for b in bins])
     turns = np.argsort(-cost, kind="stable").reshape(-1, ranks)
-    return [[bins[turns[turn, rank]] for turn in range(turns.shape[0])] for rank in range(ranks)]
+    rows = [(b[:, None] * unit + np.arange(unit)).ravel() for b in bins]
+    return [[rows[turns[turn, rank]] for turn in range(turns.shape[0])] for rank in range(ranks)]
 
 
 def _packed_bins(lengths: np.ndarray, order: np.ndarray, budget: int, ranks: int) -> list[np.ndarray]:
@@ -318,12 +336,14 @@ def microbatches(
     *,
     rank: int,
     ranks: int,
+    unit: int = 1,  # neighbours in the list that stay together
 ) -> MicroBatches:
     """This rank's micro-batches of a list of pairs, equally many on every rank; `position` points into the list."""
     prompt_kept, completion_kept = pair_lengths(
         examples, prompts, completions, cutting.max_length, cutting.prompt_limit
     )
-    shares = cut(prompt_kept + completion_kept, budget=cutting.tokens, ranks=ranks, packed=cutting.packed)[rank]
+    lengths = prompt_kept + completion_kept
+    shares = cut(lengths, budget=cutting.tokens, ranks=ranks, packed=cutting.packed, unit=unit)[rank]
 
     def sequence(place: int) -> tuple[np.ndarray, np.ndarray]:
         return pair_tokens(

@@ -14,6 +14,10 @@ Named = Annotated[dict[Name, Paths], Field(min_length=1)]
 """Source's name -> its path or paths."""
 
 
+Rule = Literal["all", "one", "best"]
+"""Which of a prompt's good and bad answers make a pair (`preference.py`)."""
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 

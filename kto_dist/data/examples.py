@@ -234,20 +234,22 @@ def load(folder: str | Path) -> Examples:
     return Examples(table, fingerprint=about["fingerprint"], report=DataReport.from_dict(about["report"]))
 
 
-def check(examples: Examples, *, needs_pairs: bool, name: str = "data.train") -> None:
-    """Raises `UserError` where rows cannot train: a class, or (needs_pairs) a second prompt, is absent."""
+def check(examples: Examples, *, needs_both: bool = True, needs_pairs: bool, name: str = "data.train") -> None:
+    """Raises `UserError` where rows cannot train: a desirable one, with `needs_both` an undesirable one, or with
+    `needs_pairs` a second prompt is absent."""
     up = int(examples.desirable.sum())
-    for label, count in (("desirable", up), ("undesirable", len(examples) - up)):
+    for label, count in (("desirable", up), ("undesirable", len(examples) - up))[: 1 + needs_both]:
         if not count:
+            needs = "the loss needs both classes" if needs_both else "the loss is of these alone"
             raise UserError(
-                f"{name} has {len(examples)} rows and not one {label} among them: KTO needs both classes; "
+                f"{name} has {len(examples)} rows and not one {label} among them: {needs}; "
                 "add thumbs of the other kind, or check how the label column is written"
             )
     if needs_pairs and not (examples.prompt_group != examples.prompt_group[0]).any():
         raise UserError(
             f"{name} has {len(examples)} rows with one and the same prompt: z0 is estimated on a prompt "
             "with another prompt's completion; add prompts, or use "
-            " kto.loss=apo_zero_unpaired, which has no z0"
+            "objective.loss=apo_zero_unpaired, which has no z0"
         )
 
 

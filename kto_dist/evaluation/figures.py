@@ -39,6 +39,12 @@ class Evaluated:
     kl_rows: np.ndarray
     """(K,) int64, the rows that give the prompt."""
     beta: float
+    counted: np.ndarray | None = None
+    """(S,) bool: the rows that have a loss of their own; None: all."""
+    pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """(P, 2) int64 rows: chosen, rejected; none for a loss that is not of pairs."""
+    pair_losses: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """(P,) fp64, weighted."""
 
     @property
     def kl_sums(self) -> Tensor:  # (2,) sum and count
@@ -114,6 +120,8 @@ Slices = Mapping[str, np.ndarray]
 def figures_of(rows: Evaluated, sets: np.ndarray | None = None) -> dict[str, float]:
     """The figures alone. `sets`: (S,) the name of the set that each row belongs to, where there are several."""
     found = metrics.step_metrics(metrics.class_sums(rows.table, rows.sign), rows.kl_sums)
+    if rows.counted is not None:  # these are over all rows
+        found = {name: value for name, value in found.items() if name.partition("/")[0] not in ("loss", "saturated")}
     found |= {name: value for name, value in _values(rows, _figures(rows)).items() if name not in found}
     for name, chosen in _sets(sets):
         found |= {f"{name}/{figure}": value for figure, value in _values(rows, _figures(rows, chosen)).items()}
@@ -183,13 +191,13 @@ def _sets(sets: np.ndarray | None) -> list[tuple[str, np.ndarray]]:
     return [] if sets is None else [(str(name), sets == name) for name in np.unique(sets)]
 
 
-def _prompts(rows: Evaluated) -> np.ndarray:  # (S + K,)
-    return np.concatenate([rows.prompts, rows.prompts[rows.kl_rows]])
+def _prompts(rows: Evaluated) -> np.ndarray:  # (S + K + P,)
+    return np.concatenate([rows.prompts, rows.prompts[rows.kl_rows], rows.prompts[rows.pairs[:, 0]]])
 
 
 def _figures(rows: Evaluated, chosen: np.ndarray | None = None) -> dict[str, Figure]:
-    """By name, over `chosen` (S,) rows. Rows and KL pairs are units of one sample, so that all see the same draws."""
-    count, pairs = len(rows.table), rows.kl.numel()
+    """By name, over `chosen` (S,) rows. Rows, KL pairs and pairs are one sample, so that all see the same draws."""
+    count, pairs = len(rows.table), rows.kl.numel() + len(rows.pairs)
     chosen = np.ones(count, bool) if chosen is None else chosen
     desirable = rows.desirable
     nobody = np.zeros(pairs)
@@ -200,18 +208,19 @@ def _figures(rows: Evaluated, chosen: np.ndarray | None = None) -> dict[str, Fig
     column = {name: rows.column(name).numpy() for name in metrics.QUANTITIES}
     miss = (rows.chance - desirable) ** 2
     classes = {"desirable": chosen & desirable, "undesirable": chosen & ~desirable, "all": chosen}
+    has_loss = np.ones(count, bool) if rows.counted is None else rows.counted
     found: dict[str, Figure] = {}
     for name, counted in classes.items():
         if not counted.any():
             continue
         ending = "" if name == "all" else f"/{name}"
         found |= {
-            f"loss{ending}": mean(column["loss"], counted),
+            f"loss{ending}": mean(column["loss"], counted & has_loss),
             f"rewards/{name}": mean(column["reward"], counted),
             f"accuracy/{name}": mean(column["correct"], counted, share=True),
             f"logps/{name}": mean(column["logps"], counted),
             f"ref_logps/{name}": mean(column["ref_logps"], counted),
-            f"saturated/{name}": mean(column["saturated"], counted, share=True),
+            f"saturated/{name}": mean(column["saturated"], counted & has_loss, share=True),
             f"brier{ending}": mean(miss, counted),
             f"tokens/{name}": mean(column["tokens"], counted),
         }
@@ -223,14 +232,37 @@ def _figures(rows: Evaluated, chosen: np.ndarray | None = None) -> dict[str, Fig
             counted=np.append(chosen, nobody > 0),
         )
     of_pairs = chosen[rows.kl_rows]
+    nothing = np.zeros(len(rows.pairs))
     if of_pairs.any():
         found["kl_raw"] = Mean(
-            values=np.append(np.zeros(count), rows.kl.numpy()), counted=np.append(np.zeros(count, bool), of_pairs)
+            values=np.concatenate([np.zeros(count), rows.kl.numpy(), nothing]),
+            counted=np.concatenate([np.zeros(count, bool), of_pairs, nothing > 0]),
         )
-    return found
+    return found | _pair_figures(rows, chosen)
+
+
+def _pair_figures(rows: Evaluated, chosen: np.ndarray) -> dict[str, Figure]:
+    """Over the pairs of which both rows are `chosen`."""
+    counted = chosen[rows.pairs].all(1)
+    if not counted.any():
+        return {}
+    before = np.zeros(len(rows.table) + rows.kl.numel())
+
+    def mean(values: np.ndarray, *, share: bool = False) -> Mean:
+        return Mean(values=np.append(before, values), counted=np.append(before > 0, counted), share=share)
+
+    rewards = rows.column("reward").numpy()[rows.pairs]
+    margins = rewards[:, 0] - rewards[:, 1]
+    return {
+        "loss": mean(rows.pair_losses.numpy()),
+        "rewards/chosen": mean(rewards[:, 0]),
+        "rewards/rejected": mean(rewards[:, 1]),
+        "rewards/margins": mean(margins),
+        "accuracy/pairs": mean((np.sign(margins) + 1) / 2, share=True),
+    }
 
 
 def _values(rows: Evaluated, figures: Mapping[str, Figure]) -> dict[str, float]:
-    once = np.ones((1, len(rows.table) + rows.kl.numel()))
+    once = np.ones((1, len(_prompts(rows))))
     values = {name: float(figure.of(once)[0]) for name, figure in figures.items()}
     return {name: value for name, value in values.items() if np.isfinite(value)}

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from kto_kernels import kto_loss
 
 from kto_dist.base import comm
 from kto_dist.data.batch import Cutting, heldout_pairs, microbatches
@@ -21,7 +20,7 @@ from kto_dist.model.causal_lm import Forward, completion_logps
 from kto_dist.model.memory import attempt
 from kto_dist.objective import metrics
 from kto_dist.objective.losses import Loss
-from kto_dist.objective.objective import Objective, labels_of
+from kto_dist.objective.objective import Goal, Objective, labels_of, table_of
 
 Logps = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(P,) rows that give the prompt, (P,) rows that give the completion -> (P,) fp64 log-probs."""
@@ -35,6 +34,9 @@ def evaluate_rows(
     seed: int,
     loss: Loss,
     beta: float,
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+    units: np.ndarray | None = None,  # (U, unit) rows that the loss takes, as in `data.batch.Plan`; None: all
     class_weights: tuple[float, float],
 ) -> Evaluated:
     """What the objective makes of all rows: no model is run but by `model` and `reference`."""
@@ -44,25 +46,39 @@ def evaluate_rows(
     kl = torch.from_numpy(ratios)
     z0 = metrics.clamp_kl(torch.stack([kl.sum(), torch.tensor(float(kl.numel()), dtype=torch.float64)]))
 
-    labels = labels_of(examples, rows, reference(rows, rows), class_weights)
-    logps = torch.from_numpy(model(rows, rows))
-    table = metrics.row_table(
-        losses=kto_loss(logps, labels.ref_logps, labels.sign, z0=z0, beta=beta, loss=loss.name),
-        logps=logps,
-        ref_logps=labels.ref_logps,
-        sign=labels.sign,
-        weight=labels.weight,
-        z0=z0,
-        beta=beta,
-        tokens=torch.tensor(examples.completion_lengths),
-    )
+    goal = Goal(loss=loss, beta=beta, label_smoothing=label_smoothing, sft_weight=sft_weight)
+    logps, refs = torch.from_numpy(model(rows, rows)), reference(rows, rows)
+    tokens = torch.tensor(examples.completion_lengths)
+    taken = rows if units is None else units.ravel()
+    labels = labels_of(examples, taken, refs[taken], class_weights, goal)
+    of_loss = table_of(goal, labels, logps[taken], z0, tokens[taken])
+    table, sign, counted = of_loss, labels.sign, None
+    if units is not None:
+        # what every model can be asked about rows that its loss does not take: all but the loss
+        sign = torch.from_numpy(np.where(examples.desirable, 1.0, -1.0))
+        table = metrics.row_table(
+            losses=torch.zeros_like(logps),
+            weight=torch.ones_like(logps),
+            logps=logps,
+            ref_logps=torch.from_numpy(refs),
+            sign=sign,
+            z0=z0,
+            beta=beta,
+            tokens=tokens,
+        )
+        counted = np.zeros(rows.size, bool)
+        if loss.unit == 1:
+            table[taken], counted[taken] = of_loss, True
     return Evaluated(
         table=table,
-        sign=labels.sign,
+        sign=sign,
         prompts=examples.prompt_group,
         kl=kl,
         kl_rows=prompts,
         beta=beta,
+        counted=counted,
+        pairs=units if units is not None and loss.unit > 1 else np.zeros((0, 2), np.int64),
+        pair_losses=of_loss[:: loss.unit, metrics.QUANTITIES.index("loss")] if loss.unit > 1 else torch.zeros(0),
     )
 
 

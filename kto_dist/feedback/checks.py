@@ -136,8 +136,8 @@ def _agreement(agreement: Agreement, limits: AuditConfig, config: MiningConfig) 
             noise.value > limits.max_noise,
             f"about {noise.value:.0%} of single votes are wrong (95 %: {noise.low:.0%} to {noise.high:.0%}; "
             f"wanted: at most {limits.max_noise:.0%})",
-            "raise agreement.min_votes and collect more votes an answer; with labels this noisy a higher kto.beta "
-            "and fewer epochs keep the model from learning the noise",
+            "raise agreement.min_votes and collect more votes an answer; with labels this noisy a higher "
+            "objective.beta and fewer epochs keep the model from learning the noise",
         ),
     ]
 

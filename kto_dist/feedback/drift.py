@@ -61,7 +61,7 @@ class Balance:
     """Summed row weights of thumbs up in the training split."""
     train_weight_down: float
     desirable_weight: float | None
-    """What kto.desirable_weight: auto is going to choose from these sums; None: a class is absent."""
+    """What objective.desirable_weight: auto is going to choose from these sums; None: a class is absent."""
     undesirable_weight: float | None
     weighted_ratio: float | None
     """(desirable_weight * train_weight_up) / (undesirable_weight * train_weight_down), within [1, 1.5]."""

@@ -1,17 +1,23 @@
-"""The `kto` section: the loss and its weights."""
+"""The `objective` section: the loss, its settings and its weights."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kto_dist.base.config import NonNegativeFloat, Positive, PositiveFloat, Section
+from kto_dist.data.config import Rule
+from kto_dist.objective.losses import LOSSES
 
 
-class KtoConfig(Section):
-    """The objective (Eq. 7 and 8 of arXiv 2402.01306)."""
+class ObjectiveConfig(Section):
+    """What is minimised. A setting that the loss does not use is an error."""
 
-    loss: Literal["kto", "apo_zero_unpaired"] = Field("kto", description="apo_zero_unpaired has no z0, so no KL pairs")
-    beta: PositiveFloat = Field(0.1, description="how strongly a log-ratio counts; the paper uses 0.05 to 0.5")
+    loss: Literal["kto", "apo_zero_unpaired", "dpo", "sft"] = Field(
+        "kto",
+        description="kto: Eq. 7 and 8 of arXiv 2402.01306; apo_zero_unpaired: without z0, so without KL pairs; dpo: on"
+        " pairs of a good and a bad answer to one prompt; sft: on the thumbs-up rows alone",
+    )
+    beta: PositiveFloat = Field(0.1, description="how strongly a log-ratio counts; the KTO paper uses 0.05 to 0.5")
     desirable_weight: Literal["auto"] | NonNegativeFloat = Field(
         "auto", description="loss weight of thumbs-up rows; auto: by the paper's rule from the class counts"
     )
@@ -21,3 +27,29 @@ class KtoConfig(Section):
     kl_pairs_per_step: Positive | None = Field(
         None, description="mismatched pairs that estimate z0 each step; null: one a row; fewer is faster and noisier"
     )
+    pairs: Rule = Field(
+        "all",
+        description="dpo: which of a prompt's good and bad answers make a pair: each with each; one each, so that no"
+        " answer is in two pairs; or the best with the worst, by the rows' weights. Pairs of the data stay as they are",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="dpo: the chance that a pair is the other way round"
+    )
+    sft_weight: NonNegativeFloat = Field(
+        0.0, description="adds so many times the mean over thumbs-up rows of -log-prob a token"
+    )
+
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> "ObjectiveConfig":
+        used = {"loss", *LOSSES[self.loss].settings}
+        unused = [
+            f"{name} ({getattr(self, name)})"
+            for name, field in type(self).model_fields.items()
+            if name not in used and getattr(self, name) != field.default
+        ]
+        if unused:
+            raise ValueError(
+                f"loss {self.loss} does not use {' and '.join(unused)}: leave {'them' if len(unused) > 1 else 'it'} "
+                f"out; it uses {', '.join(sorted(used - {'loss'})) or 'no other setting'}"
+            )
+        return self

@@ -3,7 +3,8 @@
 1. `row_table`      (S, Q): what is known of each row, for whoever needs rows: intervals, slices, samples
 2. `class_sums`     (2, Q): row 0 for undesirable and row 1 for desirable rows; adds up over shards
 3. `step_metrics`   the only division. A class without rows is absent from the result.
-4. `source_metrics` the same by source of the data, from the table.
+4. `pair_metrics`   means over pairs, from the table of a loss on pairs
+5. `source_metrics` the same by source of the data, from the table.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def empty_sums(device: torch.device) -> Tensor:  # (2, Q) fp64
 
 def row_table(
     *,
-    losses: Tensor,  # (S,) fp64, unweighted: 1 - v
+    losses: Tensor,  # (S,) fp64, unweighted: 1 - v for kto
     weight: Tensor,  # (S,)
     logps: Tensor,  # (S,)
     ref_logps: Tensor,  # (S,)
@@ -31,19 +32,22 @@ def row_table(
     z0: Tensor,  # ()
     beta: float,
     tokens: Tensor,  # (S,) completion tokens
+    saturated: Tensor | None = None,  # (S,) bool; None: of a loss that is a sigmoid
+    beside: Tensor | None = None,  # (S,) what is added to the weighted loss
 ) -> Tensor:  # (S, Q) fp64
     """A row is correct when its log-ratio lies on its label's side of z0; exactly on it counts as half."""
     log_ratio = logps - ref_logps
     correct = (torch.sign(sign * (log_ratio - z0)) + 1) / 2
+    weighted = weight * losses
     columns = (
         torch.ones_like(losses),
         weight,
-        weight * losses,
+        weighted if beside is None else weighted + beside,
         beta * log_ratio,
         logps,
         ref_logps,
         correct,
-        losses * (1 - losses) < SATURATED_SLOPE,
+        losses * (1 - losses) < SATURATED_SLOPE if saturated is None else saturated,
         tokens,
     )
     return torch.stack([column.detach().double() for column in columns], dim=1)
@@ -85,6 +89,22 @@ def step_metrics(
     if all(f"rewards/{name}" in result for name in CLASSES):
         result["rewards/margin"] = result["rewards/desirable"] - result["rewards/undesirable"]
     return result
+
+
+def pair_metrics(table: Tensor) -> dict[str, float]:  # (2 P, Q), of each pair the chosen row, then the rejected one
+    """Means over pairs; of equal rewards a pair counts as half right. Without pairs: nothing."""
+    rewards = table[:, QUANTITIES.index("reward")].view(-1, 2)
+    if not len(rewards):
+        return {}
+    chosen, rejected = rewards.mean(0).tolist()
+    margins = rewards[:, 0] - rewards[:, 1]
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": float(margins.mean()),
+        "accuracy/pairs": float(((margins.sign() + 1) / 2).mean()),
+        "pairs": float(len(rewards)),
+    }
 
 
 def source_metrics(

@@ -9,22 +9,34 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from kto_kernels import LogitTransform, kto_head
+from kto_kernels import LOSSES as KERNELS
+from kto_kernels import LogitTransform, kto_head, kto_loss
 from torch import Tensor
 
 from kto_dist.data.batch import MicroBatch
 from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import Forward, completion_logps, score
 from kto_dist.model.profile import part
+from kto_dist.objective import metrics
 from kto_dist.objective.losses import Loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Objective:
-    """What is minimised, apart from the data."""
+class Goal:
+    """What is minimised, as a function of log-probs."""
 
     loss: Loss
     beta: float
+    label_smoothing: float = 0.0
+    """The chance that a pair is the other way round."""
+    sft_weight: float = 0.0
+    """Of the mean over desirable rows of -log-prob a token, beside the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective(Goal):
+    """And how it is computed."""
+
     transform: LogitTransform
     logits_bytes: int | None
     """Memory that the LM head's logits may take at a time; None: by the device."""
@@ -41,26 +53,40 @@ class Labels:
     sign: Tensor
     """(P,) fp64, +1 desirable, -1 undesirable"""
     weight: Tensor
-    """(P,) fp64, class weight times row weight"""
+    """(P,) fp64, class weight times row weight; a pair's rows have one. Over the tokens where the loss is per token."""
+    sft: Tensor | None = None
+    """(P,) fp64, weight of a row's -logp beside the loss; None: nothing"""
 
     def to(self, device: torch.device) -> "Labels":
         ref_logps, sign, weight = (getattr(self, name).to(device) for name in ("ref_logps", "sign", "weight"))
-        return Labels(ref_logps=ref_logps, sign=sign, weight=weight)
+        sft = None if self.sft is None else self.sft.to(device)
+        return Labels(ref_logps=ref_logps, sign=sign, weight=weight, sft=sft)
 
 
 def labels_of(
     examples: Examples,
-    rows: np.ndarray,
-    ref_logps: np.ndarray,
-    class_weights: tuple[float, float],
+    rows: np.ndarray,  # (P,) all rows over which the loss is a mean, of each unit one after the other
+    ref_logps: np.ndarray,  # (P,)
+    class_weights: tuple[float, float],  # (undesirable, desirable)
+    goal: Goal,
 ) -> Labels:
-    """`class_weights`: (undesirable, desirable)."""
-    desirable = examples.desirable[rows]
-    weight = np.asarray(class_weights)[desirable.astype(int)] * examples.weights[rows]
+    desirable, own = examples.desirable[rows], examples.weights[rows]
+    tokens = np.maximum(examples.completion_lengths[rows], 1)
+    weight = np.asarray(class_weights)[desirable.astype(int)] * own
+    if (unit := goal.loss.unit) > 1:  # a pair is worth what the weaker of its labels is
+        weight = np.repeat(weight.reshape(-1, unit).min(1), unit)
+    if goal.loss.per_token:
+        weight = weight / tokens
+    sft = None
+    if goal.sft_weight:
+        # the mean is over desirable rows, where the step's is over all
+        share = goal.sft_weight * rows.size / max(1, desirable.sum())
+        sft = torch.from_numpy(np.where(desirable, share * own / tokens, 0.0))
     return Labels(
         ref_logps=torch.from_numpy(ref_logps),
         sign=torch.from_numpy(np.where(desirable, 1.0, -1.0)),
         weight=torch.from_numpy(weight),
+        sft=sft,
     )
 
 
@@ -85,6 +111,12 @@ def loss_and_rows(
 ) -> tuple[Tensor, Tensor]:  # () sum of weighted losses; (S, 2) fp64 loss and log-prob of each, without gradient
     """One micro-batch's share of the step's loss: divide the sum over all of them by the rows of the step."""
     ref_logps, sign, weight = (getattr(labels, name)[batch.position] for name in ("ref_logps", "sign", "weight"))
+    nll_weight = None if labels.sft is None else labels.sft[batch.position]
+    if objective.label_smoothing:
+        # (1 - e) f(m) + e f(-m) = f(m) + e beta m for f = -log sigmoid, and m is a sum of log-probs; both rows of a
+        # pair carry its loss
+        tilt = -objective.loss.unit * objective.label_smoothing * objective.beta * weight * sign
+        nll_weight = tilt if nll_weight is None else nll_weight + tilt
 
     def head(hidden: Tensor, lm_head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with part("the head (within the forwards)"):
@@ -99,6 +131,7 @@ def loss_and_rows(
                 z0=z0,
                 beta=objective.beta,
                 loss=objective.loss.name,
+                nll_weight=nll_weight,
                 bias=bias,
                 transform=objective.transform,
                 budget=objective.logits_bytes,
@@ -109,3 +142,33 @@ def loss_and_rows(
 
     loss, logps, losses = score(forward, batch, head)
     return loss, torch.stack([losses.detach(), logps.detach()], dim=1).double()
+
+
+def table_of(
+    goal: Goal,
+    labels: Labels,  # (S,) on the CPU, of whole units
+    logps: Tensor,  # (S,) fp64
+    z0: Tensor,  # () fp64
+    tokens: Tensor,  # (S,) completion tokens
+    losses: Tensor | None = None,  # (S,) fp64, unweighted, as the head gave them; None: made of the log-probs
+) -> Tensor:  # (S, Q) fp64, `metrics.QUANTITIES` of each row
+    """What is known of rows once their log-probs are."""
+    kind, beta = KERNELS[goal.loss.name], goal.beta
+    if losses is None:
+        losses = kto_loss(logps, labels.ref_logps, labels.sign, z0=z0, beta=beta, loss=kind.name)
+    saturated = kind.saturated(losses)
+    if goal.label_smoothing:
+        margin = kind.by_sequence(kind.by_unit(labels.sign * (logps - labels.ref_logps)))
+        losses = losses + goal.label_smoothing * beta * margin
+    return metrics.row_table(
+        losses=losses,
+        weight=labels.weight,
+        logps=logps,
+        ref_logps=labels.ref_logps,
+        sign=labels.sign,
+        z0=z0,
+        beta=beta,
+        tokens=tokens,
+        saturated=saturated,
+        beside=None if labels.sft is None else -labels.sft * logps,
+    )

@@ -172,7 +172,7 @@ PLOTS = (
         how_to_read="A reward is beta times how much likelier (in log-probability) a completion has become than "
         "under the reference; all start at 0. Desirable should end above undesirable: the gap is the margin. "
         "Both falling with a growing margin is common; desirable far below 0 means that liked answers become "
-        "unlikely as well: lower train.lr, or raise kto.desirable_weight.",
+        "unlikely as well: lower train.lr, or raise objective.desirable_weight.",
         draw=_classes("rewards", "reward", "rewards/margin"),
     ),
     Plot(
@@ -181,7 +181,7 @@ PLOTS = (
         how_to_read="kl_raw compares policy and reference on prompts paired with other prompts' completions; z0 "
         "is the same number clamped at 0, the point from which rewards count. kl_raw negative for long means "
         "that z0 sits at 0: rewards then count from the reference itself, which is common early in a run. A "
-        "steady climb means that the model drifts away: lower train.lr or raise kto.beta. A jumpy curve wants "
+        "steady climb means that the model drifts away: lower train.lr or raise objective.beta. A jumpy curve wants "
         "more KL pairs or a larger batch.",
         draw=_kl,
     ),

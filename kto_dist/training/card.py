@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_dist.base.console import Console
+from kto_dist.objective.losses import LOSSES
 from kto_dist.record import tracking_uri
 from kto_dist.training.config import Config
 
@@ -13,12 +14,12 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     figures = summary["heldout"]["after"] or summary["training"]
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items() if isinstance(value, float))
     return (
-        f"---\nbase_model: {config.model.path}\nlibrary_name: transformers\ntags: [kto, kto_dist]\n---\n\n"
+        f"---\nbase_model: {config.model.path}\nlibrary_name: transformers\ntags: "
+        f"[{config.objective.loss}, kto_dist]\n---\n\n"
         f"# {Path(config.train.output).name}\n\n"
-        f"{config.model.path} aligned by Kahneman-Tversky Optimization (arXiv 2402.01306, loss `{config.kto.loss}`, "
-        f"beta {config.kto.beta}) from {rows['desirable']:,} desirable and {rows['undesirable']:,} undesirable "
-        f"answers, {summary['steps']} steps of {config.train.global_batch} rows, peak learning rate "
-        f"{config.train.lr}.\n\n"
+        f"{config.model.path} aligned by {_method(config)} from {rows['desirable']:,} desirable and "
+        f"{rows['undesirable']:,} undesirable answers, {summary['steps']} steps of {config.train.global_batch} rows, "
+        f"peak learning rate {config.train.lr}.\n\n"
         f"| {'held-out' if summary['heldout']['after'] else 'last step'} | value |\n|---|---|\n{table}\n"
     )
 
@@ -27,12 +28,20 @@ def checkpoint_card(config: Config, step: int, figures: dict[str, Any]) -> str:
     """Of a model from a checkpoint; `figures`: the line of metrics of its step."""
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items() if isinstance(value, float))
     return (
-        f"---\nbase_model: {config.model.path}\nlibrary_name: transformers\ntags: [kto, kto_dist]\n---\n\n"
+        f"---\nbase_model: {config.model.path}\nlibrary_name: transformers\ntags: "
+        f"[{config.objective.loss}, kto_dist]\n---\n\n"
         f"# {Path(config.train.output).name}, step {step}\n\n"
-        f"{config.model.path} after {step} steps of Kahneman-Tversky Optimization (arXiv 2402.01306, loss "
-        f"`{config.kto.loss}`, beta {config.kto.beta}, {config.train.global_batch} rows a step, peak learning rate "
-        f"{config.train.lr}): a checkpoint of a run, not its end.\n\n| step {step} | value |\n|---|---|\n{table}\n"
+        f"{config.model.path} after {step} steps of {_method(config)}, {config.train.global_batch} rows a step, peak "
+        f"learning rate {config.train.lr}: a checkpoint of a run, not its end.\n\n"
+        f"| step {step} | value |\n|---|---|\n{table}\n"
     )
+
+
+def _method(config: Config) -> str:
+    section, loss = config.objective, LOSSES[config.objective.loss]
+    used = [f"{name} {getattr(section, name)}" for name in ("beta", "label_smoothing", "sft_weight")]
+    used = [text for text in used if text.split()[0] in loss.settings and not text.endswith(" 0.0")]
+    return f"{loss.title}, loss `{loss.name}`" + "".join(f", {text}" for text in used)
 
 
 def say_outcome(summary: dict[str, Any], output: Path, console: Console) -> None:

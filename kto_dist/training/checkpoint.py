@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.base.files import TEMPORARY, flush, write_whole
 from kto_dist.model import engine_files
 from kto_dist.model.engines import Policy
+from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.training import manifest, random_states
 from kto_dist.training.config import Config
 
@@ -61,7 +62,7 @@ def identity(
         "train.global_batch": config.train.global_batch,
         "train.dtype": str(dtype).removeprefix("torch."),
         "deepspeed.zero_stage": zero_stage,
-        **{f"kto.{key}": value for key, value in config.kto.model_dump(mode="json").items()},
+        **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
     }
 
 
@@ -133,7 +134,22 @@ def read_state(checkpoint: Path) -> State:
     """Of a checkpoint that is whole."""
     content = json.loads((checkpoint / STATE).read_text())
     content.pop("files", None)
-    return State(**content)
+    state = State(**content)
+    return replace(state, identity=_current(state.identity))
+
+
+def _current(identity: dict[str, Any]) -> dict[str, Any]:
+    """An older version called the section `kto`, and had no setting that was not there to be noted."""
+    older = {key: value for key, value in identity.items() if key.startswith("kto.")}
+    if not older:
+        return identity
+    defaults = ObjectiveConfig().model_dump(mode="json")
+    noted = {key.replace("kto.", "objective.", 1): value for key, value in older.items()}
+    return {
+        **{key: value for key, value in identity.items() if key not in older},
+        **{f"objective.{key}": value for key, value in defaults.items()},
+        **noted,
+    }
 
 
 def check_same_run(found: State, now: State, output: str) -> None:

@@ -4,15 +4,25 @@ It stands here and not in `base`, because it needs the wings' sections: imports 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kto_dist.base.config import Decay, NonNegativeFloat, Place, Positive, PositiveFloat, Section, build, resolve
+from kto_dist.base.config import (
+    Decay,
+    NonNegativeFloat,
+    Place,
+    Positive,
+    PositiveFloat,
+    Section,
+    build,
+    current_names,
+    resolve,
+)
 from kto_dist.data.config import DataConfig
 from kto_dist.evaluation.config import EvaluateConfig
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
-from kto_dist.objective.config import KtoConfig
+from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.objective.losses import LOSSES
 from kto_dist.record.config import TrackingConfig
 from kto_dist.reference.config import ReferenceConfig
@@ -87,7 +97,7 @@ class Config(Section):
     model: ModelConfig
     reference: ReferenceConfig = ReferenceConfig()
     data: DataConfig
-    kto: KtoConfig = KtoConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     deepspeed: DeepspeedConfig = DeepspeedConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -95,28 +105,42 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     health: HealthConfig = HealthConfig()
 
+    RENAMED: ClassVar[dict[str, str]] = {"kto": "objective"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        return current_names(values, cls.RENAMED) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
-        if LOSSES[self.kto.loss].has_z0 and self.train.global_batch < 2:
+        loss = LOSSES[self.objective.loss]
+        if loss.has_z0 and self.train.global_batch < 2:
             raise ValueError(
-                f"train.global_batch ({self.train.global_batch}) must be at least 2 with kto.loss {self.kto.loss}: z0 "
-                "is the mean over mismatched pairs of the same batch, and one row has no partner; raise it, or use "
+                f"train.global_batch ({self.train.global_batch}) must be at least 2 with objective.loss {loss.name}: "
+                "z0 is the mean over mismatched pairs of the same batch, and one row has no partner; raise it, or use "
                 "apo_zero_unpaired"
             )
-        pairs = self.kto.kl_pairs_per_step
+        if self.train.global_batch % loss.unit:
+            raise ValueError(
+                f"train.global_batch ({self.train.global_batch}) must be even with objective.loss {loss.name}: it "
+                "counts rows, and a pair, which is two of them, is never cut"
+            )
+        pairs = self.objective.kl_pairs_per_step
         if pairs is not None and pairs > self.train.global_batch:
             raise ValueError(
-                f"kto.kl_pairs_per_step ({pairs}) must be at most train.global_batch ({self.train.global_batch}): "
-                "each row has one partner"
+                f"objective.kl_pairs_per_step ({pairs}) must be at most train.global_batch "
+                f"({self.train.global_batch}): each row has one partner"
             )
-        for name, tokens in (
-            ("train.tokens_per_microbatch", self.train.tokens_per_microbatch),
-            ("reference.tokens_per_batch", self.reference.tokens_per_batch),
+        for name, tokens, unit in (
+            ("train.tokens_per_microbatch", self.train.tokens_per_microbatch, loss.unit),
+            ("reference.tokens_per_batch", self.reference.tokens_per_batch, 1),
         ):
-            if tokens != "auto" and tokens < self.data.max_length:
+            if tokens != "auto" and tokens < self.data.max_length * unit:
+                times, what = ("", "row") if unit == 1 else (f"{unit} times ", "pair")
                 raise ValueError(
-                    f"{name} ({tokens}) must be at least data.max_length ({self.data.max_length}): "
-                    "the longest row must fit on a device; raise it, or lower data.max_length"
+                    f"{name} ({tokens}) must be at least {times}data.max_length ({self.data.max_length}): "
+                    f"the longest {what} must fit on a device; raise it, or lower data.max_length"
                 )
         return self
 

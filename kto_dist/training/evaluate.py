@@ -23,6 +23,7 @@ from kto_dist.evaluation.slices import sets_of, slices_of
 from kto_dist.evaluation.table import lines_of
 from kto_dist.model.loading import load_tokenizer
 from kto_dist.objective.losses import LOSSES
+from kto_dist.objective.taken import taken
 from kto_dist.record.environment import environment_tags
 from kto_dist.reference.logps import ReferenceLogps, score_reference
 from kto_dist.reference.pairs import evaluation_pairs
@@ -115,7 +116,7 @@ def _tokenizer(judged: Judged) -> "PreTrainedTokenizerBase":
 def _scored(config: Config, name: str, model: _Model, examples: Examples, console: Console) -> ReferenceLogps:
     """Collective. A model's log-probs of all rows and their KL pairs, by the settings of `reference`."""
     section = config.reference.model_copy(update=asdict(model))
-    pairs = evaluation_pairs(config.train.seed, examples, with_z0=LOSSES[config.kto.loss].has_z0)
+    pairs = evaluation_pairs(config.train.seed, examples, with_z0=LOSSES[config.objective.loss].has_z0)
     console.say(f"{name}: {model.path}")
     setup, fingerprint = find_reference(
         section,
@@ -135,7 +136,8 @@ def _said(
     console: Console,
 ) -> dict[str, Any]:
     """Rank 0. Figures, file and table."""
-    config = judged.config
+    config, section = judged.config, judged.config.objective
+    units, _ = taken(LOSSES[section.loss], examples, section.pairs)
 
     def under(name: str) -> Evaluated:
         return evaluate_rows(
@@ -143,8 +145,11 @@ def _said(
             scored["reference"].train,
             examples,
             seed=config.train.seed,
-            loss=LOSSES[config.kto.loss],
-            beta=config.kto.beta,
+            loss=LOSSES[section.loss],
+            beta=section.beta,
+            label_smoothing=section.label_smoothing,
+            sft_weight=section.sft_weight,
+            units=units,
             class_weights=judged.weights,
         )
 
@@ -155,8 +160,8 @@ def _said(
     said: dict[str, Any] = {
         **{name: _about(model.path, scored[name]) for name, model in models.items()},
         "data": {**counts(examples), "fingerprint": examples.fingerprint, "sets": list(judged.sets)},
-        "loss": config.kto.loss,
-        "beta": config.kto.beta,
+        "loss": section.loss,
+        "beta": section.beta,
         "class_weights": {"undesirable": judged.weights[0], "desirable": judged.weights[1]},
         "heldout": found.to_dict(),
         "versions": environment_tags(),

@@ -16,13 +16,14 @@ _LONG = timedelta(days=2)
 
 
 def step_figures(
-    result: StepResult, work: StepWork, cost: Cost, seconds: float, *, steps_per_epoch: int
+    result: StepResult, work: StepWork, cost: Cost, seconds: float, *, steps_per_epoch: int, unit: int = 1
 ) -> dict[str, Any]:
     """The step's line of metrics."""
     figures: dict[str, Any] = {
         "step": result.step,
         "epoch": result.step / steps_per_epoch,
         **metrics.step_metrics(result.sums, result.kl),
+        **(metrics.pair_metrics(result.table) if unit > 1 else {}),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "tokens": result.tokens,

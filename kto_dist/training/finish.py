@@ -50,6 +50,7 @@ def finish(
                 "fingerprint": prepared.train.fingerprint,
             },
             "heldout": None if prepared.heldout is None else counts(prepared.heldout),
+            "pairs": None if prepared.pairs is None else prepared.pairs.to_dict(),
             "audits": [audit.to_dict() for audit in run.audits],
             "class_weights": {"undesirable": prepared.class_weights[0], "desirable": prepared.class_weights[1]},
             "heavy_rows": {"count": len(heavy), "rows": [asdict(row) for row in heavy[:NAMED]]},

@@ -88,7 +88,7 @@ def _runaway(limit: float, limits: HealthConfig) -> Rule:
             f"kl_raw ({figures['kl_raw']:.1f} nats) has been beyond health.max_kl ({limit}) for {limits.patience} "
             "steps: the policy runs away from its reference"
         ),
-        remedy="lower train.lr or raise kto.beta, and look at the noise in the labels",
+        remedy="lower train.lr or raise objective.beta, and look at the noise in the labels",
         stops=limits.on_trouble == "stop",
     )
 

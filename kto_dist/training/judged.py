@@ -61,7 +61,7 @@ def resolve(request: Request) -> Judged:
     tree: dict[str, dict[str, Any]] = {"model": {"path": request.target}, "data": {"train": "none"}}
     if run is not None:
         tree = Config.load(run.config).model_dump(mode="json", by_alias=True)
-    override(tree, request.overrides)
+    override(tree, request.overrides, Config.RENAMED)
 
     start, reference = dict(tree["model"]), tree.setdefault("reference", {})
     if request.reference:
@@ -145,4 +145,4 @@ def _weights(config: Config, run: RunFolder | None) -> tuple[float, float]:
             return float(known["undesirable"]), float(known["desirable"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
-    return class_weights(1.0, 1.0, up=config.kto.desirable_weight, down=config.kto.undesirable_weight)
+    return class_weights(1.0, 1.0, up=config.objective.desirable_weight, down=config.objective.undesirable_weight)

@@ -131,7 +131,7 @@ def _train(
             tick()
             seconds, started = time.monotonic() - started, time.monotonic()
             done, tokens = result.step, tokens + result.tokens
-            last = step_figures(result, work, cost, seconds, steps_per_epoch=plan.steps_per_epoch)
+            last = step_figures(result, work, cost, seconds, steps_per_epoch=plan.steps_per_epoch, unit=plan.unit)
             last |= source_metrics(result.table, prepared.train.source[result.rows], config.data.source_names)
             if comm.is_main():
                 run.write(run.folder.metrics, last)

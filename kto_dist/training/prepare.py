@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from kto_kernels import LogitTransform
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -18,13 +19,15 @@ from kto_dist.base.errors import UserError
 from kto_dist.data import tokenise as data
 from kto_dist.data.batch import Cutting, Plan
 from kto_dist.data.examples import Examples, check, load
+from kto_dist.data.preference import Preferences
 from kto_dist.model.attention import pick_attention, pick_packing
 from kto_dist.model.causal_lm import logit_transform, pick_dtype, pick_logits
 from kto_dist.model.kernels import pick_kernels
 from kto_dist.model.loading import check_context, load_config, load_tokenizer, model_class
 from kto_dist.model.weights import Weights, check_weights
-from kto_dist.objective.losses import LOSSES
+from kto_dist.objective.losses import LOSSES, Loss
 from kto_dist.objective.objective import Objective
+from kto_dist.objective.taken import taken
 from kto_dist.reference.pairs import PairList, evaluation_pairs, training_pairs
 from kto_dist.reference.setup import ReferenceSetup, find_reference, local_folder
 from kto_dist.store.fingerprint import Fingerprint
@@ -45,6 +48,10 @@ class Prepared:
     train: Examples
     heldout: Examples | None
     plan: Plan
+    heldout_units: np.ndarray | None
+    """(U, unit) held-out rows that the loss takes; None: all."""
+    pairs: Preferences | None
+    """Of the training rows, for a loss on pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +86,18 @@ def prepare(config: Config, console: Console) -> Prepared:
             f"what {setting} gives as tokens",
             "copy the rows, and the tokenizer in model.path, to each of them again",
         )
-    with_z0 = LOSSES[config.kto.loss].has_z0
-    check(train, needs_pairs=with_z0)
+    loss = LOSSES[config.objective.loss]
+    check(train, needs_both=loss.takes != "desirable", needs_pairs=loss.has_z0)
     _say(config, train, heldout, console)
+    units, pairs = _taken(loss, train, config, "train", console)
+    apart_units = None if heldout is None else _taken(loss, heldout, config, "held-out", console)[0]
+    if units is not None and not units.size:
+        assert pairs is not None
+        raise UserError(
+            f"data.train has no pair for objective.loss {loss.name}: {pairs.line()}. A pair is a good and a bad "
+            "answer to one prompt (`kto-dist pairs` counts them): collect several answers a prompt, or use kto, "
+            "which needs none"
+        )
     if tokenizer.chat_template and isinstance(train.original(0)[0], str):
         console.warn(
             "the rows are plain text, which is taken as it is, but the tokenizer has a chat template: if the model is "
@@ -93,17 +109,38 @@ def prepare(config: Config, console: Console) -> Prepared:
         global_batch=config.train.global_batch,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
-        kl_pairs_per_step=config.kto.kl_pairs_per_step if with_z0 else 0,
+        kl_pairs_per_step=config.objective.kl_pairs_per_step if loss.has_z0 else 0,
         max_length=config.data.max_length,
         prompt_limit=config.data.prompt_limit,
+        units=units,
     )
-    if plan.rows < plan.global_batch:
+    if plan.taken < plan.global_batch:
         console.warn(
-            f"train.global_batch ({plan.global_batch}) exceeds the {plan.rows} training rows: every step takes them all"
+            f"train.global_batch ({plan.global_batch}) exceeds the {plan.taken} training rows: every step takes them "
+            "all"
         )
     return Prepared(
-        config=config, tokenizer=tokenizer, model_config=model_config, train=train, heldout=heldout, plan=plan
+        config=config,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        train=train,
+        heldout=heldout,
+        plan=plan,
+        heldout_units=apart_units,
+        pairs=pairs,
     )
+
+
+def _taken(
+    loss: Loss, examples: Examples, config: Config, what: str, console: Console
+) -> tuple[np.ndarray | None, Preferences | None]:
+    """(U, unit) rows that the loss takes, None: all; and the account of pairs, which is said."""
+    units, pairs = taken(loss, examples, config.objective.pairs)
+    if pairs is not None:
+        console.say(f"{what}: {pairs.line()}")
+    elif units is not None:
+        console.say(f"{what}: {loss.name} takes the {len(units):,} desirable rows of {len(examples):,}")
+    return units, pairs
 
 
 def _say(config: Config, train: Examples, heldout: Examples | None, console: Console) -> None:
@@ -152,8 +189,10 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
         ),
         class_weights=class_weights(prepared.train, config, console.warn),
         objective=Objective(
-            loss=LOSSES[config.kto.loss],
-            beta=config.kto.beta,
+            loss=LOSSES[config.objective.loss],
+            beta=config.objective.beta,
+            label_smoothing=config.objective.label_smoothing,
+            sft_weight=config.objective.sft_weight,
             transform=transform,
             logits_bytes=None if config.train.logits_mebibytes is None else config.train.logits_mebibytes * 2**20,
             logits_dtype=logits_dtype,
@@ -195,7 +234,8 @@ def _models(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
 def _tokens_to_start_with(config: Config) -> int:
     """`auto` is decided for good when the policy is on its device (`Stepper`)."""
     tokens = config.train.tokens_per_microbatch
-    return max(TOKENS_PER_MICROBATCH, config.data.max_length) if tokens == "auto" else tokens
+    longest = config.data.max_length * LOSSES[config.objective.loss].unit
+    return max(TOKENS_PER_MICROBATCH, longest) if tokens == "auto" else tokens
 
 
 def find(prepared: Prepared, console: Console) -> tuple[ReferenceSetup, Fingerprint]:
@@ -215,17 +255,23 @@ def wanted(prepared: Prepared, console: Console) -> list[PairList]:
     """Collective. The pairs whose reference log-probs the run will need."""
     lists = [training_pairs(prepared.plan, prepared.train, console.say)]
     if prepared.heldout is not None:
-        with_z0 = LOSSES[prepared.config.kto.loss].has_z0
+        with_z0 = LOSSES[prepared.config.objective.loss].has_z0
         lists.append(evaluation_pairs(prepared.config.train.seed, prepared.heldout, with_z0=with_z0))
     return lists
 
 
 def class_weights(train: Examples, config: Config, warn: Callable[[str], None]) -> tuple[float, float]:
-    """(undesirable, desirable) loss weights of the config, by the paper's rule where it says `auto`."""
+    """(undesirable, desirable) loss weights of the config, by the paper's rule where it says `auto`.
+
+    1 for a loss that does not balance classes.
+    """
+    section = config.objective
+    if "desirable_weight" not in LOSSES[section.loss].settings:
+        return 1.0, 1.0
     mass = [float(train.weights[train.desirable == wanted].sum()) for wanted in (False, True)]
     if not all(mass):
         raise UserError("every row of one class has weight 0: KTO needs both classes; give them a weight above 0")
-    down, up = rule.class_weights(mass[1], mass[0], up=config.kto.desirable_weight, down=config.kto.undesirable_weight)
+    down, up = rule.class_weights(mass[1], mass[0], up=section.desirable_weight, down=section.undesirable_weight)
     balance = up * mass[1] / (down * mass[0]) if down else float("inf")
     if not rule.BALANCE[0] - 1e-9 <= balance <= rule.BALANCE[1] + 1e-9:
         warn(

@@ -22,7 +22,7 @@ from kto_dist.model.causal_lm import ROUNDING, Forward
 from kto_dist.model.memory import attempt, is_out_of_memory
 from kto_dist.model.profile import part
 from kto_dist.objective import metrics
-from kto_dist.objective.objective import Labels, Objective, kl_sums, labels_of, loss_and_rows
+from kto_dist.objective.objective import Labels, Objective, kl_sums, labels_of, loss_and_rows, table_of
 from kto_dist.reference.pairs import RefLogps
 from kto_dist.training.prepare import PreparedTraining
 
@@ -59,9 +59,9 @@ def step_work(prepared: PreparedTraining, refs: RefLogps, step: int, cutting: Cu
     rows = step_rows(plan, step)
     prompts, completions = step_kl_pairs(plan, step, rows, examples.prompt_group)
 
-    def cut(left: np.ndarray, right: np.ndarray) -> Sequence[MicroBatch]:
+    def cut(left: np.ndarray, right: np.ndarray, unit: int) -> Sequence[MicroBatch]:
         rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
-        batches = microbatches(examples, left, right, cutting, rank=rank, ranks=ranks)
+        batches = microbatches(examples, left, right, cutting, rank=rank, ranks=ranks, unit=unit)
         return [batch.pinned() for batch in batches]
 
     prompt_kept, kept = pair_lengths(examples, rows, rows, cutting.max_length, cutting.prompt_limit)
@@ -70,14 +70,14 @@ def step_work(prepared: PreparedTraining, refs: RefLogps, step: int, cutting: Cu
         step=step,
         cutting=cutting,
         rows=rows,
-        labels=labels_of(examples, rows, refs(rows, rows), prepared.class_weights),
+        labels=labels_of(examples, rows, refs(rows, rows), prepared.class_weights, prepared.objective),
         lengths=prompt_kept + kept,
         answers=kept,
-        batches=cut(rows, rows),
+        batches=cut(rows, rows, plan.unit),
         kl_refs=torch.from_numpy(refs(prompts, completions)),
         kl_lengths=kl_prompt_kept + kl_kept,
         kl_answers=kl_kept,
-        kl_batches=cut(prompts, completions) if prompts.size else [],
+        kl_batches=cut(prompts, completions, 1) if prompts.size else [],
     )
 
 
@@ -140,22 +140,14 @@ def run_step(
         comm.DATA,
     )
     if start is not None:
-        start.check(work, found.cpu()[:, 1])
+        start.check(work, objective, *found.cpu().unbind(1))
     norm = torch.as_tensor(_update(policy, lr), dtype=torch.float64)
     # the step's one wait for the device
     *values, kl_sum, kl_count, grad_norm = torch.cat([found.flatten(), kl, norm.to(device).reshape(1)]).tolist()
     losses, logps = torch.tensor(values, dtype=torch.float64).reshape(-1, 2).unbind(1)
     kl = torch.tensor([kl_sum, kl_count], dtype=torch.float64)
-    table = metrics.row_table(
-        losses=losses,
-        logps=logps,
-        ref_logps=work.labels.ref_logps,
-        sign=work.labels.sign,
-        weight=work.labels.weight,
-        z0=metrics.clamp_kl(kl),
-        beta=objective.beta,
-        tokens=torch.from_numpy(work.answers),
-    )
+    tokens = torch.from_numpy(work.answers)
+    table = table_of(objective, work.labels, logps, metrics.clamp_kl(kl), tokens, losses)
     return StepResult(
         step=work.step + 1,
         rows=work.rows,
@@ -212,8 +204,8 @@ class StartCheck:
     reference_dtype: str
     store: str
 
-    def check(self, work: StepWork, logps: Tensor) -> None:
-        """`logps`: (B,) of the step's rows. Raises `UserError`, on every rank alike."""
+    def check(self, work: StepWork, objective: Objective, losses: Tensor, logps: Tensor) -> None:
+        """`losses`, `logps`: (B,) of the step's rows. Raises `UserError`, on every rank alike."""
         tokens = torch.from_numpy(work.answers).clamp(min=1)
         worst = float(((logps - work.labels.ref_logps).abs() / tokens.sqrt()).max())
         limit = max(ROUNDING[self.policy_dtype], ROUNDING[getattr(torch, self.reference_dtype)])
@@ -226,3 +218,12 @@ class StartCheck:
                 "model (then name it in reference.path), or the policy runs with dropout: check these, and delete the "
                 "store's folder of this model to score again"
             )
+        # what a row may be off by, where it, the others of its unit and the KL pairs are
+        off = limit * tokens.double().sqrt().reshape(-1, objective.loss.unit).sum(1)
+        if objective.loss.has_z0 and work.kl_answers.size:
+            off = off + limit * float(np.sqrt(work.kl_answers.max()))
+        slope = 1.0 if objective.loss.per_token else objective.beta
+        room = (slope * off).repeat_interleave(objective.loss.unit) + 1e-9
+        refs, value = work.labels.ref_logps, objective.loss.start
+        wanted = -refs if value is None else torch.full_like(refs, value)
+        assert ((losses - wanted).abs() <= room).all(), "the loss at step 0 is not what the table of losses says"

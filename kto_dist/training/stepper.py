@@ -34,7 +34,7 @@ class Stepper:
     def __post_init__(self) -> None:
         self.memory = Memory(
             cutting=self.prepared.cutting,
-            longest=self.prepared.config.data.max_length,
+            longest=self.prepared.config.data.max_length * self.prepared.plan.unit,
             setting="train.tokens_per_microbatch",
             warn=self.console.warn,
         )
@@ -90,7 +90,7 @@ class Stepper:
         prepared, device = self.prepared, comm.device()
         rows = _longest_rows(prepared, cutting)
         pairs = [_tokens(prepared, int(row)) for row in rows]
-        labels = labels_of(prepared.train, rows, np.zeros(rows.size), prepared.class_weights)
+        labels = labels_of(prepared.train, rows, np.zeros(rows.size), prepared.class_weights, prepared.objective)
 
         def once() -> bool:
             reserved = torch.empty(self.policy.bytes_to_come(), dtype=torch.uint8, device=device)
@@ -117,9 +117,12 @@ class Stepper:
                 under(self.policy.forward, heldout, objective, cutting, again=again),
                 refs,
                 heldout,
+                units=prepared.heldout_units,
                 seed=prepared.config.train.seed,
                 loss=objective.loss,
                 beta=objective.beta,
+                label_smoothing=objective.label_smoothing,
+                sft_weight=objective.sft_weight,
                 class_weights=prepared.class_weights,
             )
 
@@ -136,23 +139,26 @@ class Stepper:
 
 
 def _longest_rows(prepared: PreparedTraining, cutting: Cutting) -> np.ndarray:
-    """The longest sequences, and as many tokens as any micro-batch: (S,) rows."""
+    """The longest sequences, and as many tokens as any micro-batch: (S,) rows, of whole units."""
+    plan = prepared.plan
     lengths = np.minimum(prepared.train.prompt_lengths + prepared.train.completion_lengths, cutting.max_length)
-    order = np.argsort(-lengths, kind="stable")
+    units = np.arange(lengths.size)[:, None] if plan.units is None else plan.units
+    sizes = lengths[units].sum(1) if cutting.packed else lengths[units].max(1) * plan.unit
+    order, most = np.argsort(-sizes, kind="stable"), max(1, plan.global_batch // plan.unit)
     if not cutting.packed:
-        return order[: max(1, min(prepared.plan.global_batch, cutting.tokens // int(lengths[order[0]])))]
+        return units[order[: max(1, min(most, cutting.tokens // int(sizes[order[0]])))]].ravel()
     chosen: list[int] = []
     left = cutting.tokens
-    for row in order[:_LOOKED_AT].tolist():
+    for place in order[:_LOOKED_AT].tolist():
         # what is too long for what is left makes room for a shorter one
-        if lengths[row] <= left and len(chosen) < prepared.plan.global_batch:
-            chosen.append(row)
-            left -= int(lengths[row])
-    return np.array(chosen)
+        if sizes[place] <= left and len(chosen) < most:
+            chosen.append(place)
+            left -= int(sizes[place])
+    return units[chosen].ravel()
 
 
 _LOOKED_AT = 20_000
-"""Rows, the longest first."""
+"""Units, the longest first."""
 
 
 def _tokens(prepared: PreparedTraining, row: int) -> tuple[np.ndarray, np.ndarray]:
