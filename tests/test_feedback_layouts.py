@@ -224,6 +224,25 @@ def test_names_of_class_labels_are_read(tmp_path):
     )
 
 
+@pytest.mark.parametrize("columns", [{"prompt": "q", "response": "a", "feedback": "f"},
+                                     {"prompt": "/q", "response": "/a", "feedback": "/f"}])  # fmt: skip
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_names_of_class_labels_in_a_datasets_readme_are_read(tmp_path, kind, columns):
+    names = "{names: {'0': thumbs_up, '1': thumbs_down}}"
+    (tmp_path / "README.md").write_text(
+        f"---\ndataset_info:\n  features:\n  - name: f\n    dtype: {{class_label: {names}}}\n---\n"
+    )
+    path = tmp_path / f"log.{kind}"
+    rows = [{"q": "a", "a": "x", "f": 0}, {"q": "b", "a": "x", "f": 1}]
+    if kind == "csv":
+        path.write_text("q,a,f\na,x,0\nb,x,1\n")
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write_log(path, rows)
+    assert got(tmp_path, path, columns) == [("a", "x", True), ("b", "x", False)]
+
+
 def test_a_mapping_with_everything_is_the_same_log_in_one_file_or_in_days(tmp_path):
     rows = [{**row, "w": i % 2} for i, row in enumerate(SCORES * 3)]
     whole = got(tmp_path, rows, SCORED, where__w=1)

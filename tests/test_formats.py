@@ -8,6 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from thumbs_logs import ANSWER, CHAT_ROW, GOOD, TEXT_ROW, USER, WORSE, content, read, write
@@ -271,6 +272,71 @@ def test_class_labels_within_messages_are_names_too(tmp_path):
     made = datasets.Dataset.from_list([{"messages": turns, "label": True}], features)
     made.to_parquet(tmp_path / "log.parquet")
     assert content(read(tmp_path / "log.parquet")) == [CHAT_ROW]
+
+
+README = """---
+license: mit
+dataset_info:
+  features:
+  - name: prompt
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': thumbs_up
+          '1': thumbs_down
+  - name: votes
+    list:
+    - name: of
+      sequence:
+        class_label:
+          names: [yes, no]
+---
+# Thumbs
+"""
+
+
+@pytest.mark.parametrize("place", ["log", "data/log"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_names_of_class_labels_in_a_datasets_readme_are_read(tmp_path, kind, place):
+    (tmp_path / "README.md").write_text(README)
+    path = tmp_path / f"{place}.{kind}"
+    path.parent.mkdir(exist_ok=True)
+    numbers = [{**GOOD, "label": number} for number in (0, 1)]
+    if kind == "csv":
+        path.write_text("prompt,completion,label\nhi,hello,0\nhi,hello,1\n")
+    elif kind == "jsonl":
+        write(path, *numbers, {**GOOD, "label": "thumbs_down"})
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(numbers), path)
+    [source] = find_sources([str(path)])
+    before, said = source.digest(), [row.desirable for row in read(path)]
+    assert said == [True, False, *[False] * (kind == "jsonl")]
+    # other names are other data, and a file of earlier days has its names in JSON
+    (tmp_path / "README.md").write_text("# Thumbs\n\n---\ndataset_info: none\n---\n")
+    infos = {"default": {"features": {"label": {"names": ["thumbs_down", "thumbs_up"], "_type": "ClassLabel"}}}}
+    (tmp_path / "dataset_infos.json").write_text(json.dumps(infos))
+    assert [row.desirable for row in read(path)][:2] == [False, True] and source.digest() != before
+    write(tmp_path / "other.jsonl", {**GOOD, "label": 2})
+    with pytest.raises(UserError, match=r"label \(2\) is a number beyond its labels' names"):
+        read(tmp_path / "other.jsonl")
+
+
+def test_parts_of_a_dataset_with_other_names_are_told_apart_by_their_folders(tmp_path):
+    names = {"one": ["thumbs_down", "thumbs_up"], "two": ["thumbs_up", "thumbs_down"]}
+    parts = [
+        {"config_name": part, "features": [{"name": "label", "dtype": {"class_label": {"names": said}}}]}
+        for part, said in names.items()
+    ]
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'dataset_info': parts})}---\n")
+    for name, first in (("one", False), ("two", True)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "log.jsonl", {**GOOD, "label": 0})
+        assert [row.desirable for row in read(tmp_path / name / "log.jsonl")] == [first]
+    write(tmp_path / "log.jsonl", {**GOOD, "label": 0})
+    with pytest.raises(UserError, match=r"other names for the numbers in label, .* move it there \(two/\)"):
+        read(tmp_path / "log.jsonl")
 
 
 # CSV, and lines that mean harm.

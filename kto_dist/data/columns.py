@@ -17,11 +17,13 @@ ANSWERS = ("completion", "response", "output", "answer")
 LABELS = ("label", "kto_tag", "preference", "feedback")
 PAIRS = ("chosen", "rejected")
 SIDES = ("output_A", "output_B")
+REJECTED = ("rejected_response", "rejected_messages")
+"""The worse answer, or the whole conversation with it, beside a conversation that ends with the better one."""
 TOOLS = ("tools", "functions")
 KWARGS = "chat_template_kwargs"
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """What a language model of text alone cannot see."""
-KNOWN = (*PROMPTS, *ANSWERS, *LABELS, *PAIRS, *SIDES, "system", "history", "weight", *TOOLS, KWARGS)
+KNOWN = (*PROMPTS, *ANSWERS, *LABELS, *PAIRS, *SIDES, *REJECTED, "system", "history", "weight", *TOOLS, KWARGS)
 """What `data.columns` may map."""
 
 

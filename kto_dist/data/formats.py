@@ -10,11 +10,12 @@ Out: `Row`s in file order, streamed; or, for what cannot be read, a `UserError` 
 | instruction [input, system, history], ANSWER, LABEL | LLaMA-Factory (alpaca)          | one, as messages |
 | PROMPT/messages/instruction, chosen, rejected       | TRL, LLaMA-Factory (DPO, ORPO)  | two              |
 | chosen, rejected: whole conversations               | TRL, HH                         | two; same start  |
+| messages, rejected_response or rejected_messages    | ms-swift                        | two              |
 | PROMPT, output_A, output_B, label (1: A is better)  | HALOs pairwise                  | two              |
 
 PROMPT is `prompt`, or else `question`, `query`, `input` or `context`; ANSWER is `completion`, `response`, `output` or
-`answer`; LABEL is `label`, `kto_tag`, `preference` or `feedback`, in the words of base/vocabulary.py (0 and -1 mean
-undesirable). `data.columns` gives other names.
+`answer`; LABEL is `label`, `kto_tag`, `preference` or `feedback`, in the words of base/vocabulary.py (0 or -1
+means undesirable, and both in one source are refused). `data.columns` gives other names.
 Prompts and completions are text or chat messages (role/content, or ShareGPT's from/value; also as JSON text). Text is
 taken as it is, without a chat template; where one side is messages and the other text, the text becomes a turn.
 Beside turns, `system` goes before the prompt, `tools` and `chat_template_kwargs` go to the chat template. `weight` (a
@@ -28,7 +29,7 @@ from typing import Any, Literal
 from kto_dist.base.errors import UserError
 from kto_dist.data.columns import KWARGS, TOOLS, Mapped, is_there
 from kto_dist.data.conversations import goes_on, without_prompt
-from kto_dist.data.layouts import Layout, convert, others, recognise
+from kto_dist.data.layouts import Layout, Scale, convert, others, recognise
 from kto_dist.data.records import BadRecord, read_records, short, unread
 from kto_dist.data.rows import BadRows as BadRows
 from kto_dist.data.rows import Row as Row
@@ -64,7 +65,7 @@ def read_rows(
 def _rows_of(
     source: Source, origin: int, mapped: Mapped, pairs: Iterator[int], on_bad_row: str, bad: BadRows
 ) -> Iterator[Row]:
-    layout, records, rows, problem = None, 0, 0, ""
+    layout, records, rows, problem, scale = None, 0, 0, "", Scale()
     for where, record in read_records(source, mapped.read()):
         records += 1
         try:
@@ -72,6 +73,8 @@ def _rows_of(
                 raise record
             record = mapped.under_known_names(record)
             found = layout or recognise(record)
+            if found.label is not None:
+                scale.check(record.get(found.label), f"{where}: {found.label}")
             converted = list(convert(found, record, where, pairs, origin))
             layout = found  # a row that could be read says what the source's layout is
         except (BadRecord, RecursionError) as error:

@@ -5,8 +5,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kto_dist.base.errors import UserError
 from kto_dist.base.vocabulary import DOWN, UP, thumb_of
-from kto_dist.data.columns import ANSWERS, GUESSES, KWARGS, LABELS, MEDIA, PAIRS, PROMPTS, SIDES, TOOLS, TURNS, is_there
+from kto_dist.data.columns import (
+    ANSWERS,
+    GUESSES,
+    KWARGS,
+    LABELS,
+    MEDIA,
+    PAIRS,
+    PROMPTS,
+    REJECTED,
+    SIDES,
+    TOOLS,
+    TURNS,
+    is_there,
+)
 from kto_dist.data.conversations import split_pair, without_prompt
 from kto_dist.data.records import BadRecord, short
 from kto_dist.data.rows import Row
@@ -20,7 +34,7 @@ class Layout:
     prompt: str | None
     """None: chosen and rejected are whole conversations."""
     answers: tuple[str, ...]
-    """(): the prompt's last turn; one column; or (better, worse)."""
+    """(): the prompt's last turn; one column; (better, worse); or (the worse one than the prompt's last turn)."""
     label: str | None
     """None: the first answer is the desirable one."""
 
@@ -41,6 +55,10 @@ def recognise(record: dict[str, Any]) -> Layout:
     prompt = first(PROMPTS)
     if {*PAIRS} <= {*record}:
         return Layout(prompt=prompt, answers=PAIRS, label=None)
+    rejected = first(REJECTED)
+    if turns and rejected and not label:
+        whole = rejected == "rejected_messages"
+        return Layout(prompt=None if whole else turns, answers=(turns, rejected) if whole else (rejected,), label=None)
     if prompt and label and {*SIDES} <= {*record}:
         return Layout(prompt=prompt, answers=SIDES, label=label)
     if prompt not in (None, *TURNS) and answer and label:
@@ -77,6 +95,10 @@ def convert(layout: Layout, record: dict[str, Any], source: str, pairs: Iterator
     pair = None
     if not answers:
         prompt, answers = _last_turn(layout, prompt)
+        _refuse_another_answer(answers[0], record)
+    elif layout.answers[0] in REJECTED:
+        prompt, [better] = _last_turn(layout, prompt)
+        answers = [better, *answers]
     elif prompt is not None:
         answers = without_prompt(prompt, answers)[0]
     if len(answers) == 2:
@@ -112,6 +134,18 @@ def _last_turn(layout: Layout, prompt: str | Messages | None) -> tuple[Messages,
             "that was rated; leave out what follows it",
         )
     return prompt[:-1], [prompt[-1:]]
+
+
+def _refuse_another_answer(last: str | Messages, record: dict[str, Any]) -> None:
+    """Beside a conversation that ends with an answer, a column with another one: either may be the rated one."""
+    said = last if isinstance(last, str) else last[0]["content"]
+    for name in (name for name in ANSWERS if is_there(record.get(name))):
+        if not isinstance(record[name], str) or record[name].strip() != said.strip():
+            raise BadRecord(
+                "two answers",
+                f"the conversation ends with {short(said)}, and {name} ({short(record[name])}) has another answer: "
+                f"leave the one out that was not rated (data.columns: {{{name}: null}}, or the last turn)",
+            )
 
 
 def _prompt(column: str, record: dict[str, Any]) -> str | Messages:
@@ -188,7 +222,8 @@ def _refuse_other_questions(layout: Layout, record: dict[str, Any], prompt: str 
     """A second column that looks like a part of the prompt changes what was asked, unless the prompt holds it."""
     if layout.prompt in TURNS or layout.prompt is None:
         return
-    names = [name for name in GUESSES if name not in layout.used() and is_there(record.get(name))]
+    asked = (*GUESSES, "instruction", "history")
+    names = [name for name in asked if name not in layout.used() and is_there(record.get(name))]
     held = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt or ())
     for name in names:
         if not isinstance(record[name], str) or record[name].strip() not in held:
@@ -202,6 +237,8 @@ def _refuse_other_questions(layout: Layout, record: dict[str, Any], prompt: str 
 def others(layout: Layout, record: dict[str, Any]) -> list[str]:
     """Columns with a value that nothing reads."""
     used = layout.used()
+    if layout.label is not None:
+        used -= {name for name in LABELS if name != layout.label and _meaning(record.get(name)) is None}
     return [name for name, value in record.items() if name not in used and is_there(value)]
 
 
@@ -220,9 +257,15 @@ def _required(record: dict[str, Any], name: str) -> Any:
 
 
 def _label(record: dict[str, Any], name: str) -> bool:
-    label = _thumb(_required(record, name), name)
-    for other in (other for other in LABELS if other != name and is_there(record.get(other))):
-        if _thumb(record[other], other) != label:
+    value = _required(record, name)
+    label = _meaning(value)
+    if label is None:
+        raise BadRecord(
+            "unknown label", f"{name} ({short(value)}) must be true or false, or one of {[*UP]} or {[*DOWN]}"
+        )
+    for other in (other for other in LABELS if other != name):
+        # a column of comments may be called feedback as well
+        if _meaning(record.get(other)) not in (None, label):
             raise BadRecord(
                 "two labels",
                 f"{name} ({short(record[name])}) and {other} ({short(record[other])}) say different things: correct "
@@ -231,14 +274,44 @@ def _label(record: dict[str, Any], name: str) -> bool:
     return label
 
 
-def _thumb(value: Any, name: str) -> bool:
-    desirable = thumb_of(str(value)) if isinstance(value, bool | int | float | str) else None
-    if desirable is None:
-        raise BadRecord(
-            "unknown label",
-            f"{name} ({short(value)}) must be true or false, or one of {[*UP]} or {[*DOWN]}",
-        )
-    return desirable
+class Scale:
+    """The numbers among a source's labels: raises where they make no thumbs of it."""
+
+    def __init__(self) -> None:
+        self._met: set[float] = set()
+
+    def check(self, value: Any, name: str) -> None:
+        """Raises `UserError` for a rating, whose 1 would count as a thumb, and for 0 beside -1."""
+        number = _number(value)
+        if number is None or number in self._met:
+            return
+        self._met.add(number)
+        thumbs, others = self._met & {-1.0, 0.0, 1.0}, sorted(self._met - {-1.0, 0.0, 1.0})
+        if others and thumbs:
+            listed = ", ".join(f"{found:g}" for found in sorted(thumbs))
+            raise UserError(
+                f"{name} has {listed} and {others[0]:g}: a rating, whose 1 would be read as a thumbs up: write true or "
+                "false in its place, or make rows of it with `kto-dist mine` (labels.up_from, labels.down_to)"
+            )
+        if {-1.0, 0.0} <= self._met:
+            raise UserError(
+                f"{name} has both 0 and -1, and 0 may mean no vote or thumbs down: leave out the rows without a vote, "
+                "and write true or false for the others"
+            )
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _meaning(value: Any) -> bool | None:
+    return thumb_of(str(value)) if isinstance(value, bool | int | float | str) else None
 
 
 def _weight(record: dict[str, Any]) -> float:

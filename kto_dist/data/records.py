@@ -4,7 +4,8 @@ In:  a `Source`, and the columns that the reader wants. Out: a stream of (place,
      "file:row 12", counted from 1. What is no record comes as a `BadRecord`, so that the reader decides whether it
      stops the run.
 
-Numbers of a class label (`datasets`' type) are read as the label's name, wherever they stand in a record.
+Numbers of a class label (`datasets`' type) are read as the label's name, wherever they stand in a record
+(base/class_labels.py).
 """
 
 import csv
@@ -14,12 +15,13 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
+from kto_dist.base.class_labels import Namer, features_beside, features_in, namers_of
 from kto_dist.base.errors import UserError
 from kto_dist.base.vocabulary import MINED
 from kto_dist.data.sources import Source
@@ -64,11 +66,10 @@ def read_records(source: Source, columns: Collection[str]) -> Iterator[tuple[str
     Raises `UserError` for a damaged file.
     """
     try:
-        if source.kind == "json":
-            yield from _json_records(source.name)
-            return
-        if source.kind == "csv":
-            yield from _csv_records(source.name)
+        if source.kind in ("json", "csv"):
+            namers = namers_of(features_beside(source.name))
+            for where, record in (_json_records if source.kind == "json" else _csv_records)(source.name):
+                yield where, record if isinstance(record, BadRecord) else _named(record, namers)
             return
         table = _Table(source, columns)
         for number, record in enumerate(table.records(), 1):
@@ -85,6 +86,19 @@ def unread(source: Source, columns: Collection[str]) -> dict[str, int]:
     return _Table(source, columns).unread() if source.kind in ("parquet", "dataset") else {}
 
 
+def _named(record: Record, namers: Mapping[str, Namer]) -> Record | BadRecord:
+    """The record with the names of its class labels in place of their numbers."""
+    for name, namer in namers.items():
+        if name in record:
+            try:
+                record[name] = namer(record[name])
+            except IndexError:
+                return BadRecord(
+                    "unknown label", f"{name} ({short(record[name])}) is a number beyond its labels' names"
+                )
+    return record
+
+
 class _Table:
     """A Parquet file or a dataset."""
 
@@ -93,14 +107,13 @@ class _Table:
         if source.kind == "parquet":
             self._parquet = pyarrow.parquet.ParquetFile(source.name)
             self.names = list(self._parquet.schema_arrow.names)
-            features = _features_in(self._parquet.schema_arrow.metadata)
+            features = features_in(self._parquet.schema_arrow.metadata) or features_beside(source.name)
         else:
             self.names = list(source.dataset.column_names)
             features = source.dataset.features.to_dict()
         # Other columns (embeddings, images) may be large. With no known one, all are read, for the error to list.
         self.known = [name for name in self.names if name in columns] or self.names
-        namers = {name: _namer(features[name]) for name in self.known if name in features}
-        self._namers = {name: namer for name, namer in namers.items() if namer is not None}
+        self._namers = namers_of({name: features[name] for name in self.known if name in features})
 
     def records(self) -> Iterator[Record | BadRecord]:
         if self._dataset is None:
@@ -108,13 +121,7 @@ class _Table:
         else:
             batches = self._dataset.select_columns(self.known).with_format("arrow").iter(_BATCH)
         for record in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
-            try:
-                for name, namer in self._namers.items():
-                    record[name] = namer(record[name])
-            except IndexError:
-                yield BadRecord("unknown label", f"{name} ({short(record[name])}) is a number beyond its labels' names")
-                continue
-            yield record
+            yield _named(record, self._namers)
 
     def unread(self) -> dict[str, int]:
         mined = MINED if set(self.names) >= MINED else frozenset()
@@ -132,55 +139,6 @@ class _Table:
             for name in others:
                 counts[name] += group.num_rows - nulls[name]
         return {name: count for name, count in counts.items() if count}
-
-
-def _features_in(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
-    """What `datasets` wrote of its types into a Parquet file."""
-    try:
-        features = loads((metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def _namer(feature: Any) -> Callable[[Any], Any] | None:
-    """A function that puts names in place of the numbers of class labels; None where there are none."""
-    if isinstance(feature, list):
-        return _each(_namer(feature[0])) if len(feature) == 1 else None
-    if not isinstance(feature, dict):
-        return None
-    kind = feature.get("_type")
-    if kind == "ClassLabel" and isinstance(feature.get("names"), list):
-        return _label_namer(feature["names"])
-    if isinstance(kind, str):
-        return _each(_namer(feature.get("feature")))
-    inner = {name: _namer(part) for name, part in feature.items()}
-    namers = {name: namer for name, namer in inner.items() if namer is not None}
-    if not namers:
-        return None
-
-    def rename(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: namers[name](item) if name in namers else item for name, item in value.items()}
-
-    return rename
-
-
-def _label_namer(names: list[str]) -> Callable[[Any], Any]:
-    def rename(value: Any) -> Any:
-        if isinstance(value, list):  # a sequence of objects is stored as an object of lists
-            return [rename(item) for item in value]
-        # `datasets` writes -1 where there is no label
-        return None if value is None or value < 0 else names[value]
-
-    return rename
-
-
-def _each(namer: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
-    if namer is None:
-        return None
-    return lambda value: [namer(item) for item in value] if isinstance(value, list) else namer(value)
 
 
 def _opened(path: str) -> IO[bytes]:

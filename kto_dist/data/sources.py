@@ -4,6 +4,7 @@ In:  paths of files and folders, globs, and hub names. Out: `Source`s, which `re
 """
 
 import glob
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from kto_dist.base.class_labels import features_beside
 from kto_dist.base.errors import UserError
 from kto_dist.base.remembered import sha256_once
 
@@ -36,6 +38,8 @@ class Source:
             # A slice of a split has the files of the whole split.
             paths, part = [entry["filename"] for entry in self.dataset.cache_files], self.dataset._fingerprint
         try:
+            if self.dataset is None and (features := features_beside(self.name)):
+                part = json.dumps(features)  # what the numbers in the file mean stands beside it
             return " ".join([self.kind, *(sha256_once(Path(path)) for path in paths), part])
         except OSError as error:
             raise UserError(f"{self.name} cannot be read: {error}; check its permissions") from None

@@ -84,11 +84,13 @@ class Speller:
         return ids
 
     def _as_text(self, mark: str) -> Ids:
-        """A mark in ordinary tokens."""
+        """A mark in ordinary tokens, and in others than the template's."""
         if mark not in self._typed:
-            own = {self.tokenizer.convert_tokens_to_ids(text) for text in self.tokenizer.added_tokens_encoder}
+            added = self.tokenizer.added_tokens_encoder
             ids = self._inside(mark, self._without_added)
-            if own & {*ids}:  # the model has the mark as a word of its own: its halves are none
+            # a mark that is no token has ordinary ones in the template too; of another one, the model may have a word
+            # of its own: its halves are none
+            if mark not in added or {*map(self.tokenizer.convert_tokens_to_ids, added)} & {*ids}:
                 ids = [token for half in _halves(mark) for token in self._inside(half, self._without_added)]
             self._typed[mark] = ids
         return self._typed[mark]

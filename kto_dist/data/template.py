@@ -6,9 +6,10 @@ In:  a tokenizer, and `data.template_kwargs`. Out: a `ChatTemplate`, which makes
                what it knows: names of settings, keys of messages; which tokens it marks turns with
 2. `render`    the prompt with the header that starts an answer, and the whole conversation
 
-Turn marks that somebody typed are text. Every special token, and every other added token that the template marks turns
-with, is set apart where it stands in the text of the system, the user or a tool, and encoded as ordinary text
-(`spelling.py`): a prompt cannot forge a turn. The assistant's own text is left as it is.
+Turn marks that somebody typed are text. Every special token, every other added token that the template marks turns
+with, and every mark of its own that is no token at all (`[/INST]`, `ASSISTANT:`, Zephyr's `<|user|>`), is set apart
+where it stands in the text of the system, the user or a tool, and encoded as ordinary text, or in other tokens than the
+template's (`spelling.py`): a prompt cannot forge a turn. The assistant's own text is left as it is.
 """
 
 import difflib
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Noncharacters, which no text may hold: around a forged mark while it is rendered, and in its place afterwards.
 _START, _END, MARK = "\ufdd0", "\ufdd1", "\ufdd2"
 _TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+_THOUGHT = re.compile(r"(</?think(ing)?>)+")
 _ASK, _SAY, _CITY = "Qaskq", "Asaya", "Rcityr"
 # What every template may use, and no user sets.
 _OWN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token"}
@@ -78,7 +80,7 @@ class ChatTemplate:
     words: frozenset[str] | None
     """Attributes and texts in the template: a key of a message that is not among them is never read."""
     control: re.Pattern[str]
-    """Tokens that nobody but the template and the assistant may write."""
+    """Tokens, and marks in plain text, that nobody but the template and the assistant may write."""
     marks: re.Pattern[str]
     """Those of them that stand around turns."""
     endings: tuple[str, ...]
@@ -184,6 +186,7 @@ def look_at(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, Any]) -
     added = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
     control = [token.content for token in added if token.special or token.content in frame]
     closing = sorted((text for text in control if text in ending), key=ending.index)
+    plain = _plain_marks(frame, control)
     eos = tokenizer.eos_token
     template = ChatTemplate(
         tokenizer=tokenizer,
@@ -192,8 +195,8 @@ def look_at(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, Any]) -
         arguments=_arguments(tokenizer, settings, content),
         variables=variables,
         words=words,
-        control=_any_of(control),
-        marks=_any_of([text for text in control if text in frame]),
+        control=_any_of([*control, *plain]),
+        marks=_any_of([text for text in [*control, *plain] if text in frame and not _THOUGHT.fullmatch(text)]),
         endings=tuple(dict.fromkeys([*([eos] if isinstance(eos, str) else []), *closing])),
         reserved=frozenset({*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}),
     )
@@ -208,7 +211,12 @@ def look_at(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, Any]) -
 
 def _any_of(texts: list[str]) -> re.Pattern[str]:
     # longer ones first: a mark may hold another one; (?!) matches nothing
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+    return re.compile("|".join(map(_as_pattern, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _as_pattern(mark: str) -> str:
+    # a name with a colon (`User:`) is a mark at the start of a line alone
+    return rf"(?<![^\n{_START}]){re.escape(mark)}" if mark[0].isalpha() else re.escape(mark)
 
 
 def _decoded(text: str) -> Any:
@@ -216,6 +224,17 @@ def _decoded(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _plain_marks(frame: str, control: list[str]) -> list[str]:
+    """What the template writes between turns, right before what is said, that is neither a token nor a bare word."""
+    tokens, found = _any_of(control), dict[str, None]()
+    said = re.split(f"({_ASK}|{_SAY})", frame)
+    # two questions in a row are the system's and the user's, or of two renderings
+    for between in (said[place] for place in range(2, len(said) - 2, 2) if said[place - 1] != said[place + 1]):
+        lines = [line.strip() for part in tokens.split(between) for line in part.split("\n")]
+        found |= dict.fromkeys(line for line in lines if re.search(r"\w", line) and not re.fullmatch(r"[\w ]+", line))
+    return [line for line in found if not _THOUGHT.fullmatch(line)]
 
 
 def _read(template: str | dict[str, str]) -> tuple[frozenset[str] | None, frozenset[str] | None]:

@@ -25,6 +25,7 @@ THOUGHTS = "answers whose thoughts the chat template leaves out"
 THOUGHTS_SIZE = "characters of such thoughts"
 CUT = "prompts end before the template's header for new answers does, and the answers are without what is cut"
 ARGUMENTS = "answers whose tool calls the chat template writes with other arguments"
+UNCALLED = "rows with a tool call before the answer that the chat template leaves out"
 _THOUGHT = re.compile(r"<(think|thinking)>(.*?)</\1>", re.DOTALL)
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 
@@ -122,8 +123,12 @@ def _compare(text: Text, template: ChatTemplate, seen: BadRows) -> None:
         seen.unused[f"chat_template_kwargs' {key}"] += 1
     if row.tools and not any(bare(name) in asked for name in map(_name_of, row.tools)):
         seen.unused["tools, which the chat template leaves out"] += 1
-    for role in sorted({turn["role"] for turn in row.prompt if turn["role"] != "assistant" and not _in(turn, asked)}):
+    for role in sorted({turn["role"] for turn in row.prompt if not _in(turn, asked)}):
         seen.note(f"rows with a message of the {role} that the chat template leaves out or changes", row.source)
+    called = [call for turn in row.prompt for call in turn.get("tool_calls") or ()]
+    unsaid = next((call for call in called if bare(_name_of(call)) not in asked), None)
+    if unsaid is not None:
+        seen.note(UNCALLED, row.source, short(unsaid))
     lost = 0
     for turn in row.completion:
         for part in _spoken(turn):
@@ -151,6 +156,8 @@ def _compare(text: Text, template: ChatTemplate, seen: BadRows) -> None:
 
 
 def _in(turn: dict[str, Any], asked: str) -> bool:
+    if turn["role"] == "assistant":  # templates leave out the thoughts of earlier answers, as they should
+        return all(bare(part) in asked for part in _spoken(turn))
     content = turn["content"]
     return bare(content) in asked or bare(json.dumps(content, ensure_ascii=False)[1:-1]) in asked
 

@@ -134,13 +134,17 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
     calls = more.pop("tool_calls", None)
     if isinstance(calls, str):
         calls = object_in(calls)
+    said = turn.get(content_key) if content_key else None
+    if not (call or calls) and turn[role_key].strip().casefold() == "function_call":
+        calls = _called(said)
+        said = None if calls else said
     if call and not calls:
         calls = [{"type": "function", "function": object_in(call) if isinstance(call, str) else call}]
     if calls:
         if not isinstance(calls, list) or not all(isinstance(item, dict) for item in calls):
             raise BadRecord("wrong type", f"{name}: tool_calls ({short(calls)}) must be a list of calls")
         more["tool_calls"] = calls
-    content = turn.get(content_key) if content_key else None
+    content = said
     if isinstance(content, list):
         content, thoughts = _of_parts(content, name)
         if thoughts and "reasoning_content" not in more:
@@ -149,6 +153,15 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
         content = ""
     where = f"{name}: content of the {role}'s message"
     return {"role": role, "content": text(content, where), **valid(more, f"{name}: the {role}'s message")}
+
+
+def _called(said: Any) -> list[dict[str, Any]]:
+    """ShareGPT's turn of a `function_call`, whose text is the JSON of one call or of several; [] for other text."""
+    found = object_in(said) if isinstance(said, str) else said
+    calls = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return []
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _of_parts(parts: list[Any], name: str) -> tuple[str, str]:

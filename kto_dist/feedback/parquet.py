@@ -3,18 +3,19 @@
 In:  a `LogFile`.
 Out: its columns' names and types, SQL of the wanted ones, and rows.
 
-A column of the type that `datasets` calls ClassLabel holds numbers, whose names stand in the file's metadata: they are
-read as their names, since 0 may well be the thumbs up.
+A column of the type that `datasets` calls ClassLabel holds numbers, whose names stand in the file's metadata, or beside
+it (base/class_labels.py): they are read as their names, since 0 may well be the thumbs up.
 """
 
-import json
-from collections.abc import Collection, Iterator
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kto_dist.base.class_labels import Namer, features_beside, features_in, namers_of
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.sources import LogFile
 from kto_dist.feedback.sql import literal, path_literal, quoted
@@ -28,6 +29,15 @@ def parquet_rows(*paths: Path, options: str = "") -> str:
     return f"read_parquet([{listed}], hive_partitioning = false{options})"
 
 
+def named(row: dict[str, Any], namers: Mapping[str, Namer]) -> dict[str, Any]:
+    """The row with the names of its class labels; a number of no name stays one: a word without a meaning."""
+    for name, namer in namers.items():
+        if name in row:
+            with contextlib.suppress(IndexError):
+                row[name] = namer(row[name])
+    return row
+
+
 class ParquetRows:
     """One file."""
 
@@ -39,7 +49,12 @@ class ParquetRows:
             raise self._damage(error) from None
         self._schema = self._parquet.schema_arrow
         self.names: list[str] = self._schema.names
-        self.labels = _class_labels(self._schema)
+        self._features = features_in(self._schema.metadata) or features_beside(file.path)
+        self.labels = {
+            name: feature["names"]
+            for name, feature in self._features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and name in self.names
+        }
 
     def _damage(self, error: Exception) -> UserError:
         return UserError(
@@ -90,34 +105,11 @@ class ParquetRows:
     def rows(self, wanted: Collection[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, row) with the wanted columns."""
         names = None if wanted is None else [name for name in self.names if name in wanted]
-        number = 0
+        number, namers = 0, namers_of(self._features)
         try:
             for batch in self._parquet.iter_batches(_BATCH, columns=names):
                 for row in batch.to_pylist(maps_as_pydicts="lossy"):
                     number += 1
-                    for name, labels in self.labels.items():
-                        if name in row:
-                            row[name] = _label(row[name], labels)
-                    yield number, row
+                    yield number, named(row, namers)
         except (pa.ArrowException, OSError) as error:
             raise self._damage(error) from None
-
-
-def _label(value: Any, labels: list[str]) -> Any:
-    if isinstance(value, int) and 0 <= value < len(labels):
-        return labels[value]
-    return None if value == -1 else value
-
-
-def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
-    """Column -> the names of its numbers, from what `datasets` writes beside the schema."""
-    try:
-        said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = said["info"]["features"]
-        return {
-            name: [str(label) for label in feature["names"]]
-            for name, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and name in schema.names
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}

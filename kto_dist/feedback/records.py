@@ -9,11 +9,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from kto_dist.base.class_labels import features_beside, namers_of
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import InputConfig
 from kto_dist.feedback.documents import Broken, loads
 from kto_dist.feedback.documents import rows as document_rows
-from kto_dist.feedback.parquet import ParquetRows
+from kto_dist.feedback.parquet import ParquetRows, named
 from kto_dist.feedback.pointers import parse
 from kto_dist.feedback.readers import checked, lines, text_pieces
 from kto_dist.feedback.sources import LogFile
@@ -35,13 +36,22 @@ class Record:
 
 def records(file: LogFile, config: InputConfig, wanted: Collection[str] | None = None) -> Iterator[Record]:
     """All rows; of Parquet only the columns that are `wanted`. Raises `UserError` for a file that cannot be read."""
+    if file.format == "parquet":  # which knows its class labels itself
+        for position, values in ParquetRows(file).rows(wanted):
+            yield Record(position, values)
+        return
+    namers = namers_of(features_beside(file.path))
+    for record in _records(file, config):
+        if namers and record.row is not None:
+            named(record.row, namers)
+        yield record
+
+
+def _records(file: LogFile, config: InputConfig) -> Iterator[Record]:
     if file.format == "jsonl":
         yield from _lines(file, config)
     elif file.format == "json":
         yield from _document(file, config)
-    elif file.format == "parquet":
-        for position, values in ParquetRows(file).rows(wanted):
-            yield Record(position, values)
     else:
         table = (CsvRows if file.format == "csv" else SqliteRows)(file, config)
         for position, problem, detail, cells in table.rows(table.names):

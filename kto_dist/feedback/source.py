@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from kto_dist.base.class_labels import features_beside
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.chat import Bad
 from kto_dist.feedback.config import MiningConfig
@@ -100,6 +101,8 @@ def _plain(
         columns = {name: column for name, column in columns.items() if column in there} if there else columns
     if columns is None or file.format == "json" or _has_more(config, first):
         return None
+    if file.format != "parquet" and not features_beside(file.path).keys().isdisjoint(columns.values()):
+        return None  # numbers of class labels get their names where rows are objects
     if file.format == "jsonl":
         batches = _guarded(json_batches(file, config.input, notices), mistakes)
         reader = pa.RecordBatchReader.from_batches(LINES, batches)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from kto_dist.base.class_labels import features_beside
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.config import InputConfig
 
@@ -122,6 +123,8 @@ def digest(file: LogFile, lengths: Collection[int] = ()) -> Digest:
     Of a gzipped file, of what was gzipped; of SQLite, also of the rows that still lie in its write-ahead log.
     """
     content, done, prefixes = hashlib.blake2b(digest_size=16), 0, set()
+    if features := features_beside(file.path):  # what the numbers in the file mean stands beside it
+        content.update(json.dumps(features).encode())
     ahead = sorted({length for length in lengths if length > 0})
     try:
         with gzip.open(file.path, "rb") if file.gzipped else open(file.path, "rb") as opened:
