@@ -58,7 +58,8 @@ def run_ranks(
             try:
                 kind, value = pipe.recv()
             except EOFError:
-                kind, value = "died", f"rank {rank} died without a result"
+                processes[rank].join(timeout=10)
+                kind, value = "died", f"rank {rank} died without a result (status {processes[rank].exitcode})"
             results.append((kind, value))
         for kind, value in results:
             if kind == "raised":

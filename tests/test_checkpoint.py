@@ -21,8 +21,7 @@ from kto_dist.training.step import StepResult
 
 
 def names(config: Config) -> list[str]:
-    # DeepSpeed leaves scripts of its own beside them
-    return sorted(path.name for path in checkpoint.folder(config.train.output).iterdir() if path.is_dir())
+    return sorted(path.name for path in checkpoint.folder(config.train.output).iterdir())
 
 
 @pytest.fixture

@@ -15,17 +15,25 @@ from kto_dist.base.errors import UserError
 T = TypeVar("T")
 
 
+class OthersFailed(RuntimeError):
+    """Another rank has failed, and tells of it itself."""
+
+    def __init__(self, failure: str):
+        super().__init__(f"another rank failed: {failure}")
+        self.failure = failure
+        """Its words."""
+
+
 def together(work: Callable[[], T]) -> T:
-    """Collective. Does the work, and raises a `UserError` of any rank on all of them."""
+    """Collective. Every rank does the work; a `UserError` of any of them is raised on all, another failure as well."""
     results: list[T] = []
-    failure = None
+    failed: Exception | None = None
     try:
         results.append(work())
-    except UserError as error:
-        failure = str(error)
-    failures = [text for text in comm.gather(failure) if text is not None]
-    if failures:
-        raise UserError(failures[0])
+    except Exception as error:  # handed to every rank below
+        failed = error
+    # results stay where they are: they may be models, and stores
+    _all_succeed(_Outcome[T].of([], failed), failed)
     return results[0]
 
 
@@ -76,6 +84,27 @@ class _Outcome(Generic[T]):
     is_mistake: bool = False
     """The failure was a `UserError`."""
 
+    @classmethod
+    def of(cls, results: list[T], failed: BaseException | None) -> "_Outcome[T]":
+        return cls(tuple(results), None if failed is None else str(failed), isinstance(failed, UserError))
+
+
+def _all_succeed(own: _Outcome[T], failed: BaseException | None) -> list[_Outcome[T]]:
+    """Collective. The outcomes by rank, none of which is a failure: those are raised, on every rank.
+
+    Of mistakes every rank raises the same one, the first; else each that failed raises its own.
+    """
+    outcomes = comm.gather(own)
+    mistakes = [outcome.failure for outcome in outcomes if outcome.is_mistake]
+    if mistakes:
+        raise UserError(mistakes[0]) from failed
+    if failed is not None:
+        raise failed
+    for outcome in outcomes:
+        if outcome.failure is not None:
+            raise OthersFailed(outcome.failure)
+    return outcomes
+
 
 def _while_others_wait(work: Callable[[], T] | None) -> list[_Outcome[T]]:
     """Collective. The outcomes by rank, none of which is a failure: those are raised, on every rank."""
@@ -98,14 +127,4 @@ def _while_others_wait(work: Callable[[], T] | None) -> list[_Outcome[T]]:
         time.sleep(pause)
         pause = min(1.0, 2 * pause)
     failed = errors[0] if errors else None
-    outcomes = comm.gather(
-        _Outcome(tuple(results), None if failed is None else str(failed), isinstance(failed, UserError))
-    )
-    if failed is not None:
-        raise failed
-    for outcome in outcomes:
-        if outcome.failure is not None:
-            if outcome.is_mistake:
-                raise UserError(outcome.failure)
-            raise RuntimeError(f"another rank failed: {outcome.failure}")
-    return outcomes
+    return _all_succeed(_Outcome[T].of(results, failed), failed)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kto_dist.base.agree import OthersFailed
 from kto_dist.base.errors import UserError
 
 _FULL = re.compile("No space left|quota exceeded|File too large|unexpected pos|PytorchStreamWriter failed")
@@ -29,7 +30,8 @@ def refusals(what: str, setting: str, folder: Path) -> Iterator[None]:
 
 def remedy(error: Exception) -> str | None:
     """What is wrong with the disk, and what to do; None where the error is of another kind."""
-    text = " ".join(str(error).split())[:200]
+    # in the words of the rank that met it, so that all ranks say the same
+    text = " ".join((error.failure if isinstance(error, OthersFailed) else str(error)).split())[:200]
     if (isinstance(error, OSError) and error.errno in _NUMBERS) or _FULL.search(text):
         return f"is full: make room, and the same command goes on from the last checkpoint ({text})"
     if _READ_ONLY.search(text):

@@ -7,7 +7,3 @@ exit 2; everything else is a failure of ours and exits 1 with its traceback.
 
 class UserError(ValueError):
     """A mistake in what the user gave: a config value, a path, a row. The message is the whole report."""
-
-
-class RankError(UserError):
-    """One that a rank may have met alone: whichever rank it is says so, and names itself."""

@@ -1,12 +1,14 @@
-"""All ranks of a job start again, in place: for a failure on one rank while the others wait for it in a collective.
+"""All ranks of a job start again, in place, or end: for a failure on one rank while the others wait for it.
 
 A rank that calls `Restarts.now` says so in a store that every rank looks at from a thread; then each of them replaces
 itself by the same command (`exec`), with some environment variables changed. No launcher notices: the processes stay.
+`Restarts.end` goes the same way: every rank ends with the status of the one that failed.
 
 Only a process that runs nothing but the job may do this: `Restarts` are made by the command, never by `train`.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -16,16 +18,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not re-export it
 
 from kto_dist.base import comm
 
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_HEAR = 5.0
+"""That others get to look, before a rank that has failed leaves."""
+SECONDS_TO_JOIN = 2.0
+"""Within which ranks that meet the same error come to tell it."""
 ORDER = "KTO_DIST_RESTART"
-_ORDER = "order"
-_last_words: list[Callable[[], None]] = []
+_ORDER, _READ = "order", "read"
+
+LastWords = Callable[[bool], None]
+"""Is given whether the job has failed."""
+_last_words: list[LastWords] = []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +50,8 @@ class Order:
 
 
 @contextlib.contextmanager
-def before(last_words: Callable[[], None]) -> Iterator[None]:
-    """Inside, what this process still does before it is replaced."""
+def before(last_words: LastWords) -> Iterator[None]:
+    """Inside, what this process still does before it is replaced, or ended because another rank has failed."""
     _last_words.append(last_words)
     try:
         yield
@@ -61,7 +70,7 @@ class Restarts:
 
     def __init__(self) -> None:
         """Collective."""
-        self._heard = threading.Event()
+        self._heard, self._leaving = threading.Event(), threading.Event()
         self._store: TCPStore | None = None
         if comm.size(comm.WORLD) == 1:
             return
@@ -78,33 +87,86 @@ class Restarts:
         changes = {ORDER: json.dumps(asdict(order)), "MASTER_PORT": port}
         if self._store is None:
             _go(changes)
-        self._store.set(_ORDER, json.dumps(changes))
+        self._order({"changes": changes})
         _wait_to_be_replaced()
 
-    def hold(self) -> None:
-        """Does not return where a restart was ordered: what failed here failed because another rank was replaced."""
+    def hold(self, seconds: float = 0.0) -> None:
+        """Does not return where a restart or the end was ordered, within some seconds from now: what failed here failed
+        because another rank did."""
+        deadline = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):  # the store went with rank 0's old process
-            if self._heard.is_set() or (self._store is not None and self._store.check([_ORDER])):
-                _wait_to_be_replaced()
+            while True:
+                if self._heard.is_set() or (self._store is not None and self._store.check([_ORDER])):
+                    _wait_to_be_replaced()
+                if self._store is None or time.monotonic() >= deadline:
+                    return
+                time.sleep(0.05)
+
+    def speaker(self, text: str) -> str | None:
+        """What this rank, which has met an error, is to say ahead of its words: nothing where all ranks have come with
+        the same ones, else its number. None where another rank of its host says them."""
+        ranks, head = comm.size(comm.WORLD), comm.rank() - comm.local_rank()
+        if self._store is None:
+            return ""
+        self._leaving.set()  # nobody ends it in mid-word
+        key = hashlib.sha256(text.encode()).hexdigest()
+        deadline = time.monotonic() + SECONDS_TO_JOIN
+        try:
+            came = self._store.add(key, 1)
+            first = self._store.add(f"{key} on {head}", 1) == 1
+            while came < ranks and time.monotonic() < deadline:
+                time.sleep(0.05)
+                came = self._store.add(key, 0)
+        except RuntimeError:  # rank 0 has gone
+            return f"rank {comm.rank()}: "
+        if not first:
+            return None
+        return "" if came >= ranks else f"rank {comm.rank()}: "
+
+    def end(self, status: int) -> None:
+        """Ends the other ranks, wherever they wait; returns when they have heard of it, or after some seconds."""
+        self._leaving.set()
+        if self._store is None:
+            return
+        deadline = time.monotonic() + SECONDS_TO_HEAR
+        with contextlib.suppress(RuntimeError):
+            self._order({"status": status})
+            while self._store.add(_READ, 0) < comm.size(comm.WORLD) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def _order(self, order: dict[str, Any]) -> None:
+        """The first one counts."""
+        assert self._store is not None
+        self._store.compare_set(_ORDER, "", json.dumps(order))
 
     def _listen(self, ears: TCPStore) -> None:
         try:
             while not ears.check([_ORDER]):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
+            order = json.loads(ears.get(_ORDER))
+            self._heard.set()
+            # the store lies with rank 0, and everyone has to have read it before that process is replaced
+            ears.add(_READ, 1)
+            deadline = time.monotonic() + (SECONDS_TO_HEAR if "status" in order else float("inf"))
+            while comm.is_main() and ears.add(_READ, 0) < comm.size(comm.WORLD) and time.monotonic() < deadline:
+                time.sleep(0.05)
         except RuntimeError:  # rank 0 has ended, and its store with it
             return
-        changes = json.loads(ears.get(_ORDER))
-        self._heard.set()
-        # the store lies with rank 0, and everyone has to have read it before that process is replaced
-        ears.add("read", 1)
-        while comm.is_main() and ears.add("read", 0) < comm.size(comm.WORLD):
-            time.sleep(0.05)
-        _go(changes)
+        if "changes" in order:
+            _go(order["changes"])
+        if not self._leaving.is_set():  # else its main thread tells its own error, and leaves
+            _say_last_words(failed=True)
+            sys.stdout.flush()
+            os._exit(order["status"])
+
+
+def _say_last_words(*, failed: bool) -> None:
+    for say in list(_last_words):
+        say(failed)
 
 
 def _go(changes: dict[str, str]) -> NoReturn:
-    for say in list(_last_words):
-        say()
+    _say_last_words(failed=False)
     _replace(changes)
 
 

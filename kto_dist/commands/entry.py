@@ -1,8 +1,9 @@
 """What every rank runs: `python -m kto_dist.commands.entry train|precompute CONFIG [section.key=value ...]`, or
 `evaluate RUN_OR_MODEL ...`.
 
-Turns the outcome into the exit status that the launcher passes on: 0 done, 2 the user's mistake (said once a host),
-143 stopped by a signal, 1 anything else.
+Turns the outcome into the exit status that the launcher passes on: 0 done, 2 the user's mistake, 143 stopped by a
+signal, 1 anything else. An error is said once a host; one that not all ranks have met comes with the rank's number.
+Whoever has met it ends the others, wherever they wait, with the same status.
 """
 
 import json
@@ -16,50 +17,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from kto_dist.base import comm, processes, restart
-from kto_dist.base.errors import RankError, UserError
+from kto_dist.base.agree import OthersFailed
+from kto_dist.base.errors import UserError
 from kto_dist.base.exits import DONE, DONE_MARK, FAILED, LAUNCHER, MISTAKE, Stopped, leave
 from kto_dist.base.secrets import masked
 from kto_dist.commands.words import request
 from kto_dist.training.config import Config
 
 
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    # DeepSpeed's launcher adds --local_rank=N; the environment says the same
-    job, *words = [word for word in arguments if not word.startswith("--local_rank")]
-    restarts = None
-    _stay_with_launcher()
-    try:
-        comm.init()
-        restarts, again = restart.Restarts(), restart.order()
-        if again is not None:
-            words = [*words, f"{again.setting}={again.tokens}"]
-        work = _work(job, words)
-        quiet()
-        try:
-            work()
-        except Stopped as stop:
-            if comm.is_main():
-                print(f"stopped: {stop}", file=sys.stderr, flush=True)
-            comm.barrier()  # the launcher ends every rank as soon as one has left
-            return stop.exit_code
-        except RuntimeError as failure:
-            if restarts is not None:
-                _start_again(restarts, failure)
-            raise
-        _note_done()
-    except UserError as mistake:
-        alone = isinstance(mistake, RankError)
-        if comm.local_rank() == 0 or alone:  # another host may lack a file that rank 0's has
-            where = f"rank {comm.rank()}: " if alone and comm.world_size() > 1 else ""
-            print(f"error: {where}{masked(str(mistake))}", file=sys.stderr, flush=True)
-        return MISTAKE
-    finally:
-        comm.shutdown()
-    return DONE
-
-
-def _work(job: str, words: list[str]) -> Callable[[], object]:
+def work_of(job: str, words: list[str]) -> Callable[[], object]:
     """What is going to be done; nothing that takes long is imported for it. Raises `UserError`."""
     if job == "evaluate":
         wanted = request(words)
@@ -85,15 +51,57 @@ def _work(job: str, words: list[str]) -> Callable[[], object]:
     return run
 
 
-def _start_again(restarts: restart.Restarts, failure: RuntimeError) -> None:
-    """Does not return where the job starts again: for this failure, or for another rank's, which caused it."""
+def main(
+    arguments: list[str] | None = None, work_of: Callable[[str, list[str]], Callable[[], object]] = work_of
+) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # DeepSpeed's launcher adds --local_rank=N; the environment says the same
+    job, *words = [word for word in arguments if not word.startswith("--local_rank")]
+    _stay_with_launcher()
+    try:
+        comm.init()
+        restarts, again = restart.Restarts(), restart.order()
+        if again is not None:
+            words = [*words, f"{again.setting}={again.tokens}"]
+        try:
+            work = work_of(job, words)
+            quiet()
+            work()
+            _note_done()
+        except Stopped as stop:
+            if comm.is_main():
+                print(f"stopped: {stop}", file=sys.stderr, flush=True)
+            comm.barrier()  # the launcher ends every rank as soon as one has left
+            return stop.exit_code
+        except UserError as mistake:
+            return _failed(restarts, f"error: {masked(str(mistake))}", MISTAKE)
+        except Exception as failure:
+            _hold(restarts, failure)
+            return _failed(restarts, masked(traceback.format_exc()), FAILED)
+    finally:
+        comm.shutdown()
+    return DONE
+
+
+def _failed(restarts: restart.Restarts, text: str, status: int) -> int:
+    """Tells of it, and ends the other ranks."""
+    who = restarts.speaker(text)
+    if who is not None:
+        print(f"{who}{text}", file=sys.stderr, flush=True)
+    restarts.end(status)
+    return status
+
+
+def _hold(restarts: restart.Restarts, failure: Exception) -> None:
+    """Does not return where the job starts again, for this failure, or where another rank's has caused it."""
     from kto_dist.model.memory import NeedsRestart
 
     if isinstance(failure, NeedsRestart):
         restarts.now(
             restart.Order(reason=str(failure), step=failure.step, setting=failure.setting, tokens=failure.tokens)
         )
-    restarts.hold()
+    # a rank that has failed tells of it itself, and soon
+    restarts.hold(seconds=10.0 if isinstance(failure, OthersFailed) else 0.0)
 
 
 def _stay_with_launcher() -> None:

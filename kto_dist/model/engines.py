@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,8 +186,18 @@ class Policy:
         return self.engine.get_global_grad_norm() if norm is None else norm
 
     def save(self, folder: Path, tag: str) -> None:
-        """Collective. Writes `folder/tag`; does not touch DeepSpeed's `latest`, which is not written atomically."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        """Collective. Writes `folder/tag`; does not touch DeepSpeed's `latest`, which is not written atomically.
+
+        Raises on all ranks where one could not write.
+        """
+        with _writes_noted(self.engine) as failures:
+            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+        def tell() -> None:
+            if failures:
+                raise failures[0]
+
+        agree.side_by_side(tell)
 
     def load(self, folder: Path, tag: str) -> None:
         """Collective. Weights, optimizer states and the engine's own counters."""
@@ -218,6 +228,34 @@ class Policy:
         for folder in self._swap_folders:
             comm.barrier()
             release_swap_folder(folder)
+
+
+@contextmanager
+def _writes_noted(engine: Any) -> Iterator[list[Exception]]:
+    """Inside, a write of DeepSpeed's that fails is noted and not raised: the other ranks would wait for this one in the
+    next of its collectives.
+
+    The scripts that it copies beside checkpoints stay away: `kto-dist export` does what they do, and rank 0 would write
+    them past the one place where writes can be noted.
+    """
+    failures: list[Exception] = []
+
+    def guarded(write: Callable[..., Any]) -> Callable[..., Any]:
+        def try_it(*arguments: Any, **named: Any) -> Any:
+            try:
+                return write(*arguments, **named)
+            except Exception as error:
+                return failures.append(error)
+
+        return try_it
+
+    writer = engine.checkpoint_engine
+    writer.save, writer.makedirs = guarded(writer.save), guarded(writer.makedirs)
+    engine._copy_recovery_script = lambda folder: None
+    try:
+        yield failures
+    finally:
+        del writer.save, writer.makedirs, engine._copy_recovery_script
 
 
 def _own_steps(optimizer: Any) -> None:

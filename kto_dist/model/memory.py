@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from kto_dist.base import comm
-from kto_dist.base.errors import RankError
+from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting
 
 Result = TypeVar("Result")
@@ -99,7 +99,7 @@ class Memory:
     def within(self, run: Callable[[Cutting], Result], forget: Callable[[], None]) -> Result:
         """Collective. `run(cutting)`, again with half the tokens as often as it runs out of memory.
 
-        `forget` throws away what a failed try left behind. Raises `RankError` where the longest row alone is too much,
+        `forget` throws away what a failed try left behind. Raises `UserError` where the longest row alone is too much,
         `NeedsRestart` where other ranks may be waiting for this one.
         """
         while True:
@@ -118,7 +118,7 @@ class Memory:
             self.halve(phase)
 
     def halve(self, phase: str) -> None:
-        """Raises `RankError` where there is nothing left to halve."""
+        """Raises `UserError` where there is nothing left to halve."""
         tokens, half = self.cutting.tokens, self._half(phase)
         self.cutting = replace(self.cutting, tokens=half)
         said = f"out of memory in {phase} at {tokens:,} tokens a micro-batch: going on with {half:,}"
@@ -127,7 +127,7 @@ class Memory:
 
     def _half(self, phase: str) -> int:
         if self.cutting.tokens <= self.longest:
-            raise RankError(
+            raise UserError(
                 f"out of memory in {phase}, with the longest row ({self.longest} tokens) alone in a micro-batch: lower "
                 "data.max_length, turn on model.gradient_checkpointing, shard more (deepspeed.zero_stage: 3), or "
                 "offload (deepspeed.offload_optimizer: cpu)"

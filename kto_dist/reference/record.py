@@ -58,6 +58,10 @@ class PassRecord:
             self._finished = True
             self.tracker.finish(status)
 
+    def last_words(self, failed: bool) -> None:
+        """Of a process that is going to be replaced, or that ends because another rank has failed."""
+        self.finish("FAILED" if failed else "KILLED")
+
     def ended_by_sigterm(self) -> AbstractContextManager[None]:
         """Inside, SIGTERM ends the process as it always does, and the MLflow run as KILLED before."""
         return before_sigterm(lambda: self.finish("KILLED"))

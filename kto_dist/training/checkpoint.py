@@ -102,7 +102,7 @@ def save(policy: Policy, output: str | Path, state: State, keep: int) -> Path:
         agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         agree.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
         policy.save(root, partial.name)
-        random_states.save(partial / f"rng-rank-{comm.rank()}.safetensors")
+        agree.side_by_side(lambda: random_states.save(partial / f"rng-rank-{comm.rank()}.safetensors"))
         agree.once_per_host(describe)
         comm.barrier()
         manifest.write(partial)
@@ -194,10 +194,14 @@ def load(policy: Policy, checkpoint: Path, universal: Path | None) -> None:
     source = universal or checkpoint
     engine_files.load(policy, source.parent, source.name)
     states = checkpoint / f"rng-rank-{comm.rank()}.safetensors"
-    if states.exists():
-        random_states.restore(states)
-    elif (older := checkpoint / f"rng-rank-{comm.rank()}.pt").exists():
-        random_states.restore_older(older)
+
+    def restore() -> None:
+        if states.exists():
+            random_states.restore(states)
+        elif (older := states.with_suffix(".pt")).exists():
+            random_states.restore_older(older)
+
+    agree.together(restore)
 
 
 def to_universal(checkpoint: Path, found: State) -> Path | None:

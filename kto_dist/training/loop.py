@@ -84,13 +84,13 @@ def _run(config: Config, console: Console, watch: Watch | None, goodbye: Goodbye
     )
     status: Status = "FAILED"
     try:
-        with restart.before(lambda: record.finish("KILLED")):
+        with restart.before(record.last_words):
             refs = score_reference(wanted(prepared, console), setup, fingerprint, console, record.watch, record.open)
         agree.together(record.open)
         run.tracker = record.tracker
         if found is None or refs.outcome.hits < refs.outcome.pairs:
             record.end(refs.outcome)
-        with restart.before(lambda: record.finish("KILLED")):
+        with restart.before(record.last_words):
             summary = _train(prepared, refs, run, console, watch, goodbye)
         status = "FINISHED"
     except (Stopped, NeedsRestart, KeyboardInterrupt) as stop:
@@ -193,7 +193,7 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Poli
     if run.found:
         checkpoint.load(policy, run.found, universal)
         if universal and comm.is_main():
-            shutil.rmtree(universal)
+            shutil.rmtree(universal, ignore_errors=True)  # the next start clears what is left
     run.mlflow_run = comm.broadcast(run.tracker.run_id)
     return policy
 

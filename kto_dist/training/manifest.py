@@ -9,6 +9,7 @@ may take hours. Ranks that see the same folder share its files; hosts without a 
 import contextlib
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +38,15 @@ class Entry:
 def write(folder: Path) -> None:
     """Collective. All files are there by now; they are flushed to the disk, and listed. Raises `OSError`."""
     group = _neighbours(folder.parent)
-    share = _share({name: (folder / name).stat().st_size for name in _files(folder)}, group)
 
     def entry(name: str) -> tuple[str, Entry]:
         flush(folder / name)
         return name, Entry(size=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
 
-    made = agree.side_by_side(lambda: _each(share, entry))
+    def entries_of_share() -> list[tuple[str, Entry]]:
+        return _each(_share({name: (folder / name).stat().st_size for name in _files(folder)}, group), entry)
+
+    made = agree.side_by_side(entries_of_share)
     entries = {name: found for rank in group for name, found in made[rank]}
 
     def put_down() -> None:
@@ -113,9 +116,10 @@ def _neighbours(root: Path) -> list[int]:
         with contextlib.suppress(OSError):  # a disk that cannot be written: every host for itself
             (root / token).touch()
     comm.barrier()
-    seen = comm.gather((root / token).exists())
+    seen = comm.gather(os.path.exists(root / token))  # of a disk that fails as well
     if comm.is_main():
-        (root / token).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (root / token).unlink()
     heads = comm.gather(comm.rank() - comm.local_rank())  # ranks of a host are neighbours
     own = comm.rank()
     return [

@@ -35,7 +35,7 @@ def precompute(config: Config, watch: Watch | None = None) -> Outcome:
 
     status: Status = "FAILED"
     try:
-        with record.ended_by_sigterm(), restart.before(lambda: record.finish("KILLED")):
+        with record.ended_by_sigterm(), restart.before(record.last_words):
             refs = score_reference(wanted(prepared, console), setup, fingerprint, console, both, record.open)
         agree.together(record.open)
         record.end(refs.outcome)

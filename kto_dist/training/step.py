@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kto_dist.base import comm
-from kto_dist.base.errors import RankError, UserError
+from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting, MicroBatch, microbatches, pair_lengths, step_kl_pairs, step_rows
 from kto_dist.model.causal_lm import ROUNDING, Forward
 from kto_dist.model.memory import attempt, is_out_of_memory
@@ -183,14 +183,14 @@ def _descend(work: StepWork, policy: Engine, objective: Objective, z0: Tensor, d
 
 
 def _update(policy: Engine, lr: float) -> Tensor | float:
-    """Raises `RankError` where there is no memory for it, which fewer tokens would not mend."""
+    """Raises `UserError` where there is no memory for it, which fewer tokens would not mend."""
     try:
         with part("optimizer"):
             return policy.step(lr)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RankError(
+        raise UserError(
             "out of memory in the optimizer's step, whose states (8 bytes a parameter) are sharded from "
             "deepspeed.zero_stage 1 on: use more devices, a higher stage, or deepspeed.offload_optimizer: cpu"
         ) from None
