@@ -4,6 +4,7 @@ In:  a folder that `tokenise.prepare` made: rows.arrow and, written last, about.
 Out: `Examples`: tokens as views into the file, and what an estimate of z0 or a report needs of all rows at once.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.files import sha256_of, write_whole
 from kto_dist.data.turns import Messages
 
 Length = TypeVar("Length", int, np.ndarray)
@@ -227,9 +229,9 @@ class Examples:
 def load(folder: str | Path) -> Examples:
     """Opens a folder that `tokenise.prepare` returned. Costs neither reading the tokens nor memory for them."""
     folder = Path(folder)
-    if not is_whole(folder):
+    about = _about(folder)
+    if about is None or not is_whole(folder):
         raise UserError(f"tokenised data {folder} is missing or damaged: delete the folder above it and run again")
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
     return Examples(table, fingerprint=about["fingerprint"], report=DataReport.from_dict(about["report"]))
 
@@ -254,9 +256,53 @@ def check(examples: Examples, *, needs_both: bool = True, needs_pairs: bool, nam
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder has all of its rows; what a crash or a full disk left behind has not."""
+    """Whether the folder has all of its rows; what a crash or a full disk left behind has not. Reads no rows."""
+    about = _about(folder)
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        return (folder / "rows.arrow").stat().st_size == about["bytes"]
-    except (FileNotFoundError, json.JSONDecodeError):
+        return about is not None and (folder / "rows.arrow").stat().st_size == about["bytes"]
+    except OSError:
         return False
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the folder, of which every byte is read; None where nothing is."""
+    about = _about(folder)
+    if about is None:
+        return "about.json is missing, or is not as it was written"
+    try:
+        if not is_whole(folder):
+            return "rows.arrow has another size than was written"
+        return (
+            None if sha256_of(folder / "rows.arrow") == about["sha256"] else "rows.arrow has other bytes than written"
+        )
+    except OSError as error:
+        return f"rows.arrow cannot be read: {error}"
+
+
+def write_about(folder: Path, fingerprint: str, report: DataReport) -> None:
+    """Of rows that are written whole."""
+    rows = folder / "rows.arrow"
+    about = {
+        "fingerprint": fingerprint,
+        "bytes": rows.stat().st_size,
+        "sha256": sha256_of(rows),
+        "report": report.to_dict(),
+    }
+    write_whole(folder / "about.json", _encoded({**about, "checksum": _checksum(about)}))
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    """None where it cannot be believed."""
+    try:
+        about: dict[str, Any] = json.loads((folder / "about.json").read_bytes())
+        return about if about.pop("checksum") == _checksum(about) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _encoded(about: dict[str, Any]) -> bytes:
+    return json.dumps(about, indent=1, sort_keys=True).encode()
+
+
+def _checksum(about: dict[str, Any]) -> str:
+    return hashlib.sha256(_encoded(about)).hexdigest()

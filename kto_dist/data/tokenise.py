@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.files import flush
 from kto_dist.data.config import DataConfig
 from kto_dist.data.encode import COUNTS, SCHEMA, Encoder, Part
-from kto_dist.data.examples import ClassReport, DataReport, is_whole
+from kto_dist.data.examples import ClassReport, DataReport, damage, write_about
 from kto_dist.data.formats import read_rows
 from kto_dist.data.processes import CHUNKING, Chunking, over_chunks
 from kto_dist.data.rows import BadRows
@@ -61,20 +62,21 @@ def prepare(
     tokenizer: "PreTrainedTokenizerBase",
     fingerprint: str | None = None,
     chunking: Chunking = CHUNKING,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> tuple[Path, Path | None]:
-    """Folders of the tokenised training and held-out rows, made where `data.cache` lacks them.
+    """Folders of the tokenised training and held-out rows, made where `data.cache` lacks them, or has them damaged.
 
     `fingerprint` is the tokenizer's (`tokenizer_fingerprint`). The same content under the same settings is
     tokenised once, whatever its path; processes that prepare it together get one folder. Raises `UserError`.
     """
     fingerprint = fingerprint or tokenizer_fingerprint(tokenizer)
     if isinstance(data.heldout, float):
-        folder = _prepare(data, data.train_sources, data.heldout, tokenizer, fingerprint, chunking)
+        folder = _prepare(data, data.train_sources, data.heldout, tokenizer, fingerprint, chunking, warn)
         return folder / "rows", folder / "heldout"
     heldout = None
     if data.heldout is not None:
-        heldout = _prepare(data, data.heldout_sources, None, tokenizer, fingerprint, chunking) / "rows"
-    return _prepare(data, data.train_sources, None, tokenizer, fingerprint, chunking) / "rows", heldout
+        heldout = _prepare(data, data.heldout_sources, None, tokenizer, fingerprint, chunking, warn) / "rows"
+    return _prepare(data, data.train_sources, None, tokenizer, fingerprint, chunking, warn) / "rows", heldout
 
 
 def _prepare(
@@ -84,6 +86,7 @@ def _prepare(
     tokenizer: "PreTrainedTokenizerBase",
     fingerprint: str,
     chunking: Chunking,
+    warn: Callable[[str], None],
 ) -> Path:
     found = [find_sources(paths) for _, paths in given]
     settings = [data.max_length, data.prompt_limit, data.on_bad_row, fraction, data.columns, data.template_kwargs]
@@ -91,11 +94,14 @@ def _prepare(
     key = _digest([_VERSION, digests, fingerprint, settings])
     final, names = Path(data.cache) / key, ("rows",) if fraction is None else ("rows", "heldout")
 
-    def is_made() -> bool:
-        return all(is_whole(final / name) for name in names)
+    def wrong() -> str | None:
+        return next((text for name in names if (text := damage(final / name))), None)
 
-    if is_made():
-        return final
+    if final.exists():
+        trouble = wrong()
+        if trouble is None:
+            return final
+        warn(f"tokenised data {final} is damaged ({trouble}): it is made anew")
     temporary = final.with_name(f".{key}.{uuid.uuid4().hex}")
     bad = BadRows()
     encoder = Encoder(
@@ -125,13 +131,13 @@ def _prepare(
         if not all(split.rows for split in splits):
             paths = [path for _, listed in given for path in listed]
             raise UserError(_why_empty(paths, fraction, [split.rows for split in splits], bad))
-        if final.exists() and not is_made():
+        if final.exists() and wrong():
             shutil.rmtree(final)
         try:
             os.replace(temporary, final)
         except OSError:
             # A folder cannot replace one that has files: another process finished the same content first.
-            if not is_made():
+            if wrong():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -157,7 +163,7 @@ def _digest(value: Any) -> str:
 
 
 class _Split:
-    """Writes one split's folder: rows.arrow as chunks come; about.json last, so its presence means whole."""
+    """Writes one split's folder: rows.arrow as chunks come; about.json last."""
 
     def __init__(self, folder: Path, sources: int) -> None:
         folder.mkdir(parents=True)
@@ -206,15 +212,8 @@ class _Split:
             prompt_lengths=_quantiles(table["prompt_ids"]),
             completion_lengths=_quantiles(table["completion_ids"]),
         )
-        about = {
-            "fingerprint": self._content.hexdigest(),
-            "bytes": path.stat().st_size,
-            "report": report.to_dict(),
-        }
-        (self.folder / "about.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
-        for file in (path, self.folder / "about.json"):
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+        flush(path)
+        write_about(self.folder, self._content.hexdigest(), report)
 
 
 def _repeated(contents: list[np.ndarray], desirable: np.ndarray) -> tuple[int, int]:

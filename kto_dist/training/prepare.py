@@ -78,7 +78,10 @@ def prepare(config: Config, console: Console) -> Prepared:
 
     console.phase("data")
     print_name = data.tokenizer_fingerprint(tokenizer)
-    folder, apart = agree.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name))
+    damaged: list[str] = []
+    folder, apart = agree.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name, warn=damaged.append))
+    for text in dict.fromkeys(text for texts in comm.gather(damaged) for text in texts):
+        console.warn(text)
     train, heldout = load(folder), None if apart is None else load(apart)
     for setting, examples in (("data.train", train), ("data.heldout", heldout)):
         agree.same_everywhere(
