@@ -185,6 +185,7 @@ def test_the_summary_names_what_a_reader_asks_for(trained):
     summary = json.loads((Path(trained.train.output) / "summary.json").read_text())
     assert summary["steps"] == 5
     assert summary["data"]["train"]["rows"] == 80
-    assert summary["reference"]["scored"] + summary["reference"]["from_store"] == summary["reference"]["pairs"]
+    told = summary["reference"]
+    assert told["scored"] + told["repeated"] + told["from_store"] == told["pairs"]
     assert set(summary["seconds"]) >= {"data", "reference", "policy", "training", "checkpoint"}
     assert summary["training"]["step"] == 5

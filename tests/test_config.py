@@ -167,6 +167,25 @@ UNKNOWN = [
 ]
 
 
+def test_a_mistake_of_the_command_line_is_not_blamed_on_the_file(file):
+    for overrides in [overrides for overrides, _ in WRONG] + [[override] for override, _ in UNKNOWN]:
+        for line in mistake(file, *overrides).splitlines():
+            assert line.startswith("on the command line: "), (overrides, line)
+
+
+def test_a_mistake_of_the_file_is_not_blamed_on_the_command_line(file):
+    for section, key, value in (
+        ("train", "lr", 0),
+        ("train", "lrr", 1),
+        ("train", "global_batch", 1),
+        ("data", "max_length", 1),
+        ("trian", "lr", 1),
+    ):
+        tree = {**LEAST, section: {**LEAST.get(section, {}), key: value}}
+        for line in mistake(file, "kto.beta=0.2", "train.seed=1", tree=tree).splitlines():
+            assert "config.yaml: " in line and "command line" not in line, line
+
+
 def test_an_unknown_name_is_an_error_that_says_what_it_may_have_meant(file):
     for override, said in UNKNOWN:
         assert said in mistake(file, override)

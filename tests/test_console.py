@@ -18,6 +18,16 @@ def test_a_log_file_gets_lines_while_the_work_goes_on_not_one_bar_at_its_end(cap
     ]
 
 
+def test_the_last_line_comes_once_however_often_the_end_is_told(capsys):
+    with Console().progress("reference") as show:
+        for done in (10, 20, 20):
+            show(done, 20, 1.0, 1.0, 0.0)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "reference: 10 of 20",
+        "reference: 20 of 20",
+    ]
+
+
 @pytest.mark.parametrize("terminal", (False, True))
 def test_progress_tells_both_rates_and_the_time_that_is_left_as_handed_in(capsys, monkeypatch, terminal):
     """Rows are scored longest first, so what is left is not what the share of rows says."""

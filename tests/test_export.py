@@ -77,6 +77,15 @@ def test_the_export_of_every_stage_loads_in_transformers_with_the_trained_weight
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
+def test_all_that_a_run_leaves_in_its_folder_is_in_the_documentation(trained):
+    page = (Path(__file__).parents[1] / "docs" / "run-folder.md").read_text()
+    left = sorted(path.name for path in Path(trained.train.output).iterdir())
+    assert {"checkpoints", "config.yaml", "export", "summary.json"} <= set(left)
+    assert [name for name in left if f"`{name}" not in page] == []
+    kinds = {path.name.split("-")[0] for path in (Path(trained.train.output) / "checkpoints").iterdir()}
+    assert kinds == {"step"}
+
+
 def test_any_step_can_be_chosen_and_its_card_says_which(trained, tmp_path):
     result = CliRunner().invoke(
         main, ["export", trained.train.output, "--step", "2", "--output", str(tmp_path / "two")]
@@ -97,7 +106,8 @@ def test_what_cannot_be_exported_is_refused_with_what_there_is(trained, tmp_path
         UserError, match=r"holds no run: it has no config.yaml; give the folder that train.output names"
     ):
         export_checkpoint(tmp_path, None, None, Console())
-    with pytest.raises(UserError, match=r"export exists: give another folder with --output"):
+    finished = r"the run is finished, and its model is .*run/export"
+    with pytest.raises(UserError, match=rf"export exists \({finished}\): give another folder with --output"):
         export_checkpoint(Path(trained.train.output), None, None, Console())
     run = tmp_path / "run"
     shutil.copytree(trained.train.output, run)
@@ -106,6 +116,12 @@ def test_what_cannot_be_exported_is_refused_with_what_there_is(trained, tmp_path
     with pytest.raises(UserError, match=r"step-00000002 is damaged: state.json has .*choose another"):
         export_checkpoint(run, 2, tmp_path / "x", Console())
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    for step, what in ((None, "holds no whole checkpoint"), (2, "has no checkpoint of step 2: it has none")):
+        with pytest.raises(
+            UserError, match=rf"{what}; {finished} \(such a run keeps checkpoints where checkpoint.every"
+        ):
+            export_checkpoint(run, step, tmp_path / "x", Console())
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match="holds no whole checkpoint$"):
         export_checkpoint(run, None, tmp_path / "x", Console())
     assert not (tmp_path / "x").exists()

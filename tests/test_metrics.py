@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kto_kernels import LOSSES
 
 from kto_dist.objective.metrics import (
     CLASSES,
@@ -18,6 +19,7 @@ from kto_dist.objective.metrics import (
     row_table,
     source_metrics,
     step_metrics,
+    unrounded,
 )
 
 CPU = torch.device("cpu")
@@ -108,6 +110,15 @@ def test_a_row_is_correct_on_its_labels_side_of_z0_and_half_on_it():
     assert [float(sums[:, QUANTITIES.index("correct")].sum()) for sums in correct] == [1, 0.5, 0, 0, 0.5, 1]
 
 
+def test_rows_that_differ_from_z0_by_rounding_alone_are_ties():
+    # 0.1 nats per square root of a token: rows of 4 and 100 tokens
+    rows = rows_of(4, logps=[0.15, -0.15, 0.25, 0.9], ref_logps=[0] * 4, sign=[1, 1, 1, -1], tokens=[4, 4, 4, 100])
+    table = row_table(z0=torch.tensor(0.0), beta=0.1, rounding=0.1, **rows)
+    assert table[:, QUANTITIES.index("correct")].tolist() == [0.5, 0.5, 1.0, 0.5]
+    apart = unrounded(rows["logps"] - rows["ref_logps"], rows["tokens"], 0.1)
+    assert apart.tolist() == [0.0, 0.0, 0.25, 0.0]
+
+
 def test_accuracy_is_the_mean_of_correct_over_a_classs_rows():
     rows = rows_of(4, logps=[3, 2, 1, 1], ref_logps=[0] * 4, sign=[1, 1, 1, -1])
     found = figures(rows, z0=2.0)
@@ -115,10 +126,11 @@ def test_accuracy_is_the_mean_of_correct_over_a_classs_rows():
     assert found["accuracy/all"] == pytest.approx(2.5 / 4)
 
 
-def test_saturated_is_the_share_of_rows_whose_sigmoid_is_flat():
-    # slopes v (1 - v): 0.25, 0.0099, 0.0475, 0.0
-    found = figures(rows_of(4, losses=[0.5, 0.01, 0.95, 1.0], sign=[1] * 4))
-    assert found["saturated/desirable"] == 0.5
+def test_saturated_is_the_share_of_rows_that_the_losss_own_curve_names():
+    rows = rows_of(4, losses=[0.5, 0.01, 0.95, 1.0], sign=[1] * 4)
+    for loss in LOSSES.values():
+        flat = loss.saturated(rows["losses"])
+        assert figures(rows | {"saturated": flat})["saturated/desirable"] == flat.double().mean()
 
 
 def test_counts_and_tokens_are_sums():

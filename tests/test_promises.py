@@ -97,6 +97,15 @@ def test_an_fp32_policy_may_have_a_bf16_reference(tmp_path, tiny_model, tiny_log
     assert abs(metrics_of(config)[0]["kl_raw"]) < 0.5
 
 
+def test_at_step_0_no_row_ranks_above_another_however_the_precision_rounds(tmp_path, tiny_model, tiny_log):
+    precision = {"train__dtype": "bf16", "reference__dtype": "bf16"}
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1, data__heldout=0.3, **precision)
+    ((summary,),) = run_ranks(train_all, 1, [config])
+    before, after, step = *summary["heldout"].values(), metrics_of(config)[0]
+    assert {before["auc"], before["accuracy/all"], before["accuracy/desirable"], step["accuracy/all"]} == {0.5}
+    assert after["auc"] not in (0.5, None)  # and after an update all differences count
+
+
 @pytest.mark.parametrize("world", (1, 2))
 def test_a_doctored_store_is_refused_before_the_first_update(tmp_path, tiny_model, tiny_log, world):
     config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)

@@ -1,5 +1,6 @@
 """A run that is told to stop before its first step, in the middle or after its last loses nothing that was trained."""
 
+import math
 import os
 import signal
 import sys
@@ -100,6 +101,54 @@ def _signalled_at(config: Config, step_of_signal: int, rank: int) -> tuple[int, 
     except Stopped as stop:
         return stop.exit_code, str(stop)
     return 0, ""
+
+
+def _signalled_when_broken(config: Config) -> tuple[int, str]:
+    """SIGTERM after the first update that left no finite figures."""
+
+    def signalling(result: StepResult) -> None:
+        if not math.isfinite(result.grad_norm):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        train(config, watch=signalling)
+    except Stopped as stop:
+        return stop.exit_code, str(stop)
+    return 0, ""
+
+
+@pytest.mark.parametrize(("every", "where"), [(1, "goes on from step 1"), (None, "starts from the beginning")])
+def test_sigterm_after_a_step_that_cannot_be_saved_says_from_where_the_run_goes_on(
+    tmp_path, tiny_model, tiny_log, every, where
+):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__lr=1e38, checkpoint__every_steps=every)
+    ((status, message),) = run_ranks(_signalled_when_broken, 1, config)
+    assert status == 143 and message.endswith(
+        f"after step 2 of 5, whose figures are not finite: it was not saved, and the same command {where}"
+    )
+    saved = [path.name for path in checkpoint.folder(config.train.output).glob("step-*")]
+    assert saved == ([] if every is None else ["step-00000001"])
+
+
+def _terminated_after_the_export(config: Config, said: Path) -> None:
+    """SIGTERM while the report is written, after the summary."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+
+    def look(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).endswith("report.html.j2"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sys.addaudithook(look)
+    train(config)
+
+
+def test_sigterm_after_the_export_says_that_the_model_is_there(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1, tracking__report=True)
+    with pytest.raises(RuntimeError, match="died without a result"):
+        run_ranks(_terminated_after_the_export, 1, config, tmp_path / "said")
+    words = (tmp_path / "said").read_text()
+    assert f"stopped by a signal when the model ({tmp_path}/run/export) and summary.json were written" in words
+    assert (tmp_path / "run" / "export").exists() and (tmp_path / "run" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("step", (3, 5))

@@ -50,6 +50,10 @@ def test_ls_says_what_is_in_a_store_and_for_which_model(two_models):
     first, second = by_model[IDENTITY.digest[:12]], by_model[OTHER.digest[:12]]
     assert first[1:6] == ["first/model", "float32", "sdpa", "100", "5"]
     assert second[1:6] == ["unknown", "bfloat16", "sdpa", "30", "1"]
+    # created, and last used
+    now = time.time()
+    hours = [time.strftime("%Y-%m-%d %H:00", time.localtime(now - ago)) for ago in (0, 3600)]
+    assert {" ".join(first[-4:-2]), " ".join(first[-2:]), " ".join(second[-2:])} <= set(hours)
     whole = [row.fingerprint for row in summarise(two_models)]
     assert sorted(whole) == sorted([IDENTITY.digest, OTHER.digest])
 

@@ -176,11 +176,28 @@ def build(
     try:
         return kind.model_validate(_floats_from_text(tree))
     except ValidationError as error:
-        problems = error.errors()
-        places = ["override" if ".".join(map(str, p["loc"][:2])) in overridden else where for p in problems]
         raise UserError(
-            "\n".join(_explain(p, place, kind) for p, place in zip(problems, places, strict=True))
+            "\n".join(
+                _explain(problem, COMMAND_LINE if _is_overridden(problem, overridden, tree) else where, kind)
+                for problem in error.errors()
+            )
         ) from None
+
+
+COMMAND_LINE = "on the command line"
+
+
+def _is_overridden(problem: ErrorDetails, overridden: Collection[str], tree: dict[str, dict[str, Any]]) -> bool:
+    """Whether it was made by an override: by the key itself, by all there is of a section, or, where a rule needs more
+    than one key, by one that the message names."""
+    location = list(map(str, problem["loc"]))
+    if len(location) > 1:
+        return ".".join(location[:2]) in overridden
+    if problem["type"] in ("extra_forbidden", "missing"):
+        keys_given = tree.get(location[0], {}) if location else {}
+        return bool(keys_given) and {f"{location[0]}.{key}" for key in keys_given} <= set(overridden)
+    names = [name.removeprefix(f"{location[0]}.") if location else name for name in overridden]
+    return any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", problem["msg"]) for name in names)
 
 
 def sections(kind: type[Section]) -> dict[str, type[Section]]:

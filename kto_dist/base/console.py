@@ -96,12 +96,13 @@ class Console:
     def _line(self, title: str) -> Callable[[int, int, str], None]:
         """For a log file, where a bar would appear only when it is complete: a line now and then."""
         said: float | None = None
+        last: int | None = None
 
         def say(done: int, total: int, note: str) -> None:
-            nonlocal said
+            nonlocal said, last
             now = self._clock()
-            if said is None or done == total or now - said >= SECONDS_BETWEEN_LINES:
-                said = now
+            if done != last and (said is None or done == total or now - said >= SECONDS_BETWEEN_LINES):
+                said, last = now, done
                 self.say(f"{title}: {done:,} of {total:,}  {note}")
 
         return say

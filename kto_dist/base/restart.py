@@ -152,6 +152,8 @@ class Restarts:
                 time.sleep(0.05)
         except RuntimeError:  # rank 0 has ended, and its store with it
             return
+        if comm.is_main() and "status" in order:
+            time.sleep(0.5)  # the one that has failed is about to see that all have read
         if "changes" in order:
             _go(order["changes"])
         if not self._leaving.is_set():  # else its main thread tells its own error, and leaves

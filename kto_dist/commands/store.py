@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -31,14 +32,17 @@ def store() -> None:
 @_root
 @_fingerprint("only that model")
 def list_models(store: str, fingerprint: str) -> None:
-    """List the models of STORE: how many pairs, how large, when used last."""
+    """List the models of STORE: how many pairs, how large, when used last.
+
+    Times are this machine's, to the hour: a use is noted once an hour.
+    """
     from kto_dist.store.tools import summarise
 
     rows = summarise(store, fingerprint)
     table = Table("fingerprint", "model", "dtype", "attention", "pairs", "shards", "size", "created", "last used")
     for row in rows:
         facts = row.facts
-        used = "unknown" if row.used is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(row.used))
+        used = "unknown" if row.used is None else _hour(row.used)
         table.add_row(
             row.folder[:12],
             facts.get("model") or "unknown",
@@ -47,7 +51,7 @@ def list_models(store: str, fingerprint: str) -> None:
             f"{row.pairs:,}",
             f"{row.shards:,}",
             _size(row.size),
-            facts.get("created", "unknown"),
+            _created(facts.get("created")),
             f"now, by {', '.join(row.users)}" if row.users else used,
         )
     _show(table)
@@ -124,6 +128,17 @@ def export_pairs(store: str, target: Path, fingerprint: str) -> None:
 
     count = export(store, target, fingerprint)
     click.echo(f"{count:,} pairs written to {target}")
+
+
+def _hour(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:00", time.localtime(seconds))
+
+
+def _created(text: str | None) -> str:
+    try:
+        return _hour(datetime.fromisoformat(text or "").timestamp())
+    except ValueError:
+        return "unknown"
 
 
 def _size(count: float) -> str:

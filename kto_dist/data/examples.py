@@ -301,7 +301,7 @@ def _about(folder: Path) -> dict[str, Any] | None:
 
 
 def _encoded(about: dict[str, Any]) -> bytes:
-    return json.dumps(about, indent=1, sort_keys=True).encode()
+    return json.dumps(about, indent=1).encode()
 
 
 def _checksum(about: dict[str, Any]) -> str:

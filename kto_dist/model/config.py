@@ -49,8 +49,9 @@ class DeepspeedConfig(Section):
             raise ValueError(f"offload_optimizer ({self.offload_optimizer}) needs zero_stage 1, 2 or 3, not 0")
         if self.offload_optimizer == "nvme" and self.zero_stage != 3:
             raise ValueError(f"offload_optimizer (nvme) needs zero_stage 3, not {self.zero_stage}")
-        if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.nvme_path:
-            raise ValueError("offload to nvme needs nvme_path: a folder on a fast local disk")
+        for name in ("offload_optimizer", "offload_parameters"):
+            if getattr(self, name) == "nvme" and not self.nvme_path:
+                raise ValueError(f"{name} (nvme) needs nvme_path: a folder on a fast local disk")
         return self
 
 

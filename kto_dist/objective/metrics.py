@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from kto_kernels import SATURATED_SLOPE
 from torch import Tensor
 
 QUANTITIES = ("rows", "weight", "loss", "reward", "logps", "ref_logps", "correct", "saturated", "tokens")
@@ -32,12 +31,13 @@ def row_table(
     z0: Tensor,  # ()
     beta: float,
     tokens: Tensor,  # (S,) completion tokens
-    saturated: Tensor | None = None,  # (S,) bool; None: of a loss that is a sigmoid
+    saturated: Tensor | None = None,  # (S,) bool, as the loss's own curve says; None: no row is
     beside: Tensor | None = None,  # (S,) what is added to the weighted loss
+    rounding: float = 0.0,  # nats per square root of a row's tokens
 ) -> Tensor:  # (S, Q) fp64
-    """A row is correct when its log-ratio lies on its label's side of z0; exactly on it counts as half."""
+    """A row is correct when its log-ratio lies on its label's side of z0; on it, to `rounding`, counts as half."""
     log_ratio = logps - ref_logps
-    correct = (torch.sign(sign * (log_ratio - z0)) + 1) / 2
+    correct = (torch.sign(sign * unrounded(log_ratio - z0, tokens, rounding)) + 1) / 2
     weighted = weight * losses
     columns = (
         torch.ones_like(losses),
@@ -47,10 +47,15 @@ def row_table(
         logps,
         ref_logps,
         correct,
-        losses * (1 - losses) < SATURATED_SLOPE if saturated is None else saturated,
+        torch.zeros_like(losses) if saturated is None else saturated,
         tokens,
     )
     return torch.stack([column.detach().double() for column in columns], dim=1)
+
+
+def unrounded(difference: Tensor, tokens: Tensor, rounding: float) -> Tensor:  # (S,), (S,) -> (S,)
+    """Differences of log-probs, with 0 for those within what a precision rounds: what is equal compares as equal."""
+    return torch.where(difference.abs() <= rounding * tokens.sqrt(), 0.0, difference)
 
 
 def class_sums(table: Tensor, sign: Tensor) -> Tensor:  # (S, Q), (S,) -> (2, Q) fp64

@@ -151,8 +151,9 @@ def table_of(
     z0: Tensor,  # () fp64
     tokens: Tensor,  # (S,) completion tokens
     losses: Tensor | None = None,  # (S,) fp64, unweighted, as the head gave them; None: made of the log-probs
+    rounding: float = 0.0,
 ) -> Tensor:  # (S, Q) fp64, `metrics.QUANTITIES` of each row
-    """What is known of rows once their log-probs are."""
+    """What is known of rows once their log-probs are; `rounding` as in `metrics.row_table`."""
     kind, beta = KERNELS[goal.loss.name], goal.beta
     if losses is None:
         losses = kto_loss(logps, labels.ref_logps, labels.sign, z0=z0, beta=beta, loss=kind.name)
@@ -171,4 +172,5 @@ def table_of(
         tokens=tokens,
         saturated=saturated,
         beside=None if labels.sft is None else -labels.sft * logps,
+        rounding=rounding,
     )

@@ -76,8 +76,10 @@ def score_reference(
                 )
             warnings.tell()
     total = reduce(operator.add, (outcome for _, outcome in results))
-    scored = f"{total.pairs - total.hits:,} scored" + (" with shared prompts" if total.shared else "")
-    console.say(f"reference: {total.pairs:,} pairs, {total.hits:,} from the store, {scored} in {total.seconds:.1f} s")
+    scored = f"{total.scored_once:,} scored" + (" with shared prompts" if total.shared else "")
+    repeats = f", {total.repeated:,} repeats of these" if total.repeated else ""
+    found = f"{total.hits:,} from the store"
+    console.say(f"reference: {total.pairs:,} pairs, {found}, {scored}{repeats} in {total.seconds:.1f} s")
     return ReferenceLogps(
         train=results[0][0],
         heldout=results[1][0] if len(results) > 1 else None,

@@ -106,11 +106,21 @@ class Outcome:
             shared=self.shared or other.shared,
         )
 
+    @property
+    def repeated(self) -> int:
+        """Pairs whose tokens another one has that was scored."""
+        return self.pairs - self.hits - self.scored_once
+
     def figures(self) -> dict[str, float]:
         """For the record of a run."""
-        scored = self.pairs - self.hits
-        figures = {"pairs": self.pairs, "from_store": self.hits, "scored": scored, "seconds": self.seconds}
-        if scored:
+        figures: dict[str, float] = {
+            "pairs": self.pairs,
+            "from_store": self.hits,
+            "repeated": self.repeated,
+            "scored": self.scored_once,
+            "seconds": self.seconds,
+        }
+        if self.scored_once:
             seconds = max(self.scoring_seconds, 1e-9)
             figures |= {
                 "rows_per_second": self.scored_once / seconds,

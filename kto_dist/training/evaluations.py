@@ -25,7 +25,7 @@ class Evaluations:
         """Collective. The held-out figures after `step` updates, on rank 0 with intervals; None without such rows."""
         self.console.phase("evaluation")
         try:
-            rows = self.stepper.evaluate()
+            rows = self.stepper.evaluate(step)
         except NeedsRestart as failure:
             failure.step = step
             raise

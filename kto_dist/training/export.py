@@ -71,13 +71,15 @@ def export_checkpoint(run: Path, step: int | None, target: Path | None, console:
     if not folder.config.exists():
         raise UserError(f"{run} holds no run: it has no {folder.config.name}; give the folder that train.output names")
     config = Config.load(folder.config)
-    target = target or run / "export"
+    target = target or folder.export
+    finished = f"the run is finished, and its model is {folder.export}" if folder.summary.exists() else ""
     if target.exists():
-        raise UserError(f"{target} exists: give another folder with --output, or remove it")
+        what = f" ({finished})" if finished and target == folder.export else ""
+        raise UserError(f"{target} exists{what}: give another folder with --output, or remove it")
     lock = RunLock(run, uuid.uuid4().hex)
     lock.take()
     try:
-        found = _chosen(run, step, console)
+        found = _chosen(run, step, console, finished)
         state = checkpoint.read_state(found)
         model = config.model
         console.say(f"{found.name}, written by {state.world_size} ranks")
@@ -97,20 +99,20 @@ def export_checkpoint(run: Path, step: int | None, target: Path | None, console:
     return target
 
 
-def _chosen(run: Path, step: int | None, console: Console) -> Path:
-    """A checkpoint that is whole."""
+def _chosen(run: Path, step: int | None, console: Console, finished: str) -> Path:
+    """A checkpoint that is whole. `finished`: what is said of a run that needs none."""
+    finished = finished and f"; {finished} (such a run keeps checkpoints where checkpoint.every_steps is set)"
     root = checkpoint.folder(run)
     there = sorted(path.name for path in root.glob("step-*"))
     if step is None:
         found = checkpoint.find(run, console.warn)
         if found is None:
-            raise UserError(
-                f"{run} holds no whole checkpoint" + (f" ({', '.join(there)} are damaged)" if there else "")
-            )
+            damaged = f" ({', '.join(there)} are damaged)" if there else ""
+            raise UserError(f"{run} holds no whole checkpoint{damaged}{finished}")
         return found
     chosen = root / f"step-{step:08d}"
     if not chosen.exists():
-        raise UserError(f"{run} has no checkpoint of step {step}: it has {', '.join(there) or 'none'}")
+        raise UserError(f"{run} has no checkpoint of step {step}: it has {', '.join(there) or 'none'}{finished}")
     if wrong := checkpoint.damage(chosen):
         raise UserError(f"checkpoint {chosen} is damaged: {'; '.join(wrong)}; choose another of {', '.join(there)}")
     return chosen

@@ -20,7 +20,7 @@ from kto_dist.training.card import model_card, say_outcome
 from kto_dist.training.export import export
 from kto_dist.training.heavy import NAMED, heavy_rows
 from kto_dist.training.prepare import PreparedTraining, account, counts
-from kto_dist.training.run import Run
+from kto_dist.training.run import Goodbye, Run
 
 
 def finish(
@@ -33,6 +33,7 @@ def finish(
     heldout: dict[str, dict[str, Any] | None],  # before, after
     tokens: int,  # of this process's steps
     memory: list[str],  # what was said when it ran out
+    goodbye: Goodbye,
 ) -> dict[str, Any]:
     """Collective. Exports the policy, frees it, and writes what rank 0 has to say. Returns the summary."""
     console.phase("export")
@@ -59,7 +60,8 @@ def finish(
             "fingerprint": run.reference.digest,
             "pairs": refs.outcome.pairs,
             "from_store": refs.outcome.hits,
-            "scored": refs.outcome.pairs - refs.outcome.hits,
+            "scored": refs.outcome.scored_once,
+            "repeated": refs.outcome.repeated,
         },
         "weights": {
             "policy": prepared.weights.summary(),
@@ -79,7 +81,7 @@ def finish(
     }
     policy.close()
     with disks.refusals("the export", "train.output", run.folder.path):
-        agree.on_main(lambda: None if weights is None else _write(weights, generation, prepared, run, summary))
+        agree.on_main(lambda: None if weights is None else _write(weights, generation, prepared, run, summary, goodbye))
     if prepared.config.checkpoint.every_steps is None:  # there are those alone that this process was to go on from
         agree.once_per_host(lambda: shutil.rmtree(checkpoint.folder(run.folder.path), ignore_errors=True))
     say_outcome(summary, run.folder.path, console)
@@ -92,6 +94,7 @@ def _write(
     prepared: PreparedTraining,
     run: Run,
     summary: dict[str, Any],
+    goodbye: Goodbye,
 ) -> None:
     """Rank 0."""
     folder, tracking = run.folder, prepared.config.tracking
@@ -104,6 +107,10 @@ def _write(
         card=model_card(prepared.config, summary),
     )
     write_whole(folder.summary, json.dumps(summary, indent=1).encode())
+    goodbye.where = (
+        f"when the model ({folder.export}) and {folder.summary.name} were written: the run is complete, but for its "
+        "report and what MLflow was still to get"
+    )
     files = [folder.config, folder.summary]
     if tracking.report:
         files += [report.write_report(folder.path), folder.path / "plots"]

@@ -154,8 +154,7 @@ def _train(
                 _save(policy, prepared, run, console, done)
                 started = time.monotonic()
             if signalled or (done == plan.steps and comm.any_(terminated())):
-                message = f"stopped by a signal after step {done} of {plan.steps}; the same command goes on from there"
-                raise Stopped(message, TERMINATED)
+                raise Stopped(run.stopped_by_signal(done, plan.steps), TERMINATED)
             if stopping:
                 raise Stopped(stopping[0].message, FAILED)
             if done - first == FEW and (long := long_way(plan.steps - done, seconds)):
@@ -165,8 +164,8 @@ def _train(
     after = evaluations.at(plan.steps)
     lines = read_lines(run.folder.metrics) if not last else []
     heldout = {"before": before, "after": after}
-    said = stepper.memory.halved
-    return finish(policy, prepared, refs, run, console, last or (lines[-1] if lines else {}), heldout, tokens, said)
+    said, last = stepper.memory.halved, last or (lines[-1] if lines else {})
+    return finish(policy, prepared, refs, run, console, last, heldout, tokens, said, goodbye)
 
 
 def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Policy:
@@ -198,10 +197,10 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Poli
     return policy
 
 
-def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console, step: int) -> Path:
+def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console, step: int) -> None:
     """Collective."""
     console.phase("checkpoint")
     state = replace(run.now, step=step, mlflow_run=run.mlflow_run)
-    saved = checkpoint.save(policy, run.folder.path, state, prepared.config.checkpoint.keep)
+    checkpoint.save(policy, run.folder.path, state, prepared.config.checkpoint.keep)
+    run.saved = step
     console.phase("training")
-    return saved

@@ -46,6 +46,18 @@ class Run:
     tracker: Tracker = field(default_factory=NullTracker)
     mlflow_run: str | None = None
     """The id of the MLflow run, on every rank."""
+    saved: int = 0
+    """The step of the newest checkpoint."""
+
+    def stopped_by_signal(self, done: int, steps: int) -> str:
+        """What is said of it, and what the same command will do."""
+        if self.saved == done:
+            return f"stopped by a signal after step {done} of {steps}; the same command goes on from there"
+        where = f"goes on from step {self.saved}" if self.saved else "starts from the beginning"
+        return (
+            f"stopped by a signal after step {done} of {steps}, whose figures are not finite: it was not saved, and "
+            f"the same command {where}"
+        )
 
     def write(self, path: Path, line: dict[str, Any]) -> None:
         """Rank 0. One more line of metrics. Raises `UserError`."""
@@ -142,7 +154,8 @@ def start_run(
             f"{again.reason}. Started again by itself with {again.setting}={again.tokens}: "
             f"{max(0, again.step - state.step)} steps are done once more"
         )
-    return Run(folder=RunFolder(output), state=state, now=now, found=found, reference=reference, audits=audits)
+    folder, saved = RunFolder(output), state.step if found else 0
+    return Run(folder=folder, state=state, now=now, found=found, reference=reference, audits=audits, saved=saved)
 
 
 def _policy_weights(config: Config, reference: Fingerprint) -> str:

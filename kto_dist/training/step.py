@@ -147,7 +147,8 @@ def run_step(
     losses, logps = torch.tensor(values, dtype=torch.float64).reshape(-1, 2).unbind(1)
     kl = torch.tensor([kl_sum, kl_count], dtype=torch.float64)
     tokens = torch.from_numpy(work.answers)
-    table = table_of(objective, work.labels, logps, metrics.clamp_kl(kl), tokens, losses)
+    rounding = 0.0 if start is None else start.limit
+    table = table_of(objective, work.labels, logps, metrics.clamp_kl(kl), tokens, losses, rounding)
     return StepResult(
         step=work.step + 1,
         rows=work.rows,
@@ -204,24 +205,28 @@ class StartCheck:
     reference_dtype: str
     store: str
 
+    @property
+    def limit(self) -> float:
+        """Nats per square root of a row's tokens, of what is rounding."""
+        return max(ROUNDING[self.policy_dtype], ROUNDING[getattr(torch, self.reference_dtype)])
+
     def check(self, work: StepWork, objective: Objective, losses: Tensor, logps: Tensor) -> None:
         """`losses`, `logps`: (B,) of the step's rows. Raises `UserError`, on every rank alike."""
         tokens = torch.from_numpy(work.answers).clamp(min=1)
         worst = float(((logps - work.labels.ref_logps).abs() / tokens.sqrt()).max())
-        limit = max(ROUNDING[self.policy_dtype], ROUNDING[getattr(torch, self.reference_dtype)])
-        if not worst <= limit:
+        if not worst <= self.limit:
             raise UserError(
                 "before the first update the policy must equal its reference, but a row's log-prob differs by "
-                f"{worst:.3g} nats per square root of its tokens (limit {limit}: policy in "
+                f"{worst:.3g} nats per square root of its tokens (limit {self.limit}: policy in "
                 f"{str(self.policy_dtype).removeprefix('torch.')}, reference in {self.reference_dtype}). The reference "
                 f"store ({self.store}) holds values of other text or weights, the reference is another "
                 "model (then name it in reference.path), or the policy runs with dropout: check these, and delete the "
                 "store's folder of this model to score again"
             )
         # what a row may be off by, where it, the others of its unit and the KL pairs are
-        off = limit * tokens.double().sqrt().reshape(-1, objective.loss.unit).sum(1)
+        off = self.limit * tokens.double().sqrt().reshape(-1, objective.loss.unit).sum(1)
         if objective.loss.has_z0 and work.kl_answers.size:
-            off = off + limit * float(np.sqrt(work.kl_answers.max()))
+            off = off + self.limit * float(np.sqrt(work.kl_answers.max()))
         slope = 1.0 if objective.loss.per_token else objective.beta
         room = (slope * off).repeat_interleave(objective.loss.unit) + 1e-9
         refs, value = work.labels.ref_logps, objective.loss.start

@@ -104,12 +104,14 @@ class Stepper:
 
         return attempt(once, "the largest micro-batch", again=not self.policy.waits_in_backward)
 
-    def evaluate(self) -> Evaluated | None:
-        """Collective. Held-out rows under the policy as it is; None without such rows."""
+    def evaluate(self, step: int) -> Evaluated | None:
+        """Collective. Held-out rows under the policy as it is, after `step` updates; None without such rows."""
         prepared, refs = self.prepared, self.refs.heldout
         heldout, objective = prepared.heldout, prepared.objective
         if heldout is None or refs is None:
             return None
+        # before the first one every reward is 0, and what rounding leaves of it is no order of the rows
+        start = self._start_check() if step == 0 else None
 
         def evaluated(cutting: Cutting) -> Evaluated:
             again = not self.policy.waits_in_forward
@@ -124,6 +126,7 @@ class Stepper:
                 label_smoothing=objective.label_smoothing,
                 sft_weight=objective.sft_weight,
                 class_weights=prepared.class_weights,
+                rounding=0.0 if start is None else start.limit,
             )
 
         return self.memory.within(evaluated, lambda: None)
