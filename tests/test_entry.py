@@ -36,7 +36,7 @@ def _job(folder: Path, errors: Errors, agreed: bool) -> int:
 
 def said(folder: Path) -> str:
     """Without what torch itself says of connections that have closed."""
-    return "".join((folder / f"said-{rank}").read_text().partition("[rank")[0] for rank in range(3))
+    return "".join((folder / f"said-{rank}").read_text().partition("\n[rank")[0] for rank in range(3))
 
 
 @pytest.mark.parametrize(
