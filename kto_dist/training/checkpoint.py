@@ -79,9 +79,16 @@ def folder(output: str | Path) -> Path:
     return Path(output) / "checkpoints"
 
 
-def save(policy: Policy, output: str | Path, state: State, keep: int) -> Path:
-    """Collective. Returns the finished checkpoint's folder. Raises `UserError` where a disk does not take it."""
-    name = f"step-{state.step:08d}"
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(policy: Policy, output: str | Path, state: State, keep: int, best: int | None = None) -> Path:
+    """Collective. Returns the finished checkpoint's folder; beside the `keep` newest, that of step `best` stays.
+
+    Raises `UserError` where a disk does not take it.
+    """
+    name = name_of(state.step)
     root = folder(output)
     partial = root / f".partial-{name}"
 
@@ -96,7 +103,8 @@ def save(policy: Policy, output: str | Path, state: State, keep: int) -> Path:
         os.replace(partial, root / name)
         flush(root)
         for old in _names(root)[keep:]:
-            shutil.rmtree(root / old)
+            if best is None or old != name_of(best):
+                shutil.rmtree(root / old)
 
     with disks.refusals(f"the checkpoint of step {state.step}", "train.output", root):
         agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
@@ -230,6 +238,11 @@ def clear(output: str | Path) -> None:
     for path in [*root.glob(".*"), *folder(root).glob(".*")]:
         if TEMPORARY.fullmatch(path.name) or path.name.startswith((".done-", ".seen-")):
             path.unlink(missing_ok=True)
+
+
+def steps(output: str | Path) -> set[int]:
+    """Of the checkpoints that are there, whole or not."""
+    return {int(name.removeprefix("step-")) for name in _names(folder(output))}
 
 
 def _names(root: Path) -> list[str]:

@@ -15,12 +15,13 @@ from kto_dist.base.config import (
     Positive,
     PositiveFloat,
     Section,
+    Text,
     build,
     current_names,
     resolve,
 )
 from kto_dist.data.config import DataConfig
-from kto_dist.evaluation.config import EvaluateConfig
+from kto_dist.evaluation.config import EvaluateConfig, better_way
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
 from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.objective.losses import LOSSES
@@ -59,6 +60,10 @@ class TrainConfig(Section):
     logits_dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: fp32, but bf16 for a bf16 model on the CPU, whose matmul gives nothing else"
     )
+    stop_after: Positive | None = Field(
+        None,
+        description="evaluations without a better one, by `checkpoint.best`, that end the run; null: never",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="row order and KL pairs are a function of it")
     deterministic: bool = Field(
         False, description="the same bits from every run on the same GPUs; slower, see docs/engine-notes.md"
@@ -75,6 +80,11 @@ class CheckpointConfig(Section):
         "export is done",
     )
     keep: Positive = Field(2, description="newest checkpoints that stay on disk")
+    best: Text | None = Field(
+        None,
+        description="held-out figure, as heldout/auc: the best evaluation's checkpoint stays beside the newest and is"
+        " what is exported; null: the last step",
+    )
     resume: Literal["auto"] | bool = Field(
         "auto",
         description="auto: go on from the newest whole checkpoint; true: insist on one; false: refuse any",
@@ -132,6 +142,7 @@ class Config(Section):
                 f"objective.kl_pairs_per_step ({pairs}) must be at most train.global_batch "
                 f"({self.train.global_batch}): each row has one partner"
             )
+        self._check_best()
         for name, tokens, unit in (
             ("train.tokens_per_microbatch", self.train.tokens_per_microbatch, loss.unit),
             ("reference.tokens_per_batch", self.reference.tokens_per_batch, 1),
@@ -143,6 +154,25 @@ class Config(Section):
                     f"the longest {what} must fit on a device; raise it, or lower data.max_length"
                 )
         return self
+
+    def _check_best(self) -> None:
+        best = self.checkpoint.best
+        if best is None and self.train.stop_after is not None:
+            raise ValueError(
+                f"train.stop_after ({self.train.stop_after}) needs checkpoint.best: the held-out figure that is to get "
+                "better, as heldout/auc"
+            )
+        if best is None:
+            return
+        try:
+            better_way(best, self.data.heldout_names)
+        except ValueError as error:
+            raise ValueError(f"checkpoint.best: {error}") from None
+        if self.data.heldout is None or self.evaluate.every_steps is None:
+            raise ValueError(
+                f"checkpoint.best ({best}) needs data.heldout and evaluate.every_steps: without them there is one "
+                "evaluation after training, and nothing to choose from"
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "Config":

@@ -1,14 +1,19 @@
-"""A run's evaluations on held-out rows: each is a line in the folder, and points in MLflow."""
+"""A run's evaluations on held-out rows: each is a line in the folder, and points in MLflow; the best one of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from kto_dist.base import comm
 from kto_dist.base.console import Console
 from kto_dist.evaluation.figures import Evaluated, Findings, figures_of, findings
 from kto_dist.evaluation.slices import sets_of, slices_of
+from kto_dist.model.engines import Policy
 from kto_dist.model.memory import NeedsRestart
 from kto_dist.record.run_folder import read_lines
+from kto_dist.training import checkpoint
+from kto_dist.training.best import Best, weights_of
 from kto_dist.training.run import Run
 from kto_dist.training.stepper import Stepper
 
@@ -20,6 +25,28 @@ class Evaluations:
     stepper: Stepper
     run: Run
     console: Console
+    best: Best | None = field(init=False)
+    """None where `checkpoint.best` is."""
+    last: dict[str, Any] | None = field(default=None, init=False)
+    """What the last evaluation found."""
+
+    def __post_init__(self) -> None:
+        """Collective."""
+        self.best = Best.of(self.stepper.prepared.config)
+        lines = comm.broadcast(read_lines(self.run.folder.heldout))
+        if lines:
+            self.last = {name: value for name, value in lines[-1].items() if name != "step"}
+        if self.best is not None:
+            self.best.remember(lines, comm.broadcast(checkpoint.steps(self.run.folder.path)))
+
+    @property
+    def ended(self) -> bool:
+        """Whether `train.stop_after` evaluations have been no better."""
+        return self.best is not None and self.best.exhausted
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether the policy after `step` updates is the best so far, or the last one."""
+        return self.best is not None and (self.best.step == step or self.best.exhausted)
 
     def at(self, step: int) -> dict[str, Any] | None:
         """Collective. The held-out figures after `step` updates, on rank 0 with intervals; None without such rows."""
@@ -49,7 +76,35 @@ class Evaluations:
         return findings(rows, sets=sets, slices=slices_of(heldout, [name for name, _ in sources]))
 
     def _note(self, step: int, found: Findings) -> dict[str, Any]:
+        self.last = found.to_dict()
+        if self.best is not None:
+            self.best.note(step, found.figures)
         if comm.is_main():
             self.run.write(self.run.folder.heldout, {"step": step, **found.to_dict()})
             self.run.tracker.log(step, {f"heldout/{name}": value for name, value in found.figures.items()})
-        return found.to_dict()
+        return self.last
+
+    def model(self, policy: Policy, done: int) -> dict[str, Tensor] | None:
+        """Collective. The weights to export, on rank 0; `last` is about them from here on, and the policy is done with.
+
+        They are those of the best evaluation, where one is asked for and its checkpoint is whole.
+        """
+        best, say = self.best, self.console.say
+        if best is None or best.step is None:
+            return policy.weights()
+        if best.worse_than_the_start:
+            self.console.warn(
+                f"no evaluation has a better {best.name} than the model before training: what is exported is the best "
+                "after an update, and the model that training began with may be the better one"
+            )
+        if best.step == done:
+            return policy.weights()
+        saved = checkpoint.folder(self.run.folder.path) / checkpoint.name_of(best.step)
+        if wrong := checkpoint.damage(saved):
+            self.console.warn(f"the best checkpoint {saved} is damaged ({wrong[0]}): the last step is exported")
+            best.lost |= {step for step, _ in best.noted} - {done}
+            return policy.weights()
+        say(f"the best {best.name} ({best.value:.4g}) was that of step {best.step}: its checkpoint is exported")
+        lines = comm.broadcast(read_lines(self.run.folder.heldout))
+        self.last = {n: v for line in lines if line["step"] == best.step for n, v in line.items() if n != "step"}
+        return weights_of(policy, saved, self.stepper.prepared.dtype)

@@ -87,7 +87,7 @@ def export_checkpoint(run: Path, step: int | None, target: Path | None, console:
         lines = [line for line in read_lines(folder.metrics) if line["step"] == state.step]
         with disks.refusals("the export", "its folder", target):
             export(
-                _cast(weights, _dtype_of(state, found)),
+                in_dtype(weights, _dtype_of(state, found)),
                 target,
                 model_config=load_config(model.path, model.gguf_file),
                 generation_config=_generation_config(model.path),
@@ -126,7 +126,7 @@ def _dtype_of(state: checkpoint.State, found: Path) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(noted) or getattr(torch, noted)
 
 
-def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def in_dtype(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tied weights stay one tensor, and are saved once."""
     done: dict[tuple[int, torch.Size], Tensor] = {}
     for tensor in weights.values():

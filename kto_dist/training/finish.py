@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from kto_dist.record import report
 from kto_dist.record.environment import environment_tags
 from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.training import checkpoint
+from kto_dist.training.best import Best
 from kto_dist.training.card import model_card, say_outcome
 from kto_dist.training.export import export
 from kto_dist.training.heavy import NAMED, heavy_rows
@@ -23,28 +24,44 @@ from kto_dist.training.prepare import PreparedTraining, account, counts
 from kto_dist.training.run import Goodbye, Run
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a loop leaves to be told."""
+
+    steps: int
+    """Done."""
+    last: dict[str, Any]
+    """The last step's line of metrics."""
+    before: dict[str, Any] | None
+    """Held-out figures before the first update."""
+    after: dict[str, Any] | None
+    """Held-out figures of the weights that are exported."""
+    best: Best | None
+    tokens: int
+    """Of this process's steps."""
+    memory: list[str]
+    """What was said when it ran out."""
+
+
 def finish(
     policy: Policy,
+    weights: dict[str, Tensor] | None,  # to export; on rank 0
     prepared: PreparedTraining,
     refs: ReferenceLogps,
     run: Run,
     console: Console,
-    last: dict[str, Any],  # the last step's line of metrics
-    heldout: dict[str, dict[str, Any] | None],  # before, after
-    tokens: int,  # of this process's steps
-    memory: list[str],  # what was said when it ran out
+    outcome: Outcome,
     goodbye: Goodbye,
 ) -> dict[str, Any]:
-    """Collective. Exports the policy, frees it, and writes what rank 0 has to say. Returns the summary."""
-    console.phase("export")
-    weights = policy.weights()
+    """Collective. Exports the weights, frees the policy, writes what rank 0 has to say. Returns the summary."""
     generation = getattr(policy.model.lm, "generation_config", None)
     console.end()
     heavy = heavy_rows(prepared.plan, prepared.train, prepared.class_weights)
     summary = {
-        "steps": prepared.plan.steps,
-        "training": last,
-        "heldout": heldout,
+        "steps": outcome.steps,
+        "training": outcome.last,
+        "heldout": {"before": outcome.before, "after": outcome.after},
+        "best": None if outcome.best is None else outcome.best.to_dict(),
         "data": {
             "train": {
                 **account(prepared.train, [name for name, _ in prepared.config.data.train_sources]),
@@ -73,8 +90,8 @@ def finish(
         "kernels": prepared.kernels,
         "packing": prepared.cutting.packed,
         "versions": environment_tags(),
-        "tokens": tokens,
-        "memory": memory,
+        "tokens": outcome.tokens,
+        "memory": outcome.memory,
         "seconds": console.seconds,
         "export": str(run.folder.export),
         "mlflow": {"uri": run.tracker.uri, "run_id": run.mlflow_run},

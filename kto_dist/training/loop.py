@@ -28,16 +28,16 @@ from kto_dist.model.engines import AdamW, Policy
 from kto_dist.model.memory import NeedsRestart
 from kto_dist.model.options import zero_stage
 from kto_dist.objective.metrics import source_metrics
-from kto_dist.record.run_folder import read_lines
 from kto_dist.record.tracker import Status
 from kto_dist.reference.logps import ReferenceLogps, score_reference
 from kto_dist.reference.record import PassRecord
 from kto_dist.training import checkpoint
 from kto_dist.training.ahead import ahead
+from kto_dist.training.best import Best
 from kto_dist.training.config import Config
 from kto_dist.training.evaluations import Evaluations
 from kto_dist.training.figures import FEW, due, is_sound, line_of, long_way, step_figures
-from kto_dist.training.finish import finish
+from kto_dist.training.finish import Outcome, finish
 from kto_dist.training.health import Monitor
 from kto_dist.training.heavy import heavy_rows, warning
 from kto_dist.training.prepare import PreparedTraining, find, prepare_training, wanted
@@ -116,7 +116,8 @@ def _train(
     monitor = Monitor(config.health)
     stepper = Stepper(prepared, refs, policy, console)
     stepper.try_largest()
-    first, last, tokens = run.state.step, {}, 0
+    first = done = run.state.step
+    last, tokens = run.last_line(), 0
     console.phase("training")
     evaluations = Evaluations(stepper, run, console)
     before = evaluations.at(0) if first == 0 else evaluations.first()
@@ -126,16 +127,14 @@ def _train(
         profiled(config.train.profile, run.folder.path, console) as tick,
     ):
         started = time.monotonic()
-        for work in ahead(stepper.work, range(first, plan.steps)):
+        for work in ahead(stepper.work, range(first, first if evaluations.ended else plan.steps)):
             result = stepper.run(work)
             tick()
             seconds, started = time.monotonic() - started, time.monotonic()
             done, tokens = result.step, tokens + result.tokens
             last = step_figures(result, work, cost, seconds, steps_per_epoch=plan.steps_per_epoch, unit=plan.unit)
             last |= source_metrics(result.table, prepared.train.source[result.rows], config.data.source_names)
-            if comm.is_main():
-                run.write(run.folder.metrics, last)
-                run.tracker.log(done, {name: value for name, value in last.items() if name != "step"})
+            run.log(last)
             show(done, line_of(last))
             if watch is not None:
                 watch(result)
@@ -148,10 +147,11 @@ def _train(
             if due(config.evaluate.every_steps, done) and done < plan.steps:
                 evaluations.at(done)
                 started = time.monotonic()
-            saving = due(config.checkpoint.every_steps, done) or done == plan.steps or signalled or stopping
+            saving = due(config.checkpoint.every_steps, done) or evaluations.wants_checkpoint(done)
+            saving = saving or done == plan.steps or signalled or bool(stopping)
             # a broken step must not push a sound checkpoint out
             if saving and is_sound(last):
-                _save(policy, prepared, run, console, done)
+                _save(policy, prepared, run, console, done, evaluations.best)
                 started = time.monotonic()
             if signalled or (done == plan.steps and comm.any_(terminated())):
                 raise Stopped(run.stopped_by_signal(done, plan.steps), TERMINATED)
@@ -159,13 +159,24 @@ def _train(
                 raise Stopped(stopping[0].message, FAILED)
             if done - first == FEW and (long := long_way(plan.steps - done, seconds)):
                 console.warn(long)
+            if evaluations.ended:
+                break
 
     goodbye.where = "after the last step; the same command evaluates and exports the model of its checkpoint"
-    after = evaluations.at(plan.steps)
-    lines = read_lines(run.folder.metrics) if not last else []
-    heldout = {"before": before, "after": after}
-    said, last = stepper.memory.halved, last or (lines[-1] if lines else {})
-    return finish(policy, prepared, refs, run, console, last, heldout, tokens, said, goodbye)
+    if done == plan.steps:
+        evaluations.at(done)
+    console.phase("export")
+    weights = evaluations.model(policy, done)
+    outcome = Outcome(
+        steps=done,
+        last=last,
+        before=before,
+        after=evaluations.last,
+        best=evaluations.best,
+        tokens=tokens,
+        memory=stepper.memory.halved,
+    )
+    return finish(policy, weights, prepared, refs, run, console, outcome, goodbye)
 
 
 def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Policy:
@@ -197,10 +208,11 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Poli
     return policy
 
 
-def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console, step: int) -> None:
+def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console, step: int, best: Best | None) -> None:
     """Collective."""
     console.phase("checkpoint")
     state = replace(run.now, step=step, mlflow_run=run.mlflow_run)
-    checkpoint.save(policy, run.folder.path, state, prepared.config.checkpoint.keep)
+    kept = None if best is None else best.step
+    checkpoint.save(policy, run.folder.path, state, prepared.config.checkpoint.keep, kept)
     run.saved = step
     console.phase("training")

@@ -18,7 +18,7 @@ from kto_dist.data.audited import Audited, audit_files, audit_tags
 from kto_dist.model.options import zero_stage
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
-from kto_dist.record.run_folder import RunFolder, append_line
+from kto_dist.record.run_folder import RunFolder, append_line, read_lines
 from kto_dist.record.tracker import NullTracker, Tracker
 from kto_dist.reference.record import PassRecord
 from kto_dist.reference.setup import local_folder
@@ -63,6 +63,17 @@ class Run:
         """Rank 0. One more line of metrics. Raises `UserError`."""
         with disks.refusals(f"the line of step {line['step']}", "train.output", self.folder.path):
             append_line(path, line)
+
+    def log(self, figures: dict[str, Any]) -> None:
+        """A step's line of metrics, in the folder and in MLflow. Raises `UserError`."""
+        if comm.is_main():
+            self.write(self.folder.metrics, figures)
+            self.tracker.log(figures["step"], {name: value for name, value in figures.items() if name != "step"})
+
+    def last_line(self) -> dict[str, Any]:
+        """Of the metrics of a run that goes on; {} of one that begins."""
+        lines = read_lines(self.folder.metrics)
+        return lines[-1] if lines else {}
 
 
 @dataclass(kw_only=True)
