@@ -8,9 +8,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles its CPU optimizer on first use: keep what it builds with the environment it is built for.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo test soak bench gpu figures lint docs setup clean
+.PHONY: demo compare test soak bench gpu figures lint docs setup clean
 demo: setup
 	$(BIN)/python launch/demo/run.py
+
+# SFT, KTO, KTO without z0 and DPO on the demo's thumbs: launch/demo/compare.yaml has the grid
+compare: setup
+	$(BIN)/python launch/demo/compare.py
 
 test: setup lint
 	$(BIN)/python -m pytest -m "not soak"

@@ -25,6 +25,7 @@ FLOORS = (
     ("objective", "reference"),
     ("evaluation",),
     ("training",),
+    ("comparison",),
     ("commands",),
 )
 # Below, and yet none of its business.

@@ -9,6 +9,7 @@ import pytest
 from kto_dist.base.config import resolve
 from kto_dist.commands.cli import main
 from kto_dist.commands.settings import settings_lines, settings_page
+from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.feedback import MiningConfig
 from kto_dist.training.config import Config
 
@@ -39,7 +40,7 @@ def test_the_table_of_minings_settings_is_what_its_config_says():
 
 
 def test_every_setting_that_a_document_names_exists():
-    known = {names(line) for kind in (Config, MiningConfig) for line in settings_lines(kind)}
+    known = {names(line) for kind in (ComparisonConfig, MiningConfig) for line in settings_lines(kind)}
     sections = {name.partition(".")[0] for name in known}
     for document, text in DOCUMENTS.items():
         if document in OTHERS_NAMES:
@@ -53,7 +54,7 @@ def test_every_setting_that_a_document_names_exists():
     "path", sorted([*ROOT.glob("launch/configs/*.yaml"), *ROOT.glob("launch/demo/*.yaml")]), ids=lambda path: path.name
 )
 def test_every_config_that_is_shipped_is_valid(path):
-    kind = MiningConfig if path.name == "mine.yaml" else Config
+    kind = {"mine.yaml": MiningConfig, "compare.yaml": ComparisonConfig}.get(path.name, Config)
     assert resolve(path, kind=kind)[0]
 
 

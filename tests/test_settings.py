@@ -10,8 +10,11 @@ from click.testing import CliRunner
 from kto_dist.base.config import resolve
 from kto_dist.commands.cli import EXAMPLES, main
 from kto_dist.commands.settings import settings_lines
+from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.feedback import MiningConfig
 from kto_dist.training.config import Config
+
+KINDS = {"mine": MiningConfig, "compare": ComparisonConfig}
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -19,7 +22,7 @@ def test_init_prints_a_config_that_is_valid_as_it_is(tmp_path, example):
     shown = CliRunner().invoke(main, ["init", example])
     assert shown.exit_code == 0
     (tmp_path / "config.yaml").write_text(shown.output)
-    config, origin = resolve(tmp_path / "config.yaml", kind=MiningConfig if example == "mine" else Config)
+    config, origin = resolve(tmp_path / "config.yaml", kind=KINDS.get(example, Config))
     assert set(origin.values()) == {"default", str(tmp_path / "config.yaml")}
     assert config.output.folder == "runs/mined" if isinstance(config, MiningConfig) else config.train.output
 
@@ -27,7 +30,7 @@ def test_init_prints_a_config_that_is_valid_as_it_is(tmp_path, example):
 def test_config_as_markdown_documents_every_setting_once():
     shown = CliRunner().invoke(main, ["config", "--markdown"])
     lines = settings_lines()
-    assert len(lines) == sum(len(section.annotation.model_fields) for section in Config.model_fields.values())
+    assert len(lines) == sum(len(section.annotation.model_fields) for section in ComparisonConfig.model_fields.values())
     assert [line for line in shown.output.splitlines() if line.startswith("| `")] == lines
 
 

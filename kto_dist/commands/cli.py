@@ -5,6 +5,7 @@ where a signal stopped the run.
 """
 
 import importlib.resources
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,11 @@ from kto_dist.base.secrets import masked
 from kto_dist.commands.settings import settings_page
 from kto_dist.commands.store import store
 from kto_dist.commands.words import options
+from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.model.config import check_model_path
 from kto_dist.training.config import Config
 
-EXAMPLES = ("demo", "one-gpu", "cluster", "mine")
+EXAMPLES = ("demo", "one-gpu", "cluster", "compare", "mine")
 STATUS = "Exit status: 0 on success, 2 on a mistake that you can fix, 143 after a SIGTERM, 1 on a failure."
 
 
@@ -42,6 +44,12 @@ def _command(job: Callable[..., Any]) -> Callable[..., Any]:
     """CONFIG and overrides as arguments."""
     job = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")(job)
     return click.argument("config", type=click.Path(path_type=Path))(job)
+
+
+def _kind(config: Path) -> type[Config]:
+    """A comparison's config where the file has that section. What else is wrong with the file is said by the reader."""
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    return ComparisonConfig if re.search(r"^compare:", text, re.MULTILINE) else Config
 
 
 _ranks = click.option(
@@ -66,7 +74,8 @@ def init(example: str) -> None:
     """Print a config to start from: `kto-dist init one-gpu > config.yaml`.
 
     demo (the default): a small model, some minutes on a laptop. one-gpu: one to three billion parameters on one large
-    GPU. cluster: eight billion on nodes of eight GPUs. mine: a log of feedback, for `audit` and `mine`.
+    GPU. cluster: eight billion on nodes of eight GPUs. compare: several losses on the same rows.
+    mine: a log of feedback, for `audit` and `mine`.
     """
     file = importlib.resources.files("kto_dist.commands") / "examples" / f"{example}.yaml"
     click.echo(file.read_text(encoding="utf-8"), nl=False)
@@ -79,17 +88,19 @@ def init(example: str) -> None:
 def show_config(config: Path | None, overrides: tuple[str, ...], markdown: bool) -> None:
     """Print every setting of CONFIG: its value, where the value comes from, and what it means.
 
-    CONFIG is a training run's YAML file. SECTION.KEY=VALUE overrides come last and win, as in `train.lr=1e-6`.
+    CONFIG is a training run's YAML file, or a comparison's. SECTION.KEY=VALUE overrides come last and win, as in
+    `train.lr=1e-6`.
     """
     if markdown:
         click.echo(settings_page(), nl=False)
         return
     if config is None:
         raise click.UsageError("Missing argument 'CONFIG': give a YAML file, such as `kto-dist init` prints.")
-    resolved, origin = resolve(config, overrides, kind=Config)
+    kind = _kind(config)
+    resolved, origin = resolve(config, overrides, kind=kind)
     table = Table("setting", "value", "from", "meaning", box=None, pad_edge=False)
     for section, key, value in flatten(resolved):
-        meaning = keys(sections(Config)[section])[key]
+        meaning = keys(sections(kind)[section])[key]
         table.add_row(f"{section}.{key}", masked(str(value)), origin[f"{section}.{key}"], meaning)
     # piped output is for grep: one line a setting, however long
     Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
@@ -152,20 +163,60 @@ def evaluate(ranks: int | None, **words: Any) -> None:
     raise SystemExit(launcher.run("evaluate", words_of(asked), ranks, folder=judged.output.absolute().parent))
 
 
+@main.command(short_help="Train by several losses, and compare them on held-out rows.")
+@click.option("--print", "only_print", is_flag=True, help="Write the runs' configs, print their commands, and exit.")
+@_ranks
+@_command
+def compare(config: Path, overrides: tuple[str, ...], ranks: int | None, only_print: bool) -> None:
+    """Train by SFT, KTO, its variant without z0 and DPO on the same rows, tokens and reference store; compare them.
+
+    CONFIG is that of `train`, with a section `compare` (methods, lr, beta, budget, choose_by) that says what is tried;
+    SECTION.KEY=VALUE overrides come last and win, as in `compare.lr=[1e-6,5e-6]`. train.output is the folder of all
+    runs. Half of the held-out prompts choose lr and beta, the other half is reported, with paired intervals, in
+    comparison.html and comparison.json. Runs go one after the other; what is done stays done.
+
+    On a cluster, --print gives the commands of the runs; when these are done, this command without it compares them.
+    """
+    from kto_dist.base.console import Console
+    from kto_dist.commands import launcher
+    from kto_dist.commands.entry import quiet
+    from kto_dist.comparison.compare import commands_of
+    from kto_dist.comparison.compare import compare as compared
+    from kto_dist.comparison.plan import Planned
+
+    settings = resolve(config, overrides, kind=ComparisonConfig)[0]
+    check_model_path("model.path", settings.model.path)
+    if only_print:
+        for line in commands_of(settings):
+            click.echo(line)
+        return
+    quiet()
+    uri = settings.tracking.uri
+    # files of settings hold no passwords
+    beside = [f"tracking.uri={uri}"] if uri and masked(uri) != uri else []
+
+    def run_one(run: Planned) -> int:
+        return launcher.run("train", [str(run.file), *beside], ranks, folder=run.folder.path)
+
+    done = compared(settings, run_one, Console())
+    if isinstance(done, int):
+        raise SystemExit(done)
+
+
 @main.command(short_help="Count the pairs that DPO could use.")
 @_command
 def pairs(config: Path, overrides: tuple[str, ...]) -> None:
     """Count the pairs that DPO (objective.loss: dpo) could use of CONFIG's rows, by every rule of objective.pairs.
 
-    CONFIG and the overrides are those of `train`. A pair is a good and a bad answer to one prompt. Shows what each rule
-    leaves out, too; KTO uses all rows. Loads no weights and needs no GPU. It makes the
-    tokenised rows, which a run then finds in `data.cache`.
+    CONFIG and the overrides are those of `train` or `compare`. A pair is a good and a bad answer to one prompt. Shows
+    what each rule leaves out, too; KTO uses all rows. Loads no weights and needs no GPU. It makes the tokenised rows,
+    which a run then finds in `data.cache`.
     """
     from kto_dist.commands.entry import quiet
     from kto_dist.training.usable import usable_pairs
 
     quiet()
-    settings = Config.load(config, overrides)
+    settings = resolve(config, overrides, kind=_kind(config))[0]
     check_model_path("model.path", settings.model.path)
     table = Table("rows of", "objective.pairs", "pairs", "prompts", "rows used", "rows", box=None, pad_edge=False)
     for column in ("good alone", "bad alone", "left by the rule", "rated both ways"):

@@ -6,7 +6,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from kto_dist.base.config import Section, sections
-from kto_dist.training.config import Config
+from kto_dist.comparison.config import ComparisonConfig
 
 INTRODUCTION = """# Settings
 
@@ -14,11 +14,11 @@ Made by `make docs` from the config's own descriptions; `kto-dist config CONFIG`
 
 A config is one YAML file of sections. Overrides on the command line come last and win: `train.lr=1e-6`. An unknown key
 is an error that names the nearest known one. Paths are relative to the working directory. `auto` is decided by the rule
-in the setting's line.
+in the setting's line. The section `compare` is that of `kto-dist compare` alone.
 """
 
 
-def settings_page(kind: type[Section] = Config) -> str:
+def settings_page(kind: type[Section] = ComparisonConfig) -> str:
     """All of docs/settings.md: a table for every section."""
     parts = [INTRODUCTION]
     for name, section in sections(kind).items():
@@ -28,7 +28,7 @@ def settings_page(kind: type[Section] = Config) -> str:
     return "\n".join(parts)
 
 
-def settings_lines(kind: type[Section] = Config) -> list[str]:
+def settings_lines(kind: type[Section] = ComparisonConfig) -> list[str]:
     """A table's line for every setting of a config."""
     return [line for name, section in sections(kind).items() for line in section_lines(name, section)]
 

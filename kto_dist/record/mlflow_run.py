@@ -166,6 +166,12 @@ class MlflowRun(Tracker):
                 # Not `models:/id`: a database store looks that up at the tracking URI of the process, not at ours.
                 self._client.create_model_version(name, model.artifact_location, self.run_id, model_id=model.model_id)
 
+    def adopt(self, children: list[str]) -> None:
+        """Ids of runs that have ended: they are shown below this one from now on."""
+        with self._guarded("its children"):
+            for child in children:
+                self._client.set_tag(child, "mlflow.parentRunId", self.run_id)
+
     def finish(self, status: Status) -> None:
         """Sends what waits, stops the threads and closes the run. A second call does nothing."""
         if self._finished:

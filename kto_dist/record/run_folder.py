@@ -1,6 +1,6 @@
 """A run's folder: the files that a run writes line by line, and what a resumed run keeps of them.
 
-    config.yaml  metrics.jsonl  heldout.jsonl  checkpoints/  export/  summary.json  report.html
+    config.yaml  metrics.jsonl  heldout.jsonl  heldout-rows.npz  checkpoints/  export/  summary.json  report.html
 
 Rank 0 alone writes here; checkpoints have a module of their own.
 """
@@ -32,6 +32,11 @@ class RunFolder:
     def heldout(self) -> Path:
         """One line an evaluation."""
         return self.path / "heldout.jsonl"
+
+    @property
+    def heldout_rows(self) -> Path:
+        """Log-probs of the held-out rows at the last evaluation."""
+        return self.path / "heldout-rows.npz"
 
     @property
     def summary(self) -> Path:

@@ -44,6 +44,10 @@ class Tracker(ABC):
         """The exported model, where `tracking.log_model` or `.register` asks for it."""
 
     @abstractmethod
+    def adopt(self, children: list[str]) -> None:
+        """Ids of runs that have ended: they are shown below this one from now on."""
+
+    @abstractmethod
     def finish(self, status: Status) -> None:
         """Closes the run. A second call does nothing."""
 
@@ -69,5 +73,7 @@ class NullTracker(Tracker):
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None: ...
 
     def log_model(self, export_dir: str | Path) -> None: ...
+
+    def adopt(self, children: list[str]) -> None: ...
 
     def finish(self, status: Status) -> None: ...

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kto_dist.base import comm
 from kto_dist.base.console import Console
+from kto_dist.evaluation import kept
 from kto_dist.evaluation.figures import Evaluated, Findings, figures_of, findings
 from kto_dist.evaluation.slices import sets_of, slices_of
 from kto_dist.model.engines import Policy
@@ -56,6 +57,8 @@ class Evaluations:
         except NeedsRestart as failure:
             failure.step = step
             raise
+        if rows is not None and comm.is_main():
+            kept.write(self.run.folder.heldout_rows, rows)
         line = None if rows is None else self._note(step, self._findings(rows))
         self.console.phase("training")
         return line

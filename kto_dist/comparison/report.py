@@ -1,0 +1,188 @@
+"""A comparison's outcome -> one self-contained page, and lines for a terminal.
+
+The page is comparison.html.j2, autoescaped; its plots come in a light and a dark rendering.
+"""
+
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kto_dist.comparison.measure import Outcome, Row
+from kto_dist.record import report
+from kto_dist.record.theme import DARK, LIGHT, Theme, finish
+
+TITLES = {
+    "auc": "AUC",
+    "accuracy/pairs": "pairs",
+    "rewards/margin": "margin",
+    "rewards/desirable": "good",
+    "rewards/undesirable": "bad",
+}
+"""Of the columns; `MEANINGS` says more."""
+MEANINGS = {
+    "AUC": "chance that a good answer's log-ratio exceeds a bad one's, whatever their prompts",
+    "pairs": "share of pairs of a good and a bad answer to one prompt with the higher log-ratio at the good one",
+    "margin": "mean log-ratio of good answers minus that of bad ones, in nats",
+    "good, bad": "mean log-ratio, policy to start, in nats: below 0 the answers have become less likely",
+    "length": "Spearman's correlation of log-ratio and tokens of the answer",
+}
+
+
+def page_of(outcome: Outcome, name: str, commands: list[str], config: str) -> bytes:
+    folders = [Path(__file__).parent, Path(report.__file__).parent]
+    environment = Environment(
+        loader=FileSystemLoader(folders),
+        autoescape=True,  # not by the name of a file, which ends in .j2
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"show": report.show, "figure": _figure, "difference": _difference}
+    template = environment.get_template("comparison.html.j2")
+    page = template.render(
+        name=name,
+        outcome=outcome,
+        titles=TITLES,
+        meanings=MEANINGS,
+        plots=[_plot(title, text, draw, outcome) for title, text, draw in _PLOTS],
+        commands=commands,
+        config=config,
+    )
+    return page.encode("utf-8")
+
+
+def lines_of(outcome: Outcome) -> list[str]:
+    """The table, as text."""
+    head = ["method", "lr", "beta", *TITLES.values(), "length", "seconds"]
+    rows = [
+        [
+            row.method,
+            "" if row.lr is None else f"{row.lr:g}",
+            "" if row.beta is None else f"{row.beta:g}",
+            *(_figure(row, name) for name in TITLES),
+            "" if row.length is None else f"{row.length:+.2f}",
+            "" if row.cost is None else f"{sum(row.cost.seconds.values()):,.0f}",
+        ]
+        for row in outcome.rows
+    ]
+    apart = [
+        [f"{row.method} - {outcome.against}", "", "", *(_difference(row, name) for name in TITLES), "", ""]
+        for row in outcome.rows
+        if row.against
+    ]
+    widths = [max(len(line[place]) for line in [head, *rows, *apart]) for place in range(len(head))]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [head, *rows, *apart]
+    ]
+    return [
+        f"{outcome.heldout:,} held-out rows of {outcome.prompts[1]:,} prompts, {outcome.pairs:,} pairs among them",
+        f"lr and beta chosen by {outcome.choose_by} on {outcome.prompts[0]:,} other prompts, among "
+        f"{len(outcome.tried)} runs",
+        *table,
+        *(f"{title}: {meaning}" for title, meaning in MEANINGS.items()),
+    ]
+
+
+def _figure(row: Row, name: str) -> str:
+    if name not in row.figures:
+        return "–"
+    value, interval = row.figures[name], row.intervals.get(name)
+    return f"{value:.3g}" + ("" if interval is None else f" ({interval.low:.3g} to {interval.high:.3g})")
+
+
+def _difference(row: Row, name: str) -> str:
+    interval = row.against.get(name)
+    return "–" if interval is None else f"{interval.value:+.3g} ({interval.low:+.3g} to {interval.high:+.3g})"
+
+
+Draw = Callable[[Axes, Outcome, Theme], None]
+
+
+def _plot(title: str, text: str, draw: Draw, outcome: Outcome) -> dict[str, str]:
+    light, dark = (_drawn(draw, outcome, theme) for theme in (LIGHT, DARK))
+    return {"title": title, "text": text, "light": light, "dark": dark}
+
+
+def _drawn(draw: Draw, outcome: Outcome, theme: Theme) -> str:
+    figure = Figure(figsize=(5.6, 3.5), dpi=160, layout="constrained", facecolor=theme.paper)
+    draw(figure.subplots(), outcome, theme)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _told_apart(axes: Axes, outcome: Outcome, theme: Theme) -> None:
+    """Each method's AUC and its accuracy on pairs, with their intervals."""
+    names = [row.method for row in outcome.rows]
+    for name, shift, colour in (("auc", -0.12, "desirable"), ("accuracy/pairs", 0.12, "plain")):
+        rows = [(place, row) for place, row in enumerate(outcome.rows) if name in row.figures]
+        for number, (place, row) in enumerate(rows):
+            value, interval = row.figures[name], row.intervals.get(name)
+            low, high = (value, value) if interval is None else (interval.low, interval.high)
+            axes.errorbar(
+                [value],
+                [place + shift],
+                xerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+                fmt="o",
+                color=theme.colours[colour],
+                label=TITLES[name] if number == 0 else None,
+            )
+    axes.axvline(0.5, color=theme.ink, linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    finish(axes, theme, "", xlabel="share", whole_numbers=False)
+
+
+def _rewards(axes: Axes, outcome: Outcome, theme: Theme) -> None:
+    names = [row.method for row in outcome.rows]
+    for name, shift in (("desirable", -0.18), ("undesirable", 0.18)):
+        values = [row.figures.get(f"rewards/{name}", 0.0) for row in outcome.rows]
+        places = [place + shift for place in range(len(names))]
+        axes.barh(places, values, height=0.34, color=theme.colours[name], label=name)
+    axes.axvline(0, color=theme.ink, linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    finish(axes, theme, "", xlabel="log-ratio to the start, nats", whole_numbers=False)
+
+
+def _lengths(axes: Axes, outcome: Outcome, theme: Theme) -> None:
+    marks = ("o", "s", "^", "D", "v")
+    for number, row in enumerate(row for row in outcome.rows if row.cost is not None):
+        for name, style in (("desirable", "-"), ("undesirable", "--")):
+            points = [(band["tokens"], band[name]) for band in row.bands if name in band]
+            axes.plot(
+                [tokens for tokens, _ in points],
+                [ratio for _, ratio in points],
+                style,
+                marker=marks[number % len(marks)],
+                color=theme.colours[("desirable", "undesirable", "all", "plain")[number % 4]],
+                label=row.method if style == "-" else None,
+            )
+    axes.axhline(0, color=theme.ink, linewidth=0.8)
+    finish(axes, theme, "log-ratio, nats", xlabel="tokens of the answer", whole_numbers=False)
+
+
+_PLOTS: tuple[tuple[str, str, Draw], ...] = (
+    (
+        "Good told from bad",
+        "Right is better; 0.5 is a coin. AUC asks across prompts and pairs within them: a loss on pairs is never "
+        "taught the first. Bars are 95 % intervals over prompts.",
+        _told_apart,
+    ),
+    (
+        "What became likelier",
+        "Good answers should move right of bad ones. Where both fall, the model has left these answers for others.",
+        _rewards,
+    ),
+    (
+        "Rewards by length",
+        "Solid: good answers, dashed: bad ones. Lines that fall or rise together say that length is being learned.",
+        _lengths,
+    ),
+)

@@ -1,0 +1,204 @@
+"""Losses side by side: what is run, which half chooses, that nothing is scored twice, and what is told."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from mlflow import MlflowClient
+from ranks import run_ranks
+from tiny_runs import tiny_config, train_all
+
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.commands.cli import main
+from kto_dist.comparison.compare import compare
+from kto_dist.comparison.config import ComparisonConfig
+from kto_dist.comparison.measure import choose, halves
+from kto_dist.comparison.plan import planned
+from kto_dist.evaluation import kept
+
+
+def comparison(folder, model, log, **changes):
+    """Three short runs, unless told otherwise; `compare__key=value` changes what is tried."""
+    shared = {"data__heldout": 0.4, "train__max_steps": 4, "train__lr": 3e-3}
+    own = {name: value for name, value in changes.items() if name.startswith("compare__")}
+    rest = {name: value for name, value in changes.items() if name not in own}
+    tree = tiny_config(folder, model, log, **shared | rest).model_dump(mode="json", by_alias=True)
+    tree["compare"] = {"methods": ["sft", "kto", "dpo"]} | {name[9:]: value for name, value in own.items()}
+    return ComparisonConfig(**tree)
+
+
+def in_this_process(run):
+    run_ranks(train_all, 1, [run.config])
+    return 0
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, tiny_model, tiny_log):
+    folder = tmp_path_factory.mktemp("compare")
+    config = comparison(
+        folder,
+        tiny_model,
+        tiny_log,
+        compare__lr=[1e-4, 3e-3],
+        tracking__enabled=True,
+        tracking__uri=f"sqlite:///{folder / 'mlflow.db'}",
+    )
+    return config, compare(config, in_this_process, Console())
+
+
+def test_each_method_has_its_best_run_and_its_differences_to_kto(compared):
+    _, found = compared
+    assert [row.method for row in found.rows] == ["start", "sft", "kto", "dpo"]
+    assert len(found.tried) == 6
+    for method in ("sft", "kto", "dpo"):
+        tried = {run.name: run.figure for run in found.tried if run.method == method}
+        (chosen,) = (run.name for run in found.tried if run.method == method and run.chosen)
+        assert tried[chosen] == max(tried.values())
+    start, sft, kto, dpo = found.rows
+    assert start.figures["auc"] == start.figures["accuracy/pairs"] == 0.5
+    assert start.figures["rewards/margin"] == 0
+    assert not kto.against
+    for row in (sft, dpo):
+        for name, interval in row.against.items():
+            assert interval.value == pytest.approx(row.figures[name] - kto.figures[name])
+    assert "accuracy/pairs" in dpo.against
+
+
+def test_over_all_runs_each_pair_is_scored_once(compared):
+    config, found = compared
+    costs = [row.cost for row in found.rows if row.cost is not None]
+    assert all(cost.pairs == cost.from_store + cost.scored for cost in costs)
+    summaries = [json.loads(run.folder.summary.read_text())["reference"] for run in planned(config)]
+    assert found.scored == sum(summary["scored"] for summary in summaries)
+    # the second run of each method asks for what the first one asked for
+    assert [summary["scored"] for summary in summaries[1::2]] == [0, 0, 0]
+    # kto, the third run, has scored all rows: a loss on pairs of them finds every log-prob
+    assert summaries[4]["scored"] == 0
+    assert summaries[4]["pairs"] == summaries[4]["from_store"] > 0
+
+
+def test_what_is_told_has_every_method_and_no_text_that_could_be_a_script(compared):
+    config, _ = compared
+    page = (Path(config.train.output) / "comparison.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    for name in ("sft", "kto", "dpo", "start", "Differences to kto", "kto-dist train "):
+        assert name in page
+    assert "<script" not in page
+    facts = json.loads((Path(config.train.output) / "comparison.json").read_text())
+    assert facts["against"] == "kto"
+
+
+def test_mlflow_has_one_parent_and_the_runs_below_it(compared):
+    config, _ = compared
+    client = MlflowClient(config.tracking.uri)
+    (experiment,) = (e for e in client.search_experiments() if e.name == config.tracking.experiment)
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 6
+    assert parent.data.metrics["auc/start"] == 0.5
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"comparison.html", "comparison.json"}
+
+
+def test_what_is_done_is_not_run_again_and_another_comparison_in_its_place_is_refused(compared):
+    config, found = compared
+    again = compare(config, lambda run: pytest.fail("runs again"), Console())
+    assert again.rows == found.rows
+    other = config.model_copy(update={"objective": config.objective.model_copy(update={"sft_weight": 0.5})})
+    with pytest.raises(UserError, match=r"kto-lr0.0001-beta0.1 holds a finished run with other settings"):
+        compare(other, lambda run: pytest.fail("runs again"), Console())
+
+
+def test_a_run_that_fails_ends_the_comparison_with_its_status(tmp_path, tiny_model, tiny_log):
+    assert compare(comparison(tmp_path, tiny_model, tiny_log), lambda run: 143, Console()) == 143
+
+
+def test_rows_that_a_run_leaves_are_what_its_last_evaluation_saw(compared):
+    config, _ = compared
+    run = planned(config)[3]  # kto
+    rows, after = kept.read(run.folder.heldout_rows), json.loads(run.folder.summary.read_text())["heldout"]["after"]
+    for name in ("desirable", "undesirable"):
+        chosen = rows.desirable == (name == "desirable")
+        ratio = float(rows.column("reward").numpy()[chosen].mean())
+        assert run.beta * ratio == pytest.approx(after[f"rewards/{name}"])
+
+
+def test_a_prompts_rows_are_in_one_half_and_halves_are_a_function_of_prompts():
+    prompts = np.random.default_rng(0).integers(0, 9, 40)
+    half = halves(prompts)
+    for prompt in np.unique(prompts):
+        assert len(set(half[prompts == prompt].tolist())) == 1
+    order = np.random.default_rng(1).permutation(40)
+    assert (halves(prompts[order]) == half[order]).all()
+    assert len(np.unique(prompts[half])) == len(np.unique(prompts)) // 2
+
+
+def test_rows_of_one_half_keep_the_pairs_among_them():
+    rows = kept.of(
+        logps=np.array([-1.0, -2.0, -3.0, -4.0]),
+        ref_logps=np.zeros(4),
+        tokens=np.ones(4),
+        sign=np.array([1.0, -1.0, 1.0, -1.0]),
+        prompts=np.array([7, 7, 8, 8]),
+    )
+    half = kept.only(kept.paired(rows, np.array([[0, 1], [2, 3]])), np.array([False, False, True, True]))
+    assert half.pairs.tolist() == [[0, 1]]
+    assert half.column("logps").tolist() == [-3.0, -4.0]
+
+
+def test_without_a_figure_the_first_of_the_grid_is_chosen(tmp_path, tiny_model, tiny_log):
+    runs = planned(comparison(tmp_path, tiny_model, tiny_log, compare__methods=["kto"], compare__beta=[0.1, 0.2, 0.3]))
+    names = [run.name for run in runs]
+    assert choose(runs, dict.fromkeys(names, None))["kto"] is runs[0]
+    assert choose(runs, dict(zip(names, [0.4, 0.7, 0.7], strict=True)))["kto"] is runs[1]
+
+
+def test_each_run_has_the_settings_of_its_loss_alone(tmp_path, tiny_model, tiny_log):
+    config = comparison(
+        tmp_path,
+        tiny_model,
+        tiny_log,
+        objective__desirable_weight=1.4,
+        objective__sft_weight=0.2,
+        compare__methods=["sft", "kto", "apo_zero_unpaired", "dpo"],
+        compare__beta=[0.1, 0.3],
+    )
+    found = {run.name: run.config.objective for run in planned(config)}
+    assert sorted(found) == sorted(
+        ["sft-lr0.003"] + [f"{m}-lr0.003-beta{b}" for m in ("kto", "apo_zero_unpaired", "dpo") for b in (0.1, 0.3)]
+    )
+    assert found["dpo-lr0.003-beta0.3"].desirable_weight == "auto"
+    assert (found["kto-lr0.003-beta0.3"].desirable_weight, found["kto-lr0.003-beta0.3"].beta) == (1.4, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__heldout": None}, "data.heldout is null.*give a path, or a fraction"),
+        ({"compare__beta": [0.1] * 9}, "the grid has 19 runs, and compare.budget is 16"),
+        ({"compare__methods": ["kto", "kto"]}, "names one twice"),
+        ({"reference__path": "other"}, "reference.path .other. must be null"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_before_anything_runs(
+    tmp_path, tiny_model, tiny_log, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        comparison(tmp_path, tiny_model, tiny_log, **changes)
+
+
+def test_the_commands_for_a_cluster_are_printed_with_their_configs(tmp_path, tiny_model, tiny_log):
+    config = comparison(tmp_path, tiny_model, tiny_log)
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True)))
+    done = CliRunner().invoke(main, ["compare", str(path), "compare.methods=[kto,dpo]", "--print"])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert len(lines) == 2
+    for line, loss in zip(lines, ("kto", "dpo"), strict=True):
+        file = line.removeprefix("kto-dist train ")
+        assert yaml.safe_load(Path(file).read_text())["objective"]["loss"] == loss
