@@ -28,7 +28,7 @@ def test_a_settled_file_is_remembered_beyond_the_process(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"content")
     digest = sha256_once(path, settled=-1)
-    (entry,) = cache_folder().iterdir()
+    (entry,) = cache_folder("sha256").iterdir()
     assert digest in entry.read_text()
 
 
@@ -36,14 +36,14 @@ def test_a_young_file_is_not_remembered_beyond_the_process(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"content")
     sha256_once(path)
-    assert not cache_folder().exists()
+    assert not cache_folder("sha256").exists()
 
 
 def test_a_damaged_entry_is_not_believed(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"content")
     digest = sha256_once(path, settled=-1)
-    (entry,) = cache_folder().iterdir()
+    (entry,) = cache_folder("sha256").iterdir()
     entry.write_text(entry.read_text().replace(digest, "f" * 64))
     # other settings, so that what this process knows is not asked
     assert sha256_once(path, settled=-2) == digest

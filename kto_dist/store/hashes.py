@@ -4,13 +4,9 @@ A safetensors file is hashed tensor by tensor (name, dtype, shape, bytes), so wh
 with: the same tensors in one file or in ten, in another order or with other metadata, have the same hashes. Other
 formats (pickles, GGUF) are hashed as a whole.
 
-What is remembered stands in the user's cache folder, one small JSON file a weight file, under everything by which a
-file system tells files apart: device, inode, size, time of modification, time of change (which `touch` and `cp -p`
-can't set) and a sample of its content. A file whose time stamps are as young as the clock's granularity allows to be
-changed again unnoticed is hashed, but not remembered.
+What is remembered, and how a file is known to be the same, says `base.remembered`.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -24,11 +20,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kto_dist.base.errors import UserError
-from kto_dist.base.files import write_whole
+from kto_dist.base.remembered import (
+    REMEMBERED_FILES,
+    SAMPLES,
+    SETTLED_SECONDS,
+    changed,
+    file_identity,
+    is_settled,
+    recall,
+    remember,
+)
 
 BLOCK = 64 * 2**20
 """Bytes hashed by one thread at a time; part of what a hash means, so not to be changed."""
-_SAMPLE_BYTES = 4096
+_CACHE = "hashes"
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
@@ -37,11 +42,10 @@ class Hashing:
     """How files are read, told apart and remembered."""
 
     block: int = BLOCK
-    samples: int = 64
+    samples: int = SAMPLES
     """Places of a file that are read to tell it from itself before a change."""
-    settled_seconds: float = 10.0
-    """FAT keeps times to 2 s, object stores that are mounted to 1 s; the rest is for a server whose clock is behind."""
-    remembered_files: int = 500
+    settled_seconds: float = SETTLED_SECONDS
+    remembered_files: int = REMEMBERED_FILES
     pread: Callable[[int, int, int], bytes] = os.pread
     fstat: Callable[[int], os.stat_result] = os.fstat
 
@@ -86,7 +90,7 @@ def file_digests(paths: Sequence[Path], how: Hashing = HASHING) -> list[dict[str
                 raise UserError(f"{path} cannot be read ({error}): check the path and its permissions") from None
             started = time.time()
             key = _key(file, how)
-            known = _recall(key)
+            known: dict[str, str] | None = recall(_CACHE, key)
             jobs.append(known if known is not None else _begin(path, file, started, key, pool, how))
         return [job if isinstance(job, dict) else _finish(job, how) for job in jobs]
 
@@ -110,9 +114,9 @@ def _finish(job: _Job, how: Hashing) -> dict[str, str]:
         digests[part.label] = digest.hexdigest()
     after = how.fstat(job.file.fileno())
     if _key(job.file, how) != job.key:
-        raise UserError(f"{job.path} changed while it was read: start again when whatever writes it has ended")
-    if job.started - max(after.st_mtime, after.st_ctime) > how.settled_seconds:
-        _remember(job.key, digests, how)
+        raise changed(job.path)
+    if is_settled(after, job.started, how.settled_seconds):
+        remember(_CACHE, job.key, digests, how.remembered_files)
     return digests
 
 
@@ -152,40 +156,5 @@ def _parts(path: Path, file: BinaryIO) -> list[_Part]:
 
 
 def _key(file: BinaryIO, how: Hashing) -> str:
-    """A hash of all that tells this file from another one, and from itself before a change."""
-    stat = how.fstat(file.fileno())
-    known = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, Path(file.name).suffix]
-    digest = hashlib.sha256(json.dumps(known).encode())
-    for place in range(how.samples):
-        digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, place * stat.st_size // how.samples))
-    return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kto_dist" / "hashes"
-
-
-def _recall(key: str) -> dict[str, str] | None:
-    try:
-        entry = json.loads((cache_folder() / f"{key}.json").read_bytes())
-        digests: dict[str, str] = entry["digests"]
-        return digests if entry["checksum"] == _checksum(key, digests) else None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # RuntimeError: there is no home folder
-        return None
-
-
-def _remember(key: str, digests: dict[str, str], how: Hashing) -> None:
-    content = {"checksum": _checksum(key, digests), "digests": digests}
-    with contextlib.suppress(OSError, RuntimeError):  # without a cache one only waits longer the next time
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / f"{key}.json", json.dumps(content).encode())
-        # files that are gone: every checkpoint of a long run would stay here otherwise
-        entries = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for entry in entries[how.remembered_files :]:
-            entry.unlink(missing_ok=True)
-
-
-def _checksum(key: str, digests: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps([key, digests], sort_keys=True).encode()).hexdigest()
+    """With the file's kind: how it is hashed depends on it."""
+    return file_identity(file, Path(file.name).suffix, samples=how.samples, fstat=how.fstat)
