@@ -11,10 +11,11 @@ from log_formats import ANSWER, CHAT, FORMATS, LATER, NEXT, TALK, USER, in_every
 from mining import config_of, got, mined, mistake, removed, rows_of, write_log
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.json_pointer import MISSING
 from kto_dist.feedback import mine, pipeline
 from kto_dist.feedback.documents import Broken, loads
 from kto_dist.feedback.documents import rows as document_rows
-from kto_dist.feedback.pointers import MISSING, first, parse
+from kto_dist.feedback.pointers import first, parse
 
 # Pointers
 

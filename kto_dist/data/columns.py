@@ -3,11 +3,11 @@
 In:  a record as the file has it. Out: the same record under the known names.
 """
 
-import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from kto_dist.base import json_pointer
 
 TURNS = ("messages", "conversations", "conversation")
 GUESSES = ("question", "query", "input", "context")
@@ -32,33 +32,9 @@ def is_there(value: Any) -> bool:
     return value is not None and value != "" and value != [] and value != {}
 
 
-def find(record: Mapping[str, Any], name: str) -> tuple[bool, Any]:
-    """Whether a record has what `name` leads to, and what: a column, or a JSON pointer from a slash on (RFC 6901).
-
-    A number counts list elements from 0, a negative one from the end. A text on the way that is JSON is read as such.
-    """
-    if name in record:
-        return True, record[name]
-    if not name.startswith("/"):
-        return False, None
-    value: Any = record
-    for key in name[1:].split("/"):
-        key = key.replace("~1", "/").replace("~0", "~")
-        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-            with contextlib.suppress(ValueError, RecursionError):
-                value = json.loads(value)
-        if isinstance(value, Mapping) and key in value:
-            value = value[key]
-        elif isinstance(value, list) and key.lstrip("-").isdigit() and -len(value) <= int(key) < len(value):
-            value = value[int(key)]
-        else:
-            return False, None
-    return True, value
-
-
 def root_of(name: str) -> str:
     """The column that a name or a pointer starts from."""
-    return name[1:].split("/")[0].replace("~1", "/").replace("~0", "~") if name.startswith("/") else name
+    return json_pointer.keys_of(name)[0] if name.startswith("/") else name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +42,7 @@ class Mapped:
     """`data.columns` at work."""
 
     names: Mapping[str, str | None]
-    """Known name -> the log's own name or pointer; None: the log's column of this name is left out."""
+    """Known name -> the log's own name or JSON pointer (from a slash on); None: the log's column is left out."""
     found: set[str] = field(default_factory=set)
     """Known names whose columns some record had."""
 
@@ -82,8 +58,9 @@ class Mapped:
             if own is None:
                 renamed.pop(known, None)
                 continue
-            there, value = find(record, own)
-            if there:
+            path = (own,) if own in record or not own.startswith("/") else json_pointer.keys_of(own)
+            value = json_pointer.find(record, path)
+            if value is not json_pointer.MISSING:
                 self.found.add(known)
                 if root_of(own) not in self.names:
                     renamed.pop(root_of(own), None)

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kto_dist.base.json_pointer import MISSING, find, opened
 from kto_dist.base.vocabulary import role_of
 from kto_dist.feedback.config import MiningConfig
-from kto_dist.feedback.pointers import MISSING, find, opened, parse, text_of
+from kto_dist.feedback.pointers import parse, text_of
 
 # Where applications keep who speaks. One of the first that is there decides; of the others, one with a known role.
 _ROLES = ("role", "from", "message.role")

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kto_dist.base.json_pointer import MISSING, opened
 from kto_dist.feedback.chat import Bad, Node, Reader, Turn, is_tree
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.notices import IDS, PARENTS, Notices, named_by
 from kto_dist.feedback.picks import Frame, Picker
-from kto_dist.feedback.pointers import MISSING, opened, text_of
+from kto_dist.feedback.pointers import text_of
 from kto_dist.feedback.vote import Vote, with_more
 
 _MOST_VOTES = 1000  # of a row: their number is a part of a vote's key

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from kto_dist.base.json_pointer import opened
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.documents import loads
-from kto_dist.feedback.pointers import opened
 
 # Names of what a prompt, an answer or a vote may be, in rows of which other columns are mapped.
 _PARTS = {

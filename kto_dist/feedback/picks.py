@@ -7,8 +7,9 @@ Out: the row's `Frame`s, one a vote, and what each column says in one of them.
 from collections.abc import Sequence
 from typing import Any
 
+from kto_dist.base.json_pointer import MISSING
 from kto_dist.feedback.config import MiningConfig
-from kto_dist.feedback.pointers import MISSING, Each, Pointer, elements, first, parse, text_of
+from kto_dist.feedback.pointers import Each, Pointer, elements, first, parse, text_of
 
 Frame = tuple[tuple[Any, Any], ...]
 """(place, element) of each list that the vote lies in, from the row inwards."""

@@ -12,14 +12,12 @@ A text on the way that holds JSON is read as what it holds: exports put whole do
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# What is not there, in contrast to null.
-MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing", "__bool__": lambda self: False})()
+from kto_dist.base.json_pointer import MISSING, find, opened, unescaped
 
-_INDEX = re.compile(r"-?\d+")
 _BRACKETS = re.compile(r"""\[([^\[\]"']*(?:"[^"]*"[^\[\]"']*|'[^']*'[^\[\]"']*)*)\]""")
 
 
@@ -67,7 +65,7 @@ def parse(text: str) -> Pointer:
     keys: list[str] = []
     for part in _parts(text[1:]):
         key, *brackets = _cut_brackets(text, part)
-        keys.append(key.replace("~1", "/").replace("~0", "~"))
+        keys.append(unescaped(key))
         if brackets:
             wanted = [condition for bracket in brackets for condition in _conditions(text, bracket)]
             levels.append((tuple(keys), Each(tuple(wanted))))
@@ -111,35 +109,6 @@ def _conditions(text: str, bracket: str) -> Iterator[tuple[tuple[str, ...], str]
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         value = value[1:-1]
     yield keys, value
-
-
-def opened(value: Any) -> Any:
-    """What a text of JSON holds, where it holds a list or an object; other values as they are."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def find(value: Any, path: Sequence[str]) -> Any:
-    """The value below `value`, or MISSING."""
-    for key in path:
-        if isinstance(value, str):
-            value = opened(value)
-        if isinstance(value, dict):
-            if key not in value:
-                return MISSING
-            value = value[key]
-        elif isinstance(value, list) and _INDEX.fullmatch(key):
-            place = int(key) if len(key) < 10 else len(value)
-            if not -len(value) <= place < len(value):
-                return MISSING
-            value = value[place]
-        else:
-            return MISSING
-    return value
 
 
 def elements(value: Any, level: tuple[tuple[str, ...], Each]) -> list[tuple[Any, Any]] | None:

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.json_pointer import find, opened
 from kto_dist.base.vocabulary import ROLES
 from kto_dist.feedback.config import InputConfig, MiningConfig
 from kto_dist.feedback.documents import loads
 from kto_dist.feedback.mapping import END
 from kto_dist.feedback.mask import mask
 from kto_dist.feedback.notices import below_json
-from kto_dist.feedback.pointers import Pointer, find, first, opened
+from kto_dist.feedback.pointers import Pointer, first
 from kto_dist.feedback.presets import preset
 from kto_dist.feedback.records import records
 from kto_dist.feedback.sources import LogFile
