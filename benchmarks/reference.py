@@ -8,7 +8,7 @@ In:  a model folder and a log of thumbs. Out: a table, and with `--json` a file 
              they take turns. The medians of their rates count, and of the ratios within a turn, since what else
              runs on a machine slows a turn as a whole
 3. measure   from a loaded and checked model to stored log-probs, kto_dist's hashing of keys included; the bare
-             loop runs the same model over the same pairs, in batches of the same budget, with a plain head, and stores
+             loop runs the same model over the same pairs, in batches of as many tokens, with a plain head, and stores
              nothing
 4. before    finding a run's pairs and hashing their keys, for a million rows of short random tokens
 5. store     opening one of ten million pairs, and looking a step's rows up (`store.py`)

@@ -215,13 +215,13 @@ def test_a_plan_without_kl_has_no_pairs():
     assert prompts.size == completions.size == 0
 
 
-BUDGET = 40
-lengths_of_rows = st.lists(st.integers(1, BUDGET), max_size=40).map(lambda values: np.array(values, dtype=np.int64))
+TOKENS = 40
+lengths_of_rows = st.lists(st.integers(1, TOKENS), max_size=40).map(lambda values: np.array(values, dtype=np.int64))
 cuts = {"lengths": lengths_of_rows, "ranks": st.integers(1, 5), "packed": st.booleans()}
 
 
 def cut_all(lengths, ranks, packed):
-    return cut(lengths, budget=BUDGET, ranks=ranks, packed=packed)
+    return cut(lengths, tokens=TOKENS, ranks=ranks, packed=packed)
 
 
 @given(**cuts)
@@ -231,11 +231,11 @@ def test_every_pair_is_in_one_micro_batch_of_one_rank(lengths, ranks, packed):
 
 
 @given(**cuts)
-def test_no_micro_batch_exceeds_its_budget_padding_included(lengths, ranks, packed):
+def test_no_micro_batch_exceeds_its_tokens_padding_included(lengths, ranks, packed):
     for rank in cut_all(lengths, ranks, packed):
         for share in rank:
             kept = lengths[share]
-            assert (kept.sum() if packed else kept.max(initial=0) * kept.size) <= BUDGET
+            assert (kept.sum() if packed else kept.max(initial=0) * kept.size) <= TOKENS
 
 
 @given(**cuts)
@@ -269,17 +269,17 @@ def test_micro_batches_of_like_cost_meet_at_the_same_turn(lengths, ranks, packed
     assert all(min(turn) >= max(after) for turn, after in pairwise(turns))
 
 
-@given(count=st.integers(1, 60), length=st.integers(1, BUDGET), ranks=st.integers(1, 4), packed=st.booleans())
+@given(count=st.integers(1, 60), length=st.integers(1, TOKENS), ranks=st.integers(1, 4), packed=st.booleans())
 def test_equal_rows_need_as_few_micro_batches_as_can_be(count, length, ranks, packed):
-    needed = -(-count // (BUDGET // length))
+    needed = -(-count // (TOKENS // length))
     found = cut_all(np.full(count, length), ranks, packed)
     assert len(found[0]) == -(-needed // ranks)
 
 
 def test_padded_rows_share_a_micro_batch_with_their_like():
-    # sorted by length, each budget of 40 holds four of 10 or twenty of 2; mixed they would need padding
+    # sorted by length, a micro-batch of 40 holds four of 10 or twenty of 2; mixed they would need padding
     lengths = np.array([10, 2] * 4)
-    shares = cut(lengths, budget=40, ranks=1, packed=False)[0]
+    shares = cut(lengths, tokens=40, ranks=1, packed=False)[0]
     assert sorted(tuple(lengths[share]) for share in shares) == [(2, 2, 2, 2), (10, 10, 10, 10)]
 
 
@@ -290,9 +290,9 @@ def test_no_pairs_give_every_rank_one_empty_micro_batch(packed):
 
 
 @pytest.mark.parametrize("packed", (False, True))
-def test_a_row_longer_than_the_budget_raises_with_both_numbers(packed):
+def test_a_row_longer_than_a_micro_batch_raises_with_both_numbers(packed):
     with pytest.raises(ValueError, match="41.*40"):
-        cut_all(np.array([3, BUDGET + 1]), 1, packed)
+        cut_all(np.array([3, TOKENS + 1]), 1, packed)
 
 
 sequences_of_ids = st.lists(

@@ -25,7 +25,7 @@ from kto_dist.training.step import StepResult
 
 WORLDS = (1, 2, 4)
 STAGES = (0, 2, 3)
-BUDGETS = (96, 200, 4096)
+TOKENS = (96, 200, 4096)
 PACKING = (False, True)
 TOLERANCE = 1e-4
 
@@ -34,16 +34,16 @@ TOLERANCE = 1e-4
 def trajectories(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_log: Path
 ) -> dict[tuple[int, int, int, bool], Config]:
-    """Five steps in every combination of world size, ZeRO stage, token budget and packing."""
+    """Five steps in every combination of world size, ZeRO stage, tokens a micro-batch and packing."""
     folder = tmp_path_factory.mktemp("trajectories")
     configs = {}
-    for world, stage, budget, packing in itertools.product(WORLDS, STAGES, BUDGETS, PACKING):
-        configs[world, stage, budget, packing] = tiny_config(
+    for world, stage, tokens, packing in itertools.product(WORLDS, STAGES, TOKENS, PACKING):
+        configs[world, stage, tokens, packing] = tiny_config(
             folder,
             tiny_model,
             tiny_log,
-            train__output=str(folder / f"{world}-{stage}-{budget}-{packing}"),
-            train__tokens_per_microbatch=budget,
+            train__output=str(folder / f"{world}-{stage}-{tokens}-{packing}"),
+            train__tokens_per_microbatch=tokens,
             train__packing=packing,
             deepspeed__zero_stage=stage,
         )
@@ -53,11 +53,11 @@ def trajectories(
 
 
 @pytest.mark.parametrize("packing", PACKING)
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_batch_decides_not_the_cluster(trajectories, world, stage, budget, packing):
-    plain, config = trajectories[1, 0, 4096, False], trajectories[world, stage, budget, packing]
+def test_the_batch_decides_not_the_cluster(trajectories, world, stage, tokens, packing):
+    plain, config = trajectories[1, 0, 4096, False], trajectories[world, stage, tokens, packing]
     for expected, found in zip(metrics_of(plain), metrics_of(config), strict=True):
         for name in ("loss", "kl_raw", "grad_norm", "rewards/desirable", "rewards/undesirable"):
             assert found[name] == pytest.approx(expected[name], rel=TOLERANCE, abs=1e-6), (expected["step"], name)
@@ -67,10 +67,10 @@ def test_the_batch_decides_not_the_cluster(trajectories, world, stage, budget, p
         assert torch.norm(found[name] - tensor) <= TOLERANCE * torch.norm(tensor), name
 
 
-def test_a_micro_batch_is_never_cut_the_same_way_in_two_budgets(trajectories):
+def test_a_micro_batch_is_never_cut_the_same_way_for_two_numbers_of_tokens(trajectories):
     # otherwise the comparison above would compare a run with itself
-    tokens = {budget: _microbatches_of_first_step(trajectories[1, 0, budget, True]) for budget in BUDGETS}
-    assert len(set(tokens.values())) == len(BUDGETS)
+    first = {tokens: _microbatches_of_first_step(trajectories[1, 0, tokens, True]) for tokens in TOKENS}
+    assert len(set(first.values())) == len(TOKENS)
 
 
 def _microbatches_of_first_step(config: Config) -> int:

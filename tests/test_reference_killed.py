@@ -88,7 +88,7 @@ def _stored(config: Config) -> int:
 
 
 def kill_and_resume(tmp_path: Path, model: Path, log: Path, seed: int, kills: int) -> None:
-    """Kills a random rank at random moments; each pass has a world size and token budget of its own."""
+    """Kills a random rank at random moments; each pass has a world size and tokens per batch of its own."""
     draw = random.Random(seed)
     shard, lost, hits = 8, 0, 0
 

@@ -2,7 +2,7 @@
 
 1. `step_rows`      (seed, epoch, step) -> the rows of one optimizer step
 2. `kl_pairs`       (seed, epoch, step), rows -> prompts with another prompt's completion, to estimate z0
-3. `cut`            lengths, token budget, ranks -> micro-batches, balanced, the same number on every rank
+3. `cut`            lengths, tokens of a micro-batch, ranks -> micro-batches, balanced, the same number on every rank
 4. `collate`        the pairs of one micro-batch -> tensors
 5. `microbatches`   2 to 4 for a list of pairs: the one way from pairs to micro-batches, each made when it is its turn
 
@@ -147,37 +147,37 @@ def pair_tokens(
 def cut(
     lengths: np.ndarray,  # (P,) tokens of each pair
     *,
-    budget: int,  # tokens of one micro-batch, padding included
+    tokens: int,  # of one micro-batch at most, padding included
     ranks: int,
     packed: bool,
     unit: int = 1,  # neighbours that stay together: 2 for pairs
 ) -> list[list[np.ndarray]]:  # [rank][micro-batch] -> positions into `lengths`; all ranks have equally many
-    """Few micro-batches, each within the token budget, of nearly equal cost at the same turn of all ranks.
+    """Few micro-batches, each of so many tokens at most, of nearly equal cost at the same turn of all ranks.
 
     Packed: longest first into the emptiest bin that has room. Padded: neighbours in length share a micro-batch.
-    Some micro-batches may be empty. Raises `ValueError` where one row (or unit) alone exceeds the budget.
+    Some micro-batches may be empty. Raises `ValueError` where one row (or unit) alone has more.
     """
     # what a unit takes of a micro-batch
     sizes = lengths.reshape(-1, unit).sum(1) if packed else lengths.reshape(-1, unit).max(1, initial=0) * unit
-    if sizes.size and sizes.max() > budget:
+    if sizes.size and sizes.max() > tokens:
         what = "row" if unit == 1 else "pair"
-        raise ValueError(f"a {what} of {sizes.max()} tokens exceeds the budget of {budget} tokens a micro-batch")
+        raise ValueError(f"a {what} of {sizes.max()} tokens exceeds the {tokens} tokens of a micro-batch")
     order = np.argsort(-sizes, kind="stable")
-    bins = _packed_bins(sizes, order, budget, ranks) if packed else _padded_bins(sizes, order, budget, ranks)
+    bins = _packed_bins(sizes, order, tokens, ranks) if packed else _padded_bins(sizes, order, tokens, ranks)
     cost = np.array([sizes[b].sum() if packed else sizes[b].max(initial=0) * b.size for b in bins])
     turns = np.argsort(-cost, kind="stable").reshape(-1, ranks)
     rows = [(b[:, None] * unit + np.arange(unit)).ravel() for b in bins]
     return [[rows[turns[turn, rank]] for turn in range(turns.shape[0])] for rank in range(ranks)]
 
 
-def _packed_bins(lengths: np.ndarray, order: np.ndarray, budget: int, ranks: int) -> list[np.ndarray]:
-    count = ranks * max(1, -(-int(lengths.sum()) // (budget * ranks)))
+def _packed_bins(lengths: np.ndarray, order: np.ndarray, tokens: int, ranks: int) -> list[np.ndarray]:
+    count = ranks * max(1, -(-int(lengths.sum()) // (tokens * ranks)))
     while True:
         load = np.zeros(count, dtype=np.int64)
         members: list[list[int]] = [[] for _ in range(count)]
         for position in order:
             emptiest = int(load.argmin())
-            if load[emptiest] + lengths[position] > budget:
+            if load[emptiest] + lengths[position] > tokens:
                 break
             load[emptiest] += lengths[position]
             members[emptiest].append(position)
@@ -186,12 +186,12 @@ def _packed_bins(lengths: np.ndarray, order: np.ndarray, budget: int, ranks: int
         count += ranks
 
 
-def _padded_bins(lengths: np.ndarray, order: np.ndarray, budget: int, ranks: int) -> list[np.ndarray]:
+def _padded_bins(lengths: np.ndarray, order: np.ndarray, tokens: int, ranks: int) -> list[np.ndarray]:
     bins: list[np.ndarray] = []
     start = 0
     while start < order.size:
         width = max(1, int(lengths[order[start]]))
-        stop = min(order.size, start + budget // width)
+        stop = min(order.size, start + tokens // width)
         bins.append(order[start:stop])
         start = stop
     # a multiple of the number of ranks, by halving the costliest: idle ranks would wait for it anyway
@@ -343,7 +343,7 @@ def microbatches(
         examples, prompts, completions, cutting.max_length, cutting.prompt_limit
     )
     lengths = prompt_kept + completion_kept
-    shares = cut(lengths, budget=cutting.tokens, ranks=ranks, packed=cutting.packed, unit=unit)[rank]
+    shares = cut(lengths, tokens=cutting.tokens, ranks=ranks, packed=cutting.packed, unit=unit)[rank]
 
     def sequence(place: int) -> tuple[np.ndarray, np.ndarray]:
         return pair_tokens(

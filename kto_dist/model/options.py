@@ -39,7 +39,7 @@ def deepspeed_options(section: DeepspeedConfig, dtype: torch.dtype, clip: float)
         if device != "none":
             zero[target] = offload_options(device, section.nvme_path)
     options = {
-        # Micro-batches hold as many rows as their token budget does, and a step as many micro-batches as it needs:
+        # Micro-batches hold as many rows as fit into their tokens, and a step as many micro-batches as it needs:
         # the boundary of a step is set by hand, and these two only have to multiply to train_batch_size.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
