@@ -9,13 +9,13 @@ from kto_dist.data.batch import Plan, cut, step_rows
 
 @given(
     pairs=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=20),
-    budget=st.integers(40, 100),
+    tokens=st.integers(40, 100),
     ranks=st.integers(1, 3),
     packed=st.booleans(),
 )
-def test_a_pair_is_never_parted_and_fits_with_the_padding_that_it_needs(pairs, budget, ranks, packed):
+def test_a_pair_is_never_parted_and_fits_with_the_padding_that_it_needs(pairs, tokens, ranks, packed):
     lengths = np.array(pairs, dtype=np.int64).ravel()
-    shares = cut(lengths, budget=budget, ranks=ranks, packed=packed, unit=2)
+    shares = cut(lengths, tokens=tokens, ranks=ranks, packed=packed, unit=2)
     assert len({len(own) for own in shares}) == 1
     places = [place for own in shares for share in own for place in share.tolist()]
     assert sorted(places) == list(range(len(lengths)))
@@ -25,7 +25,7 @@ def test_a_pair_is_never_parted_and_fits_with_the_padding_that_it_needs(pairs, b
         )
         assert all(place % 2 == 0 for place in share[0::2])
         own = lengths[share]
-        assert (own.sum() if packed else own.max(initial=0) * own.size) <= budget
+        assert (own.sum() if packed else own.max(initial=0) * own.size) <= tokens
 
 
 def test_an_epoch_of_pairs_takes_each_pair_once_and_whole_ones_a_step():

@@ -173,7 +173,7 @@ def read_manifest(state: Path, settings: dict[str, Any]) -> list[Part]:
     if differing:
         raise UserError(
             f"input.state ({state}) was read under another {', '.join(differing)}: restore the setting, or delete the "
-            "folder (or give another) and all files of the log again"
+            "folder (or name another), and give all files of the log again"
         )
     for part in parts:
         if not part_path(state, part.digest).exists():
