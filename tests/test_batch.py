@@ -369,9 +369,9 @@ def test_tokens_count_everything_but_padding(sequences, packed):
 
 
 @pytest.mark.parametrize("packed", (False, True))
-def test_an_empty_micro_batch_is_one_position_and_no_completion(packed):
+def test_an_empty_micro_batch_is_a_few_positions_and_no_completion(packed):
     batch = collate([], np.zeros(0, np.int64), packed=packed)
-    assert batch.input_ids.shape == batch.position_ids.shape == (1, 1)
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, 8)
     assert batch.attention_mask is None and batch.tokens == 0
     assert batch.gather.numel() == batch.target.numel() == batch.lengths.numel() == batch.position.numel() == 0
 

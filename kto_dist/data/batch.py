@@ -255,22 +255,29 @@ class MicroBatch:
         )
 
 
+# Positions of a micro-batch without sequences. One alone would leave parameters that act from token to token without a
+# gradient (rwkv's decay), and ranks that sum up different gradients crash.
+_IDLE = 8
+
+
 def collate(
     sequences: list[tuple[np.ndarray, np.ndarray]],  # (prompt ids, completion ids) of S pairs, cut to length
     position: np.ndarray,  # (S,) their places in the list that was cut
     *,
     packed: bool,
 ) -> MicroBatch:
-    """One micro-batch. Without sequences it is one position and no completion row: a rank with nothing to do still
-    runs the model, because the others wait for its share of the weights."""
+    """One micro-batch. Without sequences it is a few positions and no completion row: a rank with nothing to do still
+    runs the model, because the others wait for its share of the weights and of every gradient."""
     lengths = np.array([len(p) + len(c) for p, c in sequences], dtype=np.int64)
-    width = int(lengths.sum() if packed else lengths.max(initial=0)) or 1
+    width = int(lengths.sum() if packed else lengths.max(initial=0)) or _IDLE
     rows = 1 if packed or not sequences else len(sequences)
     ids = np.zeros((rows, width), dtype=np.int64)
     positions = np.zeros((rows, width), dtype=np.int64)
     mask = np.zeros((rows, width), dtype=np.int64)
     starts = np.zeros(len(sequences), dtype=np.int64)
-    if len(sequences):
+    if not sequences:
+        positions[0] = np.arange(width)
+    else:
         starts = np.cumsum(lengths) - lengths if packed else np.arange(rows, dtype=np.int64) * width
 
     # sequences and runs of padding start and end here; an empty one has no place
