@@ -1,5 +1,6 @@
 """Exports load anywhere, and that of a checkpoint is what the run itself would have exported then."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,15 +10,17 @@ import torch
 from click.testing import CliRunner
 from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny import save_tiny
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from tiny_runs import tiny_config, train_all, weights_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.commands.cli import main
+from kto_dist.training.beside import unreadable
 from kto_dist.training.config import Config
-from kto_dist.training.export import export_checkpoint
+from kto_dist.training.export import export, export_checkpoint
+from kto_dist.training.prepare import prepare_training
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +128,58 @@ def test_what_cannot_be_exported_is_refused_with_what_there_is(trained, tmp_path
     with pytest.raises(UserError, match="holds no whole checkpoint$"):
         export_checkpoint(run, None, tmp_path / "x", Console())
     assert not (tmp_path / "x").exists()
+
+
+def write_export(target: Path, config: LlamaConfig, source: Path | None) -> Path:
+    weights = LlamaForCausalLM(config).state_dict()
+    export(weights, target, model_config=config, source=source, tokenizer=tiny_tokenizer(), card="a card")
+    return target
+
+
+def test_weights_that_are_dense_now_are_not_called_quantised(tmp_path):
+    packed = copy.deepcopy(tiny_llama().config)
+    packed.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    # the state dict that training leaves is dense
+    dense = copy.deepcopy(packed)
+    del dense.quantization_config
+    weights = LlamaForCausalLM(dense).state_dict()
+    export(weights, tmp_path / "out", model_config=packed, source=None, tokenizer=tiny_tokenizer(), card="")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert packed.quantization_config  # the run's own is as it was
+
+
+def test_generation_settings_processors_and_code_go_along_as_they_are(tmp_path):
+    source = tmp_path / "model"
+    source.mkdir()
+    files = {
+        # what transformers would refuse to save again
+        "generation_config.json": '{"do_sample": false, "temperature": 0.7, "eos_token_id": [1, 2]}',
+        "preprocessor_config.json": '{"image_processor_type": "X", "auto_map": {"AutoProcessor": "processing.P"}}',
+        "processor_config.json": "{}",
+        "processing.py": "class P: ...\n",
+    }
+    for name, text in files.items():
+        (source / name).write_text(text)
+    (source / "model.safetensors").write_text("the old weights")
+    out = write_export(tmp_path / "out", tiny_llama().config, source)
+    for name, text in files.items():
+        assert (out / name).read_text() == text
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_python_files_that_no_config_names_stay_behind(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "train.py").write_text("import os\n")
+    assert not list(write_export(tmp_path / "out", tiny_llama().config, tmp_path / "model").glob("*.py"))
+
+
+def test_generation_settings_that_cannot_be_read_are_told_before_training(tmp_path, tiny_log, capsys):
+    model = save_tiny(tmp_path / "model")
+    (model / "generation_config.json").write_text("{'temperature': 1")
+    config = tiny_config(tmp_path, model, tiny_log, train__max_steps=1)
+    run_ranks(train_all, 1, [config])
+    assert (Path(config.train.output) / "export" / "generation_config.json").read_text().startswith("{")
+    assert "generation_config.json of model.path" in str(unreadable(model))
+    assert "cannot be read" in str(unreadable(model))
+    prepare_training(config, Console())
+    assert "the export will have one made from" in capsys.readouterr().out

@@ -255,6 +255,19 @@ def check(examples: Examples, *, needs_both: bool = True, needs_pairs: bool, nam
         )
 
 
+def check_ids(examples: Examples, rows: int | None, whose: str, name: str = "data.train") -> None:
+    """Raises `UserError` where a token has no row in an embedding of so many `rows` (None: not known)."""
+    highest = max(
+        (int(ids.max()) for side in ("prompt", "completion") for _, ids in examples.token_chunks(side) if ids.size),
+        default=-1,
+    )
+    if rows is not None and highest >= rows:
+        raise UserError(
+            f"{name} has token {highest}, and the embedding of {whose} has {rows} rows (vocab_size): the tokenizer has "
+            "tokens that the model has not; give the model's own tokenizer, or a model whose embedding was resized"
+        )
+
+
 def is_whole(folder: Path) -> bool:
     """Whether the folder has all of its rows; what a crash or a full disk left behind has not. Reads no rows."""
     about = _about(folder)

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kto_dist.base import agree, comm
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
-from kto_dist.model.loading import load_model, set_modes
+from kto_dist.model.loading import load_model, refuse_packed, set_modes
 from kto_dist.model.options import claim_swap_folders, deepspeed_options, offload_options, release_swap_folder
 from kto_dist.model.trial import check_runs
 
@@ -117,6 +117,7 @@ class Policy:
                 trust_remote_code=section.trust_remote_code,
             )
         )
+        refuse_packed(lm, section.path)
         if section.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         set_modes(lm)

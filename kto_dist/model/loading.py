@@ -7,7 +7,6 @@ for weights that the files lack: transformers would draw them at random and go o
 """
 
 import copy
-import json
 import re
 from typing import Any
 
@@ -34,7 +33,7 @@ from kto_dist.model.memory import is_out_of_memory
 _AUTO = "AutoModelForCausalLM"
 
 # What transformers raises for a folder that it cannot make sense of.
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, json.JSONDecodeError, StrictDataclassError)
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
 
 
 def load_config(
@@ -49,6 +48,11 @@ def load_config(
     except _UNREADABLE as error:
         if _wants_trust(error):
             raise UserError(_untrusted(name, path)) from None
+        if isinstance(error, StrictDataclassError | ArithmeticError):
+            raise UserError(
+                f"{name} ({path}) has a config.json with a wrong value: {one_line(error)}; correct it, or take the "
+                "checkpoint's own"
+            ) from None
         raise UserError(
             f"{name} ({path}) holds no Hugging Face model: {one_line(error)}; give a folder with config.json and "
             "weights, or the name of a model on the hub"
@@ -188,6 +192,16 @@ def set_modes(lm: PreTrainedModel) -> None:
 
 
 _TRAIN_IN_TRAINING_MODE = {"reformer"}
+
+
+def refuse_packed(lm: PreTrainedModel, path: str) -> None:
+    """Raises `UserError` for weights that stay quantised in memory: they have no gradient."""
+    packed = [n for n, p in lm.named_parameters() if not p.is_floating_point() or p.element_size() < 2]
+    if packed:
+        raise UserError(
+            f"model.path ({path}) is quantised, and {len(packed)} of its tensors stay so in memory "
+            f"({shortened(packed, 3)}), where they cannot be trained: give the checkpoint in bf16, fp16 or fp32"
+        )
 
 
 def _in_one_dtype(lm: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -43,8 +43,9 @@ class Weights:
         said = []
         if self.unknown:
             said.append(
-                f"{name}: {len(self.unknown)} tensors of the files have no place in the model and are not used: "
-                f"{shortened(self.unknown)}; if they should be, config.json is another model's"
+                f"{name}: {len(self.unknown)} tensors of the files have no place in the model and are not used"
+                + " (nor exported)" * exported
+                + f": {shortened(self.unknown)}; if they should be, config.json is another model's"
             )
         if self.apart:
             said.append(

@@ -13,6 +13,7 @@ from functools import reduce
 from kto_dist.base import agree, comm
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
+from kto_dist.data.examples import check_ids
 from kto_dist.model import ops
 from kto_dist.model.causal_lm import ROUNDING, check_scoring
 from kto_dist.model.engines import Reference
@@ -55,6 +56,9 @@ def score_reference(
     `lists`: the training pairs, then the held-out ones if there are any. `begin` is called on every rank when it is
     clear that something has to be scored, before the reference is loaded. Raises `UserError`.
     """
+    vocabulary = getattr(setup.model_config.get_text_config(), "vocab_size", None)
+    for pairs in lists:
+        agree.together(lambda: check_ids(pairs.examples, vocabulary, setup.name, pairs.title))  # noqa: B023
     results: list[tuple[RefLogps, Outcome]] = []
     warnings = _Warnings(console)
     store = agree.together(lambda: Store(setup.store, fingerprint, warn=warnings.add, model=setup.path))

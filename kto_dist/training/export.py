@@ -3,6 +3,7 @@
 In:  weights, from the policy in memory or from a checkpoint of a run that has ended (`kto-dist export`).
 """
 
+import copy
 import os
 import shutil
 import uuid
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from kto_dist.base import disks
 from kto_dist.base.console import Console
@@ -19,6 +20,7 @@ from kto_dist.model import engine_files
 from kto_dist.model.loading import load_config, load_tokenizer
 from kto_dist.record.run_folder import RunFolder, read_lines
 from kto_dist.training import checkpoint
+from kto_dist.training.beside import beside, copy_beside, unreadable
 from kto_dist.training.card import checkpoint_card
 from kto_dist.training.config import Config
 from kto_dist.training.lock import RunLock
@@ -29,24 +31,25 @@ def export(
     target: Path,
     *,
     model_config: PretrainedConfig,
-    generation_config: GenerationConfig | None,
+    source: Path | None,
     tokenizer: PreTrainedTokenizerBase,
     card: str,
+    trust_remote_code: bool = False,
 ) -> None:
     """Rank 0. Writes a Hugging Face folder (safetensors, tokenizer, model card) and loads it back to check it.
 
-    The folder appears whole: it is written beside `target` and takes its place when the check has passed.
+    `source`: where the model's generation settings, processors and code lie, which go along. The folder appears whole:
+    it is written beside `target` and takes its place when the check has passed.
     """
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        shell = AutoModelForCausalLM.from_config(_dense(model_config), dtype=dtype, trust_remote_code=trust_remote_code)
     # the shell gives the names and the ties; the tensors are ours
-    if generation_config is not None:
-        shell.generation_config = generation_config
     shell.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
+    copy_beside(source, partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
 
     mask = os.umask(0)
@@ -54,12 +57,23 @@ def export(
     for file in partial.iterdir():  # safetensors writes for the owner alone
         file.chmod(0o666 & ~mask)
 
-    loaded = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype).state_dict()
-    wrong = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
+    lm = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = lm.state_dict()
+    # a family may load some in fp32, which holds every value of bf16
+    wrong = [n for n, t in weights.items() if n not in loaded or not torch.equal(loaded[n].to(t.dtype), t)]
     if wrong:
         raise RuntimeError(f"the export does not load back as it was written: {', '.join(wrong[:5])}")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
+
+
+def _dense(model_config: PretrainedConfig) -> PretrainedConfig:
+    """As the weights are now: those of a packed checkpoint were unpacked to be trained."""
+    config = copy.deepcopy(model_config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def export_checkpoint(run: Path, step: int | None, target: Path | None, console: Console) -> Path:
@@ -83,16 +97,20 @@ def export_checkpoint(run: Path, step: int | None, target: Path | None, console:
         state = checkpoint.read_state(found)
         model = config.model
         console.say(f"{found.name}, written by {state.world_size} ranks")
+        source = beside(model.path)
+        if text := unreadable(source):
+            console.warn(text)
         weights = engine_files.consolidated(found.parent, found.name, state.zero_stage)
         lines = [line for line in read_lines(folder.metrics) if line["step"] == state.step]
         with disks.refusals("the export", "its folder", target):
             export(
                 in_dtype(weights, _dtype_of(state, found)),
                 target,
-                model_config=load_config(model.path, model.gguf_file),
-                generation_config=_generation_config(model.path),
-                tokenizer=load_tokenizer(model.path, model.gguf_file),
+                model_config=load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code),
+                source=source,
+                tokenizer=load_tokenizer(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code),
                 card=checkpoint_card(config, state.step, lines[0] if lines else {}),
+                trust_remote_code=model.trust_remote_code,
             )
     finally:
         lock.release()
@@ -133,10 +151,3 @@ def in_dtype(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
         if (tensor.data_ptr(), tensor.shape) not in done:
             done[tensor.data_ptr(), tensor.shape] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return {name: done[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
-
-
-def _generation_config(path: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:  # it has none
-        return None

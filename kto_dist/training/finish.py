@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig
 
 from kto_dist.base import agree, comm, disks
 from kto_dist.base.console import Console
@@ -54,7 +53,6 @@ def finish(
     goodbye: Goodbye,
 ) -> dict[str, Any]:
     """Collective. Exports the weights, frees the policy, writes what rank 0 has to say. Returns the summary."""
-    generation = getattr(policy.model.lm, "generation_config", None)
     console.end()
     heavy = heavy_rows(prepared.plan, prepared.train, prepared.class_weights)
     summary = {
@@ -98,7 +96,7 @@ def finish(
     }
     policy.close()
     with disks.refusals("the export", "train.output", run.folder.path):
-        agree.on_main(lambda: None if weights is None else _write(weights, generation, prepared, run, summary, goodbye))
+        agree.on_main(lambda: None if weights is None else _write(weights, prepared, run, summary, goodbye))
     if prepared.config.checkpoint.every_steps is None:  # there are those alone that this process was to go on from
         agree.once_per_host(lambda: shutil.rmtree(checkpoint.folder(run.folder.path), ignore_errors=True))
     say_outcome(summary, run.folder.path, console)
@@ -107,7 +105,6 @@ def finish(
 
 def _write(
     weights: dict[str, Tensor],
-    generation: GenerationConfig | None,
     prepared: PreparedTraining,
     run: Run,
     summary: dict[str, Any],
@@ -119,9 +116,10 @@ def _write(
         weights,
         folder.export,
         model_config=prepared.model_config,
-        generation_config=generation,
+        source=prepared.source,
         tokenizer=prepared.tokenizer,
         card=model_card(prepared.config, summary),
+        trust_remote_code=prepared.config.model.trust_remote_code,
     )
     write_whole(folder.summary, json.dumps(summary, indent=1).encode())
     goodbye.where = (

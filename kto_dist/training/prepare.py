@@ -3,8 +3,10 @@
 In:  the config. Out: `Prepared`, or `PreparedTraining` for who is going to train.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data import tokenise as data
 from kto_dist.data.batch import Cutting, Plan
-from kto_dist.data.examples import Examples, check, load
+from kto_dist.data.examples import Examples, check, check_ids, load
 from kto_dist.data.preference import Preferences
 from kto_dist.model.attention import pick_attention, pick_packing
 from kto_dist.model.causal_lm import logit_transform, pick_dtype, pick_logits
@@ -31,6 +33,7 @@ from kto_dist.objective.taken import taken
 from kto_dist.reference.pairs import PairList, evaluation_pairs, training_pairs
 from kto_dist.reference.setup import ReferenceSetup, find_reference, local_folder
 from kto_dist.store.fingerprint import Fingerprint
+from kto_dist.training.beside import beside, unreadable
 from kto_dist.training.config import Config
 
 TOKENS_PER_MICROBATCH = 8192
@@ -67,6 +70,8 @@ class PreparedTraining(Prepared):
     objective: Objective
     weights: Weights
     """What the policy's files hold that is not used, or is rounded."""
+    source: Path | None
+    """Where what goes along into the export lies; on rank 0."""
 
 
 def prepare(config: Config, console: Console) -> Prepared:
@@ -90,6 +95,10 @@ def prepare(config: Config, console: Console) -> Prepared:
             "copy the rows, and the tokenizer in model.path, to each of them again",
         )
     loss = LOSSES[config.objective.loss]
+    if len(tokenizer) > (vocabulary := _vocabulary(model_config)):
+        check_ids(train, vocabulary, "model.path")
+        if heldout is not None:
+            check_ids(heldout, vocabulary, "model.path", "data.heldout")
     check(train, needs_both=loss.takes != "desirable", needs_pairs=loss.has_z0)
     _say(config, train, heldout, console)
     units, pairs = _taken(loss, train, config, "train", console)
@@ -164,8 +173,10 @@ def _say(config: Config, train: Examples, heldout: Examples | None, console: Con
 def prepare_training(config: Config, console: Console) -> PreparedTraining:
     """Collective. `prepare`, and what the policy needs. Raises `UserError`."""
     weights = agree.once_per_host(lambda: _policy_weights(config))
-    for text in weights.warnings("model.path", exported=True):
-        console.warn(text)
+    source = agree.on_main(lambda: beside(config.model.path))
+    for text in (*weights.warnings("model.path", exported=True), unreadable(source)):
+        if text:
+            console.warn(text)
     prepared = prepare(config, console)
     device = comm.device()
 
@@ -201,7 +212,13 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
             logits_dtype=logits_dtype,
         ),
         weights=weights,
+        source=source,
     )
+
+
+def _vocabulary(model_config: PretrainedConfig) -> int:
+    """Rows of the embedding."""
+    return int(getattr(model_config.get_text_config(), "vocab_size", None) or sys.maxsize)
 
 
 def _policy_weights(config: Config) -> Weights:

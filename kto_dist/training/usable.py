@@ -23,7 +23,9 @@ class Usable:
 
 def usable_pairs(config: Config) -> list[Usable]:
     """On one rank, without a device or weights. Leaves the tokenised rows, for the run to find. Raises `UserError`."""
-    folders = tokenise.prepare(config.data, load_tokenizer(config.model.path, config.model.gguf_file))
+    model = config.model
+    tokenizer = load_tokenizer(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code)
+    folders = tokenise.prepare(config.data, tokenizer)
     given = zip(("data.train", "data.heldout"), folders, strict=True)
     examples = {name: load(folder) for name, folder in given if folder is not None}
     return [
