@@ -31,6 +31,8 @@ def metrics(step: int) -> dict:
         "rewards/margin": step / 50,
         "accuracy/all": 0.5,
         "accuracy/desirable": 0.6,
+        "rewards/chosen": step / 100,
+        "accuracy/pairs": 0.7,
     }
     return record | {"loss/desirable": 0.4, "tokens_per_second": 3000.0}
 

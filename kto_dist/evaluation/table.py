@@ -16,6 +16,8 @@ FIRST = (
     "rewards/margin",
     "rewards/desirable",
     "rewards/undesirable",
+    "accuracy/pairs",
+    "rewards/margins",
     "kl_raw",
     "tokens/desirable",
     "tokens/undesirable",

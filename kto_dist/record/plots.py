@@ -157,12 +157,26 @@ def _throughput(figure: Figure, metrics: list[Record], _heldout: list[Record], t
     return drawn
 
 
+def _pairs(figure: Figure, metrics: list[Record], heldout: list[Record], theme: Theme) -> bool:
+    above, below = figure.subplots(2, 1, sharex=True)
+    drawn = [
+        _line(above, metrics, "rewards/chosen", "chosen", theme.colours["desirable"]),
+        _line(above, metrics, "rewards/rejected", "rejected", theme.colours["undesirable"]),
+        _line(below, metrics, "accuracy/pairs", "pairs told apart", theme.colours["all"]),
+        _points(below, heldout, "accuracy/pairs", "held-out", theme.colours["plain"]),
+    ]
+    above.axhline(0, color=theme.ink, linewidth=0.8)
+    finish(above, theme, "reward", xlabel="")
+    finish(below, theme, "share of pairs")
+    return any(drawn)
+
+
 PLOTS = (
     Plot(
         name="loss",
         title="Loss per class",
-        how_to_read="Each class starts at half its weight, because the policy starts as the reference. Below "
-        "that, the model moved the way the thumbs point. One class falling while the other rises means that the "
+        how_to_read="Each class starts at half its weight (ln 2 for dpo), because the policy starts as the reference. "
+        "Below that, the model moved the way the thumbs point. One class falling while the other rises means that the "
         "model trades one for the other: look at the rewards, then at the class weights.",
         draw=_classes("loss", "loss", "loss"),
     ),
@@ -174,6 +188,14 @@ PLOTS = (
         "Both falling with a growing margin is common; desirable far below 0 means that liked answers become "
         "unlikely as well: lower train.lr, or raise objective.desirable_weight.",
         draw=_classes("rewards", "reward", "rewards/margin"),
+    ),
+    Plot(
+        name="pairs",
+        title="Pairs",
+        how_to_read="Of a loss on pairs: chosen should end above rejected. Both falling is common, since the loss asks "
+        "for the difference alone; chosen far below 0 means that good answers become unlikely as well: raise "
+        "objective.beta, or add objective.sft_weight. A share of 0.5 is a coin.",
+        draw=_pairs,
     ),
     Plot(
         name="kl",

@@ -48,7 +48,7 @@ def say_outcome(summary: dict[str, Any], output: Path, console: Console) -> None
     """The held-out figures that matter most, and where everything lies."""
     before, after = summary["heldout"]["before"], summary["heldout"]["after"]
     if before and after:
-        for name in ("accuracy/all", "auc", "rewards/desirable", "rewards/undesirable", "kl_raw"):
+        for name in ("accuracy/all", "auc", "rewards/desirable", "rewards/undesirable", "accuracy/pairs", "kl_raw"):
             if name in before and name in after:
                 console.say(f"held-out {name}: {before[name]:.3f} before, {after[name]:.3f} after")
     console.say(f"model:  {summary['export']}")

@@ -38,8 +38,9 @@ def step_figures(
 
 
 def line_of(figures: Mapping[str, float]) -> str:
-    kl_raw, rate = figures.get("kl_raw", 0.0), figures["tokens_per_second"]
-    return f"loss {figures['loss']:.4f}  kl_raw {kl_raw:+.2f}  {rate:,.0f} tokens/s"
+    shown = [f"loss {figures['loss']:.4f}"]
+    shown += [f"{name} {figures[name]:+.2f}" for name in ("kl_raw", "rewards/margins") if name in figures]
+    return "  ".join([*shown, f"{figures['tokens_per_second']:,.0f} tokens/s"])
 
 
 def is_sound(figures: Mapping[str, float]) -> bool:
