@@ -45,16 +45,30 @@ def evaluation(step: int) -> dict:
     return {"step": step, "loss": 0.5 - step / 1000, "accuracy/all": 0.5 + step / 500, "auc": 0.75, "rows": 64}
 
 
+def sure(low: float, high: float, prompts: int = 200) -> dict:
+    return {"value": (low + high) / 2, "low": low, "high": high, "method": "bootstrap", "prompts": prompts}
+
+
+def last_evaluation() -> dict:
+    beside = {
+        "intervals": {"accuracy/all": sure(0.66, 0.74), "auc": sure(0.71, 0.79)},
+        "reliability": [{"chance": 0.3, "desirable": 0.4, "low": 0.2, "high": 0.6, "rows": 32}],
+        "histogram": {"edges": [-1.0, 0.0, 1.0], "desirable": [10, 22], "undesirable": [20, 12]},
+        "slices": {"model": {"v<1>": {"rows": 40, "accuracy/all": sure(0.5, 0.7), "auc": 0.6}}},
+    }
+    return {**evaluation(100), **beside}
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run = tmp_path_factory.mktemp("runs") / "first"
     run.mkdir()
     write_lines(run / "metrics.jsonl", [metrics(step) for step in range(1, 101)])
-    write_lines(run / "heldout.jsonl", [evaluation(0), evaluation(100)])
+    write_lines(run / "heldout.jsonl", [evaluation(0), last_evaluation()])
     (run / "config.yaml").write_text("tracking:\n  uri: http://me:secret@host/\n")
     summary = {
         "training": {"loss": 0.40012345},
-        "heldout": {"before": evaluation(0), "after": evaluation(100)},
+        "heldout": {"before": evaluation(0), "after": last_evaluation()},
         "data": {"train": {"desirable": 9000, "undesirable": 30}},
         "reference": {"fingerprint": "f00d", "scored": 12, "hits": 0},
         "export": "runs/first/export",
@@ -98,7 +112,18 @@ def test_passwords_are_masked(full: tuple[Path, str]) -> None:
 
 def test_heldout_figures_stand_before_after_and_change(full: tuple[Path, str]) -> None:
     row = re.search(r"<th>accuracy/all</th>(.*?)</tr>", full[1], re.S)
-    assert row and re.findall(r">([^<>]+)</td>", row[1]) == ["0.5", "0.7", "+0.2"]
+    assert row and re.findall(r">([^<>]+)</td>", row[1]) == ["0.5", "0.7", "0.66 to 0.74", "+0.2"]
+
+
+def test_what_matters_stands_first_in_a_sentence_with_its_interval(full: tuple[Path, str]) -> None:
+    found = re.search(r'id="verdict">(.*?)</div>', full[1], re.S)
+    assert found and full[1].index('id="verdict"') < full[1].index("<table>")
+    assert "accuracy on held-out thumbs 0.50 → 0.70 (0.66 to 0.74), AUC 0.75 → 0.75 (0.71 to 0.79)." in found[1]
+
+
+def test_slices_stand_with_their_intervals(full: tuple[Path, str]) -> None:
+    row = re.search(r"<th>v&lt;1&gt;</th>(.*?)</tr>", full[1], re.S)
+    assert row and re.findall(r">([^<>]*)</td>", row[1]) == ["40", "0.6", "0.50 to 0.70", "0.6", ""]
 
 
 def test_samples_stand_side_by_side_with_their_verdicts(full: tuple[Path, str]) -> None:
@@ -121,7 +146,8 @@ def test_an_empty_folder_makes_a_page(tmp_path: Path) -> None:
 def test_one_step_makes_plots(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", [metrics(1)])
     assert "1 recorded step," in write_report(tmp_path).read_text(encoding="utf-8")
-    assert len(list((tmp_path / "plots").iterdir())) == len(PLOTS)
+    of_evaluations = {"histogram", "reliability"}
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {plot.name for plot in PLOTS} - of_evaluations
 
 
 def test_a_metric_that_was_never_recorded_has_no_plot(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ CHANGED = {
 }
 # These are a run's identity, decide where it ends, or change nothing but rounding and what is written.
 IDENTITY = {"global_batch", "seed", "dtype"}
-END = {"epochs", "max_steps"}
+END = {"epochs", "max_steps", "stop_after"}
 ROUNDING = {"tokens_per_microbatch", "packing", "logits_mebibytes", "logits_dtype", "deterministic"}
 ASIDE = {"output", "profile"}
 

@@ -299,6 +299,26 @@ def _say_checks(audit: dict[str, Any], folder: Path) -> None:
     click.echo(f"report: {folder / 'report.html'}")
 
 
+@main.command(short_help="The page of a run, or several runs side by side.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Of several runs; default: side-by-side.html, here.")
+def report(runs: tuple[Path, ...], output: Path | None) -> None:
+    """Write report.html of RUN anew, whether it goes on, has ended or was killed; of several, one page side by side.
+
+    RUN is a run's folder (train.output). Nothing is computed but pictures.
+    """
+    from kto_dist.record.report import write_report
+    from kto_dist.record.side_by_side import write_side_by_side
+
+    for run in runs:
+        if not run.is_dir():
+            raise UserError(f"{run} is no folder: give a run's folder (train.output)")
+    if len(runs) == 1 and output is not None:
+        raise UserError("--output is for several runs: the page of one lies in its folder")
+    page = write_report(runs[0]) if len(runs) == 1 else write_side_by_side(runs, output or Path("side-by-side.html"))
+    click.echo(f"report: {page}")
+
+
 @main.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=1), help="The checkpoint of this step; default: the newest whole one.")

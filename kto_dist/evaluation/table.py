@@ -5,24 +5,7 @@ from typing import Any
 
 from kto_dist.evaluation.figures import Findings
 from kto_dist.evaluation.intervals import Interval
-
-FIRST = (
-    "accuracy/all",
-    "accuracy/desirable",
-    "accuracy/undesirable",
-    "auc",
-    "brier",
-    "loss",
-    "rewards/margin",
-    "rewards/desirable",
-    "rewards/undesirable",
-    "accuracy/pairs",
-    "rewards/margins",
-    "kl_raw",
-    "tokens/desirable",
-    "tokens/undesirable",
-)
-"""The figures that are shown, in this order."""
+from kto_dist.record.verdict import FIRST
 
 
 def lines_of(

@@ -171,6 +171,45 @@ def _pairs(figure: Figure, metrics: list[Record], heldout: list[Record], theme: 
     return any(drawn)
 
 
+def _reliability(figure: Figure, _metrics: list[Record], heldout: list[Record], theme: Theme) -> bool:
+    found = _latest(heldout, "reliability")
+    if not found:
+        return False
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=theme.ink, linewidth=0.8)
+    chance, share = [bin["chance"] for bin in found], [bin["desirable"] for bin in found]
+    ends = [[each - bin["low"] for bin, each in zip(found, share, strict=True)]]
+    ends.append([bin["high"] - each for bin, each in zip(found, share, strict=True)])
+    axes.errorbar(
+        chance,
+        share,
+        ends,
+        fmt="o-",
+        color=theme.colours["all"],
+        markersize=4,
+        linewidth=1.5,
+        label="tenths of the rows",
+    )
+    finish(axes, theme, "share that is liked", xlabel="chance by the reward", whole_numbers=False)
+    return True
+
+
+def _histogram(figure: Figure, _metrics: list[Record], heldout: list[Record], theme: Theme) -> bool:
+    found = _latest(heldout, "histogram")
+    if not found:
+        return False
+    axes = figure.subplots()
+    for name in ("desirable", "undesirable"):
+        axes.stairs(found[name], found["edges"], color=theme.colours[name], label=name, fill=True, alpha=0.45)
+    axes.axvline(0, color=theme.ink, linewidth=0.8)
+    finish(axes, theme, "held-out rows", xlabel="reward", whole_numbers=False)
+    return True
+
+
+def _latest(heldout: list[Record], key: str) -> Any:
+    return next((line[key] for line in reversed(heldout) if line.get(key)), None)
+
+
 PLOTS = (
     Plot(
         name="loss",
@@ -214,6 +253,21 @@ PLOTS = (
         "very start every row ties with z0, so the first points say nothing. Training rows above held-out rows "
         "by a growing gap means overfitting: stop earlier.",
         draw=_classes("accuracy", "share of rows", "accuracy/all"),
+    ),
+    Plot(
+        name="histogram",
+        title="Rewards of held-out rows",
+        how_to_read="The last evaluation. The further the two heaps lie apart, the better the reward tells liked "
+        "answers from disliked ones. Heaps far from 0 on the same side mean that the model moved away from both.",
+        draw=_histogram,
+    ),
+    Plot(
+        name="reliability",
+        title="Is the reward a fair chance?",
+        how_to_read="Held-out rows in tenths, by the chance of being liked that their reward stands for (sigmoid of "
+        "reward - beta z0), against the share that is. On the line, the reward can be read as a chance; flatter than "
+        "the line, it is too sure of itself; steeper, not sure enough. Bars hold the true share in 95 of 100 cases.",
+        draw=_reliability,
     ),
     Plot(
         name="optimizer",

@@ -21,13 +21,14 @@ from kto_dist.base.files import write_whole
 from kto_dist.base.secrets import masked
 from kto_dist.record.plots import PLOTS, Record, curve, is_finite, render
 from kto_dist.record.theme import DARK, LIGHT
+from kto_dist.record.verdict import FIRST, ordered, shown_range, verdict
 
 
 def write_report(run: str | Path) -> Path:
     """Writes the plots and `report.html` of a run's folder; returns the page's path. Raises `OSError`."""
     run = Path(run)
     metrics, heldout = read_steps(run / "metrics.jsonl"), read_steps(run / "heldout.jsonl")
-    summary = _read_json(run / "summary.json")
+    summary = read_json(run / "summary.json")
     config = run / "config.yaml"
 
     plots = []
@@ -37,8 +38,35 @@ def write_report(run: str | Path) -> Path:
         if light is None or dark is None:
             continue
         write_whole(run / "plots" / f"{plot.name}.png", light)
-        plots.append({"plot": plot, "light": _data_uri(light), "dark": _data_uri(dark)})
+        plots.append({"plot": plot, "light": data_uri(light), "dark": data_uri(dark)})
 
+    before, after = sides(summary, heldout)
+    rows = _comparison(summary, heldout)
+    matters = [row for row in rows if row[0] in FIRST]
+    page = (
+        pages()
+        .get_template("report.html.j2")
+        .render(
+            name=run.resolve().name,
+            steps=len(metrics),
+            last_step=metrics[-1]["step"] if metrics else None,
+            verdict=verdict(before, after, metrics) if metrics or after else None,
+            tiles=_tiles(metrics, heldout, summary),
+            plots=plots,
+            comparison=matters or rows,
+            more=rows[len(matters) :] if matters else [],
+            slices=_slices(after),
+            samples=[sample for sample in _listed(summary.get("samples")) if isinstance(sample, dict)],
+            sections=_sections(summary),
+            config=masked(config.read_text(encoding="utf-8")) if config.is_file() else None,
+        )
+    )
+    write_whole(run / "report.html", page.encode("utf-8"))
+    return run / "report.html"
+
+
+def pages() -> Environment:
+    """Where the templates lie, and how values are shown in them."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         # Not select_autoescape: that goes by the name, and `.j2` would turn escaping off.
@@ -48,19 +76,7 @@ def write_report(run: str | Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["show"] = show
-    page = environment.get_template("report.html.j2").render(
-        name=run.resolve().name,
-        steps=len(metrics),
-        last_step=metrics[-1]["step"] if metrics else None,
-        tiles=_tiles(metrics, heldout, summary),
-        plots=plots,
-        comparison=_comparison(summary, heldout),
-        samples=[sample for sample in _listed(summary.get("samples")) if isinstance(sample, dict)],
-        sections=_sections(summary),
-        config=masked(config.read_text(encoding="utf-8")) if config.is_file() else None,
-    )
-    write_whole(run / "report.html", page.encode("utf-8"))
-    return run / "report.html"
+    return environment
 
 
 def read_steps(path: Path) -> list[Record]:
@@ -97,7 +113,7 @@ def show(value: Any) -> str:
 
 def _tiles(metrics: list[Record], heldout: list[Record], summary: Record) -> list[tuple[str, str, str]]:
     """(label, value, note) of the figures that one looks at first."""
-    rows = {name: (before, after) for name, before, after, _ in _comparison(summary, heldout)}
+    rows = {name: (before, after) for name, before, after, *_ in _comparison(summary, heldout)}
     tiles = []
     for key, label in (
         ("accuracy/all", "held-out accuracy"),
@@ -115,20 +131,44 @@ def _tiles(metrics: list[Record], heldout: list[Record], summary: Record) -> lis
     return tiles
 
 
-def _comparison(summary: Record, heldout: list[Record]) -> list[tuple[str, Any, Any, float | None]]:
-    """(metric, before, after, change) on held-out rows, from the summary or else the evaluations."""
+def sides(summary: Record, heldout: list[Record]) -> tuple[Record, Record]:
+    """Held-out figures before and after, from the summary or else the evaluations; {} for a side that is not there."""
     held = summary.get("heldout")
     before, after = (held.get("before"), held.get("after")) if isinstance(held, dict) else (None, None)
     if not isinstance(before, dict) and not isinstance(after, dict) and heldout:
         before, after = (heldout[0] if len(heldout) > 1 else None), heldout[-1]
-    before, after = (side if isinstance(side, dict) else {} for side in (before, after))
+    return before if isinstance(before, dict) else {}, after if isinstance(after, dict) else {}
+
+
+def _comparison(summary: Record, heldout: list[Record]) -> list[tuple[str, Any, Any, float | None, str]]:
+    """(metric, before, after, change, interval of after) on held-out rows, those that matter first."""
+    before, after = sides(summary, heldout)
     rows = []
-    for key in dict.fromkeys([*before, *after]):
+    for key in ordered([*dict.fromkeys([*before, *after])]):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict | list) or isinstance(new, dict | list):
             continue  # intervals and the like
-        rows.append((key, old, new, new - old if is_finite(old) and is_finite(new) else None))
+        change = new - old if is_finite(old) and is_finite(new) else None
+        rows.append((key, old, new, change, shown_range(after, key)))
     return rows
+
+
+def _slices(after: Record) -> list[tuple[str, list[tuple[str, Any, Any, str, Any, str]]]]:
+    """(column, rows of (value, rows, accuracy, interval, auc, interval)) of the exported model."""
+    found = after.get("slices")
+    if not isinstance(found, dict):
+        return []
+
+    def of(own: Record, name: str) -> tuple[Any, str]:
+        figure = own.get(name)
+        if not isinstance(figure, dict):
+            return figure, ""
+        return figure.get("value"), shown_range({"intervals": {name: figure}}, name)
+
+    return [
+        (column, [(value, own.get("rows"), *of(own, "accuracy/all"), *of(own, "auc")) for value, own in values.items()])
+        for column, values in found.items()
+    ]
 
 
 def _sections(summary: Record) -> list[tuple[str, list[tuple[str, Any]]]]:
@@ -157,7 +197,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _read_json(path: Path) -> Record:
+def read_json(path: Path) -> Record:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -165,5 +205,5 @@ def _read_json(path: Path) -> Record:
     return value if isinstance(value, dict) else {}
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
