@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 from audits import COLUMNS, audited, config, crowd, mining_config
 from click.testing import CliRunner
@@ -137,6 +138,16 @@ def test_drift_warns_with_its_week_and_model():
     assert "model version" in failing(found, "drift_by_model") and "50.0 points" in failing(found, "drift_by_model")
 
 
+def test_a_gap_beyond_the_limit_that_chance_may_make_is_not_called_fine():
+    votes = [
+        vote(f"a{n}", n % 2 == 0 if n < 40 else n % 3 > 0, f"u{n}", prompt=f"q{n}", model="old" if n < 40 else "new")
+        for n in range(70)
+    ]
+    [check] = [check for check in audited(votes, audit=LOOSE | {"max_drift": 0.05}).checks
+               if check.name == "drift_by_model"]  # fmt: skip
+    assert check.status == "unknown" and "by chance" in check.message and check.remedy
+
+
 def test_a_small_groups_chance_gap_is_not_blamed_for_a_drift_elsewhere():
     def votes(model: str, count: int, up: int) -> list[dict[str, Any]]:
         return [vote(f"{model} {n}", n < up, f"u{n % 30}", prompt=f"q{model}{n}", model=model) for n in range(count)]
@@ -263,6 +274,19 @@ def test_the_audit_command_says_each_check_and_writes_no_dataset(tmp_path):
         "report.html",
     ]
     assert json.loads((tmp_path / "mined" / "audit" / "audit.json").read_text())["files"] == []
+
+
+def test_mining_ends_with_the_files_that_it_wrote_and_their_rows(tmp_path):
+    log = generate(votes=600, prompts=40, users=30).write(tmp_path / "log.jsonl")
+    settings = mining_config(tmp_path, log).model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "mine.yaml").write_text(json.dumps(settings))
+    done = CliRunner().invoke(cli.main, ["mine", str(tmp_path / "mine.yaml"), "split.heldout=0.2"])
+    assert done.exit_code == 0, done.output
+    *_, train, heldout, report = done.output.splitlines()
+    for line, split in ((train, "train"), (heldout, "heldout")):
+        path = tmp_path / "mined" / f"{split}.parquet"
+        assert line == f"{split}: {path} ({pq.read_metadata(path).num_rows:,} rows)"
+    assert report.startswith("report: ")
 
 
 def test_rows_that_could_not_be_read_are_told_by_reason(tmp_path):

@@ -296,6 +296,8 @@ def _say_checks(audit: dict[str, Any], folder: Path) -> None:
     for check in audit["checks"]:
         mark = {"pass": "ok", "warn": "warning", "unknown": "unknown"}[check["status"]]
         click.echo(f"{mark}: {line_of(check)}")
+    for file in audit["files"]:
+        click.echo(f"{file['split']}: {folder / file['name']} ({file['rows']:,} rows)")
     click.echo(f"report: {folder / 'report.html'}")
 
 

@@ -208,19 +208,19 @@ def _drift(kind: str, test: DriftTest | None, limits: AuditConfig, known: bool) 
         return _unknown(
             name, "max_drift", limits, f"the log gives no {kind}, so drift by it is unknown", f"map {column}"
         )
-    bad = abs(test.largest_gap) > limits.max_drift and test.largest_gap_p < limits.significance
+    far, chance = abs(test.largest_gap) > limits.max_drift, test.largest_gap_p >= limits.significance
     where = "the week of " if kind == "week" else "model version "
-    return _check(
-        name,
-        "max_drift",
-        limits,
-        abs(test.largest_gap),
-        bad,
+    message = (
         f"in {where}{test.largest_gap_in} the share of thumbs up lies {abs(test.largest_gap) * 100:.1f} points "
         f"{'above' if test.largest_gap > 0 else 'below'} the rest's (wanted: at most {limits.max_drift * 100:.0f}; "
-        f"against chance, p {_p(test.largest_gap_p)} after correction for {test.groups} groups)",
-        "see what changed then (model, interface, audience), and train on the votes since, or on one model version",
+        f"against chance, p {_p(test.largest_gap_p)} after correction for {test.groups} groups)"
     )
+    if far and chance:
+        return _unknown(
+            name, "max_drift", limits, f"{message}: so few votes may lie as far apart by chance", "collect more votes"
+        )
+    remedy = "see what changed then (model, interface, audience), and train on the votes since, or on one model version"
+    return _check(name, "max_drift", limits, abs(test.largest_gap), far, message, remedy)
 
 
 def _deployment(balance: Balance, limits: AuditConfig) -> Check | None:
