@@ -66,6 +66,12 @@ def test_a_log_larger_than_the_memory_of_the_database_is_mined_whole(tmp_path):
     assert peak < 750e6
 
 
+def test_what_draws_the_report_is_imported_once_the_log_has_been_read():
+    listed = "import sys; from kto_dist.feedback import mine; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", listed], stdout=subprocess.PIPE, text=True, check=True)
+    assert not {"matplotlib", "scipy", "torch"} & {*done.stdout.split()}  # 90 MiB beside the log's
+
+
 @pytest.mark.soak
 def test_5_gigabytes_are_mined_in_2(tmp_path):
     if shutil.disk_usage(tmp_path).free < 30e9:

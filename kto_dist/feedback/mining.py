@@ -10,26 +10,26 @@
 Between 1 and 6 everything is SQL in one connection that spills to disk; see `pipeline` for the tables it leaves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 
-from kto_dist.feedback.audit import audit
 from kto_dist.feedback.clean import clean
 from kto_dist.feedback.config import MiningConfig, folder_of
 from kto_dist.feedback.database import database, find_salt
 from kto_dist.feedback.examples import balance, stratify, tally, view_examples
-from kto_dist.feedback.findings import File
 from kto_dist.feedback.ingest import ingest
 from kto_dist.feedback.labels import make_words
 from kto_dist.feedback.output import publish, write
-from kto_dist.feedback.report import write_audit
 from kto_dist.feedback.turns import assemble
 from kto_dist.feedback.users import cap, weigh
 from kto_dist.feedback.votes import load, view_votes
+
+if TYPE_CHECKING:
+    from kto_dist.feedback.findings import Audit
 
 
 @contextmanager
@@ -72,9 +72,8 @@ def mine(config: MiningConfig) -> dict[str, Any]:
         staged = folder / "output"
         staged.mkdir()
         rows = write(connection, config, staged)
-        files = [File.of(staged / f"{split}.parquet", split, count) for split, count in rows.items() if count]
-        found = audit(connection, config, files=files, settings=_settings(config))
-        write_audit(found, staged)
+        found = _audited(connection, config, staged, rows)
+        _write(found, staged)
         publish(staged, folder_of(config.output.folder))
         return found.to_dict()
 
@@ -85,9 +84,30 @@ def audit_log(config: MiningConfig) -> dict[str, Any]:
     The folder of its own leaves the audit of a dataset that is there already in place. Raises `UserError`.
     """
     with pipeline(config) as connection:
-        found = audit(connection, config, settings=_settings(config))
-    write_audit(found, folder_of(config.output.folder) / "audit")
+        found = _audited(connection, config)
+    _write(found, folder_of(config.output.folder) / "audit")
     return found.to_dict()
+
+
+# What computes and draws the report (scipy, matplotlib: 90 MiB) is imported once the log has been read, beside which it
+# would raise the peak.
+
+
+def _audited(
+    connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder: Path = Path(), rows: Mapping[str, int] = {}
+) -> "Audit":
+    """`rows`: split -> how many its file in `folder` has."""
+    from kto_dist.feedback.audit import audit
+    from kto_dist.feedback.findings import File
+
+    files = [File.of(folder / f"{split}.parquet", split, count) for split, count in rows.items() if count]
+    return audit(connection, config, files=files, settings=_settings(config))
+
+
+def _write(found: "Audit", folder: Path) -> None:
+    from kto_dist.feedback.report import write_audit
+
+    write_audit(found, folder)
 
 
 def _settings(config: MiningConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.feedback.chat import Bad
 from kto_dist.feedback.config import MiningConfig
 from kto_dist.feedback.judge import Judge
+from kto_dist.feedback.kinds import check_kinds
 from kto_dist.feedback.mapping import json_cells, plain, plain_votes, text_cells
 from kto_dist.feedback.notices import PARENTS, Notices
 from kto_dist.feedback.parquet import ParquetRows
@@ -63,6 +64,7 @@ class Source:
         check_names(file, config, names, first, has_header=columns is not None)
         check_no_json(file, config, first)
         check_choices(file, config, first)
+        check_kinds(file.path, config, first)
         made = _plain(file, config, first, notices, mistakes)
         if made is not None:
             return cls(file=file, names=names, votes=made[0], flat=True, batches=made[1], notices=notices, seen=list,
