@@ -42,7 +42,7 @@ def _mistaken(way):
 
 
 def test_a_failure_of_the_rank_that_works_is_a_failure_everywhere_and_itself_where_it_happened():
-    assert run_ranks(_failing, 2) == ["KeyError: 'gone'", "RuntimeError: another rank failed: 'gone'"]
+    assert run_ranks(_failing, 2) == ["KeyError: 'gone'", "OthersFailed: another rank failed: 'gone'"]
 
 
 def _failing():

@@ -16,9 +16,10 @@ from kto_dist.feedback.labels import meaning_of
 
 def test_training_and_mining_give_every_word_the_same_meaning(tmp_path):
     words = [*UP, *DOWN, "Liked", "thumbsUp", ":thumbs_up:", ":+1::skin-tone-3:", "👎🏿", " Not-Helpful ", "accepted"]
-    log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps({"prompt": "q", "completion": "a", "label": word}) + "\n" for word in words))
-    rows = read_rows(find_sources([str(log)]), on_bad_row="error", bad=BadRows())
+    log, rows = tmp_path / "log.jsonl", []
+    for word in words:  # a log each: a column with 0 beside -1 is refused
+        log.write_text(json.dumps({"prompt": "q", "completion": "a", "label": word}) + "\n")
+        rows += read_rows(find_sources([str(log)]), on_bad_row="error", bad=BadRows())
     columns = ColumnsConfig(prompt="prompt", response="completion", feedback="label")
     mined = meaning_of(MiningConfig(input=InputConfig(files=(str(log),)), columns=columns))
     expected = [*[True] * len(UP), *[False] * len(DOWN), True, True, True, True, False, False, True]
