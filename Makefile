@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles its CPU optimizer on first use: keep what it builds with the environment it is built for.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo compare test soak bench gpu figures lint docs setup clean
+.PHONY: demo compare test soak faults bench gpu figures lint docs setup clean
 demo: setup
 	$(BIN)/python launch/demo/run.py
 
@@ -21,6 +21,11 @@ test: setup lint
 
 soak: setup
 	$(BIN)/python -m pytest -m soak
+
+# runs are killed, signalled, damaged and starved of disk for about 20 minutes; the results come back into the documents
+faults: setup
+	$(BIN)/python benchmarks/faults.py --json benchmarks/results/cpu-faults.json
+	$(BIN)/python benchmarks/figures.py
 
 bench: setup
 	set -e; results=benchmarks/results/$$(cd benchmarks && ../$(BIN)/python -c 'import machine; print(machine.device_slug())'); \

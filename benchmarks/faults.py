@@ -3,9 +3,9 @@
     python benchmarks/faults.py --json benchmarks/results/cpu-faults.json [--minutes 18]
 
 A tiny run of ten steps, with a checkpoint every other one, is disturbed once (`fault_kinds.py` has the ways), and
-started again as its user would start it. Its weights are compared with those of a run that nobody disturbed. Half of the trials
-run on two ranks. Kinds come in random order until the time is over, so that each gets its share. Full and read-only
-disks are small file systems of their own, which only root can mount; without it those trials are left out.
+started again as its user would start it. Its weights are compared with those of a run that nobody disturbed. Half of
+the trials run on two ranks. Kinds come in random order until the time is over, so that each gets its share. Full and
+read-only disks are small file systems of their own, which only root can mount; without it those trials are left out.
 """
 
 import argparse

@@ -357,7 +357,33 @@ def summary(*files: Content) -> str:
     return "\n".join(lines)
 
 
+def faults(content: Content) -> str:
+    """What became of runs that were disturbed."""
+    names = ("injected", "survived", "exact", "told", "lost", "steps_lost", "most_steps_lost")
+    rows = [[line["fault"], *(str(line[name]) for name in names)] for line in content["results"]]
+    whole = {name: sum(line[name] for line in content["results"]) for name in names[:-1]}
+    most = max(line["most_steps_lost"] for line in content["results"])
+    rows.append(["**all**", *(str(value) for value in whole.values()), str(most)])
+    head = ["fault", "injected", "survived", "of these to the bit", "refused with a sentence", "lost"]
+    job = f"{content['settings']['steps']} steps, a checkpoint every {content['settings']['checkpoint_every']}"
+    return f"{about(content, job)}\n\n{table([*head, 'steps done twice', 'most in one run'], rows)}"
+
+
+def faults_short(content: Content) -> str:
+    lines = content["results"]
+    count = {name: sum(line[name] for line in lines) for name in ("injected", "survived", "exact", "told", "lost")}
+    most = max(line["most_steps_lost"] for line in lines)
+    return (
+        f"{count['injected']} faults of {len(lines)} kinds were injected into runs with a checkpoint every "
+        f"{counted(content['settings']['checkpoint_every'], 'step')}: {count['survived']} ended with the weights of an "
+        f"undisturbed run ({count['exact']} to the bit), {count['told']} were refused with a sentence, {count['lost']} "
+        f"were lost; at most {counted(most, 'step')} of one run were done twice."
+    )
+
+
 KINDS: dict[str, Callable[..., str]] = {
+    "faults": faults,
+    "faults-short": faults_short,
     "summary": summary,
     "throughput": throughput,
     "lengths": lengths,

@@ -14,7 +14,7 @@ from tiny_runs import metrics_of, tiny_config, train_all
 
 from kto_dist.base.errors import UserError
 from kto_dist.base.exits import Stopped
-from kto_dist.training import checkpoint
+from kto_dist.training import checkpoint, resume
 from kto_dist.training.config import Config
 from kto_dist.training.loop import train
 from kto_dist.training.step import StepResult
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_calls_the_losss_section_kto_is_gone_on_from(tmp_path,
     (folder / "state.json").write_text(json.dumps({**state, "identity": identity}))
     found = checkpoint.read_state(folder)
     assert found.identity == state["identity"]
-    checkpoint.check_same_run(found, checkpoint.State(**state), config.train.output)
+    resume.check_same_run(found, checkpoint.State(**state), config.train.output)
 
 
 def test_an_older_checkpoint_is_refused_where_it_cannot_be_known_whose_it_is(tmp_path, tiny_model, tiny_log, trained):

@@ -10,8 +10,10 @@ import torch
 from ranks import run_ranks
 from tiny_runs import tiny_config, train_all, weights_of
 
+from kto_dist.base.config import sections
 from kto_dist.base.errors import UserError
-from kto_dist.training.checkpoint import APPLIED
+from kto_dist.training import resume
+from kto_dist.training.checkpoint import State
 from kto_dist.training.config import Config, TrainConfig
 from kto_dist.training.loop import train
 
@@ -24,16 +26,108 @@ CHANGED = {
     "weight_decay": 0.5,
     "clip": 1e-3,
 }
-# These are a run's identity, decide where it ends, or change nothing but rounding and what is written.
-IDENTITY = {"global_batch", "seed", "dtype"}
-END = {"epochs", "max_steps", "stop_after"}
-ROUNDING = {"tokens_per_microbatch", "packing", "logits_mebibytes", "logits_dtype", "deterministic"}
-ASIDE = {"output", "profile"}
 
 
-def test_every_setting_of_the_steps_is_decided():
-    assert set(TrainConfig.model_fields) == set(APPLIED) | IDENTITY | END | ROUNDING | ASIDE
-    assert set(APPLIED) == set(CHANGED)
+OTHER = {
+    **{f"train.{name}": value for name, value in CHANGED.items()},
+    "train.tokens_per_microbatch": 512,
+    "train.packing": False,
+    "train.logits_mebibytes": 64,
+    "train.logits_dtype": "bf16",
+    "train.deterministic": True,
+    "train.seed": 7,
+    "train.global_batch": 8,
+    "deepspeed.zero_stage": 3,
+    "deepspeed.offload_optimizer": "cpu",
+    "deepspeed.config": "made by the test",
+    "model.attention": "eager",
+    "model.kernels": "none",
+    "model.gradient_checkpointing": True,
+    "objective.loss": "apo_zero_unpaired",
+    "objective.beta": 0.3,
+    "objective.desirable_weight": 1.5,
+    "objective.undesirable_weight": 1.5,
+    "objective.kl_pairs_per_step": 4,
+    "objective.sft_weight": 0.5,
+    "reference.device": "cpu",
+    "reference.dtype": "bf16",
+    "reference.attention": "eager",
+    "reference.kernels": "none",
+    "reference.zero_stage": 3,
+    "reference.offload": "cpu",
+    "reference.tokens_per_batch": 999,
+    "reference.packing": False,
+    "reference.share_prefixes": False,
+    "reference.logits_mebibytes": 64,
+    "reference.logits_dtype": "fp32",
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep": 5,
+    "evaluate.every_steps": 2,
+    "health.max_kl": None,
+    "health.patience": 9,
+    "health.on_trouble": "warn",
+    "train.output": "elsewhere",
+    "train.profile": True,
+    "data.workers": 3,
+    "data.cache": "elsewhere",
+    "reference.store": "elsewhere",
+    "checkpoint.resume": True,
+    "reference.nvme_path": "elsewhere",
+    "deepspeed.nvme_path": "elsewhere",
+    "model.trust_remote_code": True,
+    "tracking.enabled": True,
+    "tracking.uri": "http://elsewhere",
+    "tracking.experiment": "other",
+    "tracking.report": True,
+    "tracking.run_name": "other",
+    "tracking.log_model": True,
+}
+"""Another valid value of each setting that can change alone."""
+NOT_ALONE = {
+    # part of the run by the dtype that was picked, or asking for other settings as well
+    "train.dtype",
+    "deepspeed.offload_parameters",
+    "objective.pairs",
+    "objective.label_smoothing",
+    "reference.trust_remote_code",
+    "tracking.register_as",
+    "checkpoint.best",
+    "train.stop_after",
+    # by the fingerprint of the held-out rows
+    "data.heldout",
+}
+
+
+def test_every_setting_of_a_run_is_decided():
+    groups = [resume.BY_CONTENT, resume.REFUSED, resume.END, resume.APPLIED, resume.ASIDE]
+    every = {f"{name}.{key}" for name, section in sections(Config).items() for key in section.model_fields}
+    assert set().union(*groups) == every and sum(map(len, groups)) == len(every)
+    assert every == set(OTHER) | NOT_ALONE | resume.BY_CONTENT | resume.END
+
+
+def test_a_changed_setting_is_refused_said_or_set_aside_as_decided(tmp_path, tiny_model, tiny_log):
+    (tmp_path / "ds.json").write_text("{}")
+
+    def state_of(config: Config, heldout: str | None = None) -> State:
+        named = {"data": "rows", "policy": "weights", "reference": None, "dtype": torch.float32}
+        identity = resume.identity(config, zero_stage=config.deepspeed.zero_stage, **named)
+        settings = resume.settings_of(config, steps=5, heldout=heldout)
+        return State(step=3, world_size=1, zero_stage=2, identity=identity, mlflow_run=None, settings=settings)
+
+    config = tiny_config(tmp_path, tiny_model, tiny_log)
+    before = state_of(config)
+    assert resume.changes(before, state_of(config, "other rows")) == ["data.heldout is 'other rows' (was None)"]
+    for name, value in OTHER.items():
+        value = str(tmp_path / "ds.json") if name == "deepspeed.config" else value
+        now = state_of(tiny_config(tmp_path, tiny_model, tiny_log, **{name.replace(".", "__"): value}))
+        said = resume.changes(before, now)
+        if name in resume.REFUSED:
+            with pytest.raises(UserError, match=rf"belongs to another run: {name} was .* and is "):
+                resume.check_same_run(before, now, "run")
+            assert said == [], name
+        else:
+            resume.check_same_run(before, now, "run")
+            assert [text.split(" ")[0] for text in said] == ([name] if name in resume.APPLIED else []), name
 
 
 @pytest.fixture(scope="module")

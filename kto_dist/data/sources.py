@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from kto_dist.base import hub
 from kto_dist.base.class_labels import features_beside
 from kto_dist.base.errors import UserError
 from kto_dist.base.remembered import sha256_once
@@ -108,11 +109,21 @@ def _saved_dataset(path: str, split: str | None) -> Source:
 
 def _hub_dataset(path: str) -> Source:
     import datasets
+    from huggingface_hub import constants
 
     name, _, split = path.partition(":")
+    trouble = hub.trouble()
+    if trouble is not None:  # what is in the cache is used as it is, and nobody waits for retries
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         loaded = datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if trouble is not None:
+            raise UserError(
+                f"{path} is neither a file nor a folder here (relative paths start at {Path.cwd()}), and the hub "
+                f"({constants.ENDPOINT}) cannot be reached: {trouble}; correct the path, or download the dataset "
+                "beforehand"
+            ) from None
         raise UserError(
             f"{path} is neither a file nor a folder here (relative paths start at {Path.cwd()}), nor could "
             f"it be loaded as the hub dataset {name!r}, split {split or 'train'!r}: {error}; correct the "

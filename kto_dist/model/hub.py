@@ -1,17 +1,11 @@
 """Whether a model that is named, and lies in no folder here, can be had: known within seconds, not after retries."""
 
-import socket
-from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from kto_dist.base import hub
 from kto_dist.base.errors import UserError
-
-SECONDS = 5.0
-"""That a hub may take to answer."""
 
 
 def require(name: str, path: str) -> None:
@@ -19,9 +13,7 @@ def require(name: str, path: str) -> None:
 
     Without a hub what is in the cache is used as it is.
     """
-    if Path(path).exists() or constants.HF_HUB_OFFLINE:
-        return
-    trouble = _trouble(constants.ENDPOINT)
+    trouble = None if Path(path).exists() else hub.trouble()
     if trouble is None:
         return
     if not isinstance(try_to_load_from_cache(path, "config.json"), str):
@@ -30,16 +22,3 @@ def require(name: str, path: str) -> None:
             f"reached: {trouble}; check the name and the network, or give a folder"
         )
     constants.HF_HUB_OFFLINE = True
-
-
-@cache
-def _trouble(endpoint: str) -> str | None:
-    """Why the hub does not answer; None where it does, or where a proxy is asked in its place."""
-    url = urlsplit(endpoint)
-    if getproxies().get(url.scheme) or not url.hostname:
-        return None
-    try:
-        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), SECONDS).close()
-    except OSError as error:
-        return str(error) or type(error).__name__
-    return None

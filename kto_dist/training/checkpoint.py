@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kto_dist.base import agree, comm, disks
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import TEMPORARY, flush, write_whole
@@ -26,7 +24,6 @@ from kto_dist.model import engine_files
 from kto_dist.model.engines import Policy
 from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.training import manifest, random_states
-from kto_dist.training.config import Config
 
 STATE = "state.json"
 
@@ -44,35 +41,6 @@ class State:
     mlflow_run: str | None
     settings: dict[str, Any] = field(default_factory=dict)
     """Others that the steps until here were made with; changed ones are applied, and said."""
-
-
-def identity(
-    config: Config, *, data: str, policy: str, reference: str | None, zero_stage: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    """`data`, `policy` and `reference`: fingerprints of the tokenised rows, of the starting weights, and of the
-    reference's where it is another model.
-
-    The ZeRO stage leaves the trajectory alone, but another stage cannot read the optimizer's states.
-    """
-    return {
-        "data": data,
-        "model": policy,
-        "reference": reference,
-        "train.seed": config.train.seed,
-        "train.global_batch": config.train.global_batch,
-        "train.dtype": str(dtype).removeprefix("torch."),
-        "deepspeed.zero_stage": zero_stage,
-        **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
-    }
-
-
-# Of `train`: what a run may change on its way. The rest is part of its identity, or leaves the trajectory alone.
-APPLIED = ("lr", "schedule", "warmup", "betas", "eps", "weight_decay", "clip")
-
-
-def settings_of(config: Config, steps: int) -> dict[str, Any]:
-    plain = config.train.model_dump(mode="json")
-    return {**{f"train.{name}": plain[name] for name in APPLIED}, "steps": steps}
 
 
 def folder(output: str | Path) -> Path:
@@ -158,43 +126,6 @@ def _current(identity: dict[str, Any]) -> dict[str, Any]:
         **{f"objective.{key}": value for key, value in defaults.items()},
         **noted,
     }
-
-
-def check_same_run(found: State, now: State, output: str) -> None:
-    """Raises `UserError` when the checkpoint is another run's, or beyond this one's end."""
-    if "reference" not in found.identity and now.identity["reference"] is not None:
-        raise UserError(
-            f"the checkpoint in train.output ({output}) does not say from which weights its policy started: an older "
-            "version of kto_dist wrote it, which noted those of reference.path alone. Go on with that version, give "
-            "another train.output, or delete the folder's checkpoints"
-        )
-    differing = [
-        f"{key} was {found.identity.get(key)!r} and is {value!r}"
-        for key, value in now.identity.items()
-        if found.identity.get(key) != value
-        # an older version did not note what `auto` meant
-        and not (key == "train.dtype" and found.identity.get(key) == "auto")
-    ]
-    if differing:
-        raise UserError(
-            f"the checkpoint in train.output ({output}) belongs to another run: {'; '.join(differing)}. "
-            "Give another train.output, or delete the folder's checkpoints"
-        )
-    if found.step > now.settings["steps"]:
-        raise UserError(
-            f"this run has {now.settings['steps']:,} steps, and the checkpoint in train.output ({output}) has done "
-            f"{found.step:,}: raise train.max_steps or train.epochs, or give another train.output. (kto-dist export "
-            "writes the model of a checkpoint)"
-        )
-
-
-def changes(found: State, now: State) -> list[str]:
-    """What is another setting from here on."""
-    return [
-        f"{name} is {value!r} (was {found.settings[name]!r})"
-        for name, value in now.settings.items()
-        if found.settings.get(name, value) != value
-    ]
 
 
 def load(policy: Policy, checkpoint: Path, universal: Path | None) -> None:

@@ -23,7 +23,7 @@ from kto_dist.record.tracker import NullTracker, Tracker
 from kto_dist.reference.record import PassRecord
 from kto_dist.reference.setup import local_folder
 from kto_dist.store.fingerprint import Fingerprint, weights_digest
-from kto_dist.training import checkpoint
+from kto_dist.training import checkpoint, resume
 from kto_dist.training.config import Config
 from kto_dist.training.lock import RunLock
 from kto_dist.training.prepare import PreparedTraining, counts
@@ -138,7 +138,7 @@ def start_run(
     config = prepared.config
     output = Path(config.train.output)
     stage = zero_stage(config.deepspeed, prepared.dtype)
-    identity = checkpoint.identity(
+    identity = resume.identity(
         config,
         data=prepared.train.fingerprint,
         policy=_policy_weights(config, reference),
@@ -152,13 +152,17 @@ def start_run(
         zero_stage=stage,
         identity=identity,
         mlflow_run=None,
-        settings=checkpoint.settings_of(config, prepared.plan.steps),
+        settings=resume.settings_of(
+            config,
+            steps=prepared.plan.steps,
+            heldout=None if prepared.heldout is None else prepared.heldout.fingerprint,
+        ),
     )
     if found is not None:
         state = checkpoint.read_state(found)
-        checkpoint.check_same_run(state, now, str(output))
+        resume.check_same_run(state, now, str(output))
         console.say(f"going on from {found.name} of {prepared.plan.steps} steps")
-        if changed := checkpoint.changes(state, now):
+        if changed := resume.changes(state, now):
             console.warn(f"other settings from step {state.step + 1} on: {'; '.join(changed)}")
     if (again := restart.order()) is not None:
         console.warn(
