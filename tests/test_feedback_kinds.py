@@ -1,6 +1,10 @@
 """A vote is one of what it judges: scores of several kinds, and numbers beside their words, are no thumbs."""
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 from mining import config_of, mined, rows_of, write_log
 
 from kto_dist.base.config import build
@@ -62,6 +66,23 @@ def test_the_number_of_a_category_is_not_taken_for_its_word(tmp_path):
     # of a boolean and of a number, the word is the value
     plain = [row({"name": "f", "value": 1, "stringValue": "True"})]
     assert got(tmp_path, plain, SCORES) == [("why?", "because", True)]
+
+
+def test_mappings_of_public_datasets_in_the_documents_give_their_rows(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+
+    def rows(name, *given):
+        [line] = [line for line in page.splitlines() if line.startswith(f"| {name} | `columns")]
+        tree = {}
+        for said in re.findall("`([^`]+)`", line):
+            tree |= yaml.safe_load(said)
+        more = {f"labels__{key}": value for key, value in tree["labels"].items()}
+        return got(tmp_path, list(given), tree["columns"], **more)
+
+    rated = [{"prompt": f"q{n}", "response": "a", "helpfulness": n, "verbosity": 2} for n in range(5)]
+    assert rows("HelpSteer2", *rated) == [("q0", "a", False), ("q1", "a", False), ("q3", "a", True), ("q4", "a", True)]
+    duel = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0}
+    assert rows("PKU-SafeRLHF", duel) == [("q", "a", False), ("q", "b", True)]
 
 
 def test_langfuses_preset_reads_categories_by_their_word(tmp_path):

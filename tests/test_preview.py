@@ -1,6 +1,7 @@
 """Looking before training: the rows that `--check` and every start of a run show, and the exit status."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,12 @@ def test_a_run_shows_three_rows_and_has_metrics_by_source(tmp_path, tiny_model, 
         for name, label in (("app", "undesirable"), ("hh", "desirable")):
             assert line[f"loss/source/{name}"] == pytest.approx(line[f"loss/{label}"])
             assert line[f"rewards/source/{name}"] == pytest.approx(line[f"rewards/{label}"])
+        assert not {name for name in line if not any(known.fullmatch(name) for known in documented())}
+
+
+def documented():
+    """The names of docs/metrics.md, where `*` and NAME stand for any name."""
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    names = [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
+    return [re.compile(re.escape(name).replace(r"\*", r"\w+").replace("NAME", r"\w+")) for name in names]
