@@ -118,3 +118,10 @@ def from_own_logits(lm, pairs):
 def scored(model, pairs, packed):
     batch = collate(pairs, np.arange(len(pairs)), packed=packed)
     return completion_logps(model, batch, model.transform, 7 * VOCABULARY * 4)
+
+
+def neighbourly(hidden, much):  # (R, T, H)
+    """A layer's output in which each position also has a little of the one before it in the row, like a state."""
+    found = hidden.clone()
+    found[:, 1:] += much * hidden[:, :-1]
+    return found

@@ -80,7 +80,7 @@ def test_a_family_that_cannot_pack_gets_neither_varlen_nor_packing_by_itself(nam
         pick_attention("model.attention", "varlen", config, CPU, torch.float32)
     attention = pick_attention("model.attention", "auto", config, CPU, torch.float32)
     assert not ATTENTIONS[attention].variable_length
-    assert pick_packing("train.packing", "auto", attention, config) is False
+    assert pick_packing("train.packing", "auto", attention, config, 64) is False
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_flash_attention_2_is_named_with_what_is_missing(monkeypatch):
     ],
 )
 def test_packing_is_automatic_only_where_it_costs_nothing(value, attention, packed):
-    assert pick_packing("train.packing", value, attention, AutoConfig.for_model("llama")) is packed
+    assert pick_packing("train.packing", value, attention, AutoConfig.for_model("llama"), 64) is packed
 
 
 def test_packing_that_a_family_cannot_is_refused_with_the_setting():
     with pytest.raises(UserError, match="reference.packing=false"):
-        pick_packing("reference.packing", True, "sdpa", AutoConfig.for_model("opt"))
+        pick_packing("reference.packing", True, "sdpa", AutoConfig.for_model("opt"), 64)
 
 
 def test_a_forward_without_bounds_is_an_error_and_not_a_wrong_result():

@@ -230,6 +230,16 @@ def test_every_pair_is_in_one_micro_batch_of_one_rank(lengths, ranks, packed):
     assert sorted(places) == list(range(lengths.size))
 
 
+@given(**cuts, apart=st.integers(0, TOKENS))
+def test_long_rows_that_stand_apart_share_no_micro_batch_with_others(lengths, ranks, packed, apart):
+    shares = cut(lengths, tokens=TOKENS, ranks=ranks, packed=packed, apart=apart)
+    assert sorted(int(p) for rank in shares for share in rank for p in share) == list(range(lengths.size))
+    assert len({len(rank) for rank in shares}) == 1
+    for rank in shares:
+        for share in rank:
+            assert len(set((lengths[share] > apart).tolist())) <= 1
+
+
 @given(**cuts)
 def test_no_micro_batch_exceeds_its_tokens_padding_included(lengths, ranks, packed):
     for rank in cut_all(lengths, ranks, packed):

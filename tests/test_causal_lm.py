@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from families import COMMON, FAMILIES, GPT, HEADS, UNPACKABLE, VOCABULARY, from_own_logits, scored, sequences, tiny
+from families import COMMON, FAMILIES, GPT, HEADS, VOCABULARY, from_own_logits, scored, sequences, tiny
 from tiny import save_tiny, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import collate
-from kto_dist.model import causal_lm
 from kto_dist.model.causal_lm import (
     ScoringModel,
     completion_logps,
@@ -56,22 +55,6 @@ def test_whatever_a_family_does_to_its_logits_is_in_the_transform(name):
 def test_the_transform_is_read_from_the_config(kind, settings, wanted):
     transform = logit_transform(AutoConfig.for_model(kind, **settings))
     assert (transform.scale, transform.softcap, transform.temperature) == (*wanted, 1.0)
-
-
-@pytest.mark.parametrize("name", UNPACKABLE)
-def test_packing_is_refused_where_sequences_would_see_each_other(name):
-    model = ScoringModel(tiny(UNPACKABLE[name]))
-    causal_lm.check_scoring(model, model, CPU, packed=False)
-    with pytest.raises(UserError, match="train.packing"):
-        causal_lm.check_scoring(model, model, CPU, packed=True)
-
-
-def test_a_head_that_the_config_does_not_describe_is_refused():
-    lm = tiny(FAMILIES["llama"])
-    lm.register_forward_hook(lambda module, arguments, output: type(output)(logits=2 * output.logits))
-    model = ScoringModel(lm)
-    with pytest.raises(UserError, match="LM head"):
-        causal_lm.check_scoring(model, model, CPU, packed=False)
 
 
 @pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))

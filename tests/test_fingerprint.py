@@ -87,6 +87,25 @@ def test_a_mended_fault_makes_another_reference_of_its_family_alone(model, monke
     assert of(model, other) == before[1]
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype", "wanted"),
+    [
+        ({"model_type": "llama"}, "bfloat16", None),
+        # completions of one prompt saw each other, by less than what counted as rounding in bf16
+        ({"model_type": "zamba"}, "bfloat16", 1),
+        ({"model_type": "zamba"}, "float32", None),
+        ({"model_type": "bailing_hybrid"}, "float32", 1),
+        ({"model_type": "bailing_hybrid"}, "bfloat16", 2),
+        # rows were turned by the frequencies of the longest beside them
+        ({"model_type": "phi3", "rope_parameters": {"rope_type": "longrope"}}, "float32", 1),
+        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "float32", 1),
+        ({"model_type": "phi3", "rope_parameters": {"rope_type": "default"}}, "float32", None),
+    ],
+)
+def test_only_what_was_stored_wrong_is_scored_again(model, config, dtype, wanted):
+    assert of(model, config, dtype=dtype).scoring == wanted
+
+
 def test_stores_from_before_a_field_existed_keep_their_values():
     # the digest of version 0.1, of these five fields
     old = Fingerprint(weights="w", config="c", dtype="float32", logits="float32", attention="sdpa")

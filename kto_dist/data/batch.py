@@ -151,12 +151,21 @@ def cut(
     ranks: int,
     packed: bool,
     unit: int = 1,  # neighbours that stay together: 2 for pairs
+    apart: int | None = None,  # longer pairs share no micro-batch with others
 ) -> list[list[np.ndarray]]:  # [rank][micro-batch] -> positions into `lengths`; all ranks have equally many
     """Few micro-batches, each of so many tokens at most, of nearly equal cost at the same turn of all ranks.
 
     Packed: longest first into the emptiest bin that has room. Padded: neighbours in length share a micro-batch.
     Some micro-batches may be empty. Raises `ValueError` where one row (or unit) alone has more.
     """
+    if apart is not None and lengths.size and lengths.min() <= apart < lengths.max():
+        assert unit == 1, "a pair may have a row on either side"
+        groups = [np.flatnonzero(lengths > apart), np.flatnonzero(lengths <= apart)]
+        shares = [cut(lengths[group], tokens=tokens, ranks=ranks, packed=packed) for group in groups]
+        return [
+            [group[positions] for group, share in zip(groups, shares, strict=True) for positions in share[rank]]
+            for rank in range(ranks)
+        ]
     # what a unit takes of a micro-batch
     sizes = lengths.reshape(-1, unit).sum(1) if packed else lengths.reshape(-1, unit).max(1, initial=0) * unit
     if sizes.size and sizes.max() > tokens:
@@ -318,6 +327,9 @@ class Cutting:
     """Of one micro-batch at the most, padding included."""
     packed: bool
     """Whether sequences lie end to end in one row, or padded in rows of their own."""
+    apart: int | None = None
+    """Longer sequences share no micro-batch with others: from there on the model is another function of a row, for all
+    rows of a forward (`attention.switch_length`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,7 +362,8 @@ def microbatches(
         examples, prompts, completions, cutting.max_length, cutting.prompt_limit
     )
     lengths = prompt_kept + completion_kept
-    shares = cut(lengths, tokens=cutting.tokens, ranks=ranks, packed=cutting.packed, unit=unit)[rank]
+    whole, packed = cutting.tokens, cutting.packed
+    shares = cut(lengths, tokens=whole, ranks=ranks, packed=packed, unit=unit, apart=cutting.apart)[rank]
 
     def sequence(place: int) -> tuple[np.ndarray, np.ndarray]:
         return pair_tokens(

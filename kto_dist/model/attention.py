@@ -57,7 +57,23 @@ class Attention:
     """Why it cannot be had there, or None."""
 
 
-def cannot_pack(config: PretrainedConfig) -> str | None:
+def switch_length(config: PretrainedConfig, max_length: int) -> int | None:
+    """Beyond how many tokens a row turns with other frequencies (longrope), if rows may be as long; else None.
+
+    transformers asks for the longest row of a forward, and turns all its rows alike: a short row would be scored by
+    the lengths of those beside it.
+    """
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    nested = [rope for rope in ropes.values() if isinstance(rope, dict)]
+    lengths = [
+        int(rope["original_max_position_embeddings"])
+        for rope in (ropes, *nested)
+        if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings")
+    ]
+    return min(lengths) if lengths and min(lengths) < max_length else None
+
+
+def cannot_pack(config: PretrainedConfig, max_length: int) -> str | None:
     """Why sequences that lie end to end would see each other in this family, or None."""
     text = config.get_text_config()
     family = str(text.model_type)
@@ -69,11 +85,22 @@ def cannot_pack(config: PretrainedConfig) -> str | None:
         return f"{family} has layers ({', '.join(sorted(others))}) that run on over the end of a sequence"
     if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", "") == "alibi":
         return f"{family} counts positions along the row (ALiBi)"
+    for name in CHOSEN:
+        chosen = getattr(text, name, None)
+        if chosen and chosen < max_length:
+            return f"{family} attends to {chosen} chosen tokens or blocks of a row ({name}), whosever they are"
     return _UNPACKABLE.get(family)
 
 
+# How many tokens, or blocks of tokens, sparse attention chooses among all of a row.
+CHOSEN = ("index_topk", "indexer_budget", "index_topk_blocks", "keep_window_size")
+
 # What no config and no class says of a family in transformers 5.23; each was seen (tests/test_attention.py).
-_UNPACKABLE = {"opt": "opt counts positions along the row"}
+_ALONG_THE_ROW = (
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "opt", "pegasus"),
+    *("plbart", "prophetnet"),
+)
+_UNPACKABLE = {family: f"{family} counts positions along the row" for family in _ALONG_THE_ROW}
 _LOST_ON_THE_WAY = {
     "nemotron": "nemotron hands no keyword arguments to its layers",
     "phimoe": "phimoe tells its window to a mask alone",
@@ -107,7 +134,8 @@ def _no_varlen(place: Place) -> str | None:
         return f"{place.family} caps attention scores (attn_logit_softcapping {softcap})"
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
         return f"{place.family}'s attention is not causal"
-    if reason := cannot_pack(place.config) or _LOST_ON_THE_WAY.get(place.family):
+    # a row is longer than whatever sparse attention chooses, as far as this table knows
+    if reason := cannot_pack(place.config, 2**31) or _LOST_ON_THE_WAY.get(place.family):
         return reason
     # Where flash attention is supported, windows come as arguments and not in a mask; where sdpa is, there are no
     # sinks; with an attention backend, the keyword arguments reach the layers.
@@ -164,12 +192,12 @@ def pick_attention(
     return name
 
 
-def pick_packing(setting: str, value: str | bool, attention: str, config: PretrainedConfig) -> bool:
+def pick_packing(setting: str, value: str | bool, attention: str, config: PretrainedConfig, max_length: int) -> bool:
     """`auto` packs where attention has a variable length: a mask would compute foreign tokens only to hide them.
 
     Raises `UserError` where packing is asked for and the family cannot.
     """
-    reason = cannot_pack(config)
+    reason = cannot_pack(config, max_length)
     if value == "auto":
         return ATTENTIONS[attention].variable_length and reason is None
     if value and reason:

@@ -10,7 +10,6 @@ weight for it and release it after, in forward and in backward. Nothing here kno
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from kto_kernels import LogitTransform, sequence_logps, token_logps
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kto_dist.base.errors import UserError
-from kto_dist.data.batch import MicroBatch, collate
+from kto_dist.data.batch import MicroBatch
 from kto_dist.model.attention import ATTENTIONS
 
 Head = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -107,14 +106,14 @@ class ScoringModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,  # (R, T)
-        position_ids: Tensor,  # (R, T)
+        position_ids: Tensor | None,  # (R, T)
         attention_mask: Tensor | None,  # (R, T), or (R, 1, T, T)
         bounds: Tensor,  # (S + 1,) int32, `MicroBatch.bounds`
         longest: int,
         gather: Tensor | None = None,  # (N,) rows of the flattened hidden states
         head: Head | None = None,
     ) -> Any:
-        """Without a head: the model's own logits (R, T, V), for checks."""
+        """Without a head: the model's own logits (R, T, V), for checks; without positions the family counts its own."""
         tokens: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -184,55 +183,3 @@ def completion_logps(
         return sequence_logps(logps, batch.lengths)
 
     return score(forward, batch, head)
-
-
-# Largest |difference| / sqrt(tokens) that rounding explains between two ways of scoring the same tokens: errors of
-# single tokens add up like a random walk.
-ROUNDING = {torch.float32: 2e-3, torch.bfloat16: 0.5}
-
-
-@torch.no_grad()
-def check_scoring(
-    forward: Forward, model: ScoringModel, device: torch.device, *, packed: bool, setting: str = "train.packing"
-) -> None:
-    """Scores a few tokens as training does, and compares with the model's own logits on each sequence alone.
-
-    Collective where weights are sharded. Raises `UserError` where the head's result differs (the family changes its
-    logits in a way that `logit_transform` does not know), or where packed sequences see each other (a state or a mask
-    that runs on over a restart of the positions): neither shows at step 0, since the reference would be wrong too.
-    """
-    dtype = next(model.parameters()).dtype
-    vocabulary = model.lm.config.get_text_config().vocab_size
-    draw = np.random.default_rng(0)
-    pairs = [
-        (draw.integers(vocabulary, size=p), draw.integers(vocabulary, size=c)) for p, c in ((3, 9), (2, 6), (4, 8))
-    ]
-
-    def scored(*chosen: tuple[np.ndarray, np.ndarray], packed: bool) -> Tensor:
-        batch = collate(list(chosen), np.arange(len(chosen)), packed=packed).to(device)
-        return completion_logps(forward, batch, model.transform, 2**28)
-
-    own = []
-    for prompt, completion in pairs:
-        batch = collate([(prompt, completion)], np.zeros(1), packed=False).to(device)
-        logits = forward(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            bounds=batch.bounds,
-            longest=batch.longest,
-        )[0]
-        logps = logits.index_select(0, batch.gather).double().log_softmax(-1)
-        own.append(logps.gather(-1, batch.target[:, None]).sum())
-    tokens = torch.tensor([len(completion) for _, completion in pairs], device=device)
-    limit = ROUNDING[dtype] * tokens.sqrt()
-    alone = torch.cat([scored(pair, packed=False) for pair in pairs])
-    if ((alone - torch.stack(own)).abs() > limit).any():
-        raise UserError(
-            f"{type(model.lm).__name__} changes the logits after its LM head in a way that kto_dist does not know, or "
-            "is random (dropout), so log-probs would be wrong: see logit_transform in causal_lm.py for what is known"
-        )
-    if packed and ((scored(*pairs, packed=True) - alone).abs() > limit).any():
-        raise UserError(
-            f"packed sequences see each other in {type(model.lm).__name__}: set {setting}=false, which pads instead"
-        )

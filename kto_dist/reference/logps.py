@@ -15,7 +15,7 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data.examples import check_ids
 from kto_dist.model import ops
-from kto_dist.model.causal_lm import ROUNDING, check_scoring
+from kto_dist.model.checks import check_scoring
 from kto_dist.model.engines import Reference
 from kto_dist.model.weights import Weights
 from kto_dist.reference.pairs import PairList, RefLogps
@@ -147,8 +147,13 @@ def _load(
 def _may_share_after_all(reference: Reference, setup: ReferenceSetup) -> bool | None:
     """Whether prompts are shared, now that the model can show what it can; for all ranks alike."""
     forward, model, device = reference.forward, reference.model, setup.device
-    agree.together(lambda: check_scoring(forward, model, device, packed=setup.packed, setting="reference.packing"))
-    if setup.share is False or not comm.any_(not sharing_is_exact(forward, model, device, ROUNDING[setup.dtype])):
+    longest = setup.settings.cutting.max_length
+    rounding = agree.together(
+        lambda: check_scoring(
+            forward, model, device, packed=setup.packed, max_length=longest, setting="reference.packing"
+        )
+    )
+    if setup.share is False or not comm.any_(not sharing_is_exact(forward, model, device, longest, rounding)):
         return setup.share
     if setup.share:
         raise UserError(

@@ -14,15 +14,31 @@ tokens with k completions of c costs T + T^2 / T0 tokens, T = p + k c, if attent
 all the rest of the model; a completion's share of that is the least at k c = sqrt(p (p + T0)).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from kto_dist.data.batch import MicroBatch, collate
-from kto_dist.model.attention import ATTENTIONS
-from kto_dist.model.causal_lm import Forward, ScoringModel, completion_logps
+from kto_dist.model.attention import ATTENTIONS, cannot_pack, switch_length
+from kto_dist.model.causal_lm import Forward, ScoringModel
+from kto_dist.model.checks import (
+    SHORT,
+    Observed,
+    Pair,
+    Rounding,
+    Trial,
+    counted,
+    drawer,
+    leaks,
+    observe,
+    rounding_of,
+    trials,
+)
 
 # T0 over the model's hidden size, measured with SmolLM2-135M in bf16 on two CPU cores (see benchmarks/README.md).
 T0_OVER_HIDDEN = 2.5
@@ -51,6 +67,12 @@ def can_share(config: PretrainedConfig, attention: str, max_length: int) -> str 
     if not ATTENTIONS[attention].takes_mask:
         able = " or ".join(name for name, row in ATTENTIONS.items() if row.takes_mask)
         return f"attention {attention} takes no mask of its own: it needs {able}"
+    if reason := cannot_pack(config, max_length):
+        return reason
+    if switch := switch_length(config, max_length):
+        return (
+            f"a tree longer than {switch} tokens would turn its shorter completions with longrope's other frequencies"
+        )
     text = config.get_text_config()
     for name in ("sliding_window", "attention_chunk_size"):
         window = getattr(text, name, None)
@@ -137,30 +159,46 @@ def lay_out(trees: list[tuple[np.ndarray, list[np.ndarray]]], position: np.ndarr
 
 
 @torch.no_grad()
-def sharing_is_exact(forward: Forward, model: ScoringModel, device: torch.device, rounding: float) -> bool:
-    """Collective where weights are sharded. Scores a few completions in trees and alone, and compares.
+def sharing_is_exact(
+    forward: Forward, model: ScoringModel, device: torch.device, max_length: int, rounding: Rounding
+) -> bool:
+    """Collective where weights are sharded. Scores a few completions in a tree and alone, and beside other completions.
 
     It finds families that carry a state along the row (Mamba, RWKV, linear attention), those that build another mask
     than the one that they are given, and those that take none of this form.
     """
-    vocabulary = model.lm.config.get_text_config().vocab_size
-    draw = np.random.default_rng(1)
-
-    def tokens(count: int) -> np.ndarray:
-        return draw.integers(vocabulary, size=count)
-
-    trees = [(tokens(5), [tokens(7), tokens(4), tokens(9)]), (tokens(3), [tokens(6)])]
-    flat = [(prompt, completion) for prompt, completions in trees for completion in completions]
-    places = np.arange(len(flat))
+    # the longest: its first layers show what all of them do
+    trial = trials(forward, model, device, max_length)[-1]
+    pairs, others = _siblings(model, trial.tokens)
+    score = partial(_in_a_tree, trial)
     try:
-        together = completion_logps(forward, lay_out(trees, places).to(device), model.transform, 2**28)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # of whatever the family's own code makes of the mask
+        with trial.layers():
+            alone = trial.alone(pairs[1:])
+            # with a mask of its own attention rounds in another way
+            by_itself = torch.cat([score([pair]) for pair in pairs[1:]])
+            seen = observe(score, pairs, others, by_itself, counted(pairs[1:]))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # whatever the family's own code makes of the mask
         return False
-    alone = torch.cat(
-        [
-            completion_logps(forward, collate([pair], np.zeros(1), packed=False).to(device), model.transform, 2**28)
-            for pair in flat
-        ]
-    )
-    lengths = torch.tensor([len(completion) for _, completion in flat], device=device)
-    return not ((together - alone).abs() > rounding * lengths.sqrt()).any()
+    off = float(((by_itself - alone).abs() / counted(pairs[1:]).sqrt()).max())
+    # not even a spread of 1 would explain more
+    explained = off <= rounding_of(model, 1.0).limit
+    return explained and not leaks(seen, rounding, Observed(apart=0.0, moved=0.0), model.lm.config)
+
+
+def _in_a_tree(trial: Trial, pairs: Sequence[Pair]) -> Tensor:  # (S,)
+    """A tree of all pairs, which have one prompt, and where that costs little a narrow one beside it, for padding."""
+    prompt = pairs[0][0]
+    trees = [(prompt, [completion for _, completion in pairs])]
+    if trial.tokens <= 4 * SHORT:
+        trees.append((prompt[:2], [pairs[0][1][:2]]))
+    return trial.logps(lay_out(trees, np.arange(len(pairs) + len(trees) - 1)))[: len(pairs)]
+
+
+def _siblings(model: ScoringModel, total: int) -> tuple[list[Pair], list[Pair]]:
+    """Three completions of one prompt, and the same with another first one."""
+    draw = drawer(model, 2)
+    prompt, first, short = draw(total // 4), total // 4, min(max(4, total // 8), 16)
+    rest = total - prompt.size - first - short
+    completions = [draw(count) for count in (first, short, rest)]
+    pairs = [(prompt, completion) for completion in completions]
+    return pairs, [(prompt, draw(first)), *pairs[1:]]

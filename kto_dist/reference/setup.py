@@ -18,7 +18,7 @@ from kto_dist.base import agree, comm
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting
-from kto_dist.model.attention import pick_attention, pick_packing
+from kto_dist.model.attention import pick_attention, pick_packing, switch_length
 from kto_dist.model.causal_lm import pick_dtype, pick_logits
 from kto_dist.model.config import ModelConfig
 from kto_dist.model.engines import Placement
@@ -107,7 +107,7 @@ def pick_reference(
     attention = pick_attention(
         "reference.attention", section.attention, model_config, device, dtype, like=model.attention
     )
-    packed = pick_packing("reference.packing", section.packing, attention, model_config)
+    packed = pick_packing("reference.packing", section.packing, attention, model_config, max_length)
     logits_dtype = pick_logits("reference.logits_dtype", section.logits_dtype, dtype, device)
     return ReferenceSetup(
         name=name,
@@ -129,7 +129,11 @@ def pick_reference(
         ),
         settings=PassSettings(
             cutting=Cutting(
-                max_length=max_length, prompt_limit=prompt_limit, tokens=section.tokens_per_batch, packed=packed
+                max_length=max_length,
+                prompt_limit=prompt_limit,
+                tokens=section.tokens_per_batch,
+                packed=packed,
+                apart=switch_length(model_config, max_length),
             ),
             logits_bytes=None if section.logits_mebibytes is None else section.logits_mebibytes * 2**20,
             logits_dtype=logits_dtype,

@@ -32,7 +32,7 @@ class Fingerprint:
     quantisation: str | None = None
     """How the weights are kept in memory, where it is not as in their files."""
     scoring: int | None = None
-    """`SCORING` of the family."""
+    """How often a fault was mended in how such a model is scored."""
 
     @property
     def digest(self) -> str:
@@ -53,6 +53,23 @@ SCORING: dict[str, int] = {
     **dict.fromkeys(("bailing_hybrid", "beam", "deepseek_v4", "ernie4_5_moe", "flint"), 1),
     **dict.fromkeys(("hy_v4", "inkling_text", "inkling2_text"), 1),
 }
+
+# Families whose completions of one prompt saw each other in bf16, by less than what counted as rounding.
+_SHARED_STATE = {
+    *("bailing_hybrid", "bamba", "blt", "falcon_h1", "llama4", "llama4_text", "minimax", "olmo_hybrid", "qwen4_exp"),
+    *("qwen4_exp_text", "recurrent_gemma", "zamba", "zamba2"),
+}
+
+
+def scoring(model_config: dict[str, Any], dtype: str) -> int | None:
+    """How often a fault was mended in how such a model is scored; None for never."""
+    family = str(model_config.get("model_type"))
+    faults = SCORING.get(family, 0)
+    faults += dtype == "bfloat16" and family in _SHARED_STATE
+    # rows were turned by the frequencies of the longest one of their micro-batch
+    faults += '"longrope"' in json.dumps(model_config, default=str)
+    return int(faults) or None
+
 
 # What names a file or a tool, not the function that the model computes.
 _IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
@@ -85,7 +102,7 @@ def fingerprint(
         attention=attention,
         kernels=kernels,
         quantisation=quantisation,
-        scoring=SCORING.get(str(model_config.get("model_type"))),
+        scoring=scoring(model_config, dtype),
     )
 
 

@@ -22,7 +22,7 @@ from kto_dist.base.exits import FAILED, TERMINATED, Stopped
 from kto_dist.base.signals import before_sigterm, sigterm_noted
 from kto_dist.data.audited import describes_all, find_audits
 from kto_dist.model import ops
-from kto_dist.model.causal_lm import check_scoring
+from kto_dist.model.checks import Rounding, check_scoring
 from kto_dist.model.devices import cost_of, make_deterministic
 from kto_dist.model.engines import AdamW, Policy
 from kto_dist.model.memory import NeedsRestart
@@ -111,10 +111,10 @@ def _train(
 ) -> dict[str, Any]:
     config, plan = prepared.config, prepared.plan
     console.phase("policy")
-    policy = _load_policy(prepared, run, console)
+    policy, rounding = _load_policy(prepared, run, console)
     cost = cost_of(policy.model.lm)
     monitor = Monitor(config.health)
-    stepper = Stepper(prepared, refs, policy, console)
+    stepper = Stepper(prepared, refs, policy, console, rounding)
     stepper.try_largest()
     first = done = run.state.step
     last, tokens = run.last_line(), 0
@@ -179,7 +179,7 @@ def _train(
     return finish(policy, weights, prepared, refs, run, console, outcome, goodbye)
 
 
-def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Policy:
+def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> tuple[Policy, Rounding]:
     """Collective. The engine, with the state of the checkpoint that the run goes on from."""
     config = prepared.config
     if zero_stage(config.deepspeed, prepared.dtype) != config.deepspeed.zero_stage:
@@ -199,13 +199,18 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> Poli
         kernels=prepared.kernels,
         universal=universal is not None,
     )
-    check_scoring(policy.forward, policy.model, comm.device(), packed=prepared.cutting.packed)
+    cutting = prepared.cutting
+    rounding = agree.together(
+        lambda: check_scoring(
+            policy.forward, policy.model, comm.device(), packed=cutting.packed, max_length=cutting.max_length
+        )
+    )
     if run.found:
         checkpoint.load(policy, run.found, universal)
         if universal and comm.is_main():
             shutil.rmtree(universal, ignore_errors=True)  # the next start clears what is left
     run.mlflow_run = comm.broadcast(run.tracker.run_id)
-    return policy
+    return policy, rounding
 
 
 def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console, step: int, best: Best | None) -> None:

@@ -22,7 +22,7 @@ from kto_dist.data import tokenise as data
 from kto_dist.data.batch import Cutting, Plan
 from kto_dist.data.examples import Examples, check, check_ids, load
 from kto_dist.data.preference import Preferences
-from kto_dist.model.attention import pick_attention, pick_packing
+from kto_dist.model.attention import pick_attention, pick_packing, switch_length
 from kto_dist.model.causal_lm import logit_transform, pick_dtype, pick_logits
 from kto_dist.model.kernels import pick_kernels
 from kto_dist.model.loading import check_context, load_config, load_tokenizer, model_class
@@ -199,7 +199,10 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
             max_length=config.data.max_length,
             prompt_limit=config.data.prompt_limit,
             tokens=_tokens_to_start_with(config),
-            packed=pick_packing("train.packing", config.train.packing, attention, prepared.model_config),
+            packed=pick_packing(
+                "train.packing", config.train.packing, attention, prepared.model_config, config.data.max_length
+            ),
+            apart=_apart(config, prepared.model_config),
         ),
         class_weights=class_weights(prepared.train, config, console.warn),
         objective=Objective(
@@ -249,6 +252,18 @@ def _models(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
         )
         check_context(other, config.data.max_length)
     return model_config, load_tokenizer(model.path, model.gguf_file, trust_remote_code=trust)
+
+
+def _apart(config: Config, model_config: PretrainedConfig) -> int | None:
+    """`Cutting.apart` of the policy. Raises `UserError` where a loss keeps rows together that would have to part."""
+    switch = switch_length(model_config, config.data.max_length)
+    if switch and LOSSES[config.objective.loss].unit > 1:
+        raise UserError(
+            f"data.max_length ({config.data.max_length}) exceeds the {switch} tokens beyond which longrope scores all "
+            f"rows of a forward by other frequencies, and objective.loss ({config.objective.loss}) scores a pair's "
+            f"two rows in one: set data.max_length to {switch}"
+        )
+    return switch
 
 
 def _tokens_to_start_with(config: Config) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting, MicroBatch, microbatches, pair_lengths, step_kl_pairs, step_rows
-from kto_dist.model.causal_lm import ROUNDING, Forward
+from kto_dist.model.causal_lm import Forward
 from kto_dist.model.memory import attempt, is_out_of_memory
 from kto_dist.model.profile import part
 from kto_dist.objective import metrics
@@ -118,10 +118,26 @@ class Engine(Protocol):
     def step(self, lr: float) -> Tensor | float: ...
 
 
+class Start(Protocol):
+    """What is asked before the first update: `training.start.StartCheck`."""
+
+    @property
+    def limit(self) -> float:
+        """Nats per square root of a row's tokens, of what is rounding."""
+
+    def check(self, work: StepWork, objective: Objective, losses: Tensor, logps: Tensor) -> None:
+        """Collective. `losses`, `logps`: (B,) of the step's rows."""
+
+
 def run_step(
-    work: StepWork, policy: Engine, objective: Objective, *, lr: float, start: "StartCheck | None" = None
+    work: StepWork,
+    policy: Engine,
+    objective: Objective,
+    *,
+    lr: float,
+    start: Start | None = None,
 ) -> StepResult:
-    """Collective. One update. With `start`, refuses to make it where the policy is not its reference.
+    """Collective. One update, after `start` was given the rows' log-probs, (B,), and had nothing against it.
 
     Raises `OutOfMemory` on all ranks where one of them ran out of it and the step can be done again.
     """
@@ -195,40 +211,3 @@ def _update(policy: Engine, lr: float) -> Tensor | float:
             "out of memory in the optimizer's step, whose states (8 bytes a parameter) are sharded from "
             "deepspeed.zero_stage 1 on: use more devices, a higher stage, or deepspeed.offload_optimizer: cpu"
         ) from None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StartCheck:
-    """Before the first update every reward is 0; anything else means a wrong reference, template or precision."""
-
-    policy_dtype: torch.dtype
-    reference_dtype: str
-    store: str
-
-    @property
-    def limit(self) -> float:
-        """Nats per square root of a row's tokens, of what is rounding."""
-        return max(ROUNDING[self.policy_dtype], ROUNDING[getattr(torch, self.reference_dtype)])
-
-    def check(self, work: StepWork, objective: Objective, losses: Tensor, logps: Tensor) -> None:
-        """`losses`, `logps`: (B,) of the step's rows. Raises `UserError`, on every rank alike."""
-        tokens = torch.from_numpy(work.answers).clamp(min=1)
-        worst = float(((logps - work.labels.ref_logps).abs() / tokens.sqrt()).max())
-        if not worst <= self.limit:
-            raise UserError(
-                "before the first update the policy must equal its reference, but a row's log-prob differs by "
-                f"{worst:.3g} nats per square root of its tokens (limit {self.limit}: policy in "
-                f"{str(self.policy_dtype).removeprefix('torch.')}, reference in {self.reference_dtype}). The reference "
-                f"store ({self.store}) holds values of other text or weights, the reference is another "
-                "model (then name it in reference.path), or the policy runs with dropout: check these, and delete the "
-                "store's folder of this model to score again"
-            )
-        # what a row may be off by, where it, the others of its unit and the KL pairs are
-        off = self.limit * tokens.double().sqrt().reshape(-1, objective.loss.unit).sum(1)
-        if objective.loss.has_z0 and work.kl_answers.size:
-            off = off + self.limit * float(np.sqrt(work.kl_answers.max()))
-        slope = 1.0 if objective.loss.per_token else objective.beta
-        room = (slope * off).repeat_interleave(objective.loss.unit) + 1e-9
-        refs, value = work.labels.ref_logps, objective.loss.start
-        wanted = -refs if value is None else torch.full_like(refs, value)
-        assert ((losses - wanted).abs() <= room).all(), "the loss at step 0 is not what the table of losses says"

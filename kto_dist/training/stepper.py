@@ -4,12 +4,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kto_dist.base import comm
 from kto_dist.base.console import Console
 from kto_dist.data.batch import Cutting, collate, pair_tokens
 from kto_dist.evaluation.figures import Evaluated
 from kto_dist.evaluation.heldout import evaluate_rows, under
+from kto_dist.model.causal_lm import completion_logps
+from kto_dist.model.checks import Rounding, chooses
 from kto_dist.model.devices import Sharding, tokens_that_fit
 from kto_dist.model.engines import Policy
 from kto_dist.model.memory import Memory, NeedsRestart, attempt
@@ -18,7 +21,8 @@ from kto_dist.objective.objective import labels_of, loss_and_rows
 from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.training.prepare import PreparedTraining
 from kto_dist.training.schedule import learning_rate
-from kto_dist.training.step import StartCheck, StepResult, StepWork, run_step, step_work
+from kto_dist.training.start import StartCheck
+from kto_dist.training.step import StepResult, StepWork, run_step, step_work
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Stepper:
     refs: ReferenceLogps
     policy: Policy
     console: Console
+    rounding: Rounding
+    """Of the policy, as `check_scoring` measured it."""
     memory: Memory = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,12 +73,12 @@ class Stepper:
     def run(self, work: StepWork) -> StepResult:
         """Collective. One update, with as many tokens a micro-batch as there is memory for. Raises `UserError`."""
         lr = learning_rate(work.step, self.prepared.plan.steps, self.prepared.config.train)
-        check = self._start_check() if work.step == 0 else None
+        start = self._start_check() if work.step == 0 else None
 
         def update(cutting: Cutting) -> StepResult:
             # made ahead, before a step ran out of memory
             fresh = work if work.cutting == cutting else self.work(work.step)
-            return run_step(fresh, self.policy, self.prepared.objective, lr=lr, start=check)
+            return run_step(fresh, self.policy, self.prepared.objective, lr=lr, start=start)
 
         try:
             return self.memory.within(update, self.policy.forget)
@@ -136,9 +142,33 @@ class Stepper:
         reference = self.prepared.config.reference
         if reference.path is not None:
             return None
+        prepared, found = self.prepared, self.refs.fingerprint
+        default = torch.float32 if comm.device().type == "cuda" else prepared.dtype
+        dtypes = (prepared.dtype, prepared.objective.logits_dtype or default)
         return StartCheck(
-            policy_dtype=self.prepared.dtype, reference_dtype=self.refs.fingerprint.dtype, store=reference.store
+            policy_dtype=_precision(*(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+            reference_dtype=_precision(found.dtype, found.logits),
+            rounding=self.rounding,
+            chooses=chooses(prepared.model_config),
+            packed=self.memory.cutting.packed,
+            store=reference.store,
+            from_store=self.refs.outcome.hits,
+            alone=self._alone,
         )
+
+    def _alone(self, row: int) -> Tensor:
+        """Collective. (1,) log-prob of a training row, with gradients as in training: only then is some dropout on."""
+        prepared = self.prepared
+        pair, objective = _tokens(prepared, row), prepared.objective
+        batch = collate([pair], np.zeros(1, np.int64), packed=prepared.cutting.packed).to(comm.device())
+        logps = completion_logps(
+            self.policy.forward, batch, objective.transform, objective.logits_bytes, objective.logits_dtype
+        )
+        return logps.detach().cpu()
+
+
+def _precision(dtype: str, logits: str) -> str:
+    return dtype if dtype == logits else f"{dtype} with logits in {logits}"
 
 
 def _longest_rows(prepared: PreparedTraining, cutting: Cutting) -> np.ndarray:

@@ -1,0 +1,230 @@
+"""What a run finds out of a family before it trusts its log-probs: leaks small and far away, and no false alarm."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, UNPACKABLE, from_own_logits, neighbourly, scored, tiny
+
+from kto_dist.base.errors import UserError
+from kto_dist.data.batch import collate, cut
+from kto_dist.model.attention import switch_length
+from kto_dist.model.causal_lm import ScoringModel
+from kto_dist.model.checks import Rounding, check_scoring, first_layers, rounding_of, thinned
+from kto_dist.training.start import StartCheck
+
+CPU = torch.device("cpu")
+DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+
+
+def check(model, *, packed, max_length=96):
+    return check_scoring(model, model, CPU, packed=packed, max_length=max_length)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sound_families_pass_packed_in_every_dtype(name, dtype):
+    rounding = check(ScoringModel(tiny(FAMILIES[name]).to(dtype)), packed=True)
+    assert rounding.spread < rounding.limit <= 0.25
+
+
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_packing_is_refused_where_sequences_would_see_each_other(name):
+    model = ScoringModel(tiny(UNPACKABLE[name]))
+    check(model, packed=False)
+    with pytest.raises(UserError, match="train.packing"):
+        check(model, packed=True)
+
+
+@DTYPES
+def test_a_leak_of_a_hundredth_of_what_was_rounding_is_found(dtype):
+    """0.5 nats over the root of a token once passed in bf16."""
+    model = ScoringModel(tiny(FAMILIES["llama"]).to(dtype))
+    model.lm.model.layers[0].register_forward_hook(lambda module, arguments, out: neighbourly(out, 0.02))
+    check(model, packed=False)
+    with pytest.raises(UserError, match=r"packed sequences see each other in LlamaForCausalLM.*train.packing=false"):
+        check(model, packed=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+def test_what_only_long_rows_show_is_found_at_their_length(dtype, packed):
+    """As windows, longrope and sparse attention do; the checks once had 13 positions."""
+    model = ScoringModel(tiny(FAMILIES["llama"], "varlen" if packed else "sdpa").to(dtype))
+
+    def beyond(module, arguments, out):
+        return neighbourly(out, 0.5) if out.shape[1] > 90 or (not packed and out.shape[0] > 1) else out
+
+    model.lm.model.layers[0].register_forward_hook(beyond)
+    if packed:
+        check(model, packed=True, max_length=80)
+    with pytest.raises(UserError, match="see each other in|change each other's"):
+        check(model, packed=packed, max_length=120)
+
+
+def test_a_random_model_is_refused_as_such():
+    model = ScoringModel(tiny(FAMILIES["llama"]))
+    model.lm.model.layers[0].register_forward_hook(lambda module, arguments, out: torch.nn.functional.dropout(out, 0.2))
+    with pytest.raises(UserError, match="gives one row two log-probs: it is random"):
+        check(model, packed=False)
+
+
+def test_a_model_that_sees_later_tokens_is_refused_as_such():
+    model = ScoringModel(tiny(FAMILIES["llama"]))
+    model.lm.model.layers[0].register_forward_hook(lambda module, arguments, out: out + 0.1 * out.flip(1))
+    with pytest.raises(UserError, match=r"sees tokens that come later.*is_decoder"):
+        check(model, packed=False)
+
+
+def test_a_model_that_counts_its_positions_otherwise_is_refused_as_such():
+    model = ScoringModel(tiny(FAMILIES["llama"]))
+    forward = model.lm.model.forward
+
+    def other(input_ids, position_ids=None, **more):
+        count = torch.arange(input_ids.shape[1])[None] if position_ids is None else 3 * position_ids
+        return forward(input_ids=input_ids, position_ids=count, **more)
+
+    model.lm.model.forward = other
+    with pytest.raises(UserError, match="counts positions in another way"):
+        check(model, packed=False)
+
+
+@pytest.mark.parametrize("scale", (2.0, 1.02))
+def test_a_head_that_the_config_does_not_describe_is_refused(scale):
+    lm = tiny(FAMILIES["llama"])
+    lm.register_forward_hook(lambda module, arguments, output: type(output)(logits=scale * output.logits))
+    with pytest.raises(UserError, match="LM head"):
+        check(ScoringModel(lm), packed=False)
+
+
+def test_a_family_whose_choices_depend_on_padding_is_refused_beyond_them():
+    from transformers import DogeConfig, DogeForCausalLM
+
+    settings = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = DogeConfig(**settings, num_attention_heads=4, num_key_value_heads=2, keep_window_size=20)
+    model = ScoringModel(DogeForCausalLM(config).eval())
+    check(model, packed=False, max_length=20)
+    with pytest.raises(UserError, match=r"data.max_length \(21\) must be at most doge's keep_window_size \(20\)"):
+        check(model, packed=False, max_length=21)
+
+
+LONGROPE = {
+    "original_max_position_embeddings": 24,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    },
+}
+
+
+@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+def test_rows_beyond_longropes_switch_are_scored_apart_as_if_alone(packed):
+    lm = tiny(("phi3", LONGROPE, "varlen" if packed else "sdpa"))
+    own, model = tiny(("phi3", LONGROPE, "sdpa")), ScoringModel(lm)
+    draw = np.random.default_rng(0)
+    pairs = [(draw.integers(3, 99, 3), draw.integers(3, 99, count)) for count in (5, 40, 21, 22, 30)]
+    check(model, packed=packed, max_length=64)
+    lengths, apart = np.array([len(p) + len(c) for p, c in pairs]), switch_length(lm.config, 64)
+    assert apart == 24 and switch_length(lm.config, 24) is None
+    together = []
+    for share in cut(lengths, tokens=500, ranks=1, packed=packed, apart=apart)[0]:
+        together += [
+            (place, value) for place, value in zip(share, scored(model, [pairs[n] for n in share], packed), strict=True)
+        ]
+    found = torch.stack([value for _, value in sorted(together, key=lambda item: item[0])])
+    wanted = from_own_logits(own, pairs)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=5e-5)
+    # what stood in stores before
+    mixed = scored(model, pairs, packed)
+    assert (mixed - wanted).abs().max() > 0.01
+
+
+def test_the_first_layers_run_alone_and_all_are_back_afterwards():
+    kind, _, attention = FAMILIES["gemma3_window"]
+    lm = tiny((kind, {"head_dim": 8, "sliding_window": 4, "num_hidden_layers": 12}, attention))
+    ran = []
+    for layer in lm.model.layers:
+        layer.register_forward_hook(lambda module, arguments, out: ran.append(1))
+    with first_layers(lm):
+        lm(input_ids=torch.arange(3, 9)[None])
+    # five with a window, and the first without
+    assert len(ran) == 6 and len(lm.model.layers) == 12
+    with pytest.raises(ZeroDivisionError), first_layers(lm):
+        raise ZeroDivisionError
+    assert len(lm.model.layers) == 12
+
+
+def test_rows_that_are_looked_at_are_few_and_hold_the_first_and_the_last():
+    pairs = [(np.arange(2), np.arange(500)), (np.arange(1), np.arange(3)), (np.arange(1), np.arange(0))]
+    batch = thinned(collate(pairs, np.arange(3), packed=True))
+    first, second, third = batch.lengths.tolist()
+    assert first <= 64 and (second, third) == (3, 0)
+    found = batch.target[:first].tolist()
+    assert found[:16] == list(range(16)) and found[-16:] == list(range(484, 500)) and found == sorted(set(found))
+    assert batch.target[first:].tolist() == [0, 1, 2] and len(batch.gather) == first + second
+
+
+def test_an_expert_that_rounding_chose_has_more_room_and_nothing_has_more_than_the_cap():
+    dense, experts = (ScoringModel(tiny(FAMILIES[name]).bfloat16()) for name in ("llama", "mixtral_experts"))
+    assert rounding_of(dense, 0.0).limit == rounding_of(experts, 0.0).limit == 0.1
+    assert rounding_of(dense, 9.0).limit == 0.25 and rounding_of(experts, 9.0).limit == 0.5
+
+
+def start(alone, *, limit=0.1, reference="bfloat16", from_store=0, chooses=False, packed=True):
+    values = iter(alone)
+    return StartCheck(
+        policy_dtype="bfloat16",
+        reference_dtype=reference,
+        rounding=Rounding(spread=0.01, limit=limit),
+        chooses=chooses,
+        packed=packed,
+        store="runs/store",
+        from_store=from_store,
+        alone=lambda row: torch.tensor([next(values)]),
+    )
+
+
+def ask(check, off):
+    """Rows of 4 tokens, the third one's log-prob `off` its reference's."""
+    refs = torch.tensor([-5.0, -6.0, -7.0, -8.0], dtype=torch.float64)
+    work = SimpleNamespace(
+        answers=np.full(4, 4),
+        rows=np.array([3, 1, 9, 0]),
+        labels=SimpleNamespace(ref_logps=refs),
+        kl_answers=np.zeros(0),
+    )
+    loss = SimpleNamespace(unit=1, has_z0=False, per_token=False, start=0.5)
+    logps = refs + torch.tensor([0.0, 0.0, off, 0.0])
+    check.check(work, SimpleNamespace(loss=loss, beta=0.1), torch.full((4,), 0.5, dtype=torch.float64), logps)
+
+
+def test_a_start_within_rounding_passes_and_beyond_it_does_not():
+    ask(start([]), 0.19)
+    with pytest.raises(UserError, match=r"1 of 4 rows differ, the worst by 0.105 nats .*limit 0.1"):
+        ask(start([-6.79, -6.79], from_store=4), 0.21)
+
+
+@pytest.mark.parametrize(
+    ("alone", "changes", "cause"),
+    [
+        ((-6.0, -6.5), {}, "Scored twice it has two log-probs: the policy is random"),
+        ((-7.0, -7.0), {}, "By itself the row agrees, .*train.packing=false"),
+        ((-7.0, -7.0), {"packed": False}, "By itself the row agrees, .*rows of one batch change each other"),
+        ((-5.0, -5.0), {"reference": "float32"}, "different precisions: set reference.dtype"),
+        ((-5.0, -5.0), {"from_store": 4}, "store .runs/store. holds values of other text or weights.*delete"),
+        ((-5.0, -5.0), {}, "in this very run: the two compute in different ways.*share_prefixes=false"),
+    ],
+)
+def test_a_start_that_fails_names_the_cause_that_was_observed(alone, changes, cause):
+    with pytest.raises(UserError, match=cause):
+        ask(start(alone, **changes), 2.0)
+
+
+def test_single_rows_may_round_to_another_expert_but_not_all_of_them():
+    ask(start([], chooses=True), 0.38)
+    with pytest.raises(UserError, match="limit"):
+        ask(start([-6.6, -6.6], chooses=True), 0.42)
