@@ -11,7 +11,6 @@ reach it through the decoder's keyword arguments (`cu_seq_lens_q`, `max_length_q
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import import_utils
 
 from kto_dist.base.errors import UserError
+from kto_dist.model.slices import by_slices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,7 +239,7 @@ def varlen(
             f"{type(module).__name__} got no bounds of sequences (cu_seq_lens_q): varlen is for forwards that give "
             "them; where there are none, as in `generate`, call set_attn_implementation('sdpa') first"
         )
-    form = _on_cuda if query.device.type == "cuda" else _by_slices
+    form = _on_cuda if query.device.type == "cuda" else _on_cpu
     return form(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
 
 
@@ -268,68 +268,10 @@ def _on_cuda(
     return out[..., :extra].reshape(rows, width, heads, extra).contiguous()
 
 
-# Up to here plain matmuls in bf16 take half the time of the fused kernel on the CPU, with the rounding of `eager`; in
-# fp32 they gain nothing (docs/notes.md).
-SHORT = 512
-
-
-def _by_slices(
+def _on_cpu(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    rows, heads, width, size = query.shape
+    rows, _, width, size = query.shape
     scale = size**-0.5 if scale is None else scale
-    lengths = bounds.diff().tolist()
-    # (1, heads, R * T, size) cut into sequences: the backward of a split is one `cat`
-    parts = [_in_one_row(x).split(lengths, dim=2) for x in (query, key, value)]
-    found = []
-    for q, k, v in zip(*parts, strict=True):
-        length = q.shape[2]
-        near = window if window and window < length else None
-        if q.dtype == torch.bfloat16 and length <= SHORT:
-            found.append(_plainly(q, k, v, scale, near))
-        else:
-            found.append(
-                functional.scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    attn_mask=_seen(length, near)[:length, :length] if near else None,
-                    is_causal=near is None,
-                    scale=scale,
-                    enable_gqa=heads != k.shape[1],
-                )
-            )
-    return torch.cat(found, dim=2).transpose(1, 2).reshape(rows, width, heads, -1).contiguous()
-
-
-def _in_one_row(x: Tensor) -> Tensor:  # (R, heads, T, size) -> (1, heads, R * T, size)
-    return x if x.shape[0] == 1 else x.transpose(0, 1).flatten(1, 2)[None]
-
-
-def _plainly(
-    query: Tensor,  # (1, heads, n, size)
-    key: Tensor,  # (1, key heads, n, size)
-    value: Tensor,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """Two matmuls and a softmax; the heads that share keys lie side by side in one matmul."""
-    _, heads, length, size = query.shape
-    shared = key.shape[1]
-    rows = (query[0] * scale).reshape(shared, -1, size)
-    scores = torch.bmm(rows, key[0].transpose(1, 2)).view(heads, length, length)
-    scores = scores + _bias(1 << (length - 1).bit_length(), window, query.dtype)[:length, :length]
-    weights = scores.softmax(-1).view(shared, -1, length)
-    return torch.bmm(weights, value[0]).view(1, heads, length, -1)
-
-
-@lru_cache(maxsize=16)
-def _bias(length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """(length, length): 0 where seen, else minus infinity."""
-    return torch.zeros(length, length, dtype=dtype).masked_fill_(~_seen(length, window), float("-inf"))
-
-
-@lru_cache(maxsize=4)
-def _seen(length: int, window: int | None) -> Tensor:  # (length, length) bool
-    seen = torch.ones(length, length, dtype=torch.bool).tril_()
-    return seen if window is None else seen.triu_(1 - window)
+    tokens = (x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return by_slices(*tokens, bounds.diff().tolist(), scale, window).unflatten(0, (rows, width))

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import MicroBatch
 from kto_dist.model.attention import ATTENTIONS
+from kto_dist.model.cpu_layers import quicken
 
 Head = Callable[[Tensor, Tensor, Tensor | None], Any]
 # (N, H) hidden states of completion rows, (V, H) weight, (V,) bias or None -> tensors
@@ -81,6 +82,8 @@ class ScoringModel(nn.Module):
         self.lm: PreTrainedModel = lm
         self.transform = logit_transform(lm.config)
         self._decoder = _decoder_of(lm)
+        if not torch.cuda.is_available():
+            quicken(lm)
         lm_head = lm.get_output_embeddings()
         if hasattr(lm_head, "base_layer"):  # what peft puts in a layer's place
             raise UserError(

@@ -133,6 +133,8 @@ class Policy:
             dist_init_required=False,
         )
         self.forward = self.engine
+        if self._stage == 2 and not self._on_cpu and comm.world_size() == 1:
+            _sum_in_place(self.engine.optimizer)
         agree.together(lambda: check_runs(self.forward, self.model, comm.device()))
         if self._stage <= 1:
             # reduced in `step`, so that no rank waits for another in the middle of a backward
@@ -269,6 +271,37 @@ def _own_steps(optimizer: Any) -> None:
             if id(step) in seen:
                 state["step"] = step.clone()
             seen.add(id(state["step"]))
+
+
+def _sum_in_place(optimizer: Any) -> None:
+    """Lets a ZeRO optimizer of stage 2 add gradients straight to its flat fp32 sums, and frees each at once.
+
+    For a rank alone, where nothing has to be packed, divided, reduced and unpacked: five passes over all gradients.
+    """
+
+    def process(parameter: Tensor, group: int) -> None:
+        optimizer.setup_buckets()
+        number = optimizer.get_param_id(parameter)
+        total = optimizer._get_compact_grad_partition_slice(group, 0, number, parameter.numel())
+        assert parameter.grad is not None
+        _add_wide(total, parameter.grad.reshape(-1))
+        parameter.grad = None
+
+    optimizer.process_gradients = process
+    optimizer._use_compact_grad_partition_buffer = lambda group: True
+
+
+_ADDED = 2**19
+"""Elements that are widened at a time: they stay in a CPU's cache."""
+
+
+def _add_wide(total: Tensor, narrow: Tensor) -> None:
+    """Adds in place. On a CPU a sum of two dtypes takes ten times as long as widening first."""
+    if total.dtype == narrow.dtype or total.is_cuda:
+        total += narrow
+        return
+    for part, more in zip(total.split(_ADDED), narrow.split(_ADDED), strict=True):
+        part += more.to(total.dtype)
 
 
 def _forget_sums(optimizer: Any) -> None:
