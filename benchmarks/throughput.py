@@ -228,6 +228,9 @@ def _losses(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[float]
 @click.option("--trl-batch", type=int, help="rows a device of `trl`; by default the fastest of --trl-probe")
 @click.option("--trl-probe", default="4,8,16", show_default=True, help="sizes among which TRL's best is looked for")
 @click.option("--repeats", default=3, show_default=True, help="runs of each implementation")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", help="in which matrices are multiplied"
+)
 @click.option("--threads", default=machine.cores(), show_default="all cores", help="threads of a process")
 @click.option("--limit", type=float, help="most seconds of a run; it is left out then")
 @click.option(
@@ -254,6 +257,7 @@ def main(
     trl_batch: int | None,
     trl_probe: str,
     repeats: int,
+    dtype: str,
     threads: int,
     limit: float | None,
     names: tuple[str, ...],
@@ -285,7 +289,7 @@ def main(
             global_batch=global_batch,
             max_length=max_length,
             tokens_per_microbatch=tokens_per_microbatch,
-            dtype=job_dtype(),
+            dtype=job_dtype() if dtype == "auto" else dtype,
             threads=threads,
             trl_batch=trl_batch or 0,
             trl_reference_batch=trl_batch or 0,

@@ -86,11 +86,11 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:  #
     total = right.new_empty(left.shape[0], right.shape[1], dtype=wide) if total is None else total
     for start in range(0, left.shape[0], _PRODUCT_ROWS):
         part = slice(start, start + _PRODUCT_ROWS)
-        product = torch.mm(left[part], right)
+        more = torch.mm(left[part], right)
         if first:
-            total[part] = product
+            total[part] = more
         else:
-            total[part] += product
+            total[part] += more
     return total
 
 

@@ -1,7 +1,7 @@
 """fp32 products on CPUs that MKL serves badly, by oneDNN, which torch brings along and uses for bf16 alone.
 
 On processors that are not Intel's MKL multiplies fp32 matrices with AVX2, whatever they have. oneDNN takes AVX-512: 240
-in place of 110 GFLOP/s on a core of an EPYC 9005, of the shapes of a 135 million model. Same precision: fp32 throughout.
+in place of 110 GFLOP/s on a core of an EPYC 9005, for the shapes of a 135 million model. Both work in fp32 throughout.
 """
 
 import sys

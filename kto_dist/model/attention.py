@@ -273,5 +273,5 @@ def _on_cpu(
 ) -> Tensor:
     rows, _, width, size = query.shape
     scale = size**-0.5 if scale is None else scale
-    tokens = (x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    return by_slices(*tokens, bounds.diff().tolist(), scale, window).unflatten(0, (rows, width))
+    query, key, value = (x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return by_slices(query, key, value, bounds.diff().tolist(), scale, window).unflatten(0, (rows, width))

@@ -8,7 +8,7 @@ Forwards round as the plain layers do, so that nothing has to be scored again.
 """
 
 import inspect
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,24 +26,23 @@ def quicken(lm: PreTrainedModel) -> None:
         if type(module) is nn.Linear:
             module.forward = partial(linear, module)  # type: ignore[method-assign]
         elif _is_usual_norm(type(module)):
-            module.forward = partial(rms_norm, module)  # type: ignore[method-assign]
+            module.forward = partial(rms_norm, module)
 
 
-@lru_cache(maxsize=256)
-def _is_usual_norm(kind: type[nn.Module]) -> bool:
+def _is_usual_norm(kind: type) -> bool:
     """Families have classes of their own for it, with the same text."""
     if "RMSNorm" not in kind.__name__:
         return False
     try:
-        return inspect.getsource(kind.forward) == inspect.getsource(LlamaRMSNorm.forward)
-    except (OSError, TypeError):  # no text to be had
+        return inspect.getsource(vars(kind)["forward"]) == inspect.getsource(LlamaRMSNorm.forward)
+    except (OSError, TypeError, KeyError):  # no text to be had, or another class's
         return False
 
 
 def rms_norm(module: Any, hidden: Tensor) -> Tensor:
     if hidden.device.type != "cpu" or not torch.is_grad_enabled():
-        return type(module).forward(module, hidden)  # type: ignore[no-any-return]
-    return _RMSNorm.apply(hidden, module.weight, module.variance_epsilon)  # type: ignore[no-any-return]
+        return type(module).forward(module, hidden)
+    return _RMSNorm.apply(hidden, module.weight, module.variance_epsilon)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -74,14 +73,14 @@ def linear(module: nn.Linear, rows: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     if rows.dtype != weight.dtype or not onednn.pays(rows):
         return functional.linear(rows, weight, bias)
-    return _Linear.apply(rows, weight, bias)  # type: ignore[no-any-return]
+    return _Linear.apply(rows, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return onednn.linear(rows.reshape(-1, rows.shape[-1]), weight, bias).view(*rows.shape[:-1], -1)
+        return onednn.linear(rows.reshape(-1, rows.shape[-1]), weight, bias).view(*rows.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable

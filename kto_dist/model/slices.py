@@ -169,10 +169,8 @@ class _Grouped(torch.autograd.Function):
         sharing = heads // shared
         count = len(gradient)
         grad = _rows(gradient).index_select(0, layout.queries).index_fill_(0, layout.filling, 0.0)
-        # both are done with before dQ and dO are written
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for (sequences, tokens), seen, queries, keys, values, given, into_q, into_k, into_v in zip(
-            layout.groups,
+        for seen, queries, keys, values, given, into_q, into_k, into_v in zip(
             weights,
             _each(layout, q, heads, sharing),
             _each(layout, k, shared, 1),
