@@ -7,7 +7,7 @@ import pytest
 from kto_dist.training.config import HealthConfig
 from kto_dist.training.health import CLAMPED_STEPS, Monitor
 
-FINE = {"loss": 0.5, "kl_raw": 1.0, "kl_clamped": 0.0}
+FINE = {"kl_raw": 1.0, "kl_clamped": 0.0}
 RUNAWAY = {**FINE, "kl_raw": 300.0}
 DEAD = {**FINE, "grad_norm": 0.0, "saturated/all": 1.0, "rewards/all": -4000.0}
 CLAMPED = {**FINE, "kl_raw": -1.0, "kl_clamped": 1.0}
@@ -91,7 +91,7 @@ def test_rules_count_apart_from_each_other():
 
 
 def test_a_loss_without_z0_has_no_kl_to_watch():
-    assert acted([{"loss": 0.5}] * 100) == []
+    assert acted([{"loss": 0.5}] * 90) == []
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,18 @@ def test_what_matters_stands_first_in_a_sentence_with_its_interval(full: tuple[P
     assert "accuracy on held-out thumbs 0.50 → 0.70 (0.66 to 0.74), AUC 0.75 → 0.75 (0.71 to 0.79)." in found[1]
 
 
+def test_what_rules_of_health_said_is_a_timeline(tmp_path: Path) -> None:
+    lines = [{"step": step, "rule": "flat", "stop": step == 9, "message": f"step {step}: {EVIL}"} for step in (3, 9)]
+    write_lines(tmp_path / "health.jsonl", lines)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    found = re.search(r'id="health">(.*?)</div>', page, re.S)
+    assert found and re.findall(r"<th>(\w+)</th><td>(step \d)", found[1]) == [
+        ("warned", "step 3"),
+        ("stopped", "step 9"),
+    ]
+    assert EVIL not in page
+
+
 def test_slices_stand_with_their_intervals(full: tuple[Path, str]) -> None:
     row = re.search(r"<th>v&lt;1&gt;</th>(.*?)</tr>", full[1], re.S)
     assert row and re.findall(r">([^<>]*)</td>", row[1]) == ["40", "0.6", "0.50 to 0.70", "0.6", ""]

@@ -307,7 +307,7 @@ def _say_checks(audit: dict[str, Any], folder: Path) -> None:
 def report(runs: tuple[Path, ...], output: Path | None) -> None:
     """Write report.html of RUN anew, whether it goes on, has ended or was killed; of several, one page side by side.
 
-    RUN is a run's folder (train.output). Nothing is computed but pictures.
+    RUN is the folder of a run (train.output), or several of them are the folders of runs. Nothing is computed.
     """
     from kto_dist.record.report import write_report
     from kto_dist.record.side_by_side import write_side_by_side

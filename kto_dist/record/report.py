@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from kto_dist.base.files import write_whole
 from kto_dist.base.secrets import masked
 from kto_dist.record.plots import PLOTS, Record, curve, is_finite, render
+from kto_dist.record.run_folder import read_lines
 from kto_dist.record.theme import DARK, LIGHT
 from kto_dist.record.verdict import FIRST, ordered, shown_range, verdict
 
@@ -56,6 +57,7 @@ def write_report(run: str | Path) -> Path:
             comparison=matters or rows,
             more=rows[len(matters) :] if matters else [],
             slices=_slices(after),
+            health=[line for line in read_lines(run / "health.jsonl") if isinstance(line.get("message"), str)],
             samples=[sample for sample in _listed(summary.get("samples")) if isinstance(sample, dict)],
             sections=_sections(summary),
             config=masked(config.read_text(encoding="utf-8")) if config.is_file() else None,

@@ -39,6 +39,11 @@ class RunFolder:
         return self.path / "heldout-rows.npz"
 
     @property
+    def health(self) -> Path:
+        """One line a message of a rule of health; absent where none has spoken."""
+        return self.path / "health.jsonl"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -55,6 +60,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, config.encode())
         lost = [_keep_until(self.metrics, step), _keep_until(self.heldout, step - 1 if last else step)]
+        if self.health.exists():
+            lost.append(_keep_until(self.health, step))
         return [text for text in lost if text]
 
 

@@ -99,6 +99,9 @@ class HealthConfig(Section):
     )
     patience: Positive = Field(3, description="consecutive steps beyond a limit before the rule acts")
     on_trouble: Literal["stop", "warn"] = Field("stop", description="stop (with a checkpoint) or only warn")
+    rules: tuple[Text, ...] = Field(
+        (), description="rules of your own: Python functions, as module:function or file.py:function"
+    )
 
 
 class Config(Section):

@@ -1,23 +1,23 @@
-"""Rules that watch a run's metrics and say what to do; the loop asks after every step.
+"""Rules that watch a run's metrics and say what to do; the loop asks after every step. `trends.py` has those that look
+at many steps, and those of the user.
 
 A rule looks at one step's line of metrics and counts the consecutive steps beyond its limit. It speaks once when the
 count reaches its patience, and again when the trouble was over and has come back. One that stops the run makes the loop
 save a checkpoint, where the figures are sound, and end.
 
-A new rule is a row of `rules`.
+A new rule is a row of `rules`, or of `trends.trends`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kto_dist.base import agree
 from kto_dist.training.config import HealthConfig
+from kto_dist.training.trends import Figures, asked, kept, own_rules, trends
 
 CLAMPED_STEPS = 50
 """z0 at 0 for this many steps: the KL estimate is negative throughout, and the loss has lost its anchor."""
-
-Figures = Mapping[str, float]
-"""A step's line of metrics."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,16 +112,38 @@ class Monitor:
     """The rules of a run, and for how many steps each has been beyond its limit."""
 
     limits: HealthConfig
+    past: list[Figures] = field(default_factory=list)
+    """The steps so far, as `trends.kept` keeps them; those of a run that goes on included."""
     counts: dict[str, int] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+    """Trends that have spoken."""
 
     def __post_init__(self) -> None:
-        self.rules = rules(self.limits)
+        """Raises `UserError` where a rule of the user's own cannot be had."""
+        self.rules, self.trends, self.own = rules(self.limits), trends(), own_rules(self.limits.rules)
 
     def check(self, step: int, figures: Figures) -> list[Advice]:
+        """Collective where there are rules of the user's own: what they say on rank 0 counts for all."""
         advice = []
         for rule in self.rules:
             self.counts[rule.name] = self.counts.get(rule.name, 0) + 1 if rule.beyond(figures) else 0
             if self.counts[rule.name] == rule.patience:
                 message = f"step {step}: {rule.reason(figures)}; {rule.remedy}"
                 advice.append(Advice(rule=rule.name, stop=rule.stops, message=message))
-        return advice
+        self.past = kept([*self.past, figures])
+        for trend in self.trends:
+            # whose cause another rule has told at this step, or this one before
+            reason = None if advice or trend.name in self.said else trend.reason(self.past)
+            if reason is not None:
+                self.said.add(trend.name)
+                advice.append(Advice(rule=trend.name, stop=False, message=f"step {step}: {reason}; {trend.remedy}"))
+        return advice + self._own(step)
+
+    def _own(self, step: int) -> list[Advice]:
+        def answers() -> list[tuple[str, tuple[str, bool] | None]]:
+            return [(name, asked(name, rule, self.past)) for name, rule in self.own if name not in self.said]
+
+        found = agree.on_main(answers) if self.own else []
+        told = [(name, answer) for name, answer in found if answer is not None]
+        self.said |= {name for name, _ in told}
+        return [Advice(rule=name, stop=stop, message=f"step {step}: {text}") for name, (text, stop) in told]

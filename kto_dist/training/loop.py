@@ -46,6 +46,7 @@ from kto_dist.training.profile import profiled
 from kto_dist.training.run import Goodbye, Run, alone_in, find_checkpoint, open_run, start_run
 from kto_dist.training.step import StepResult
 from kto_dist.training.stepper import Stepper
+from kto_dist.training.trends import kept, own_rules
 
 Watch = Callable[[StepResult], None]
 """Is called on every rank after each step, once its line of metrics is written."""
@@ -65,6 +66,7 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
 
 
 def _run(config: Config, console: Console, watch: Watch | None, goodbye: Goodbye) -> dict[str, Any]:
+    agree.together(lambda: own_rules(config.health.rules))  # a mistake in them shows before long work
     found = find_checkpoint(config, console)
     audits = agree.on_main(lambda: find_audits(config.data.train_paths, console.warn))
     prepared = prepare_training(config, console)
@@ -113,7 +115,7 @@ def _train(
     console.phase("policy")
     policy, rounding = _load_policy(prepared, run, console)
     cost = cost_of(policy.model.lm)
-    monitor = Monitor(config.health)
+    monitor = Monitor(config.health, past=comm.broadcast(kept(run.lines())))
     stepper = Stepper(prepared, refs, policy, console, rounding)
     stepper.try_largest()
     first = done = run.state.step
@@ -140,8 +142,7 @@ def _train(
                 watch(result)
 
             advice = monitor.check(done, last)
-            for item in advice:
-                console.warn(item.message)
+            run.advise(done, advice, console)
             stopping = [item for item in advice if item.stop]
             signalled = comm.any_(terminated())
             if due(config.evaluate.every_steps, done) and done < plan.steps:

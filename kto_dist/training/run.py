@@ -1,8 +1,9 @@
 """What a run goes on from and what it writes to: its folder, its checkpoint, its MLflow run."""
 
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from kto_dist.reference.setup import local_folder
 from kto_dist.store.fingerprint import Fingerprint, weights_digest
 from kto_dist.training import checkpoint, resume
 from kto_dist.training.config import Config
+from kto_dist.training.health import Advice
 from kto_dist.training.lock import RunLock
 from kto_dist.training.prepare import PreparedTraining, counts
 
@@ -72,8 +74,22 @@ class Run:
 
     def last_line(self) -> dict[str, Any]:
         """Of the metrics of a run that goes on; {} of one that begins."""
-        lines = read_lines(self.folder.metrics)
+        lines = self.lines()
         return lines[-1] if lines else {}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics of a run that goes on, a line a step."""
+        return read_lines(self.folder.metrics)
+
+    def advise(self, step: int, advice: Sequence[Advice], console: Console) -> None:
+        """What rules of health say: for people, as a line in the folder, as a point in MLflow. Raises `UserError`."""
+        for item in advice:
+            console.warn(item.message)
+            if comm.is_main():
+                line = {"step": step, "rule": item.rule, "stop": item.stop, "message": item.message}
+                self.write(self.folder.health, line)
+                name = re.sub(r"[^\w./ -]", "_", item.rule)  # what MLflow takes
+                self.tracker.log(step, {f"health/{name}": 1.0})
 
 
 @dataclass(kw_only=True)
