@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles its CPU optimizer on first use: keep what it builds with the environment it is built for.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo compare test soak faults bench gpu figures lint docs setup clean
+.PHONY: demo compare test soak faults bench zoo gpu figures lint docs setup clean
 demo: setup
 	$(BIN)/python launch/demo/run.py
 
@@ -39,6 +39,11 @@ bench: setup
 # Needs no network; on a machine of its own: WHEELS=folder PYTHON=python3 benchmarks/gpu.sh
 gpu: setup
 	benchmarks/gpu.sh
+
+# every causal family of the installed transformers in miniature, against its own class; about half an hour
+zoo: setup
+	$(BIN)/python benchmarks/zoo.py --json benchmarks/results/cpu-zoo.json
+	$(BIN)/python benchmarks/figures.py
 
 # every table of figures in the documents, from benchmarks/results
 figures: setup

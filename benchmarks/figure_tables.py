@@ -7,6 +7,7 @@ from typing import Any
 import random_model
 import records
 from trainers import NAMES
+from zoo_table import zoo, zoo_short
 
 GIB = 2**30
 Content = dict[str, Any]
@@ -395,4 +396,6 @@ KINDS: dict[str, Callable[..., str]] = {
     "profile": profile,
     "demo": demo,
     "demo-short": demo_short,
+    "zoo": zoo,
+    "zoo-short": zoo_short,
 }
