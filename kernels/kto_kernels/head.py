@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from kto_kernels.chunks import cut
 from kto_kernels.logits import LogitPass, Plan, plan_chunks
 from kto_kernels.losses import Loss, pick_loss
-from kto_kernels.matmul import one_dtype, pick_logits_dtype, product, scaled, scaled_rows
+from kto_kernels.matmul import one_dtype, pick_logits_dtype, scaled, scaled_rows
 from kto_kernels.rows import pick_backend
 from kto_kernels.sequences import Sequences, Terms, sequence_pass
 from kto_kernels.transform import IDENTITY, LogitTransform
@@ -153,7 +153,7 @@ class _Head(torch.autograd.Function):
             count = chunk.stop - chunk.start
             logits.run(chunk.start, chunk.stop)
             if grad_hidden is not None and count:
-                product(logits.gradient(count), weight, out=grad_hidden[span])
+                torch.mm(logits.gradient(count), weight, out=grad_hidden[span])
             if sequences is None:
                 # only now, so that a GPU has work while the host prepares them
                 sequences = terms.prepare(sizes, hidden.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kto_kernels.chunks import TILE_ROWS, even_rows, evenly
-from kto_kernels.matmul import brings_memory, logits_of
+from kto_kernels.matmul import logits_of
 from kto_kernels.rows import Rows, row_pass, writes_apart
 from kto_kernels.transform import LogitTransform
 
@@ -47,7 +47,7 @@ def plan_chunks(
     if budget is None:
         budget = DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cuda"])
     of_logits, of_gradient = (weight.shape[0] * dtype.itemsize for dtype in (logits_dtype, hidden.dtype))
-    apart = writes_apart(backend) or logits_dtype != hidden.dtype or brings_memory(hidden)
+    apart = writes_apart(backend) or logits_dtype != hidden.dtype
     if not apart:
         rows = logit_rows = max(1, budget // of_logits)
     else:
@@ -83,9 +83,7 @@ class LogitPass:
         self._hidden, self._weight, self._bias, self._target = hidden, weight, bias, target
         self._transform, self._backend = transform, plan.backend
         self._rows = min(plan.logit_rows, largest)
-        self._logits: Tensor | None = None
-        if not brings_memory(hidden):
-            self._logits = _matrix(hidden, self._rows, len(weight), plan.logits_dtype)
+        self._logits = _matrix(hidden, self._rows, len(weight), plan.logits_dtype)
         self._gradient: Tensor | None = None
         if gradient:
             self._gradient = _matrix(hidden, largest, len(weight), hidden.dtype) if plan.apart else self._logits
@@ -96,8 +94,7 @@ class LogitPass:
         # a matmul takes as long for the tile that it fills as for the one that it begins
         most = max(1, self._rows)
         for begin, end in evenly(start, stop, most, TILE_ROWS if most % TILE_ROWS == 0 else 1):
-            into = None if self._logits is None else self._logits[: end - begin]
-            logits = logits_of(self._hidden[begin:end], self._weight, into)
+            logits = logits_of(self._hidden[begin:end], self._weight, self._logits[: end - begin])
             row_pass(
                 logits,
                 self._target[begin:end],

@@ -7,8 +7,6 @@ asked for fp32, which costs nothing but the bytes that are written.
 import torch
 from torch import Tensor
 
-from kto_kernels import onednn
-
 
 def one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype where it is on, as a plain matmul would take them; else as they are.
@@ -44,26 +42,10 @@ def pick_logits_dtype(asked: torch.dtype | None, hidden: Tensor) -> torch.dtype:
     return asked
 
 
-def brings_memory(hidden: Tensor) -> bool:
-    """Whether the product of these comes in memory of its own, and takes no `out`."""
-    return onednn.pays(hidden)
-
-
-def logits_of(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:  # (n, H), (V, H), (n, V) -> (n, V)
-    """In `out`, but for what `brings_memory`."""
-    if out is None:
-        return onednn.linear(hidden, weight, None)
+def logits_of(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:  # (n, H), (V, H), (n, V) -> out
     if out.dtype == hidden.dtype:
         return torch.mm(hidden, weight.T, out=out)
     return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-
-
-def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:  # (n, k), (k, m) -> (n, m)
-    """In the dtype of both."""
-    if not onednn.pays(left):
-        return torch.mm(left, right, out=out)
-    found = onednn.product(left, right)
-    return found if out is None else out.copy_(found)
 
 
 # Rows of a (V, H) product that are made at a time where the matmul rounds it: 8,192 * 4,096 in fp32 are 128 MiB.
@@ -74,10 +56,7 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:  #
     """The sum over chunks, in fp32 at least, changed in place; `total` None is 0."""
     wide = torch.promote_types(left.dtype, torch.float32)
     if left.dtype == wide:
-        if total is None or onednn.pays(left):
-            found = product(left, right)
-            return found if total is None else total.add_(found)
-        return total.addmm_(left, right)
+        return torch.mm(left, right) if total is None else total.addmm_(left, right)
     if left.is_cuda:
         if total is None:
             return torch.mm(left, right, out_dtype=wide)
@@ -86,11 +65,11 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:  #
     total = right.new_empty(left.shape[0], right.shape[1], dtype=wide) if total is None else total
     for start in range(0, left.shape[0], _PRODUCT_ROWS):
         part = slice(start, start + _PRODUCT_ROWS)
-        more = torch.mm(left[part], right)
+        product = torch.mm(left[part], right)
         if first:
-            total[part] = more
+            total[part] = product
         else:
-            total[part] += more
+            total[part] += product
     return total
 
 

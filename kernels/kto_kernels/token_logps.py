@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from kto_kernels.chunks import evenly
 from kto_kernels.logits import LogitPass, Plan, plan_chunks
-from kto_kernels.matmul import one_dtype, pick_logits_dtype, product, scaled_rows
+from kto_kernels.matmul import one_dtype, pick_logits_dtype, scaled_rows
 from kto_kernels.rows import pick_backend
 from kto_kernels.transform import IDENTITY, LogitTransform
 from kto_kernels.weight_sums import WeightSums
@@ -69,7 +69,7 @@ class _TokenLogps(torch.autograd.Function):
         for start, stop in ctx.chunks:
             logits.run(start, stop)
             if unscaled is not None:
-                product(logits.gradient(stop - start), weight, out=unscaled[start:stop])
+                torch.mm(logits.gradient(stop - start), weight, out=unscaled[start:stop])
         kept = logits.gradient(len(hidden)) if keep else None
         ctx.save_for_backward(hidden, weight, bias, target, unscaled, kept, logits.rows.scale)
         ctx.settings = (transform, plan)

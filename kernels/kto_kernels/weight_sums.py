@@ -7,7 +7,7 @@ dtype: a fp32 sum and a pass over it less.
 import torch
 from torch import Tensor
 
-from kto_kernels.matmul import add_product, product, scaled_rows, weighted_sum
+from kto_kernels.matmul import add_product, scaled_rows, weighted_sum
 
 
 class WeightSums:
@@ -27,7 +27,7 @@ class WeightSums:
         if self._wants_weight:
             rows = scaled_rows(hidden, factor, self._backend)
             if self._one_chunk:
-                self._weight = product(gradient.T, rows)
+                self._weight = torch.mm(gradient.T, rows)
             else:
                 self._weight = add_product(self._weight, gradient.T, rows)
         if self._wants_bias:
