@@ -19,6 +19,11 @@ if not GPUS:
 # before DeepSpeed is imported: within this process it runs on the CPU, whatever there is
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+# before MLflow is imported, by whichever test: it sends nothing about its use to anybody
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+
+import process_state
 import s3_server
 from small_disk import mounted
 from tiny import save_tiny, thumbs, write_jsonl
@@ -27,6 +32,13 @@ torch.set_num_threads(1)
 # how fast a machine draws examples says nothing of what is tested
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_file_alone() -> Iterator[None]:
+    """No file of tests depends on those before it."""
+    with process_state.put_back():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ class Server:
 @contextmanager
 def serving(database: Path) -> Iterator[Server]:
     """One a process, since MLflow's handlers keep the first store that they are given."""
+    import mlflow
     from mlflow import MlflowClient
     from mlflow.server import app
     from werkzeug.serving import make_server
@@ -59,3 +60,4 @@ def serving(database: Path) -> Iterator[Server]:
         server.answers.set()
         listening.shutdown()
         listening.server_close()
+        mlflow.set_tracking_uri(None)  # its handlers have set it, for the whole process

@@ -188,6 +188,13 @@ def test_importing_the_package_needs_no_torch():
     assert result.stdout.strip() == "False"
 
 
+def test_data_needs_neither_deepspeed_nor_mlflow():
+    modules = ", ".join(f"kto_dist.{name}" for name in MODULES if wing(name) == "data")
+    code = f"import sys, {modules}; print(sorted({{'deepspeed', 'mlflow'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_kernels_is_no_package():
     # it would shadow the PyPI package `kernels`, which transformers imports
     assert not list((ROOT / "kernels").glob("__init__.py*"))
