@@ -13,6 +13,7 @@ from tiny_runs import tiny_config, train_all
 
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
+from kto_dist.commands import launcher
 from kto_dist.commands.cli import main
 from kto_dist.comparison.compare import compare
 from kto_dist.comparison.config import ComparisonConfig
@@ -189,6 +190,27 @@ def test_a_comparison_that_cannot_be_made_is_refused_before_anything_runs(
 ):
     with pytest.raises(ValueError, match=message):
         comparison(tmp_path, tiny_model, tiny_log, **changes)
+
+
+def test_the_command_runs_each_config_under_the_launcher_and_ends_as_a_run_ends(
+    tmp_path, tiny_model, tiny_log, monkeypatch
+):
+    config = comparison(tmp_path, tiny_model, tiny_log)
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True)))
+    started = []
+
+    def run(job, arguments, ranks, *, folder):
+        started.append((job, arguments, ranks, folder))
+        return 143
+
+    monkeypatch.setattr(launcher, "run", run)
+    done = CliRunner().invoke(main, ["compare", str(path), "--ranks", "2", "tracking.uri=http://me:secret@host/"])
+    assert done.exit_code == 143, done.output
+    first = planned(config)[0]
+    # files of settings hold no passwords, so that of the address goes beside them
+    assert started == [("train", [str(first.file), "tracking.uri=http://me:secret@host/"], 2, first.folder.path)]
+    assert "secret" not in first.file.read_text() + done.output
 
 
 def test_the_commands_for_a_cluster_are_printed_with_their_configs(tmp_path, tiny_model, tiny_log):
