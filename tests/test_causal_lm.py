@@ -16,7 +16,7 @@ from kto_dist.model.causal_lm import (
     pick_dtype,
     score,
 )
-from kto_dist.model.loading import check_context, load_config, load_model, load_tokenizer, set_modes
+from kto_dist.model.loading import check_context, load_config, load_model, load_tokenizer, set_modes, without_noise
 
 CPU = torch.device("cpu")
 
@@ -183,6 +183,15 @@ def test_the_policys_function_is_that_of_the_untouched_model_in_evaluation(tmp_p
     silent = {parameter for parameter, value in lm.named_parameters() if value.grad is None or not value.grad.any()}
     assert not {parameter for parameter in silent if "router" in parameter or "gate" in parameter}, silent
     assert all(torch.equal(value, before[parameter]) for parameter, value in lm.named_parameters())
+
+
+def test_dropouts_go_in_every_part_of_a_config_and_other_numbers_stay():
+    config = AutoConfig.for_model("gemma3", text_config={**COMMON, "attention_dropout": 0.5})
+    without_noise(config)
+    assert config.text_config.attention_dropout == 0.0 and config.vision_config.attention_dropout == 0.0
+    config = AutoConfig.for_model("phimoe", **COMMON, attention_dropout=0.5, router_jitter_noise=0.3)
+    without_noise(config)
+    assert (config.attention_dropout, config.router_jitter_noise) == (0.0, 0.3)
 
 
 def test_loading_leaves_the_given_config_as_it_was(tmp_path):
