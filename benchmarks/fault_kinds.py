@@ -59,20 +59,16 @@ def full(trial: Trial) -> bool:
 
 
 def read_only(trial: Trial) -> bool:
-    """A disk that turns read-only at a random moment; its user then makes it writable."""
-    job = trial.start()
-    sleep(trial.draw.uniform(0.0, trial.usual))
-    changed = False
-    while job.runs() and not changed:  # not while a file is open for writing
-        changed = _remount(trial, "ro")
-        sleep(0.002)
-    status, words = job.wait(), job.words()
-    _remount(trial, "rw")
-    if not changed or status == 0:
+    """A disk that has turned read-only when a killed run is started again; its user then makes it writable.
+
+    In the midst of a run a disk cannot be remounted so: the lock in the run's folder is open for writing.
+    """
+    if not signalled(signal.SIGKILL)(trial) or not _remount(trial, "ro"):
         return False
+    status, words = trial.again()
     if reason := trial.refused(status, words):
         trial.wrong.append(reason)
-    return True
+    return _remount(trial, "rw")
 
 
 def signalled(number: int, *, one: bool = False, times: int = 1) -> Callable[[Trial], bool]:
@@ -168,7 +164,7 @@ KINDS = [
     Kind(name="SIGKILL, three times in one run", inject=signalled(signal.SIGKILL, times=3)),
     Kind(name="SIGTERM at a random moment", inject=signalled(signal.SIGTERM)),
     Kind(name="a disk that fills up", inject=full, disk=small_disk),
-    Kind(name="a disk that turns read-only", inject=read_only, disk=own_disk),
+    Kind(name="SIGKILL, and the disk is read-only afterwards", inject=read_only, disk=own_disk),
     Kind(name="a second run in the same folder", inject=second_run),
     *(
         Kind(name=f"{how}: {name}", inject=damaged(pattern, change), begun=True)

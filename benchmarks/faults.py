@@ -247,7 +247,7 @@ def count(results: list[tuple[str, Verdict, int]]) -> list[dict[str, object]]:
     return list(lines.values())
 
 
-def sweep(root: Path, minutes: float, seed: int) -> tuple[list[dict[str, object]], int]:
+def sweep(root: Path, minutes: float, seed: int, only: str) -> tuple[list[dict[str, object]], int]:
     import fault_kinds
     import random_model
 
@@ -257,8 +257,9 @@ def sweep(root: Path, minutes: float, seed: int) -> tuple[list[dict[str, object]
     ready = {ranks: prepared(root, ranks, model, log) for ranks in (1, 2)}
     deadline = time.monotonic() + 60 * minutes
     draw, results, trials = random.Random(seed), [], 0
+    kinds = [kind for kind in fault_kinds.KINDS if only in kind.name]
     while time.monotonic() < deadline:
-        for kind in draw.sample(fault_kinds.KINDS, len(fault_kinds.KINDS)):
+        for kind in draw.sample(kinds, len(kinds)):
             if time.monotonic() >= deadline:
                 break
             ranks, trials = draw.choice((1, 2)), trials + 1
@@ -275,7 +276,7 @@ def sweep(root: Path, minutes: float, seed: int) -> tuple[list[dict[str, object]
                 said = f"{verdict[0]}, {trial.lost} steps {verdict[1]}"
                 print(f"{trials}: {kind.name}, {ranks} ranks: {said}", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
-    order = [kind.name for kind in fault_kinds.KINDS]
+    order = [kind.name for kind in kinds]
     return sorted(count(results), key=lambda line: order.index(str(line["fault"]))), len(results)
 
 
@@ -283,13 +284,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     parser.add_argument("--minutes", type=float, default=18.0, help="how long (18)")
+    parser.add_argument("--only", default="", help="kinds whose name has these words")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places (0)")
     arguments = parser.parse_args()
     import records
 
     _server.set_forkserver_preload(["kto_dist.training.loop", "transformers.models.llama.modeling_llama"])
     with tempfile.TemporaryDirectory() as root:
-        lines, trials = sweep(Path(root), arguments.minutes, arguments.seed)
+        lines, trials = sweep(Path(root), arguments.minutes, arguments.seed, arguments.only)
     print(json.dumps(lines, indent=1))
     if arguments.json:
         settings = {"steps": STEPS, "checkpoint_every": EVERY, "trials": trials, "seed": arguments.seed}
