@@ -23,7 +23,7 @@ def test_every_verdict_is_counted_once_and_what_was_lost_is_named():
     assert (line["steps_lost"], line["most_steps_lost"], line["notes"]) == (6, 3, ["weights differ by 1"])
     settings = {"steps": 10, "checkpoint_every": 2}
     said = figure_tables.faults_short({"results": [line, other], "settings": settings})
-    assert said.startswith("5 faults of 2 kinds") and "1 were refused" in said and "at most 5 steps" in said
+    assert said.startswith("5 faults of 2 kinds") and "sentence: 1; lost: 1." in said and "At most 5 steps" in said
 
 
 def test_a_damage_is_one_bit_or_a_missing_end(tmp_path: Path):
