@@ -377,8 +377,8 @@ def faults_short(content: Content) -> str:
     return (
         f"{count['injected']} faults of {len(lines)} kinds were injected into runs with a checkpoint every "
         f"{counted(content['settings']['checkpoint_every'], 'step')}: {count['survived']} ended with the weights of an "
-        f"undisturbed run ({count['exact']} to the bit). Refused with a sentence: {count['told']}; lost: {count['lost']}. "
-        f"At most {counted(most, 'step')} of one run were done twice."
+        f"undisturbed run ({count['exact']} to the bit). Refused with a sentence: {count['told']}; lost: "
+        f"{count['lost']}. At most {counted(most, 'step')} of one run were done twice."
     )
 
 
