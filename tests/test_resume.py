@@ -66,6 +66,7 @@ OTHER = {
     "health.max_kl": None,
     "health.patience": 9,
     "health.on_trouble": "warn",
+    "health.rules": ["mine.py:rule"],
     "train.output": "elsewhere",
     "train.profile": True,
     "data.workers": 3,

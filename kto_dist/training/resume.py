@@ -39,7 +39,7 @@ APPLIED = frozenset(
     | {"reference.logits_dtype", "deepspeed.offload_optimizer", "deepspeed.offload_parameters", "deepspeed.config"}
     | {"data.heldout", "checkpoint.every_steps", "checkpoint.keep", "evaluate.every_steps"}
     | {"checkpoint.best", "train.stop_after"}
-    | {"health.max_kl", "health.patience", "health.on_trouble"}
+    | {"health.max_kl", "health.patience", "health.on_trouble", "health.rules"}
 )
 """Applied from the checkpoint on, and said: they change the trajectory, its rounding, or what is written and when."""
 ASIDE = frozenset(
