@@ -43,7 +43,9 @@ def check_kinds(path: str, config: MiningConfig, rows: list[dict[str, Any]]) -> 
     mapped = {pointer.rest[-1] for pointers in columns.values() for pointer in pointers if pointer.rest}
     others = mapped | {*config.input.ignore}
     kinds: dict[str, dict[str, None]] = {}
-    for holder, within in _holders(picker, rows):
+    # of the lists that a vote lies in, columns.user may name a further one, which holds no votes
+    depth = max(len(pointer.levels) for pointer in said)
+    for holder, within in _holders(picker, rows, depth):
         word = next((name for name in _WORDS if name not in others and _is_word(holder.get(name))), None)
         if word is not None and "value" in mapped:
             raise UserError(
@@ -59,21 +61,22 @@ def check_kinds(path: str, config: MiningConfig, rows: list[dict[str, Any]]) -> 
     if several is not None:
         name, values = several
         listed = ", ".join(values[:_LISTED])
-        choice = f"columns.feedback: {_chosen(said[0], name, values[0])}" if picker.chain else f"where: {{{name}: ...}}"
+        choice = f"columns.feedback: {_chosen(said[0], name, values[0])}" if depth else f"where: {{{name}: ...}}"
         raise UserError(
             f"{path}: columns.feedback ({said[0].shown}) takes votes of several kinds, by their {name} ({listed}): "
             f"choose the one that judges the answer, as in {choice} (or name {name} in input.ignore if all of them do)"
         )
 
 
-def _holders(picker: Picker, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bool]]:
+def _holders(picker: Picker, rows: list[dict[str, Any]], depth: int) -> Iterator[tuple[dict[str, Any], bool]]:
     """(what holds a vote that counts, whether that is an element of a list)"""
     for row in rows:
         if not picker.row_counts(row):
             continue
         for frame in picker.frames(row):
             vote = picker.text(row, frame, "feedback")
-            holder = frame[-1][1] if frame else row
+            within = 0 < depth <= len(frame)
+            holder = frame[depth - 1][1] if within else row
             if isinstance(holder, dict) and (not frame or picker.vote_counts(row, frame)):
                 if (
                     frame
@@ -81,7 +84,7 @@ def _holders(picker: Picker, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[
                     and not any(_is_word(holder.get(name)) for name in _WORDS)
                 ):
                     continue
-                yield holder, bool(frame)
+                yield holder, within
 
 
 def _is_word(value: Any) -> bool:
