@@ -48,7 +48,7 @@ def write(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder: P
         ).fetchall()
         raise UserError(
             f"{rows['train']} rows to train on and {rows['heldout']} held out would be left, and both need some; the "
-            f"steps took {', '.join(f'{step} {votes:,}' for step, votes in taken) or 'nothing'} votes: loosen them, "
+            f"steps took {', '.join(f'{step} {votes:,}' for step, votes in taken) or 'no'} votes: loosen them, "
             "change split.heldout (0: hold nothing out), or give a longer log"
         )
     if config.output.form == "messages":
