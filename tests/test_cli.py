@@ -166,7 +166,8 @@ def test_a_run_under_the_launcher_leaves_everything_that_it_promises_and_nothing
     assert done.returncode == 0, done.stdout + done.stderr
     output = tmp_path / "run"
     expected = {
-        "config.yaml", "metrics.jsonl", "heldout.jsonl", "export", "summary.json", "report.html", "plots",
+        "config.yaml", "metrics.jsonl", "heldout.jsonl", "heldout-rows.npz", "export", "summary.json", "report.html",
+        "plots",
     }  # fmt: skip
     assert {path.name for path in output.iterdir()} == expected
     AutoModelForCausalLM.from_pretrained(output / "export")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
+from kto_dist.reference import logps
 from kto_dist.reference.pairs import wanted_pairs
 from kto_dist.reference.setup import local_folder
 from kto_dist.training.config import Config
@@ -155,6 +156,8 @@ NOT_POLICY |= {
     "tracking__uri",
     "tracking__report",
 }
+NOT_POLICY |= {"checkpoint__best", "train__stop_after"}  # with held-out rows alone: tests/test_best.py
+NOT_POLICY |= {"health__rules"}  # a user's own code: tests/test_trends.py
 # The reference follows them unless it has its own.
 NOT_POLICY |= {"model__attention"}
 
@@ -194,12 +197,27 @@ def test_settings_of_the_policy_change_no_value_in_any_bit(tmp_path, tiny_model,
 
 
 def _values_and_tokens(config: Config) -> tuple[np.ndarray, int]:
-    """And how many tokens the model has read, but for the first of each row: padding has no position of its own."""
+    """And how many tokens the model has read since it was checked, but for the first of each row: padding has no
+    position of its own."""
     read = []
 
     def counting(forward):
-        return lambda **batch: (read.append(int((batch["position_ids"] > 0).sum())), forward(**batch))[1]
+        def counted(**batch):
+            if batch["position_ids"] is not None:
+                read.append(int((batch["position_ids"] > 0).sum()))
+            return forward(**batch)
 
+        return counted
+
+    def forgotten(check):
+        def checked(*arguments, **settings):
+            result = check(*arguments, **settings)
+            read.clear()
+            return result
+
+        return checked
+
+    logps.check_scoring, logps.sharing_is_exact = forgotten(logps.check_scoring), forgotten(logps.sharing_is_exact)
     return logps_of_pairs(config, engine=with_forward(counting)), sum(read)
 
 
@@ -219,7 +237,6 @@ def test_shared_prompts_give_the_same_values_from_fewer_tokens(tmp_path, tiny_mo
         assert (ranks[0][0] == ranks[1][0]).all()
         found[share] = ranks[0][0], sum(read for _, read in ranks)
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
-    # the model's checks, which read the same in both, are among them
     assert found[True][1] < 0.9 * found[False][1]
 
 

@@ -133,7 +133,9 @@ class Policy:
             dist_init_required=False,
         )
         self.forward = self.engine
-        if self._stage == 2 and not self._on_cpu and comm.world_size() == 1:
+        # on a GPU, where it would save less, it has not been tried
+        alone_on_a_cpu = comm.world_size() == 1 and comm.device().type == "cpu"
+        if self._stage == 2 and not self._on_cpu and alone_on_a_cpu:
             _sum_in_place(self.engine.optimizer)
         agree.together(lambda: check_runs(self.forward, self.model, comm.device()))
         if self._stage <= 1:
@@ -296,8 +298,8 @@ _ADDED = 2**19
 
 
 def _add_wide(total: Tensor, narrow: Tensor) -> None:
-    """Adds in place. On a CPU a sum of two dtypes takes ten times as long as widening first."""
-    if total.dtype == narrow.dtype or total.is_cuda:
+    """Adds in place. On a CPU a sum of two dtypes is slower than widening first."""
+    if total.dtype == narrow.dtype:
         total += narrow
         return
     for part, more in zip(total.split(_ADDED), narrow.split(_ADDED), strict=True):
