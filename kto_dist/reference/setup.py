@@ -137,7 +137,8 @@ def pick_reference(
             ),
             logits_bytes=None if section.logits_mebibytes is None else section.logits_mebibytes * 2**20,
             logits_dtype=logits_dtype,
-            t0=T0_OVER_HIDDEN * model_config.get_text_config().hidden_size,
+            # blt has several widths, and none of its own
+            t0=T0_OVER_HIDDEN * getattr(model_config.get_text_config(), "hidden_size", 1024),
             device=device,
         ),
         store=section.store,
