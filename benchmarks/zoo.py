@@ -126,19 +126,29 @@ def scores(folder: Path, dtype_name: str, way: str) -> dict[str, Any]:
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
     ours = our_logps(folder, dtype, way)
+    try:
+        own = own_logps(folder, dtype)
+    except (RuntimeError, TypeError) as error:
+        return {"refused": f"its own class does not run in {dtype_name}: {' '.join(str(error).split())[:200]}"}
     root = torch.tensor([float(length) for _, length in LENGTHS]).sqrt()
-    return {"off": float(((ours - own_logps(folder, dtype)).abs() / root).max())}
+    return {"off": float(((ours - own).abs() / root).max())}
 
 
 def tokenizer() -> Any:
-    """A token a word: w3 is number 3."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A token a byte, since some families bring a class of their own that wants a byte-level vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{number}": number for number in range(3, VOCABULARY)}
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2} | words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 3]
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: number for number, letter in enumerate(letters, start=3)}
+    backend = Tokenizer(models.BPE(vocab=words, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def text(tokens: Any) -> str:
+    return "".join(chr(ord("a") + int(token) % 26) for token in tokens)
 
 
 def trains(folder: Path, dtype_name: str) -> dict[str, Any]:
@@ -150,10 +160,7 @@ def trains(folder: Path, dtype_name: str) -> dict[str, Any]:
     from kto_dist.training.loop import train
 
     with tempfile.TemporaryDirectory() as place:
-        rows = [
-            {"prompt": " ".join(f"w{n}" for n in prompt), "completion": " ".join(f"w{n}" for n in completion)}
-            for prompt, completion in sequences()
-        ]
+        rows = [{"prompt": text(prompt), "completion": text(completion)} for prompt, completion in sequences()]
         log = Path(place) / "rows.jsonl"
         log.write_text("".join(json.dumps(row | {"label": n % 2 == 0}) + "\n" for n, row in enumerate(rows)))
         output = Path(place) / "run"

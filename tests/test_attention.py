@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AutoConfig
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import collate
-from kto_dist.model.attention import ATTENTIONS, pick_attention, pick_packing
+from kto_dist.model.attention import ATTENTIONS, largest, pick_attention, pick_packing
 from kto_dist.model.causal_lm import ScoringModel, completion_logps, score
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -229,3 +229,14 @@ def test_a_packed_row_on_a_gpu_gives_what_each_padded_row_gives(window):
     wanted, _ = attend(module, q.float(), k.float(), v.float(), None, cu_seq_lens_q=bounds, **ask)
     found, _ = attend(module, q.to(GPU), k.to(GPU), v.to(GPU), None, cu_seq_lens_q=bounds.to(GPU), **ask)
     assert (found.float().cpu() - wanted).norm() <= 0.01 * wanted.norm()
+
+
+def test_of_a_field_that_layers_have_their_own_of_the_largest_counts():
+    from transformers import Gemma4TextConfig
+
+    layers = {"per_layer_config": {0: {"head_dim": 8}, 1: {"head_dim": 32}}}
+    config = Gemma4TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], **layers)
+    with pytest.raises(RuntimeError):
+        _ = config.head_dim
+    assert largest(config, "head_dim") == 32
+    assert largest(AutoConfig.for_model("llama", head_dim=16), "head_dim") == 16

@@ -70,9 +70,10 @@ def test_a_random_model_is_refused_as_such():
         check(model, packed=False)
 
 
-def test_a_model_that_sees_later_tokens_is_refused_as_such():
-    model = ScoringModel(tiny(FAMILIES["llama"]))
-    model.lm.model.layers[0].register_forward_hook(lambda module, arguments, out: out + 0.1 * out.flip(1))
+@DTYPES
+def test_a_model_that_sees_later_tokens_is_refused_as_such(dtype):
+    model = ScoringModel(tiny(FAMILIES["llama"]).to(dtype))
+    model.lm.model.layers[0].register_forward_hook(lambda module, arguments, out: out + 0.02 * out.flip(1))
     with pytest.raises(UserError, match=r"sees tokens that come later.*is_decoder"):
         check(model, packed=False)
 

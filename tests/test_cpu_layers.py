@@ -81,6 +81,14 @@ def test_products_of_onednn_are_those_of_a_plain_layer(monkeypatch, bias):
     assert layer(torch.zeros(0, 24)).shape == (0, 40)
 
 
+def test_what_onednn_returns_may_be_changed_in_place_as_llama4_does(monkeypatch):
+    monkeypatch.setattr(onednn, "pays", lambda tensor: tensor.dtype == torch.float32)
+    layer, rows = nn.Linear(4, 3), torch.randn(2, 5, 4, requires_grad=True)
+    quicken(layer)
+    layer(rows).add_(1.0).sum().backward()
+    torch.testing.assert_close(rows.grad, layer.weight.sum(0).expand(2, 5, 4))
+
+
 def test_gradients_of_what_attends_in_groups_are_those_of_the_definition():
     from kto_dist.model.slices import by_slices
 

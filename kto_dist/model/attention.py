@@ -9,7 +9,7 @@
 reach it through the decoder's keyword arguments (`cu_seq_lens_q`, `max_length_q`), as flash_attention_2's do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -98,7 +98,7 @@ CHOSEN = ("index_topk", "indexer_budget", "index_topk_blocks", "keep_window_size
 # What no config and no class says of a family in transformers 5.23; each was seen (tests/test_attention.py).
 _ALONG_THE_ROW = (
     *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "opt", "pegasus"),
-    *("plbart", "prophetnet"),
+    *("plbart", "prophetnet", "xglm"),
 )
 _UNPACKABLE = {family: f"{family} counts positions along the row" for family in _ALONG_THE_ROW}
 _LOST_ON_THE_WAY = {
@@ -119,12 +119,21 @@ def _no_flash(place: Place) -> str | None:
 
 def _head_size(config: PretrainedConfig) -> int:
     text = config.get_text_config()
-    read = [getattr(text, name, None) for name in ("head_dim", "global_head_dim", "v_head_dim")]
+    read = [largest(text, name) for name in ("head_dim", "global_head_dim", "v_head_dim")]
     nope, rope = (getattr(text, f"qk_{part}_head_dim", None) or 0 for part in ("nope", "rope"))
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     if not any(read) and not nope + rope and heads and hidden:
         read.append(hidden // heads)
     return max([nope + rope, *(size for size in read if size)])
+
+
+def largest(config: PretrainedConfig, name: str) -> int | None:
+    """A field, where layers have their own of it (gemma4) the largest one."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        layers: Iterable[PretrainedConfig] = config.per_layer_config
+        return max((getattr(layer, name, None) or 0 for layer in layers), default=None)
 
 
 def _no_varlen(place: Place) -> str | None:

@@ -73,21 +73,22 @@ def linear(module: nn.Linear, rows: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     if rows.dtype != weight.dtype or not onednn.pays(rows):
         return functional.linear(rows, weight, bias)
-    return _Linear.apply(rows, weight, bias)
+    flat: Tensor = _Linear.apply(rows.reshape(-1, rows.shape[-1]), weight, bias)
+    # a view made here, unlike one made within, may be changed in place, as llama4 does
+    return flat.view(*rows.shape[:-1], len(weight))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return onednn.linear(rows.reshape(-1, rows.shape[-1]), weight, bias).view(*rows.shape[:-1], len(weight))
+        return onednn.linear(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        of_rows = onednn.product(flat, weight).view(rows.shape) if wants_rows else None
-        of_weight = onednn.product(flat.T, rows.reshape(-1, rows.shape[-1])) if wants_weight else None
-        return of_rows, of_weight, flat.sum(0) if wants_bias else None
+        of_rows = onednn.product(gradient, weight) if wants_rows else None
+        of_weight = onednn.product(gradient.T, rows) if wants_weight else None
+        return of_rows, of_weight, gradient.sum(0) if wants_bias else None

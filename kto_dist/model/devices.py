@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kto_dist.model.attention import largest
+
 # Dense bf16 peak of one device in FLOP/s, from the makers' datasheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "MI300X": 1307e12, "B200": 2250e12}
 
@@ -83,7 +85,7 @@ def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:
     layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", None)
     if not heads:
         return ()
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = heads * (largest(config, "head_dim") or config.hidden_size // heads)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     windows = {"sliding_attention": window, "full_attention": None}
