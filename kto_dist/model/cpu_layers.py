@@ -40,7 +40,8 @@ def _is_usual_norm(kind: type) -> bool:
 
 
 def rms_norm(module: Any, hidden: Tensor) -> Tensor:
-    if hidden.device.type != "cpu" or not torch.is_grad_enabled():
+    # in fp64 families compute it in fp32 all the same, and there the order of its sums would be seen
+    if hidden.device.type != "cpu" or hidden.dtype == torch.float64 or not torch.is_grad_enabled():
         return type(module).forward(module, hidden)
     return _RMSNorm.apply(hidden, module.weight, module.variance_epsilon)
 
