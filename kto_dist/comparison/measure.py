@@ -40,7 +40,7 @@ class Cost:
     seconds: dict[str, float]
     """By phase."""
     pairs: int
-    """Log-probs that it asked of the reference."""
+    """Log-probs that it asked of the reference, each once."""
     from_store: int
     scored: int
 
@@ -217,7 +217,7 @@ def _cost(run: Planned) -> Cost:
         rows_a_step=run.config.train.global_batch,
         tokens=summary["tokens"],
         seconds={name: float(value) for name, value in summary["seconds"].items()},
-        pairs=asked["pairs"],
+        pairs=asked["pairs"] - asked["repeated"],
         from_store=asked["from_store"],
         scored=asked["scored"],
     )
