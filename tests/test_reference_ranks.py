@@ -62,14 +62,16 @@ def _with_a_rank_that_differs(config: Config, trouble: str) -> tuple[str, bool |
 
     def strange(forward):
         def changed(**batch):
-            mask = batch["attention_mask"]
             if trouble == "checking" and batch.get("head") is not None:
                 return forward(**batch) + 9.0  # not what the model's own logits say
-            if trouble == "sharing" and mask is not None and mask.dim() == 4:
-                raise RuntimeError("no such mask")
             return forward(**batch)
 
         return changed if second else forward
+
+    def refuse_trees(module, inputs, batch):
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            raise RuntimeError("no such mask")
 
     class Watched(with_forward(strange)):
         def __init__(self, *arguments, **settings):
@@ -77,6 +79,8 @@ def _with_a_rank_that_differs(config: Config, trouble: str) -> tuple[str, bool |
                 raise UserError("the weights are damaged")
             super().__init__(*arguments, **settings)
             still_open.append(self)
+            if trouble == "sharing" and second:
+                self.model.register_forward_pre_hook(refuse_trees, with_kwargs=True)
 
         def close(self, **settings):
             super().close(**settings)

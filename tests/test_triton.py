@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from kto_kernels import triton_scale
 
 COMPILE = """
+import itertools
 import sys
 import triton
 import triton.language as tl
@@ -48,13 +49,13 @@ for logits, gradient, options in (
     assert not options["GRADIENT"] or any("st.global" in line and ".v4." in line for line in ptx.splitlines())
 
 signature = dict(token_logps="*fp32", starts="*i64", first="i32", scales="*fp32", row_slope="*fp32")
-terms = ("ref_logps", "sign", "row_weight", "z0", "beta")
+terms = ("ref_logps", "sign", "row_weight", "z0", "beta", "nll_weight")
 found = ("logps", "losses", "slopes")
 signature |= dict.fromkeys(terms + found, "*fp64")
 order = ("token_logps", "starts", *terms, "scales", *found, "row_slope", "first")
-for loss in LOSSES.values():
+for loss, has_nll in itertools.product(LOSSES.values(), (False, True)):
     constants = dict(UNIT=loss.unit, CURVE=loss.curve.name, HAS_REFERENCE=loss.has_reference, HAS_Z0=loss.has_z0)
-    constants |= dict(HAS_SCALES=loss.unit == 2, BLOCK=1024)
+    constants |= dict(HAS_NLL=has_nll, HAS_SCALES=loss.unit == 2, BLOCK=1024)
     compile(triton_sequences._sequence_kernel, {name: signature[name] for name in order}, constants, 4)
 
 signature = dict(source="*fp32", factor="*fp32", into="*bf16", count="i32")
