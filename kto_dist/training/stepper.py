@@ -12,7 +12,7 @@ from kto_dist.data.batch import Cutting, collate, pair_tokens
 from kto_dist.evaluation.figures import Evaluated
 from kto_dist.evaluation.heldout import evaluate_rows, under
 from kto_dist.model.causal_lm import completion_logps
-from kto_dist.model.checks import Rounding, chooses
+from kto_dist.model.checks import Rounding
 from kto_dist.model.devices import Sharding, tokens_that_fit
 from kto_dist.model.engines import Policy
 from kto_dist.model.memory import Memory, NeedsRestart, attempt
@@ -149,7 +149,6 @@ class Stepper:
             policy_dtype=_precision(*(str(dtype).removeprefix("torch.") for dtype in dtypes)),
             reference_dtype=_precision(found.dtype, found.logits),
             rounding=self.rounding,
-            chooses=chooses(prepared.model_config),
             packed=self.memory.cutting.packed,
             store=reference.store,
             from_store=self.refs.outcome.hits,
