@@ -162,11 +162,11 @@ def test_ranks_wait_for_the_digests_longer_than_the_process_group_would(tmp_path
 
 def _slowly_audited(config: Config) -> str:
     def slow(*_: Any) -> list[Any]:
-        time.sleep(8)
+        time.sleep(14)
         raise UserError(f"as found by rank {comm.rank()}")
 
     comm.shutdown()
-    comm.TIMEOUT, loop.find_audits = timedelta(seconds=5), slow
+    comm.TIMEOUT, loop.find_audits = timedelta(seconds=11), slow
     comm.init()
     with pytest.raises(UserError) as caught:
         loop.train(config)
