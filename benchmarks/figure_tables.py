@@ -307,9 +307,6 @@ def demo_short(content: Content) -> str:
     return table(["held-out", "before", "after"], _before_and_after(content, *DEMO_SHORT))
 
 
-TIED = ("auc", "accuracy/desirable", "accuracy/undesirable")
-"""Of held-out rows before training: the policy is its own reference, so that every reward is 0 but for rounding, and
-each comparison a tie. Results of versions that ranked the rounding have other values."""
 DEMO_SHORT = ("answers that the wish approves", "mean words of an answer", "AUC of the reward on held-out thumbs")
 
 
@@ -318,8 +315,6 @@ def _before_and_after(content: Content, *titles: str) -> list[list[str]]:
     for title in titles:
         part, key, form = DEMO[title]
         before, after = (content["results"][part][when].get(key) for when in ("before", "after"))
-        if key in TIED:
-            before = 0.5
         if before is not None and after is not None:
             # -0.0 is 0
             rows.append([title, form.format(before + 0.0), form.format(after + 0.0)])
