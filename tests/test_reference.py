@@ -158,6 +158,10 @@ NOT_POLICY |= {
 }
 NOT_POLICY |= {"checkpoint__best", "train__stop_after"}  # with held-out rows alone: tests/test_best.py
 NOT_POLICY |= {"health__rules"}  # a user's own code: tests/test_trends.py
+NOT_POLICY |= {
+    f"judge__{name}"  # of answers alone: tests/test_judges.py
+    for name in (*("by", "function", "command", "base_url", "model", "key", "instructions", "max_tokens", "parallel"),)
+}
 # The reference follows them unless it has its own.
 NOT_POLICY |= {"model__attention"}
 

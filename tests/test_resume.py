@@ -82,6 +82,10 @@ OTHER = {
     "tracking.report": True,
     "tracking.run_name": "other",
     "tracking.log_model": True,
+    "judge.instructions": "other words",
+    "judge.max_tokens": 7,
+    "judge.parallel": 7,
+    "judge.key": "OTHER_KEY",
 }
 """Another valid value of each setting that can change alone."""
 NOT_ALONE = {
@@ -94,6 +98,8 @@ NOT_ALONE = {
     "tracking.register_as",
     "checkpoint.best",
     "train.stop_after",
+    # one needs another
+    *(f"judge.{name}" for name in ("by", "function", "command", "base_url", "model")),
     # by the fingerprint of the held-out rows
     "data.heldout",
 }

@@ -1,11 +1,12 @@
-"""The `evaluate` section, and which way each held-out figure gets better."""
+"""The sections `evaluate` and `judge`, and which way each held-out figure gets better."""
 
+import shlex
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from kto_dist.base.config import Positive, Section
+from kto_dist.base.config import Positive, Section, Text
 
 _CLASSES = ("desirable", "undesirable")
 BETTER: dict[str, Literal["higher", "lower"]] = {
@@ -25,6 +26,63 @@ class EvaluateConfig(Section):
     """Held-out rows while training."""
 
     every_steps: Positive | None = Field(None, description="optimizer steps between evaluations; null: first and last")
+
+
+INSTRUCTIONS = (
+    "You compare two answers to a user's message. The better answer is right, does what was asked, and is as long as "
+    "that takes and no longer. Neither its length nor its place speaks for an answer."
+)
+
+
+def _words(value: Any) -> Any:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+class JudgeConfig(Section):
+    """Who says which of two answers is better."""
+
+    by: Literal["function", "command", "endpoint", "mlflow"] | None = Field(
+        None,
+        description="a Python function, a program, a model behind an OpenAI-compatible API, or one of MLflow's judges;"
+        " null: nobody",
+    )
+    function: Text | None = Field(
+        None,
+        description="module:function or file.py:function, of (prompt, first, second) that returns first, second or tie,"
+        " or of (prompt, answer) that returns a score, the higher the better",
+    )
+    command: Annotated[tuple[Text, ...], BeforeValidator(_words)] = Field(
+        (),
+        description="program and arguments: a line of JSON (prompt, first, second) comes in, a line with first, second,"
+        " tie or none goes out",
+    )
+    base_url: Text | None = Field(
+        None,
+        description="address of an OpenAI-compatible API, as http://localhost:8000/v1; MLflow's judges take it too",
+    )
+    model: Text | None = Field(
+        None, description="name of the model there, null: the first one; for MLflow a name such as openai:/gpt-4o-mini"
+    )
+    key: Text = Field("OPENAI_API_KEY", description="environment variable with the key of that API")
+    instructions: Text = Field(INSTRUCTIONS, description="what a model is told to judge by")
+    max_tokens: Positive = Field(512, description="tokens of a model's reply at the most")
+    parallel: Positive = Field(8, description="comparisons that a model is asked at a time")
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> "JudgeConfig":
+        given = {name for name in ("function", "command", "base_url", "model") if getattr(self, name)}
+        takes = {"function": {"function"}, "command": {"command"}, "endpoint": {"base_url", "model"}}
+        takes |= {"mlflow": {"base_url", "model"}}
+        needs = {"function": "function", "command": "command", "endpoint": "base_url", "mlflow": "model"}
+        if self.by is None:
+            if given:
+                raise ValueError(f"{', '.join(sorted(given))} is given and by is null: say who judges (by)")
+            return self
+        if needs[self.by] not in given:
+            raise ValueError(f"by ({self.by}) needs {needs[self.by]}")
+        if unused := given - takes[self.by]:
+            raise ValueError(f"by ({self.by}) does not use {', '.join(sorted(unused))}: leave it out")
+        return self
 
 
 def better_way(name: str, sets: Sequence[str] = ()) -> Literal["higher", "lower"]:

@@ -21,7 +21,7 @@ from kto_dist.base.config import (
     resolve,
 )
 from kto_dist.data.config import DataConfig
-from kto_dist.evaluation.config import EvaluateConfig, better_way
+from kto_dist.evaluation.config import EvaluateConfig, JudgeConfig, better_way
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
 from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.objective.losses import LOSSES
@@ -116,6 +116,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    judge: JudgeConfig = JudgeConfig()
     health: HealthConfig = HealthConfig()
 
     RENAMED: ClassVar[dict[str, str]] = {"kto": "objective"}

@@ -47,6 +47,8 @@ ASIDE = frozenset(
     | {"reference.nvme_path", "deepspeed.nvme_path", "model.trust_remote_code", "reference.trust_remote_code"}
     | {f"tracking.{name}" for name in ("enabled", "uri", "experiment", "report", "run_name", "log_model")}
     | {"tracking.register_as"}
+    | {f"judge.{name}" for name in ("by", "function", "command", "base_url", "model", "key", "instructions")}
+    | {"judge.max_tokens", "judge.parallel"}
 )
 """Where things lie, who may load them and who watches: applied without a word."""
 

@@ -4,15 +4,12 @@ of the user's own, Python functions that the config names.
 Each looks at the steps so far and gives its reason, or None. Each speaks once in a run.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.own_code import function_named
 
 Figures = Mapping[str, float]
 """A step's line of metrics."""
@@ -150,31 +147,7 @@ Of a long run the steps before are the first 50 and the newest 300."""
 
 def own_rules(names: Sequence[str]) -> list[tuple[str, OwnRule]]:
     """The functions that `health.rules` names, as module:function or file.py:function. Raises `UserError`."""
-    found = []
-    for name in names:
-        place, _, function = name.rpartition(":")
-        if not place or not function:
-            raise UserError(f"health.rules ({name!r}) must read module:function or path/file.py:function")
-        try:
-            module = _module(place)
-        except Exception as error:
-            raise UserError(f"health.rules ({name}): {place} cannot be imported: {error}") from error
-        rule = getattr(module, function, None)
-        if not callable(rule):
-            raise UserError(f"health.rules ({name}): {place} has no function {function}")
-        found.append((name, rule))
-    return found
-
-
-def _module(place: str) -> ModuleType:
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{place} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return [(name, function_named("health.rules", name)) for name in names]
 
 
 def asked(name: str, rule: OwnRule, past: Sequence[Figures]) -> tuple[str, bool] | None:
