@@ -78,8 +78,7 @@ def signalled(number: int, *, one: bool = False, times: int = 1) -> Callable[[Tr
         hit = False
         for _ in range(times):
             done, job = trial.steps_done(), trial.start()
-            sleep(trial.draw.uniform(0.0, trial.usual))
-            running = job.runs()
+            running = trial.wait_for_a_moment(job)
             job.kill(number, trial.draw.randrange(trial.ranks) if one else None)
             status, words = job.wait(), job.words()
             if not running or status == 0:
@@ -123,7 +122,7 @@ def second_run(trial: Trial) -> bool:
     job = trial.start()
     while job.runs() and not (trial.output / ".run.lock").exists():
         sleep(0.01)
-    sleep(trial.draw.uniform(0.0, trial.usual / 2))
+    sleep(trial.draw.uniform(0.0, trial.pace.begin))
     if not job.runs():
         job.wait()
         return False

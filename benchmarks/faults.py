@@ -100,6 +100,21 @@ class Job:
             process.join(max(0.0, deadline - time.monotonic()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Where the seconds of a run go."""
+
+    begin: float
+    """From its start to the line of its first step."""
+    step: float
+    """From one line to the next."""
+    end: float
+    """From the last line until all ranks have left."""
+
+
+NO_PACE = Pace(begin=0.0, step=0.0, end=0.0)
+
+
 @dataclass
 class Trial:
     """A run that is going to be disturbed."""
@@ -107,8 +122,8 @@ class Trial:
     folder: Path
     ranks: int
     draw: random.Random
-    usual: float
-    """Seconds that an undisturbed run takes."""
+    pace: Pace
+    """Of an undisturbed run."""
     lost: int = 0
     """Steps that were done twice."""
     wrong: list[str] = field(default_factory=list)
@@ -125,6 +140,33 @@ class Trial:
         file = self.output / "metrics.jsonl"
         numbers = re.findall(rb'^\{"step": (\d+),', file.read_bytes(), re.MULTILINE) if file.exists() else []
         return max(map(int, numbers), default=0)
+
+    def log(self) -> int | None:
+        """Which file the steps' lines stand in: a run that begins, or goes on, writes another."""
+        file = self.output / "metrics.jsonl"
+        return file.stat().st_ino if file.exists() else None
+
+    def wait_for_a_moment(self, job: Job) -> bool:
+        """Until a moment of a run that was just started, which chance draws: before its first step, among its steps, or
+        in the first half of what follows. False where it has ended by then.
+
+        Steps are counted, not seconds: one run is faster than another, and a kill after its end is none.
+        """
+        pace, log, started = self.pace, self.log(), time.monotonic()
+        first = self.steps_done() // EVERY * EVERY + 1
+        among = pace.step * max(0, STEPS - first)
+        at = self.draw.uniform(0.0, pace.begin + among + pace.end / 2) - pace.begin
+        steps = min(first + int(at / pace.step), STEPS) if at >= 0 else first
+
+        def there() -> bool:
+            done = self.log() != log and self.steps_done() >= steps
+            return done or (at < 0 and time.monotonic() - started >= pace.begin + at)
+
+        while job.runs() and not there():
+            time.sleep(0.001)
+        if at >= 0:
+            time.sleep(at - among if at >= among else at % pace.step)
+        return job.runs()
 
     def again(self) -> tuple[int | None, str]:
         """Starts the run again; its status and words."""
@@ -175,7 +217,7 @@ class Ready:
     """A run that nobody disturbed."""
     half: Path
     """One that was killed on its way, with checkpoints."""
-    seconds: float
+    pace: Pace
     bytes_written: int
 
 
@@ -193,14 +235,12 @@ def prepared(root: Path, ranks: int, model: Path, log: Path) -> Ready:
     Job(whole, ranks).wait()  # the first one loads libraries that later ones share
     shutil.rmtree(whole)
     write_config(whole, model, log)
-    started, job = time.monotonic(), Job(whole, ranks)
-    status = job.wait()
+    pace, status, words = paced(Trial(folder=whole, ranks=ranks, draw=random.Random(0), pace=NO_PACE))
     if status != 0:
-        sys.exit(f"the undisturbed run ends with {status}:\n{job.words()}")
-    seconds = time.monotonic() - started
+        sys.exit(f"the undisturbed run ends with {status}:\n{words}")
     run = whole / "disk" / "run"
     size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
-    trial = Trial(folder=half, ranks=ranks, draw=random.Random(0), usual=seconds)
+    trial = Trial(folder=half, ranks=ranks, draw=random.Random(0), pace=pace)
     job = trial.start()
     while trial.steps_done() < 7 and job.runs():
         time.sleep(0.005)
@@ -208,7 +248,19 @@ def prepared(root: Path, ranks: int, model: Path, log: Path) -> Ready:
     job.wait()
     for file in half.glob("said-*"):
         file.unlink()
-    return Ready(whole=whole, half=half, seconds=seconds, bytes_written=size)
+    return Ready(whole=whole, half=half, pace=pace, bytes_written=size)
+
+
+def paced(trial: Trial) -> tuple[Pace, int | None, str]:
+    """Runs it undisturbed; its status and words as well."""
+    job, started, seen = trial.start(), time.monotonic(), dict.fromkeys((1, STEPS), 0.0)
+    while job.runs() and not seen[STEPS]:
+        done, now = trial.steps_done(), time.monotonic() - started
+        seen = {step: at or (now if done >= step else 0.0) for step, at in seen.items()}
+        time.sleep(0.001)
+    status = job.wait()
+    step = (seen[STEPS] - seen[1]) / (STEPS - 1)
+    return Pace(begin=seen[1], step=step, end=time.monotonic() - started - seen[STEPS]), status, job.words()
 
 
 Verdict = tuple[str, str]
@@ -267,7 +319,7 @@ def sweep(root: Path, minutes: float, seed: int, only: str) -> tuple[list[dict[s
             if kind.begun:
                 shutil.copytree(ready[ranks].half, folder)
             write_config(folder, model, log)
-            trial = Trial(folder=folder, ranks=ranks, draw=draw, usual=ready[ranks].seconds)
+            trial = Trial(folder=folder, ranks=ranks, draw=draw, pace=ready[ranks].pace)
             with kind.disk(folder / "disk", ready[ranks].bytes_written, draw) as usable:
                 injected = usable and kind.inject(trial)
                 verdict = judged(trial, ready[ranks]) if injected else ("", "")

@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), help="separated by commas; default: all")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--json", type=Path, help="write the results here as well, after every family")
+    parser.add_argument("--json", type=Path, help="write the results here, when all families are done")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     families, dtypes, ways = (getattr(arguments, name).split(",") for name in ("families", "dtypes", "ways"))
@@ -289,13 +289,17 @@ def main() -> None:
         child(families, dtypes, ways)
         return
     content = records.frame("zoo", {"dtypes": dtypes, "ways": ways, "longest": LONGEST}) | {"results": []}
+    # half a table would count families that nobody has looked at
+    until_done = arguments.json and arguments.json.with_suffix(".partial")
 
     def keep(line: dict[str, Any]) -> None:
         content["results"].append(line)
-        records.write_json(arguments.json, content)
+        records.write_json(until_done, content)
         print(json.dumps(line)[:2000], flush=True)
 
     run_all(families, dtypes, ways, keep)
+    if until_done:
+        until_done.replace(arguments.json)
 
 
 if __name__ == "__main__":

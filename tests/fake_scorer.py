@@ -4,11 +4,13 @@ As a program it stores pairs FIRST..LAST in shards, and says after each how far 
 """
 
 import hashlib
+import json
 import resource
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +40,11 @@ def fill(store: Store, pairs: Sequence[int], identity: Fingerprint | None = None
 
 def shards_of(store: Store) -> list[Path]:
     return sorted(path for path in store.folder.path.iterdir() if NAME.fullmatch(path.name))
+
+
+def without_checksum(manifest: Path) -> dict[str, Any]:
+    """A manifest's content as another version may write it."""
+    return {name: value for name, value in json.loads(manifest.read_text()).items() if name != "checksum"}
 
 
 FILL = [sys.executable, __file__]

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("trl")
 from spellers import KINDS, TEMPLATES, byte_level, metaspace, prepend
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.encode import Encoder
@@ -137,6 +139,21 @@ def test_an_answer_that_the_tokenizer_cannot_write_is_a_bad_row_and_a_prompt_is_
     )
     assert len(rows) == 1 and seen.counts == {"not spelled by its tokens": 1}
     assert [note for note in seen.notes if "don't spell" in note]
+
+
+@pytest.mark.parametrize(("before", "after"), [((), ()), ((0,), ()), ((), (1,)), ((0,), (1,))])
+def test_a_vocabulary_without_latin_letters_is_one_like_any_other(before, after):
+    """Its probe, a Latin letter, gives no token at all, or those alone that every text is given."""
+    words = ["<s>", "</s>", "\n", " ", *"абвгдеийклмнопрстуцэяД"]
+    backend = Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=[]))
+    special = [("<s>", 0), ("</s>", 1)]
+    template = " ".join([*(words[n] for n in before), "$A", *(words[n] for n in after)])
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert tokenizer("a", add_special_tokens=False)["input_ids"] == []
+    [(asked, answered)], _ = encoded(tokenizer, row("Да или нет?", "да"))
+    assert asked == [*before, *(words.index(letter) for letter in "Да или нет")]
+    assert answered == [words.index("д"), words.index("а"), 1]
 
 
 # Ends.

@@ -1,11 +1,13 @@
 """The sweep of faults counts what became of runs, and disturbs as it says."""
 
 import random
+import time
 from pathlib import Path
 
 import fault_kinds
 import faults
 import figure_tables
+import pytest
 
 
 def test_every_verdict_is_counted_once_and_what_was_lost_is_named():
@@ -24,6 +26,34 @@ def test_every_verdict_is_counted_once_and_what_was_lost_is_named():
     settings = {"steps": 10, "checkpoint_every": 2}
     said = figure_tables.faults_short({"results": [line, other], "settings": settings})
     assert said.startswith("5 faults of 2 kinds") and "sentence: 1; lost: 1." in said and "At most 5 steps" in said
+
+
+class Played:
+    """A run whose steps take so long; it ends when nobody looks any more."""
+
+    def __init__(self, file: Path, seconds: float):
+        self.file, self.seconds, self.started = file, seconds, time.monotonic()
+
+    def runs(self) -> bool:
+        done = min(faults.STEPS, int((time.monotonic() - self.started) / self.seconds))
+        self.file.unlink(missing_ok=True)
+        self.file.write_text("".join(f'{{"step": {step + 1}, "loss": 0.5}}\n' for step in range(done)))
+        return True
+
+
+@pytest.mark.parametrize("seconds", (0.0004, 0.002, 0.01))
+def test_moments_are_spread_over_all_steps_of_a_run_however_fast_it_is(tmp_path: Path, seconds: float):
+    """They once were seconds, and came after the end of a run that was faster than the one that was timed."""
+    pace = faults.Pace(begin=0.002, step=0.002, end=0.004)
+    trial = faults.Trial(folder=tmp_path, ranks=1, draw=random.Random(0), pace=pace)
+    trial.output.mkdir(parents=True)
+    found = []
+    for _ in range(80):
+        assert trial.wait_for_a_moment(Played(trial.output / "metrics.jsonl", seconds))
+        found.append(trial.steps_done())
+        (trial.output / "metrics.jsonl").unlink()
+    assert min(found) <= 1 and max(found) == faults.STEPS
+    assert sum(2 <= steps < faults.STEPS for steps in found) > 20
 
 
 def test_a_damage_is_one_bit_or_a_missing_end(tmp_path: Path):

@@ -21,7 +21,7 @@ from small_disk import remount
 from kto_dist.base.errors import UserError
 from kto_dist.store.shards import KEY, encode
 from kto_dist.store.storage import LocalStorage
-from kto_dist.store.store import FORMAT, Store
+from kto_dist.store.store import FORMAT, Store, read_manifest
 
 
 def test_what_was_added_is_found_and_nothing_else(tmp_path):
@@ -171,10 +171,9 @@ def test_a_copy_of_a_shard_under_another_name_changes_nothing(tmp_path):
 
 
 def test_a_manifest_of_another_reference_is_refused(tmp_path):
-    store = Store(tmp_path, IDENTITY)
-    manifest = store.folder.path / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "weights": "other", "dtype": "float16"}))
-    differ = f"weights is other there and {IDENTITY.weights} here; dtype is float16 there and float32 here"
+    ours, theirs = (Store(tmp_path, one).folder.path / "manifest.json" for one in (IDENTITY, OTHER))
+    shutil.copy(theirs, ours)
+    differ = f"fingerprint is {OTHER.digest} there and {IDENTITY.digest} here; dtype is bfloat16 there and float32 here"
     with pytest.raises(UserError, match=rf"belongs to another reference \({differ}\): remove its .*give another"):
         Store(tmp_path, IDENTITY)
 
@@ -205,6 +204,58 @@ def test_a_lost_or_damaged_manifest_is_written_again(tmp_path, content):
     assert Store(tmp_path, IDENTITY, warn=said.append).lookup(keys_of(range(5)))[1].all()
     assert json.loads(manifest.read_text())["weights"] == IDENTITY.weights
     assert len(said) == (content is not None)
+
+
+FLIPPED = IDENTITY.digest[:-1] + chr(ord(IDENTITY.digest[-1]) ^ 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        (f'"fingerprint": "{IDENTITY.digest}"', f'"fingerprint": "{FLIPPED}"'),
+        ('"attention": "sdpa"', '"attention": "rdpa"'),
+        ('"format": 2', '"format": 3'),
+        ('"model": "mine"', '"model": "line"'),
+    ],
+)
+def test_a_manifest_of_other_bytes_than_were_written_is_damage_and_no_other_reference(tmp_path, written, found):
+    store = Store(tmp_path, IDENTITY, model="mine")
+    fill(store, range(5))
+    manifest = store.folder.path / "manifest.json"
+    text = manifest.read_text()
+    assert written in text
+    manifest.write_text(text.replace(written, found))
+    said = []
+    assert Store(tmp_path, IDENTITY, warn=said.append, model="mine").lookup(keys_of(range(5)))[1].all()
+    assert said == [f"manifest.json in the reference store ({store.folder}) is damaged: it is written again"]
+    assert written in manifest.read_text()
+
+
+def test_no_bit_of_a_manifest_can_be_another_one_and_change_what_it_says(tmp_path):
+    folder = Store(tmp_path, IDENTITY).folder
+    manifest, content = folder.path / "manifest.json", read_manifest(folder)
+    whole = manifest.read_bytes()
+    assert content["weights"] == IDENTITY.weights and "checksum" not in content
+    for place in range(len(whole)):
+        for bit in range(8):
+            manifest.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            found = read_manifest(folder)
+            # of the checksum's own name nothing hangs
+            assert not found or {name: found.get(name) for name in content} == content, (place, bit)
+
+
+@pytest.mark.parametrize("damaged", (False, True))
+def test_a_manifest_from_before_there_were_checksums_is_read_and_known_by_its_fingerprint(tmp_path, damaged):
+    store = Store(tmp_path, IDENTITY)
+    fill(store, range(5))
+    manifest = store.folder.path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["checksum"]
+    manifest.write_text(json.dumps(content | ({"attention": "rdpa"} if damaged else {}), indent=1))
+    said = []
+    assert Store(tmp_path, IDENTITY, warn=said.append).lookup(keys_of(range(5)))[1].all()
+    assert [text for text in said if "is damaged: it is written again" in text] == said and len(said) == damaged
+    assert ("checksum" in json.loads(manifest.read_text())) == damaged
 
 
 def test_a_store_that_cannot_be_created_is_refused_with_its_path(tmp_path):

@@ -18,22 +18,28 @@ T = TypeVar("T")
 class OthersFailed(RuntimeError):
     """Another rank has failed, and tells of it itself."""
 
-    def __init__(self, failure: str):
+    def __init__(self, failure: str, *, of_disk: bool = False):
         super().__init__(f"another rank failed: {failure}")
         self.failure = failure
         """Its words."""
+        self.of_disk = of_disk
+        """It was an `OSError`."""
 
 
 def together(work: Callable[[], T]) -> T:
-    """Collective. Every rank does the work; a `UserError` of any of them is raised on all, another failure as well."""
+    """Collective. Every rank does the work; a `UserError` of any of them is raised on all, another failure as well.
+
+    One small sum where all is well: it may be asked at every step.
+    """
     results: list[T] = []
     failed: Exception | None = None
     try:
         results.append(work())
     except Exception as error:  # handed to every rank below
         failed = error
-    # results stay where they are: they may be models, and stores
-    _all_succeed(_Outcome[T].of([], failed), failed)
+    if comm.any_(failed is not None):
+        # results stay where they are: they may be models, and stores
+        _all_succeed(_Outcome[T].of([], failed), failed)
     return results[0]
 
 
@@ -83,10 +89,13 @@ class _Outcome(Generic[T]):
     failure: str | None = None
     is_mistake: bool = False
     """The failure was a `UserError`."""
+    of_disk: bool = False
+    """The failure was an `OSError`."""
 
     @classmethod
     def of(cls, results: list[T], failed: BaseException | None) -> "_Outcome[T]":
-        return cls(tuple(results), None if failed is None else str(failed), isinstance(failed, UserError))
+        kinds = isinstance(failed, UserError), isinstance(failed, OSError)
+        return cls(tuple(results), None if failed is None else str(failed), *kinds)
 
 
 def _all_succeed(own: _Outcome[T], failed: BaseException | None) -> list[_Outcome[T]]:
@@ -102,7 +111,7 @@ def _all_succeed(own: _Outcome[T], failed: BaseException | None) -> list[_Outcom
         raise failed
     for outcome in outcomes:
         if outcome.failure is not None:
-            raise OthersFailed(outcome.failure)
+            raise OthersFailed(outcome.failure, of_disk=outcome.of_disk)
     return outcomes
 
 

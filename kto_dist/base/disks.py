@@ -36,6 +36,6 @@ def remedy(error: Exception) -> str | None:
         return f"is full: make room, and the same command goes on from the last checkpoint ({text})"
     if _READ_ONLY.search(text):
         return f"is read-only: make it writable, and the same command goes on from the last checkpoint ({text})"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or (isinstance(error, OthersFailed) and error.of_disk):
         return f"fails: check the disk or the connection to it ({text})"
     return None

@@ -26,9 +26,11 @@ class Speller:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
         self._typed: dict[str, Ids] = {"": []}
-        probe = self.ids(["a"], special=True)[0]
-        self._adds_bos = probe[0] == tokenizer.bos_token_id
-        self._adds_eos = len(probe) > 1 and probe[-1] == tokenizer.eos_token_id
+        probe, plain = self.ids(["a"], special=True)[0], self.ids(["a"])[0]
+        self._adds_bos = probe[:1] == [tokenizer.bos_token_id]
+        # a vocabulary without Latin letters may drop them, and leave special tokens alone, or nothing
+        alone = not plain and not self._adds_bos
+        self._adds_eos = (len(probe) > 1 or alone) and probe[-1:] == [tokenizer.eos_token_id]
         self.can_spell = bare(self.decoded(self.ids([_PROBE]))[0]) == bare(_PROBE)
         """Whether this tokenizer's tokens lead back to their text at all."""
 

@@ -52,6 +52,9 @@ class Rounding:
     """Largest difference that was measured between rows side by side and alone."""
     limit: float
     """Largest difference that counts as rounding."""
+    jumps: bool = False
+    """Whether a rounded score may choose another expert, or other tokens to attend to: a row among many may then be far
+    off, whatever the others are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +94,9 @@ class Trial:
 
 
 def rounding_of(model: ScoringModel, spread: float) -> Rounding:
-    dtype = dtype_of(model)
-    # a rounded score may choose another expert, or other tokens to attend to
-    cap = CAP[dtype] if chooses(model.lm.config) else CAP[dtype] / 2
-    return Rounding(spread=spread, limit=min(cap, max(FLOOR[dtype], SPREAD * spread)))
+    dtype, jumps = dtype_of(model), chooses(model.lm.config)
+    cap = CAP[dtype] if jumps else CAP[dtype] / 2
+    return Rounding(spread=spread, limit=min(cap, max(FLOOR[dtype], SPREAD * spread)), jumps=jumps)
 
 
 def chooses(config: PretrainedConfig) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kto_dist.base import agree
 from kto_dist.base.errors import UserError
 from kto_dist.model.engines import Policy  # first: it imports deepspeed without its noise
 
@@ -51,9 +52,31 @@ def without_code(source: Path) -> Iterator[None]:
 
 
 def load(policy: Policy, folder: Path, tag: str) -> None:
-    """Collective. Weights, optimizer states and the engine's own counters."""
-    with without_code(folder / tag):
-        policy.load(folder, tag)
+    """Collective. Weights, optimizer states and the engine's own counters.
+
+    Raises, on every rank, where one cannot read its files: `UserError`, unless the cause is none that a disk has.
+    """
+
+    def read() -> None:
+        with without_code(folder / tag), _readable(folder / tag):
+            policy.read(folder, tag)
+
+    agree.together(read)
+    policy.loaded()
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """Inside, what a disk refuses is a `UserError`, also as torch words it."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise UserError(
+            f"the checkpoint {source} cannot be read: {' '.join(str(error).split())[:300]}; check the disk or the "
+            "connection to it, and the same command tries again"
+        ) from error
 
 
 def recut(source: Path, target: Path) -> str | None:

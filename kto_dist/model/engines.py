@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kto_dist.base import agree, comm
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
+from kto_dist.model.engine_io import copy_swapped, gather, gathers_put_off, writes_noted
 from kto_dist.model.loading import load_model, refuse_packed, set_modes
 from kto_dist.model.options import claim_swap_folders, deepspeed_options, offload_options, release_swap_folder
 from kto_dist.model.trial import check_runs
@@ -195,20 +196,26 @@ class Policy:
 
         Raises on all ranks where one could not write.
         """
-        with _writes_noted(self.engine) as failures:
+        with writes_noted(self.engine) as failures:
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
-        def tell() -> None:
+        def finish() -> None:
             if failures:
                 raise failures[0]
+            copy_swapped(self.engine, folder / tag)
 
-        agree.side_by_side(tell)
+        agree.side_by_side(finish)
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Collective. Weights, optimizer states and the engine's own counters."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+    def read(self, folder: Path, tag: str) -> None:
+        """This rank's files of a checkpoint. `loaded` has to follow, when all ranks have read theirs."""
+        with gathers_put_off(self.engine):
+            path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
+
+    def loaded(self) -> None:
+        """Collective. Weights, optimizer states and the engine's own counters are those of the files."""
+        gather(self.engine)
         # the files bring the settings of then along, and this run has its own
         for group, decay in zip(self._optimizer.param_groups, self._decays, strict=True):
             group.update(betas=self._settings.betas, eps=self._settings.eps, weight_decay=decay)
@@ -233,34 +240,6 @@ class Policy:
         for folder in self._swap_folders:
             comm.barrier()
             release_swap_folder(folder)
-
-
-@contextmanager
-def _writes_noted(engine: Any) -> Iterator[list[Exception]]:
-    """Inside, a write of DeepSpeed's that fails is noted and not raised: the other ranks would wait for this one in the
-    next of its collectives.
-
-    The scripts that it copies beside checkpoints stay away: `kto-dist export` does what they do, and rank 0 would write
-    them past the one place where writes can be noted.
-    """
-    failures: list[Exception] = []
-
-    def guarded(write: Callable[..., Any]) -> Callable[..., Any]:
-        def try_it(*arguments: Any, **named: Any) -> Any:
-            try:
-                return write(*arguments, **named)
-            except Exception as error:
-                return failures.append(error)
-
-        return try_it
-
-    writer = engine.checkpoint_engine
-    writer.save, writer.makedirs = guarded(writer.save), guarded(writer.makedirs)
-    engine._copy_recovery_script = lambda folder: None
-    try:
-        yield failures
-    finally:
-        del writer.save, writer.makedirs, engine._copy_recovery_script
 
 
 def _own_steps(optimizer: Any) -> None:

@@ -49,9 +49,11 @@ SCORING: dict[str, int] = {
     "phimoe": 1,
     # hidden states were halved on the way where there are many layers
     "rwkv": 1,
-    # parameters that the family keeps in fp32 were, and the policy's are rounded to bf16
-    **dict.fromkeys(("bailing_hybrid", "beam", "deepseek_v4", "ernie4_5_moe", "flint"), 1),
-    **dict.fromkeys(("hy_v4", "inkling_text", "inkling2_text"), 1),
+}
+
+# Families that keep parameters in fp32: in bf16 they were kept so, and the policy's are rounded.
+_KEPT_IN_FP32 = {
+    *("bailing_hybrid", "beam", "deepseek_v4", "ernie4_5_moe", "flint", "hy_v4", "inkling_text", "inkling2_text"),
 }
 
 # Families whose completions of one prompt saw each other in bf16, by less than what counted as rounding.
@@ -66,7 +68,9 @@ def scoring(model_config: dict[str, Any], dtype: str) -> int | None:
     family = str(model_config.get("model_type"))
     faults = SCORING.get(family, 0)
     faults += dtype == "bfloat16" and family in _SHARED_STATE
-    # rows were turned by the frequencies of the longest one of their micro-batch
+    faults += dtype == "bfloat16" and family in _KEPT_IN_FP32
+    # Rows were turned by the frequencies of the longest one of their micro-batch. Which rows a store has had beside
+    # each other is not known: short ones are scored again as well.
     faults += '"longrope"' in json.dumps(model_config, default=str)
     return int(faults) or None
 

@@ -2,7 +2,8 @@
 
 A store is a folder (or a URL); every reference model has a sub-folder of its own, named by the model's fingerprint:
 
-    <store>/<fingerprint>/manifest.json           what was scored: the fingerprint, what went into it, and facts to read
+    <store>/<fingerprint>/manifest.json           what was scored: the fingerprint, what went into it, facts to read,
+                                                  and a checksum of these
     <store>/<fingerprint>/<sha256>.parquet        a shard of pairs (see shards.py), never changed once it is there
     <store>/<fingerprint>/used.json               when it was last used, to the hour
     <store>/<fingerprint>/use-<id>.json           a job is at work here: `kto-dist store gc` leaves the folder alone
@@ -15,6 +16,7 @@ that is not what it should be is set aside, and its pairs are computed again.
 
 import contextlib
 import errno
+import hashlib
 import json
 import platform
 import time
@@ -34,6 +36,7 @@ from kto_dist.store.storage import Root, Storage, open_storage
 
 FORMAT = 2
 MANIFEST, USED = "manifest.json", "used.json"
+_CHECKSUM = "checksum"
 FOLDER_DIGITS = 32
 """Of a fingerprint's 64, in the folder's name."""
 MANY_SHARDS = 2000
@@ -88,7 +91,7 @@ class Store:
                 if found is not None:
                     self._warn(f"{MANIFEST} in the reference store ({self.folder}) is damaged: it is written again")
                 facts = {"model": model, "created": _timestamp(), "platform": platform.platform()}
-                self.folder.write(MANIFEST, json.dumps({**content, **facts}, indent=1).encode())
+                self.folder.write(MANIFEST, _sealed({**content, **facts}))
                 found = content
         except OSError as error:
             raise self._refusal(error, "cannot be opened or created") from None
@@ -247,7 +250,28 @@ def read_manifest(folder: Storage) -> dict[str, Any] | None:
         return None
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    checksum = found.pop(_CHECKSUM, None)
+    return found if (_as_named(found) if checksum is None else checksum == _checksum(found)) else {}
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    return json.dumps({**content, _CHECKSUM: _checksum(content)}, indent=1).encode()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _as_named(found: dict[str, Any]) -> bool:
+    """Of a manifest from before there were checksums: whether its fingerprint is that of what it says went into it.
+
+    What another format means by its fields is not known here.
+    """
+    if found.get("format") != FORMAT:
+        return True
+    return found.get("fingerprint") == _checksum({name: found[name] for name in Fingerprint.__slots__ if name in found})
 
 
 def last_used(folder: Storage) -> float | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kto_dist.base import comm
+from kto_dist.base import agree, comm
 from kto_dist.base.console import Console
 from kto_dist.evaluation import kept
 from kto_dist.evaluation.figures import Evaluated, Findings, figures_of, findings
@@ -57,9 +57,11 @@ class Evaluations:
         except NeedsRestart as failure:
             failure.step = step
             raise
-        if rows is not None and comm.is_main():
-            kept.write(self.run.folder.heldout_rows, rows)
-        line = None if rows is None else self._note(step, self._findings(rows))
+        line = None
+        if rows is not None:
+            path = self.run.folder.heldout_rows
+            self.run.put_down(f"the held-out rows of step {step}", lambda: kept.write(path, rows))
+            line = self._note(step, agree.together(lambda: self._findings(rows)))
         self.console.phase("training")
         return line
 
@@ -82,8 +84,8 @@ class Evaluations:
         self.last = found.to_dict()
         if self.best is not None:
             self.best.note(step, found.figures)
+        self.run.write(self.run.folder.heldout, {"step": step, **found.to_dict()})
         if comm.is_main():
-            self.run.write(self.run.folder.heldout, {"step": step, **found.to_dict()})
             self.run.tracker.log(step, {f"heldout/{name}": value for name, value in found.figures.items()})
         return self.last
 

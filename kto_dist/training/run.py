@@ -3,7 +3,7 @@
 import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,14 +62,23 @@ class Run:
         )
 
     def write(self, path: Path, line: dict[str, Any]) -> None:
-        """Rank 0. One more line of metrics. Raises `UserError`."""
-        with disks.refusals(f"the line of step {line['step']}", "train.output", self.folder.path):
-            append_line(path, line)
+        """Collective. Rank 0 writes one more line of metrics. Raises `UserError`, on every rank."""
+        self.put_down(f"the line of step {line['step']}", lambda: append_line(path, line))
+
+    def put_down(self, what: str, work: Callable[[], None]) -> None:
+        """Collective. Rank 0 writes to the run's folder, which takes no time. Raises `UserError`, on every rank."""
+
+        def try_it() -> None:
+            if comm.is_main():
+                with disks.refusals(what, "train.output", self.folder.path):
+                    work()
+
+        agree.together(try_it)
 
     def log(self, figures: dict[str, Any]) -> None:
-        """A step's line of metrics, in the folder and in MLflow. Raises `UserError`."""
+        """Collective. A step's line of metrics, in the folder and in MLflow. Raises `UserError`."""
+        self.write(self.folder.metrics, figures)
         if comm.is_main():
-            self.write(self.folder.metrics, figures)
             self.tracker.log(figures["step"], {name: value for name, value in figures.items() if name != "step"})
 
     def last_line(self) -> dict[str, Any]:
@@ -82,12 +91,13 @@ class Run:
         return read_lines(self.folder.metrics)
 
     def advise(self, step: int, advice: Sequence[Advice], console: Console) -> None:
-        """What rules of health say: for people, as a line in the folder, as a point in MLflow. Raises `UserError`."""
+        """Collective. What rules of health say, the same on every rank: for people, as a line in the folder, as a point
+        in MLflow. Raises `UserError`."""
         for item in advice:
             console.warn(item.message)
+            line = {"step": step, "rule": item.rule, "stop": item.stop, "message": item.message}
+            self.write(self.folder.health, line)
             if comm.is_main():
-                line = {"step": step, "rule": item.rule, "stop": item.stop, "message": item.message}
-                self.write(self.folder.health, line)
                 name = re.sub(r"[^\w./ -]", "_", item.rule)  # what MLflow takes
                 self.tracker.log(step, {f"health/{name}": 1.0})
 
