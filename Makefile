@@ -32,6 +32,7 @@ bench: setup
 	$(BIN)/python benchmarks/head.py --dtype fp32 --json $$results-head-fp32.json; \
 	$(BIN)/python benchmarks/head.py --dtype bf16 --json $$results-head-bf16.json; \
 	$(BIN)/python benchmarks/throughput.py --json $$results-throughput.json; \
+	$(BIN)/python benchmarks/throughput.py --dtype fp32 --json $$results-throughput-fp32.json; \
 	$(BIN)/python benchmarks/reference.py --json $$results-reference.json; \
 	$(BIN)/python benchmarks/sweep.py --json $$results-sweep.json; \
 	$(BIN)/python benchmarks/feedback.py --rows 1000000

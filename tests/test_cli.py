@@ -285,7 +285,7 @@ def test_the_public_function_trains_in_the_callers_own_process(tmp_path, tiny_mo
     assert done.stdout.splitlines()[-1] == "5"
 
 
-def run_launcher(folder: Path, job: str, ranks_do: str) -> tuple[list[str], int]:
+def run_launcher(folder: Path, job: str, ranks_do: str, ranks: int | None = None) -> tuple[list[str], int]:
     """The command and the status of `launcher.run`, with a line of Python in place of DeepSpeed and its ranks."""
     from kto_dist.commands import launcher
 
@@ -295,7 +295,7 @@ def run_launcher(folder: Path, job: str, ranks_do: str) -> tuple[list[str], int]
         seen.append(command)
         return subprocess.Popen([sys.executable, "-c", ranks_do], **options)
 
-    status = launcher.run(job, ["x.yaml"], folder=folder, start=spy)
+    status = launcher.run(job, ["x.yaml"], ranks, folder=folder, start=spy)
     return seen[0], status
 
 
@@ -315,3 +315,10 @@ def test_without_a_device_the_default_is_two_ranks_at_most(tmp_path):
         pytest.skip("there is a GPU")
     command, _ = run_launcher(tmp_path, "train", FINISH)
     assert int(command[command.index("--num_gpus") + 1]) == min(2, os.cpu_count() or 1)
+
+
+def test_a_single_rank_starts_without_deepspeeds_launcher(tmp_path):
+    command, status = run_launcher(tmp_path, "train", FINISH, ranks=1)
+    assert status == 0
+    assert command[-3:] == ["kto_dist.commands.entry", "train", "x.yaml"]
+    assert not any(word.startswith("deepspeed") for word in command)

@@ -163,6 +163,34 @@ def test_the_learned_rule_shows_on_held_out_rows(tmp_path, tiny_model, tiny_log)
     assert after["loss"] < before["loss"]
 
 
+def train_and_count(config):
+    """The summary, and in how many evaluations the policy ran."""
+    from kto_dist import train
+    from kto_dist.training import stepper
+
+    ran, under = [], stepper.under
+
+    def counted(*arguments, **named):
+        ran.append(1)
+        return under(*arguments, **named)
+
+    stepper.under = counted
+    return train(config), len(ran)
+
+
+@pytest.mark.parametrize("same", (True, False))
+def test_held_out_rows_before_training_are_those_of_the_reference_where_it_is_the_start(
+    tmp_path, tiny_model, tiny_log, same
+):
+    changes = {} if same else {"reference__path": str(shutil.copytree(tiny_model, tmp_path / "other"))}
+    config = tiny_config(tmp_path, tiny_model, tiny_log, data__heldout=0.3, train__max_steps=2, **changes)
+    ((summary, evaluations),) = run_ranks(train_and_count, 1, config)
+    assert evaluations == (1 if same else 2)
+    before = summary["heldout"]["before"]
+    assert before["rewards/desirable"] == pytest.approx(0.0, abs=0.0 if same else 1e-5)
+    assert before["rewards/desirable"] != summary["heldout"]["after"]["rewards/desirable"]
+
+
 def test_swap_folders_of_killed_jobs_are_removed_and_those_of_living_ones_stay(tmp_path):
     for name in ("kto-1-1", "kto-2-2", "mine"):
         (tmp_path / name).mkdir()

@@ -22,6 +22,8 @@ TIMEOUT = timedelta(minutes=10)
 
 NO_PORT = "0"
 """`MASTER_PORT` of a single process: it has nobody to meet, so that it opens no port which another could take."""
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": NO_PORT}
+"""The environment of a single process."""
 
 
 class Group(Enum):
@@ -42,8 +44,7 @@ def init() -> None:
     alone = "RANK" not in os.environ or os.environ.get("MASTER_PORT") == NO_PORT
     if alone:
         # DeepSpeed reads them; a process that this one starts inherits them, and is alone as well
-        ours = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": NO_PORT}
-        os.environ.update({name: str(value) for name, value in ours.items()})
+        os.environ.update(ALONE)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     else:

@@ -1,10 +1,11 @@
-"""The deepspeed launcher on this machine, stopped as a whole.
+"""The deepspeed launcher on this machine, stopped as a whole; a single rank is started without it.
 
 `deepspeed` itself, when it is told to terminate, exits and leaves its ranks running, and its helper kills ranks that
 take more than 30 seconds to save. Here the launcher and the ranks form one process group of their own: a signal goes to
 the ranks, which save and end, the launcher ends with them, and nothing of the group stays behind. When this process
 itself is killed, its ranks die with it. `deepspeed` also reports success when one of its own processes is killed, so
-rank 0 leaves a mark when the job is done.
+rank 0 leaves a mark when the job is done. A single rank has nobody to be launched beside: it is started directly, since
+`deepspeed` is two more processes, one after the other, that import torch before the rank may.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from kto_dist.base import comm
 from kto_dist.base.exits import DONE_MARK, LAUNCHER
 from kto_dist.base.processes import whereabouts
 
@@ -56,24 +58,24 @@ def run(
 
 
 def _run(job: str, arguments: list[str], ranks: int | None, environment: dict[str, str], start: Start) -> int:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
     if not torch.cuda.is_available():
         # without GPUs: one a core, but two at the most, since more ranks only split the same cores
         ranks = ranks or min(2, os.cpu_count() or 1)
         environment.setdefault("DS_ACCELERATOR", "cpu")
         # each rank would otherwise start a thread a core, and they would fight for them
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    if ranks:
-        # not given for all GPUs: the launcher would overrule CUDA_VISIBLE_DEVICES
-        command += ["--num_gpus", str(ranks)]
-    command += ["--master_port", str(_free_port()), "--module", ENTRY, job, *arguments]
+    if ranks == 1 or (not ranks and torch.cuda.device_count() == 1):
+        environment |= comm.ALONE
+        command = [sys.executable, "-u", "-m", ENTRY, job, *arguments]
+    else:
+        command = [*_deepspeed(ranks), ENTRY, job, *arguments]
     child = start(command, env=environment, start_new_session=True)
 
     received: list[int] = []
 
     def forward(number: int, frame: object) -> None:
         received.append(number)
-        ranks_now = _ranks_below(child.pid)
+        ranks_now = _ranks_of(child.pid)
         for process in ranks_now:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
@@ -94,17 +96,26 @@ def _run(job: str, arguments: list[str], ranks: int | None, environment: dict[st
     return status if status >= 0 else 128 - status
 
 
+def _deepspeed(ranks: int | None) -> list[str]:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
+    if ranks:
+        # not given for all GPUs: the launcher would overrule CUDA_VISIBLE_DEVICES
+        command += ["--num_gpus", str(ranks)]
+    return [*command, "--master_port", str(_free_port()), "--module"]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _ranks_below(pid: int) -> list[psutil.Process]:
+def _ranks_of(pid: int) -> list[psutil.Process]:
     """The processes that run `ENTRY`, without DeepSpeed's own, whose command lines name it as well."""
     ranks = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(pid).children(recursive=True):
+        child = psutil.Process(pid)
+        for process in [child, *child.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 words = process.cmdline()
                 if ENTRY in words and not any(word.startswith("deepspeed.launcher") for word in words):

@@ -38,23 +38,17 @@ def evaluate_rows(
     sft_weight: float = 0.0,
     units: np.ndarray | None = None,  # (U, unit) rows that the loss takes, as in `data.batch.Plan`; None: all
     class_weights: tuple[float, float],
-    rounding: float = 0.0,
 ) -> Evaluated:
-    """What the objective makes of all rows: no model is run but by `model` and `reference`.
-
-    `rounding`: nats per square root of a completion's tokens; a log-ratio within it is 0.
-    """
+    """What the objective makes of all rows: no model is run but by `model` and `reference`."""
     rows = np.arange(len(examples))
     prompts, completions = heldout_pairs(seed, examples) if loss.has_z0 else (rows[:0], rows[:0])
     tokens = torch.tensor(examples.completion_lengths)
     ratios = model(prompts, completions) - reference(prompts, completions) if prompts.size else np.zeros(0)
-    kl = metrics.unrounded(torch.from_numpy(ratios), tokens[completions], rounding)
+    kl = torch.from_numpy(ratios)
     z0 = metrics.clamp_kl(torch.stack([kl.sum(), torch.tensor(float(kl.numel()), dtype=torch.float64)]))
 
     goal = Goal(loss=loss, beta=beta, label_smoothing=label_smoothing, sft_weight=sft_weight)
     logps, refs = torch.from_numpy(model(rows, rows)), reference(rows, rows)
-    equal = metrics.unrounded(logps - torch.from_numpy(refs), tokens, rounding) == 0
-    logps = torch.where(equal, torch.from_numpy(refs), logps)
     taken = rows if units is None else units.ravel()
     labels = labels_of(examples, taken, refs[taken], class_weights, goal)
     of_loss = table_of(goal, labels, logps[taken], z0, tokens[taken])

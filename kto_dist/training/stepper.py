@@ -116,13 +116,13 @@ class Stepper:
         heldout, objective = prepared.heldout, prepared.objective
         if heldout is None or refs is None:
             return None
-        # before the first one every reward is 0, and what rounding leaves of it is no order of the rows
-        start = self._start_check() if step == 0 else None
+        # before the first update the policy is its reference (see `StartCheck`), which has scored these rows
+        is_reference = step == 0 and prepared.config.reference.path is None
 
         def evaluated(cutting: Cutting) -> Evaluated:
             again = not self.policy.waits_in_forward
             return evaluate_rows(
-                under(self.policy.forward, heldout, objective, cutting, again=again),
+                refs if is_reference else under(self.policy.forward, heldout, objective, cutting, again=again),
                 refs,
                 heldout,
                 units=prepared.heldout_units,
@@ -132,7 +132,6 @@ class Stepper:
                 label_smoothing=objective.label_smoothing,
                 sft_weight=objective.sft_weight,
                 class_weights=prepared.class_weights,
-                rounding=0.0 if start is None else start.limit,
             )
 
         return self.memory.within(evaluated, lambda: None)
