@@ -307,6 +307,18 @@ def demo_short(content: Content) -> str:
     return table(["held-out", "before", "after"], _before_and_after(content, *DEMO_SHORT))
 
 
+def demo_profile(content: Content) -> str:
+    """Where a step's time goes, on rank 0."""
+    rows = [
+        [line["part"], f"{line['milliseconds'] / STEPS_PROFILED / 1e3:.2f}", f"{line['share']:.0%}"]
+        for line in content["profile"]
+    ]
+    return f"{about(content, 'the demo')}\n\n{table(['part', 's a step', 'share'], rows)}"
+
+
+STEPS_PROFILED = 3
+"""By `train.profile`."""
+
 DEMO_SHORT = ("answers that the wish approves", "mean words of an answer", "AUC of the reward on held-out thumbs")
 
 
@@ -391,6 +403,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "profile": profile,
     "demo": demo,
     "demo-short": demo_short,
+    "demo-profile": demo_profile,
     "zoo": zoo,
     "zoo-short": zoo_short,
 }
