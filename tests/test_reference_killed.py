@@ -7,12 +7,11 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from ranks import run_ranks
-from reference_runs import fixed, logps_of_pairs, score, scored_and_found, with_forward
+from reference_runs import Noted, fixed, logps_of_pairs, noted, score, scored_and_found, with_forward
 from tiny_runs import tiny_config
 
 from kto_dist.reference.progress import Progress
@@ -20,33 +19,10 @@ from kto_dist.store.tools import summarise
 from kto_dist.training.config import Config
 
 
-class Noted:
-    """Notes in a file what this rank scores, batch by batch, and calls `after_batch` with how many there were."""
-
-    def __init__(self, config: Config, after_batch: Callable[[int], None] = lambda batches: None):
-        self._file = os.open(f"{config.train.output}-scored", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        self._after_batch, self._batches, self._scored = after_batch, 0, 0
-
-    def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def noting(**batch: Any) -> Any:
-            logps = forward(**batch)
-            self._scored = logps.shape[0]
-            return logps
-
-        return noting
-
-    def watch(self, progress: Progress) -> None:
-        """Is called after each batch, and when ranks have met; never while the model is checked."""
-        if self._scored:
-            os.write(self._file, f"{self._scored}\n".encode())
-            self._scored, self._batches = 0, self._batches + 1
-            self._after_batch(self._batches)
-
-
 def _counted(config: Config, shard: int, after_batch: Callable[[int], None] = lambda batches: None) -> None:
     """On every rank: a pass with shards of so many pairs."""
-    noted = Noted(config, after_batch)
-    score(config, shard=fixed(shard), engine=with_forward(noted.wrap), watch=noted.watch)
+    notes = Noted(config, after_batch)
+    score(config, shard=fixed(shard), engine=with_forward(notes.wrap), watch=notes.watch)
 
 
 def _killed(config: Config, shard: int, victim: int, batches: int, after: float) -> None:
@@ -111,7 +87,7 @@ def kill_and_resume(tmp_path: Path, model: Path, log: Path, seed: int, kills: in
             hits, lost = hits + 1, lost + world * shard
     assert hits
     values, _ = run_ranks(_resumed, 2, config(), shard)
-    scored = sum(map(int, Path(f"{config().train.output}-scored").read_text().split()))
+    scored = noted(config())
     assert values == pytest.approx(expected, rel=1e-5)
     assert _stored(config()) == pairs
     # of the pairs of the undisturbed pass nothing was scored twice but what the kills interrupted

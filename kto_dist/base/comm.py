@@ -37,6 +37,11 @@ class Group(Enum):
 WORLD, DATA, SEQUENCE = Group.WORLD, Group.DATA, Group.SEQUENCE
 
 
+def stay_alone() -> None:
+    """Ahead of `init`: this process joins nobody, whatever started it."""
+    os.environ["MASTER_PORT"] = NO_PORT
+
+
 def init() -> None:
     """Joins the process group; a second call does nothing."""
     if dist.is_initialized():

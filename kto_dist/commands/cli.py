@@ -134,13 +134,30 @@ def train(config: Path, overrides: tuple[str, ...], ranks: int | None, check: bo
 
 @main.command(short_help="Score with the reference alone, into its store.")
 @_ranks
+@click.option("--worker", is_flag=True, help="Score pieces beside other workers, in this process and on one device.")
+@click.option(
+    "--any-device", is_flag=True, help="With --worker: also on another device, or torch, than the store's workers."
+)
 @_command
-def precompute(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+def precompute(config: Path, overrides: tuple[str, ...], ranks: int | None, worker: bool, any_device: bool) -> None:
     """Score with the reference whatever its store lacks for CONFIG, and train nothing.
 
     CONFIG and the overrides are those of `train`. A pass that was stopped goes on where it was.
+
+    --worker takes a piece after the other of what is missing. Start as many as you like, on any machines that reach
+    reference.store, whenever they are idle, and stop them at any time: the others do the rest. No launcher is needed.
+    On a machine of several GPUs start one for each, with CUDA_VISIBLE_DEVICES.
     """
-    _launch("precompute", config, overrides, ranks)
+    if not worker:
+        if any_device:
+            raise UserError("--any-device is for --worker: a pass without workers computes on its own devices alone")
+        _launch("precompute", config, overrides, ranks)
+    if ranks:
+        raise UserError(f"--ranks ({ranks}) is for a pass without --worker: a worker is one process, start several")
+    _checked(config, overrides)
+    from kto_dist.commands.entry import ANY_DEVICE, WORKER, run_and_leave
+
+    run_and_leave([WORKER, str(config), *overrides, *([ANY_DEVICE] if any_device else [])])
 
 
 @main.command(short_help="Figures with intervals of a model on held-out rows.")
@@ -258,11 +275,17 @@ def mine(config: Path, overrides: tuple[str, ...]) -> None:
     _say_checks(audit, folder_of(settings.output.folder))
 
 
+def _checked(config: Path, overrides: tuple[str, ...]) -> Config:
+    """A mistake shows at once, not once the ranks have started. Raises `UserError`."""
+    settings = Config.load(config, overrides)
+    check_model_path("model.path", settings.model.path)
+    return settings
+
+
 def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
     from kto_dist.commands import launcher
 
-    settings = Config.load(config, overrides)  # a mistake shows at once, not once the ranks have started
-    check_model_path("model.path", settings.model.path)
+    settings = _checked(config, overrides)
     output = Path(settings.train.output)
     # a reference pass has no folder of its own, and leaves none
     folder = output if job == "train" else output.absolute().parent

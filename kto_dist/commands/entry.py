@@ -1,5 +1,5 @@
 """What every rank runs: `python -m kto_dist.commands.entry train|precompute CONFIG [section.key=value ...]`, or
-`evaluate RUN_OR_MODEL ...`.
+`evaluate RUN_OR_MODEL ...`; and `worker CONFIG ...`, which is a rank alone.
 
 Turns the outcome into the exit status that the launcher passes on: 0 done, 2 the user's mistake, 143 stopped by a
 signal, 1 anything else. An error is said once a host; one that not all ranks have met comes with the rank's number.
@@ -24,6 +24,8 @@ from kto_dist.base.secrets import masked
 from kto_dist.commands.words import request
 from kto_dist.training.config import Config
 
+WORKER, ANY_DEVICE = "worker", "--any-device"
+
 
 def work_of(job: str, words: list[str]) -> Callable[[], object]:
     """What is going to be done; nothing that takes long is imported for it. Raises `UserError`."""
@@ -36,7 +38,8 @@ def work_of(job: str, words: list[str]) -> Callable[[], object]:
             return evaluate(wanted)
 
         return evaluation
-    config, *overrides = words
+    any_device = job == WORKER and ANY_DEVICE in words
+    config, *overrides = [word for word in words if not (any_device and word == ANY_DEVICE)]
     settings = Config.load(config, overrides)
 
     def run() -> object:
@@ -44,9 +47,13 @@ def work_of(job: str, words: list[str]) -> Callable[[], object]:
             from kto_dist.training.loop import train
 
             return train(settings)
-        from kto_dist.training.precompute import precompute
+        from kto_dist.training import precompute
 
-        return precompute(settings)
+        if job == WORKER:
+            from kto_dist.reference.worker import Working
+
+            return precompute.work(settings, Working(any_device=any_device))
+        return precompute.precompute(settings)
 
     return run
 
@@ -57,7 +64,10 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     # DeepSpeed's launcher adds --local_rank=N; the environment says the same
     job, *words = [word for word in arguments if not word.startswith("--local_rank")]
-    _stay_with_launcher()
+    if job == WORKER:
+        comm.stay_alone()
+    else:
+        _stay_with_launcher()
     try:
         comm.init()
         restarts, again = restart.Restarts(), restart.order()

@@ -5,9 +5,12 @@ backward; attention by the positions that each token sees; the LM head on comple
 and count nothing, and neither does what checkpointing computes twice.
 """
 
+import contextlib
 import math
 import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,17 @@ def peak() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((value for key, value in PEAKS.items() if key in name), None)
+
+
+def named_device(device: torch.device) -> str:
+    """What decides how it rounds, as far as a name tells: the GPU, or the processor and its vector units."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """The reference's log-prob of every pair that a run will meet: looked up, or scored by a reference that then leaves.
 
 In:  `ReferenceSetup`, its fingerprint, and lists of pairs. Out: `ReferenceLogps`. The reference is loaded if the store
-lacks something, and is gone afterwards.
+lacks something, and is gone afterwards. `fill_store` does the same as one of several workers, and keeps no log-prob.
 """
 
 import operator
@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from kto_dist.base import agree, comm
+import torch
+
+from kto_dist.base import agree, comm, restart
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
+from kto_dist.base.signals import before_sigterm
 from kto_dist.data.examples import check_ids
 from kto_dist.model import ops
 from kto_dist.model.checks import check_scoring
+from kto_dist.model.devices import named_device
 from kto_dist.model.engines import Reference
 from kto_dist.model.weights import Weights
 from kto_dist.reference.pairs import PairList, RefLogps
@@ -23,8 +27,11 @@ from kto_dist.reference.prefix import sharing_is_exact
 from kto_dist.reference.progress import Progress, Watch
 from kto_dist.reference.scoring import LoadedReference, Outcome, reference_logps
 from kto_dist.reference.setup import ReferenceSetup
+from kto_dist.reference.worker import BATCHES_A_PIECE, Terms, Worker, Working, join
 from kto_dist.store.fingerprint import Fingerprint
+from kto_dist.store.leases import Leases
 from kto_dist.store.store import Store
+from kto_dist.store.tools import other_precisions
 
 Engine = Callable[..., Reference]
 """`model.engines.Reference`, or what stands in its place."""
@@ -56,9 +63,7 @@ def score_reference(
     `lists`: the training pairs, then the held-out ones if there are any. `begin` is called on every rank when it is
     clear that something has to be scored, before the reference is loaded. Raises `UserError`.
     """
-    vocabulary = getattr(setup.model_config.get_text_config(), "vocab_size", None)
-    for pairs in lists:
-        agree.together(lambda: check_ids(pairs.examples, vocabulary, setup.name, pairs.title))  # noqa: B023
+    _check_tokens(lists, setup)
     results: list[tuple[RefLogps, Outcome]] = []
     warnings = _Warnings(console)
     store = agree.together(lambda: Store(setup.store, fingerprint, warn=warnings.add, model=setup.path))
@@ -91,6 +96,65 @@ def score_reference(
         outcome=total,
         weights=setup.weights,
     )
+
+
+def _check_tokens(lists: Sequence[PairList], setup: ReferenceSetup) -> None:
+    """Collective. Raises `UserError`."""
+    vocabulary = getattr(setup.model_config.get_text_config(), "vocab_size", None)
+    for pairs in lists:
+        agree.together(lambda: check_ids(pairs.examples, vocabulary, setup.name, pairs.title))  # noqa: B023
+
+
+def fill_store(
+    lists: Sequence[PairList],
+    setup: ReferenceSetup,
+    fingerprint: Fingerprint,
+    console: Console,
+    working: Working,
+    watch: Watch = lambda progress: None,
+    engine: Engine = Reference,
+) -> Outcome:
+    """Scores pieces of what the store lacks, beside other workers, in a process alone; returns when it lacks nothing.
+
+    Raises `UserError`, also where the store's workers compute on another device.
+    """
+    _check_tokens(lists, setup)
+    own = Terms(
+        device=named_device(setup.device),
+        torch=torch.__version__,
+        piece_tokens=working.piece_tokens or BATCHES_A_PIECE * setup.settings.cutting.tokens,
+    )
+
+    @contextmanager
+    def shown(title: str) -> Iterator[Watch]:
+        with console.progress(f"reference: {title}") as show:
+            yield _shown(show, watch, 0)
+
+    with (
+        Store(setup.store, fingerprint, warn=console.warn, model=setup.path) as store,
+        lazily(lambda: _load(setup, fingerprint, console, lambda: None, engine)) as load,
+    ):
+        for text in other_precisions(setup.store, fingerprint):
+            console.warn(text)
+        leases = Leases(store.folder, working.lease_seconds)
+        terms = join(store.folder, own, any_device=working.any_device)
+        worker = Worker(
+            lists,
+            store=store,
+            leases=leases,
+            load=load,
+            settings=setup.settings,
+            piece_tokens=terms.piece_tokens,
+            say=console.say,
+        )
+        # a machine that is taken away says so with a SIGTERM: others need not wait for the lease to end
+        with before_sigterm(leases.give_back), restart.before(lambda failed: leases.give_back()):
+            outcome = worker.fill(shown)
+    console.say(
+        f"reference: all of {outcome.pairs:,} pairs are stored, {outcome.scored_once:,} scored here in "
+        f"{outcome.seconds:.1f} s"
+    )
+    return outcome
 
 
 def _shown(show: Callable[[int, int, float, float, float], None], watch: Watch, before: int) -> Watch:

@@ -1,9 +1,12 @@
 """The pass over one list of pairs: looked up in the store, and what it lacks scored by the reference.
 
-1. `reference_logps`  looks pairs up; what some rank's store lacks is scored by all ranks together, shard by shard,
-                      written by the rank that computed it, and exchanged over the process group
-2. `Work`             the pairs to score, each alone or, with shared prompts, in trees (`prefix.py`)
-3. `ShardSize`        how much is scored between two writes
+1. `reference_logps`  looks pairs up; what some rank's store lacks is scored by all ranks together
+2. `seek`             pairs -> their keys and lengths; `Sought.work`: some of them, to be scored
+3. `score_work`       shard by shard, written by the rank that computed it, and exchanged over the process group
+4. `Work`             the pairs to score, each alone or, with shared prompts, in trees (`prefix.py`)
+5. `ShardSize`        how much is scored between two writes
+
+Workers (`worker.py`) score pieces of a list in the same way, each piece by a process alone.
 
 Hit or miss is decided once for all ranks, so hosts without a shared file system may hold different shards.
 
@@ -145,10 +148,8 @@ def reference_logps(
     Raises `UserError`, on all ranks alike, when the store cannot take what was scored.
     """
     started = time.monotonic()
-    cutting = settings.cutting
-    kept = pair_lengths(examples, prompts, completions, cutting.max_length, cutting.prompt_limit)
-    hashed = pair_keys(examples, prompts, completions, *kept)
-    logps, found = _exchange(*agree.together(lambda: store.lookup(hashed.keys)))
+    sought = seek(examples, prompts, completions, settings.cutting)
+    logps, found = _exchange(*agree.together(lambda: store.lookup(sought.keys)))
     # decided before anything is scored, and on all ranks
     missing = np.flatnonzero(~found)
     outcome = Outcome(
@@ -162,33 +163,71 @@ def reference_logps(
     )
     if missing.size:
         # Rows with equal text share a key: one of them is scored for all.
-        first, same_as = _distinct(hashed.keys[missing])
+        first, same_as = distinct(sought.keys[missing])
         todo = missing[first]
         agree.together(lambda: store.begin(todo.size))
-        work = Work(
-            examples=examples,
-            prompts=prompts[todo],
-            completions=completions[todo],
-            prompt_kept=kept[0][todo],
-            completion_kept=kept[1][todo],
-            keys=hashed.keys[todo],
-            prompt_group=_distinct(hashed.prompts[todo])[1],
-        )
+        work = sought.work(todo)
         reference = load()
         loaded = time.monotonic()
-        trees = work.trees(settings, reference.share_prefixes)
-        logps[missing] = _score(work, trees, settings, reference.engine, store, watch, warn)[same_as]
+        scored = score_work(work, reference, settings, store, watch, warn)
+        logps[missing] = scored.logps[same_as]
         outcome = replace(
             outcome,
             scored_once=todo.size,
             scored_tokens=int(work.tokens.sum()),
             scoring_seconds=time.monotonic() - loaded,
-            shared=trees is not None,
+            shared=scored.shared,
         )
     return RefLogps(examples, prompts, completions, logps), replace(outcome, seconds=time.monotonic() - started)
 
 
-def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sought:
+    """P pairs, as the store knows them."""
+
+    examples: Examples
+    prompts: np.ndarray
+    """(P,) rows that give the prompt."""
+    completions: np.ndarray
+    """(P,) rows that give the completion."""
+    prompt_kept: np.ndarray
+    """(P,) tokens."""
+    completion_kept: np.ndarray
+    """(P,) tokens."""
+    keys: np.ndarray
+    """(P,) KEY."""
+    prompt_keys: np.ndarray
+    """(P,) KEY, equal where the prompt's tokens are."""
+
+    def work(self, places: np.ndarray) -> "Work":
+        """Those at (Q,) places, all different, to be scored."""
+        return Work(
+            examples=self.examples,
+            prompts=self.prompts[places],
+            completions=self.completions[places],
+            prompt_kept=self.prompt_kept[places],
+            completion_kept=self.completion_kept[places],
+            keys=self.keys[places],
+            prompt_group=distinct(self.prompt_keys[places])[1],
+        )
+
+
+def seek(examples: Examples, prompts: np.ndarray, completions: np.ndarray, cutting: Cutting) -> Sought:
+    """Collective. `prompts`, `completions`: (P,) rows."""
+    kept = pair_lengths(examples, prompts, completions, cutting.max_length, cutting.prompt_limit)
+    hashed = pair_keys(examples, prompts, completions, *kept)
+    return Sought(
+        examples=examples,
+        prompts=prompts,
+        completions=completions,
+        prompt_kept=kept[0],
+        completion_kept=kept[1],
+        keys=hashed.keys,
+        prompt_keys=hashed.prompts,
+    )
+
+
+def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(U,) where each key stands first, and (P,) which of these every key is. (`np.unique` compares records slowly.)"""
     order = np.lexsort((keys["low"], keys["high"]))
     ordered = keys[order]
@@ -245,20 +284,32 @@ class Work:
         )
 
 
-def _score(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """What `score_work` leaves."""
+
+    logps: np.ndarray
+    """(P,) fp64, on every rank."""
+    shared: bool
+    """Whether prompts were shared."""
+    settings: PassSettings
+    """To go on with: with the rate and the memory that were found."""
+
+
+def score_work(
     work: Work,
-    trees: Trees | None,
+    reference: LoadedReference,
     settings: PassSettings,
-    engine: Reference,
     store: Store,
     watch: Watch,
     warn: Callable[[str], None],
-) -> np.ndarray:  # (P,) fp64
-    """Collective. All values, on every rank; each was written to the store by the rank that computed it.
+) -> Scored:
+    """Collective. All values, each of which was written to the store by the rank that computed it.
 
     Where another job has stored a value of the same pair meanwhile, later runs take the smaller one of the two, and
     this run the one computed here: they differ by a rounding.
     """
+    engine, trees = reference.engine, work.trees(settings, reference.share_prefixes)
     # a unit is a pair, or a tree of pairs
     tokens = work.tokens if trees is None else trees.tokens
     pairs_of = np.ones(tokens.size, np.int64) if trees is None else np.diff(trees.starts)
@@ -276,10 +327,10 @@ def _score(
         warn=warn,
     )
     start, ranks = 0, comm.size(comm.DATA)
-    wanted = settings.shard.first * ranks
+    own = settings.shard.first
     while start < order.size:
         began = time.monotonic()
-        stop = max(start + 1, int(np.searchsorted(pairs_before, pairs_before[start] + wanted, "right")) - 1)
+        stop = max(start + 1, int(np.searchsorted(pairs_before, pairs_before[start] + own * ranks, "right")) - 1)
         pairs = int(pairs_before[stop] - pairs_before[start])
         meter.begin(pairs)
         window = order[start:stop]
@@ -297,10 +348,11 @@ def _score(
         rate = pairs / max(time.monotonic() - began, 1e-9)
         start = stop
         batch = memory.cutting.tokens // tokens[order[start]] if start < order.size else 1
-        wanted = comm.broadcast(settings.shard.next(rate / ranks, batch) * ranks)
+        own = comm.broadcast(settings.shard.next(rate / ranks, batch))
     logps, found = _exchange(logps, found)
     assert found.all()
-    return logps
+    further = replace(settings, cutting=memory.cutting, shard=replace(settings.shard, first=own))
+    return Scored(logps=logps, shared=trees is not None, settings=further)
 
 
 def _score_shard(

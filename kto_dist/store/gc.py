@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import TEMPORARY
 from kto_dist.store.contents import folders_of, read_shards, told, trusted_manifest
+from kto_dist.store.leases import is_piece
 from kto_dist.store.shards import NAME, disagreements, encode, merge
 from kto_dist.store.storage import File, Root, Storage, open_storage
 from kto_dist.store.store import FORMAT, MANIFEST, USED, in_use, is_lease, last_used
@@ -144,7 +145,10 @@ def _litter(name: str, folder: Storage, files: list[File], warn: Callable[[str],
                 if TEMPORARY.fullmatch(file.name) and now - (file.modified or now) > _ABANDONED_SECONDS
             ],
         ),
-        ("marks of jobs that have ended", [file for file in files if is_lease(file.name)]),
+        (
+            "marks of jobs that have ended",
+            [file for file in files if is_lease(file.name) or is_piece(file.name)],
+        ),
     ]
     removals = [_removal(name, files, why, damaged=why == DAMAGED) for why, files in kinds if files]
     if repeated or len(small) >= WORTH_MERGING:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 
 from kto_dist.base.errors import UserError
-from kto_dist.base.files import write_whole
+from kto_dist.base.files import create_whole, write_whole
 
 _WHOLE_PUT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "memory"}
 """Object stores whose PUT is whole or not at all. Others (sftp, smb, http ...) show a file while it is written."""
@@ -53,6 +53,11 @@ class Storage(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """Whole or not at all; creates the folder."""
+        ...
+
+    def create(self, name: str, data: bytes) -> bool:
+        """As `write`, where there is no such file. False, and nothing is changed, where there is one: of several that
+        create it at once, one does."""
         ...
 
     def rename(self, name: str, to: str) -> None: ...
@@ -144,6 +149,10 @@ class LocalStorage:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / name, data)
 
+    def create(self, name: str, data: bytes) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)
+        return create_whole(self.path / name, data)
+
     def rename(self, name: str, to: str) -> None:
         os.replace(self.path / name, self.path / to)
 
@@ -201,6 +210,19 @@ class ObjectStorage:
         with _os_errors():
             self._system.pipe_file(f"{self._path}/{name}", data)
 
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            with _os_errors():
+                # a PUT that the server refuses where there is an object of that name
+                self._system.pipe_file(f"{self._path}/{name}", data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if _was_beaten(error):
+                return False
+            raise
+        return True
+
     def rename(self, name: str, to: str) -> None:
         # a copy and a removal: killed in between both are there, and the next reader does it again
         self.write(to, self.read(name))
@@ -218,6 +240,12 @@ class ObjectStorage:
 
     def free(self) -> int | None:
         return None
+
+
+def _was_beaten(error: OSError) -> bool:
+    """Whether another PUT of the name came first, at the same moment: S3's answer 409, which s3fs does not know."""
+    answer = getattr(error.__cause__, "response", None)
+    return isinstance(answer, dict) and answer.get("Error", {}).get("Code") == "ConditionalRequestConflict"
 
 
 @contextmanager

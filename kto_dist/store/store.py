@@ -7,6 +7,8 @@ A store is a folder (or a URL); every reference model has a sub-folder of its ow
     <store>/<fingerprint>/<sha256>.parquet        a shard of pairs (see shards.py), never changed once it is there
     <store>/<fingerprint>/used.json               when it was last used, to the hour
     <store>/<fingerprint>/use-<id>.json           a job is at work here: `kto-dist store gc` leaves the folder alone
+    <store>/<fingerprint>/piece-<id>.<n>.json     a worker scores a piece of what is missing (see leases.py)
+    <store>/<fingerprint>/workers.json            what workers must have in common (see reference/worker.py)
     <store>/<fingerprint>/<name>.damaged          set aside: not what its name says
 
 Any number of jobs read and write at the same time without locks: a shard appears whole or not at all, under a name of
@@ -73,6 +75,7 @@ class Store:
             _note_use(self.folder)
         self._known: Pairs | None = None
         self._fresh: list[Pairs] = []
+        self._told: set[str] = set()
         self._lease: str | None = None
         self._renewed = 0.0
 
@@ -182,16 +185,27 @@ class Store:
         self.folder.write(self._lease, json.dumps({"time": time.time(), **whereabouts()}).encode())
         self._renewed = time.monotonic()
 
+    def news(self) -> list[Pairs]:
+        """What has come since this was asked last, by whomever; the first time all that is there.
+
+        `lookup` is answered by what it has read itself, and knows nothing of this.
+        """
+        return list(self._read_new(self._told).values())
+
     def _read(self) -> Pairs:
+        return merge(list(self._read_new(set()).values()))
+
+    def _read_new(self, seen: set[str]) -> dict[str, Pairs]:
+        """The shards that are not in `seen`, which gets their names."""
         read: dict[str, Pairs] = {}
-        seen: set[str] = set()
+        anew = not seen
         # Merging shards replaces many by one, perhaps while they are listed or read. A listing that was begun after
         # the last byte was read, and names nothing new, shows that nothing was missed.
         for attempt in range(10):
             try:
                 names = [file.name for file in self.folder.files() if NAME.fullmatch(file.name)]
                 wanted = [name for name in names if name not in seen]
-                if attempt and not wanted:
+                if not wanted and (attempt or not anew):
                     break
                 with ThreadPoolExecutor(max_workers=self.folder.concurrency) as pool:
                     results = dict(zip(wanted, pool.map(self._read_shard, wanted), strict=True))
@@ -205,14 +219,14 @@ class Store:
                     read[name] = result
                 else:
                     self._warn(f"{name} in the reference store {result}: set aside, its pairs will be scored again")
-            if len(seen) < len(names):  # a listing may show for a while what is gone
+            if set(names) - seen:  # a listing may show for a while what is gone
                 time.sleep(0.05 * attempt)
-        if len(names) > MANY_SHARDS:
+        if anew and len(names) > MANY_SHARDS:
             self._warn(
                 f"the reference store has {len(names):,} shards for this model, and opens faster with few: "
                 f"`kto-dist store gc {self._root}` merges them"
             )
-        return merge(list(read.values()))
+        return read
 
     def _read_shard(self, name: str) -> Pairs | BadShard | None:
         """None where it is gone."""

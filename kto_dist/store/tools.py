@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
 from kto_dist.store.contents import folders_of, read_shards, told
+from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.store.shards import NAME, disagreements, key_column, merge
 from kto_dist.store.storage import File, Root, Storage
 from kto_dist.store.store import in_use, last_used, read_manifest
@@ -67,6 +68,32 @@ def summarise(root: Root, prefix: str = "") -> list[Summary]:
     """Reads no shard but its last few bytes."""
     with told(root, "cannot be read"):
         return [_summary(name, folder) for name, folder in folders_of(root, prefix)]
+
+
+_PRECISION = ("dtype", "logits", "attention", "kernels", "quantisation")
+
+
+def other_precisions(root: Root, own: Fingerprint) -> list[str]:
+    """A sentence for each model of the store that has the same weights, is computed in another way, and is at work:
+    what one job scores is then nothing to the other. For a job that is about to start; nothing is certain."""
+    mine, said = own.to_dict(), []
+    with told(root, "cannot be read"):
+        for name, folder in folders_of(root):
+            found = read_manifest(folder) or {}
+            if own.digest.startswith(name) or any(found.get(key) != mine[key] for key in ("weights", "config")):
+                continue
+            differing = [
+                f"{key} {found.get(key)} there and {mine.get(key)} here"
+                for key in _PRECISION
+                if found.get(key) != mine.get(key)
+            ]
+            if differing and (users := in_use(folder)):
+                said.append(
+                    f"{len(users):,} other jobs ({users[0]}) score the same weights into this store in another way, "
+                    f"{', '.join(differing)}: what this one scores is of no use to their run, unless the settings of "
+                    "`reference` are the same"
+                )
+    return said
 
 
 def _summary(name: str, folder: Storage) -> Summary:

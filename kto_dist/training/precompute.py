@@ -1,6 +1,7 @@
 """Fills the reference store for a config and trains nothing: for other nodes than the policy's, or the night before.
 
-It is an MLflow run of its own, named after the training run that it is for, with the pass's progress as metrics.
+`precompute` is an MLflow run of its own, named after the training run that it is for, with the pass's progress as
+metrics. `work` does the same as one of several workers (`reference/worker.py`), which are no runs: they come and go.
 """
 
 from pathlib import Path
@@ -12,10 +13,11 @@ from kto_dist.model.memory import NeedsRestart
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
 from kto_dist.record.tracker import Status, Tracker
-from kto_dist.reference.logps import score_reference
+from kto_dist.reference.logps import fill_store, score_reference
 from kto_dist.reference.progress import Progress, Watch
 from kto_dist.reference.record import PassRecord
 from kto_dist.reference.scoring import Outcome
+from kto_dist.reference.worker import Working
 from kto_dist.training.config import Config
 from kto_dist.training.prepare import find, prepare, wanted
 
@@ -46,6 +48,23 @@ def precompute(config: Config, watch: Watch | None = None) -> Outcome:
     finally:
         record.finish(status)
     return refs.outcome
+
+
+def work(config: Config, working: Working | None = None, watch: Watch = lambda progress: None) -> Outcome:
+    """Scores pieces of what the store lacks until it lacks nothing, beside whatever other workers there are.
+
+    Raises `UserError`.
+    """
+    comm.init()
+    if comm.world_size() > 1:
+        raise UserError(
+            f"a worker scores alone, and this is one of {comm.world_size()} ranks: start it without a launcher, once "
+            "for each device"
+        )
+    console = Console()
+    prepared = prepare(config, console)
+    setup, fingerprint = find(prepared, console)
+    return fill_store(wanted(prepared, console), setup, fingerprint, console, working or Working(), watch)
 
 
 def _open_run(config: Config, fingerprint: str, console: Console) -> Tracker:

@@ -1,0 +1,224 @@
+"""Pieces of work that processes on any number of machines take in turn: a file a lease, which only one can create.
+
+    <folder>/piece-<name>.<term>.json    who has the piece, for how many seconds of silence, and a count that rises
+
+The holder writes its lease again every quarter of that time. A lease is over when its holder, a process of this
+machine, is gone, or when the file has stayed as it is for so long by the clock of whoever watches it: no clock of
+another machine is believed. Who then creates the file of the next term, which again only one can, has the piece, and
+removes the file of the term before. So two processes never take one piece by the same right; one that was stopped for
+longer than its lease finds when it goes on that it has lost it (`Lease.lost`).
+
+In:  a folder of a store, and names of pieces. Out: `Lease`, to be held in a `with`.
+"""
+
+import contextlib
+import json
+import random
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kto_dist.base.errors import UserError
+from kto_dist.base.processes import lives, whereabouts
+from kto_dist.store.contents import told
+from kto_dist.store.storage import Storage
+
+SECONDS = 120.0
+"""Of silence, after which a holder on another machine has lost its lease."""
+RENEWALS = 4
+"""Within this time."""
+_NAME = re.compile(r"piece-([0-9a-f]+)\.(\d+)\.json")
+_CHOICES = 4
+"""Pieces among which one is drawn, so that processes that start at once don't all ask for the first."""
+
+
+class LeaseLost(Exception):
+    """Another process has the piece by now."""
+
+
+def is_piece(name: str) -> bool:
+    """Whether a file of a store is a lease."""
+    return _NAME.fullmatch(name) is not None
+
+
+class Lease:
+    """One piece, while it is held. Renews itself in a thread."""
+
+    def __init__(self, folder: Storage, piece: str, term: int, seconds: float):
+        self.piece = piece
+        self._folder, self._file, self._seconds = folder, f"piece-{piece}.{term}.json", seconds
+        self._said = {"token": uuid.uuid4().hex, "seconds": seconds, **whereabouts()}
+        self._beat, self._renewed = 0, time.monotonic()
+        self._ended, self._lost = threading.Event(), threading.Event()
+        self._writing = threading.RLock()
+        """Nothing is written once the piece was given back. A signal's handler may end what its own thread ends."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether the piece may be another's: its lease was taken, or could not be renewed for too long."""
+        return self._lost.is_set()
+
+    def keep(self) -> None:
+        """Raises `LeaseLost`."""
+        if self.lost:
+            raise LeaseLost(self.piece)
+
+    def begin(self) -> bool:
+        """Creates the file, and renews it from now on; False where another process has created it."""
+        # an answer that was lost on its way is asked for again: the file may be there, and ours
+        if not self._folder.create(self._file, self._content()) and not self._is_ours():
+            return False
+        self._renewed = time.monotonic()
+        threading.Thread(target=self._keep_renewing, daemon=True, name="lease").start()
+        return True
+
+    def end(self) -> None:
+        """Gives the piece back; no error where that cannot be said: the lease then ends by its silence."""
+        self._ended.set()
+        with self._writing, contextlib.suppress(OSError):
+            if self._is_ours():
+                self._folder.remove(self._file)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def _content(self) -> bytes:
+        return json.dumps({**self._said, "beat": self._beat}).encode()
+
+    def _is_ours(self) -> bool:
+        found = _read(self._folder, self._file)
+        return found is not None and found.get("token") == self._said["token"]
+
+    def _keep_renewing(self) -> None:
+        while not self._ended.wait(self._seconds / RENEWALS):
+            with self._writing:
+                if self._ended.is_set() or not self._renew():
+                    return
+
+    def _renew(self) -> bool:
+        """False where the lease is lost."""
+        try:
+            if self._is_ours():
+                self._beat += 1
+                self._folder.write(self._file, self._content())
+                self._renewed = time.monotonic()
+                return True
+        except OSError:
+            if time.monotonic() - self._renewed < self._seconds:
+                return True
+        self._lost.set()
+        return False
+
+
+class Leases:
+    """What a process knows of the leases in a folder, and the ones that it takes."""
+
+    def __init__(self, folder: Storage, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic):
+        """Raises `UserError` where two processes could create one file here."""
+        self._folder, self._seconds, self._clock = folder, seconds, clock
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        """Files of other holders: their content, and when it was first seen."""
+        self._held: Lease | None = None
+        self._check_creation()
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two looks at what others have."""
+        return min(5.0, self._seconds / RENEWALS / 2)
+
+    def take(self, pieces: Sequence[str]) -> Lease | None:
+        """One of the first of `pieces` that nobody has; None while others have all of them. Raises `UserError`."""
+        with told(self._folder, "cannot be worked on"):
+            return self._take(pieces)
+
+    def _take(self, pieces: Sequence[str]) -> Lease | None:
+        terms = self._terms()
+        free = [piece for piece in pieces if piece not in terms]
+        while free:
+            piece = free.pop(random.randrange(min(_CHOICES, len(free))))
+            if lease := self._begin(piece, 0):
+                return lease
+        for piece in pieces:
+            if piece not in terms or not self._is_over(name := f"piece-{piece}.{terms[piece]}.json"):
+                continue
+            if lease := self._begin(piece, terms[piece] + 1):
+                self._folder.remove(name)
+                return lease
+        return None
+
+    def give_back(self) -> None:
+        """Ends the lease that was taken last: for a process's last words."""
+        if self._held is not None:
+            self._held.end()
+
+    def _begin(self, piece: str, term: int) -> Lease | None:
+        # known before it is there: a signal may end this process in between
+        self._held = lease = Lease(self._folder, piece, term, self._seconds)
+        if not lease.begin():
+            return None
+        # a listing that was made while another process took the piece over may have shown neither of the two files
+        if self._terms().get(piece, term) > term:
+            lease.end()
+            return None
+        return lease
+
+    def _terms(self) -> dict[str, int]:
+        """The newest term of every piece that somebody has."""
+        terms: dict[str, int] = {}
+        for file in self._folder.files():
+            if found := _NAME.fullmatch(file.name):
+                terms[found[1]] = max(int(found[2]), terms.get(found[1], 0))
+        return terms
+
+    def _is_over(self, name: str) -> bool:
+        try:
+            data = self._folder.read(name)
+        except FileNotFoundError:  # it was given back just now
+            return False
+        said = _parsed(data) or {}
+        if said and lives(said) is False:
+            return True
+        before, since = self._seen.get(name, (b"", 0.0))
+        if data != before:
+            self._seen[name] = (data, self._clock())
+            return False
+        return self._clock() - since > float(said.get("seconds", self._seconds))
+
+    def _check_creation(self) -> None:
+        name = f".create.{uuid.uuid4().hex}"
+        try:
+            first, second = (self._folder.create(name, text) for text in (b"1", b"2"))
+            self._folder.remove(name)
+        except OSError as error:
+            raise UserError(
+                f"workers take pieces by creating files in {self._folder}, and that fails: {error}; give a folder or a "
+                "bucket that this user may write to, or use `kto-dist precompute` without --worker"
+            ) from None
+        if not first or second:
+            raise UserError(
+                f"workers take pieces by creating files in {self._folder}, and there two processes could create one "
+                "file: give a folder, or a bucket whose server knows conditional writes (If-None-Match), as S3 does, "
+                "or use `kto-dist precompute` without --worker"
+            )
+
+
+def _read(folder: Storage, name: str) -> dict[str, Any] | None:
+    try:
+        return _parsed(folder.read(name))
+    except FileNotFoundError:
+        return None
+
+
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    """None for what is half written, or none of ours."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,217 @@
+"""Leases: of all who want a piece one has it, for as long as it lives and says so."""
+
+import errno
+import json
+import os
+import subprocess
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fake_scorer import IDENTITY, fill
+
+from kto_dist.base.errors import UserError
+from kto_dist.base.files import create_whole
+from kto_dist.base.processes import whereabouts
+from kto_dist.store.gc import collect, plan_gc
+from kto_dist.store.leases import LeaseLost, Leases, is_piece
+from kto_dist.store.storage import LocalStorage, Storage, open_storage
+from kto_dist.store.store import Store
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(params=("s3", "memory", "folder"))
+def folder(request, tmp_path: Path) -> Storage:
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return open_storage(f"s3://bucket/{uuid.uuid4().hex}")
+    return open_storage(f"memory://{uuid.uuid4().hex}" if request.param == "memory" else tmp_path / "store")
+
+
+def leases_in(folder: Storage) -> list[str]:
+    return [file.name for file in folder.files() if is_piece(file.name)]
+
+
+def of_another_machine(folder: Storage, piece: str, **changes: object) -> str:
+    """A lease that a process elsewhere has taken, and says nothing of any more."""
+    name = f"piece-{piece}.0.json"
+    folder.write(name, json.dumps({**whereabouts(), "host": "elsewhere", "seconds": 10.0, **changes}).encode())
+    return name
+
+
+def test_a_piece_is_one_holders_until_it_is_given_back(folder):
+    first, second = Leases(folder), Leases(folder)
+    with first.take(["a"]) as lease:
+        assert second.take(["a"]) is None
+        with second.take(["a", "b"]) as other:
+            assert (lease.piece, other.piece) == ("a", "b")
+        assert leases_in(folder) == ["piece-a.0.json"]
+    assert not leases_in(folder)
+    with second.take(["a"]) as again:
+        assert again.piece == "a"
+    assert not folder.files()
+
+
+def test_of_many_that_ask_at_once_each_piece_goes_to_one(tmp_path):
+    desks = [Leases(LocalStorage(tmp_path)) for _ in range(8)]
+    pieces = ["a", "b", "c"]
+    with ThreadPoolExecutor(8) as pool:
+        taken = [lease for lease in pool.map(lambda desk: desk.take(pieces), desks) if lease is not None]
+    assert sorted(lease.piece for lease in taken) == pieces
+    for lease in taken:
+        lease.end()
+
+
+def test_a_holder_elsewhere_keeps_its_piece_until_it_was_silent_for_its_time(folder):
+    clock = Clock()
+    name = of_another_machine(folder, "a", beat=1)
+    desk = Leases(folder, clock=clock)
+    assert desk.take(["a"]) is None
+    clock.now = 9.0
+    of_another_machine(folder, "a", beat=2)  # it has said something
+    assert desk.take(["a"]) is None
+    clock.now = 18.9
+    assert desk.take(["a"]) is None
+    clock.now = 19.1
+    with desk.take(["a"]) as lease:
+        assert lease.piece == "a" and name not in leases_in(folder)
+    assert not leases_in(folder)
+
+
+def test_of_two_that_see_a_lease_end_one_takes_the_piece(folder):
+    clock = Clock()
+    of_another_machine(folder, "a")
+    first, second = Leases(folder, clock=clock), Leases(folder, clock=clock)
+    assert first.take(["a"]) is None and second.take(["a"]) is None
+    clock.now = 11.0
+    stale = folder.read("piece-a.0.json")
+    lease = first.take(["a"])
+    assert lease is not None
+    # the second one has listed the folder before the first one was done
+    folder.write("piece-a.0.json", stale)
+    assert second.take(["a"]) is None
+    lease.end()
+
+
+def test_a_listing_that_misses_a_piece_as_it_changes_hands_gives_it_to_nobody_else(tmp_path):
+    class Blind(LocalStorage):
+        """Its first listing shows nothing."""
+
+        looks = 0
+
+        def files(self):
+            self.looks += 1
+            return super().files() if self.looks > 1 else []
+
+    name = "piece-a.1.json"
+    LocalStorage(tmp_path).write(name, json.dumps({**whereabouts(), "seconds": 100.0}).encode())
+    assert Leases(Blind(tmp_path)).take(["a"]) is None
+    assert leases_in(LocalStorage(tmp_path)) == [name]
+
+
+def test_a_process_of_this_machine_that_is_gone_holds_nothing(folder):
+    with subprocess.Popen(["sleep", "60"]) as process:
+        who = whereabouts(process.pid)
+        folder.write("piece-a.0.json", json.dumps({**who, "seconds": 100.0}).encode())
+        desk = Leases(folder)
+        assert desk.take(["a"]) is None
+        process.kill()
+    with desk.take(["a"]) as lease:
+        assert lease.piece == "a"
+
+
+def test_a_holder_whose_piece_was_taken_learns_it_and_leaves_the_new_ones_lease_alone(tmp_path):
+    folder = LocalStorage(tmp_path)
+    lease = Leases(folder, seconds=0.2).take(["a"])
+    lease.keep()
+    other = {**whereabouts(), "token": "other", "seconds": 100.0}
+    folder.write("piece-a.0.json", json.dumps(other).encode())
+    while not lease.lost:
+        time.sleep(0.01)
+    with pytest.raises(LeaseLost):
+        lease.keep()
+    lease.end()
+    assert json.loads(folder.read("piece-a.0.json")) == other
+
+
+def test_a_holder_says_again_and_again_that_it_is_there(tmp_path):
+    folder = LocalStorage(tmp_path)
+    with Leases(folder, seconds=0.2).take(["a"]) as lease:
+        first = folder.read("piece-a.0.json")
+        while folder.read("piece-a.0.json") == first:
+            time.sleep(0.01)
+        assert not lease.lost
+
+
+@pytest.mark.parametrize("content", (b"", b"[]", b"{"))
+def test_a_lease_that_cannot_be_read_counts_for_its_time(tmp_path, content):
+    folder, clock = LocalStorage(tmp_path), Clock()
+    folder.write("piece-a.0.json", content)
+    desk = Leases(folder, seconds=5.0, clock=clock)
+    assert desk.take(["a"]) is None
+    clock.now = 5.1
+    with desk.take(["a"]) as lease:
+        assert lease.piece == "a"
+
+
+def test_where_two_can_create_one_file_workers_are_refused(tmp_path):
+    class Careless(LocalStorage):
+        def create(self, name, data):
+            self.write(name, data)
+            return True
+
+    with pytest.raises(UserError, match="two processes could create one file.*If-None-Match"):
+        Leases(Careless(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(UserError, match="creating files in .*store, and that fails.*without --worker"):
+        Leases(LocalStorage(tmp_path / "store"))
+
+
+def test_a_file_is_created_by_one_alone_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", link)
+    assert create_whole(tmp_path / "a", b"1") and not create_whole(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"1" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_whose_success_was_not_told_is_ours_all_the_same(tmp_path, monkeypatch):
+    real = os.link
+
+    def link(source, target):
+        real(source, target)
+        raise FileExistsError(target)  # what NFS answers when it is asked again
+
+    monkeypatch.setattr(os, "link", link)
+    assert create_whole(tmp_path / "a", b"1")
+
+
+def test_gc_removes_leases_of_workers_that_have_ended(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    fill(store, range(10))
+    of_another_machine(store.folder, "a")
+    assert all(done for _, done in collect(tmp_path, plan_gc(tmp_path)))
+    assert not leases_in(store.folder)
+
+
+def test_news_of_a_store_are_told_once_whoever_stored_them(folder):
+    store, other = Store(folder, IDENTITY), Store(folder, IDENTITY)
+    fill(store, range(10), IDENTITY)
+    fill(other, range(10, 30), IDENTITY)
+    assert sorted(len(shard) for shard in store.news()) == [10, 20]
+    assert not store.news()
+    fill(other, range(30, 33), IDENTITY)
+    assert [len(shard) for shard in store.news()] == [3]
