@@ -221,7 +221,8 @@ def fill(connection: Any, votes: Iterable[dict[str, Any]]) -> None:
     )
     connection.execute(
         "CREATE TABLE examples (prompt VARCHAR, completion VARCHAR, label BOOLEAN, weight DOUBLE, split VARCHAR, "
-        "votes_up INTEGER, votes_down INTEGER, prompt_key UUID, response_key UUID, characters INTEGER, vote UBIGINT)"
+        "votes_up INTEGER, votes_down INTEGER, prompt_key UUID, response_key UUID, characters INTEGER, vote UBIGINT, "
+        "probability DOUBLE)"
     )
     kept = defaultdict(list)
     for entry in votes:
@@ -240,7 +241,9 @@ def fill(connection: Any, votes: Iterable[dict[str, Any]]) -> None:
             counts = ups, len(entries) - ups
             weight = sum(winners) / len(winners)
             first = next(number for number, entry in enumerate(votes) if entry is entries[0])
-            rows.append((prompt, completion, label, weight, "train", *counts, *keys, len(completion), first))
+            rows.append(
+                (prompt, completion, label, weight, "train", *counts, *keys, len(completion), first, float(label))
+            )
     columns = ("vote", "prompt", "completion", "label", "user_key", "time", "model", "source", "removed", "weight")
     records = [{**entry, "vote": number, "source": "log.jsonl"} for number, entry in enumerate(votes)]
     table = pa.table({name: [record[name] for record in records] for name in columns})
@@ -259,7 +262,7 @@ def fill(connection: Any, votes: Iterable[dict[str, Any]]) -> None:
     connection.unregister("given")
     connection.execute("CREATE VIEW texts AS SELECT vote, prompt, completion FROM votes")
     if rows:
-        connection.executemany(f"INSERT INTO examples VALUES ({', '.join('?' * 11)})", rows)
+        connection.executemany(f"INSERT INTO examples VALUES ({', '.join('?' * 12)})", rows)
     before = Counter(entry["label"] for entry in votes)
     for number, step in enumerate(dict.fromkeys(entry["removed"] for entry in votes if entry["removed"])):
         taken = Counter(entry["label"] for entry in votes if entry["removed"] == step)

@@ -57,6 +57,12 @@ def nll_weight_of(others):
     return {"nll_weight": (sign > 0) * torch.linspace(0.05, 0.4, len(sign), dtype=torch.float64, device=sign.device)}
 
 
+def other_weight_of(others):
+    """For `others`: a weight of each sequence's loss with the other sign, 0 for some."""
+    weight = others["row_weight"]
+    return {"other_weight": torch.linspace(0, 1.4, len(weight), dtype=torch.float64, device=weight.device)}
+
+
 def run(head, leaves, others, *, grad_out=1.0, **options):
     """Outputs and gradients by name."""
     arguments = {**leaves, **others}

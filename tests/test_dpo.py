@@ -81,7 +81,7 @@ def ours(policy, reference, examples, units, loss, tokens=80, **settings):
     torch.testing.assert_close(
         table_of(objective, labels, logps, z0, torch.from_numpy(examples.completion_lengths[rows])), table
     )
-    figures = metrics.step_metrics(metrics.class_sums(table, labels.sign), torch.zeros(2))
+    figures = metrics.step_metrics(metrics.by_class(table, labels.sign).sum(1), torch.zeros(2))
     if units.shape[1] == 2:
         figures |= metrics.pair_metrics(table)
     return figures, {name: parameter.grad for name, parameter in model.lm.named_parameters()}

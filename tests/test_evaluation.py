@@ -71,7 +71,7 @@ def test_rows_with_one_reward_are_one_bin():
 
 def test_every_figure_of_a_step_has_the_same_value_here_and_an_interval_around_it():
     rows = evaluated()
-    expected = metrics.step_metrics(metrics.class_sums(rows.table, rows.sign), rows.kl_sums)
+    expected = metrics.step_metrics(metrics.by_class(rows.table, rows.sign).sum(1), rows.kl_sums)
     found = findings(rows)
     assert expected.items() <= found.figures.items()
     counts = {"kl", "kl_clamped", "kl_pairs", *(f"rows/{name}" for name in (*metrics.CLASSES, "all"))}

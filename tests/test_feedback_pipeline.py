@@ -264,6 +264,7 @@ def test_weights_are_those_of_the_formula(tmp_path, volume, bias, prior, fair):
                       (3, 2, None, None)]),  # the margin
         ("drop", [(4, 1, None, None), (4, 0, True, 1.0)]),
         ("keep", [(4, 1, True, 0.6), (1, 3, False, 0.5), (2, 2, None, None)]),
+        ("soft", [(4, 1, 0.8, 1.0), (1, 3, 0.25, 1.0), (2, 2, 0.5, 1.0), (2, 0, 1.0, 1.0), (0, 1, 0.0, 1.0)]),
     ],
 )  # fmt: skip
 def test_conflicts_end_as_the_config_says(tmp_path, conflicts, cases):
@@ -274,9 +275,14 @@ def test_conflicts_end_as_the_config_says(tmp_path, conflicts, cases):
         for i in range(count)
     ]
     losers = sum(down if label else up if label is not None else up + down for up, down, label, _ in cases)
+    wanted = {"conflict": losers}
+    if conflicts == "soft":  # all votes count
+        wanted = {}
     with mined(tmp_path, rows, WHO, agreement__conflicts=conflicts, users__bias=0) as connection:
-        found = connection.execute("SELECT votes_up, votes_down, label, weight FROM examples").fetchall()
-        assert removed(connection) == {"conflict": losers}
+        found = connection.execute("SELECT votes_up, votes_down, probability, weight FROM examples").fetchall()
+        assert removed(connection) == wanted
+        # what the steps after it count by
+        assert connection.execute("SELECT bool_and(label = (probability >= 0.5)) FROM examples").fetchone() == (True,)
     assert sorted(found) == sorted(
         (up, down, label, pytest.approx(weight)) for up, down, label, weight in cases if label is not None
     )

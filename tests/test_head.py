@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from head_cases import OUTPUTS, agree, case, exact, nll_weight_of, run
+from head_cases import OUTPUTS, agree, case, exact, nll_weight_of, other_weight_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import BACKENDS, BLOCKS, INPUTS, TRANSFORMS, budget_of, measured, products
@@ -24,18 +24,34 @@ pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
     transform=st.sampled_from(sorted(TRANSFORMS)),
     loss=st.sampled_from(sorted(LOSSES)),
     with_nll=st.booleans(),
+    with_other=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_values_and_gradients_are_the_definitions_whatever_the_chunks(
-    backend, lengths, width, vocabulary, rows_a_chunk, bias, entropy, transform, loss, with_nll, seed
+    backend, lengths, width, vocabulary, rows_a_chunk, bias, entropy, transform, loss, with_nll, with_other, seed
 ):
     lengths = lengths[: len(lengths) // LOSSES[loss].unit * LOSSES[loss].unit]
     leaves, others = case(lengths, width, vocabulary, bias=bias, seed=seed, backend=backend)
     others |= nll_weight_of(others) if with_nll else {}
+    others |= other_weight_of(others) if with_other and LOSSES[loss].unit == 1 else {}
     options = {"transform": TRANSFORMS[transform], "loss": loss, "entropy": entropy, "grad_out": 1.7}
     wanted = exact(leaves, others, **options)
     budget = budget_of(rows_a_chunk, vocabulary, 8)
     agree(run(kto_head, leaves, others, budget=budget, backend=backend, **options), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows_a_chunk", (3, 1000))
+@pytest.mark.parametrize("loss", ("kto", "apo_zero_unpaired", "sft"))
+def test_a_label_that_is_certain_is_the_same_in_every_bit_whether_it_may_be_a_probability_or_not(
+    loss, rows_a_chunk, backend
+):
+    leaves, others = case([5, 1, 0, 4, 2], backend=backend)
+    options = {"loss": loss, "budget": budget_of(rows_a_chunk, 53, 8), "backend": backend}
+    hard = run(kto_head, leaves, others, **options)
+    soft = run(kto_head, leaves, others | {"other_weight": torch.zeros_like(others["row_weight"])}, **options)
+    assert hard.keys() == soft.keys()
+    assert not [name for name, value in hard.items() if not value.equal(soft[name])]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -241,6 +257,8 @@ def test_a_pair_is_saturated_where_it_is_told_apart_and_not_where_it_is_turned_r
         ({"row_weight": torch.ones(1)}, r"row_weight has shape \(1,\).*2 lengths"),
         ({"loss": "orpo"}, "'orpo'.*kto, apo_zero_unpaired, dpo"),
         ({"loss": "dpo", "lengths": torch.tensor([5])}, "'dpo'.*units of 2 sequences.*there are 1"),
+        ({"loss": "dpo", "other_weight": torch.ones(2)}, "'dpo'.*units of 2.*one label.*other_weight"),
+        ({"other_weight": torch.ones(1)}, r"other_weight has shape \(1,\).*2 lengths"),
         ({"backend": "cuda"}, "'cuda'.*auto, torch, triton"),
         ({"weight": torch.zeros(53, 6)}, "float64.*float32.*one dtype"),
         ({"logits_dtype": torch.float16}, "float16.*float64"),

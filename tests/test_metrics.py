@@ -13,17 +13,16 @@ from kto_dist.objective.metrics import (
     CLASSES,
     QUANTITIES,
     auc,
+    by_class,
     clamp_kl,
-    class_sums,
-    empty_sums,
     row_table,
     source_metrics,
     step_metrics,
     unrounded,
 )
 
-CPU = torch.device("cpu")
 NO_KL = torch.zeros(2, dtype=torch.float64)
+NO_ROWS = torch.zeros(2, len(QUANTITIES), dtype=torch.float64)
 
 
 def rows_of(count, seed=0, **columns):
@@ -45,7 +44,7 @@ def rows_of(count, seed=0, **columns):
 
 
 def sums_of(rows, z0=0.0, beta=0.1):
-    return class_sums(row_table(z0=torch.tensor(z0), beta=beta, **rows), rows["sign"])
+    return by_class(row_table(z0=torch.tensor(z0), beta=beta, **rows), rows["sign"]).sum(1)
 
 
 def figures(rows, kl=NO_KL, **options):
@@ -56,7 +55,7 @@ def figures(rows, kl=NO_KL, **options):
 def test_shards_of_rows_in_any_order_add_up_to_all_rows(sizes, seed, data):
     rows = rows_of(sum(sizes), seed)
     order = torch.tensor(data.draw(st.permutations(range(sum(sizes)))), dtype=torch.int64)
-    total = empty_sums(CPU)
+    total = NO_ROWS.clone()
     for shard in order.split(sizes):
         total += sums_of({name: column[shard] for name, column in rows.items()}, z0=1.5)
     torch.testing.assert_close(total, sums_of(rows, z0=1.5), rtol=1e-12, atol=1e-12)
@@ -76,7 +75,7 @@ def test_a_class_without_rows_is_absent(sign, present, absent):
 
 
 def test_no_figure_is_ever_nan():
-    empty = step_metrics(empty_sums(CPU), NO_KL)
+    empty = step_metrics(NO_ROWS, NO_KL)
     assert all(math.isfinite(value) for value in empty.values())
     assert not [name for name in empty if "/" in name]
 
@@ -143,27 +142,27 @@ def test_counts_and_tokens_are_sums():
 def test_kl_is_the_mean_over_all_pairs_clamped_after_it():
     # shards with means +3 and -1: clamped one by one they would give 3 * 2 / 4
     kl = torch.tensor([6.0, 2.0]) + torch.tensor([-2.0, 2.0])
-    found = step_metrics(empty_sums(CPU), kl)
+    found = step_metrics(NO_ROWS, kl)
     assert (found["kl"], found["kl_raw"], found["kl_clamped"], found["kl_pairs"]) == (1.0, 1.0, 0.0, 4.0)
     assert clamp_kl(kl) == 1.0
 
 
 def test_a_negative_kl_is_clamped_and_says_so():
     kl = torch.tensor([-6.0, 4.0])
-    found = step_metrics(empty_sums(CPU), kl)
+    found = step_metrics(NO_ROWS, kl)
     assert (found["kl"], found["kl_raw"], found["kl_clamped"]) == (0.0, -1.5, 1.0)
     assert clamp_kl(kl) == 0.0
 
 
 def test_without_pairs_z0_is_zero_and_kl_is_absent():
     assert clamp_kl(NO_KL) == 0.0
-    assert not [name for name in step_metrics(empty_sums(CPU), NO_KL) if name.startswith("kl")]
+    assert not [name for name in step_metrics(NO_ROWS, NO_KL) if name.startswith("kl")]
 
 
 def test_a_kl_that_is_not_a_number_stays_one():
     kl = torch.tensor([math.nan, 4.0])
     assert math.isnan(clamp_kl(kl))
-    assert math.isnan(step_metrics(empty_sums(CPU), kl)["kl"])
+    assert math.isnan(step_metrics(NO_ROWS, kl)["kl"])
 
 
 def test_metrics_keep_no_graph():

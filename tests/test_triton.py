@@ -49,13 +49,15 @@ for logits, gradient, options in (
     assert not options["GRADIENT"] or any("st.global" in line and ".v4." in line for line in ptx.splitlines())
 
 signature = dict(token_logps="*fp32", starts="*i64", first="i32", scales="*fp32", row_slope="*fp32")
-terms = ("ref_logps", "sign", "row_weight", "z0", "beta", "nll_weight")
-found = ("logps", "losses", "slopes")
+terms = ("ref_logps", "sign", "row_weight", "z0", "beta", "nll_weight", "other_weight")
+found = ("logps", "losses", "slopes", "others")
 signature |= dict.fromkeys(terms + found, "*fp64")
 order = ("token_logps", "starts", *terms, "scales", *found, "row_slope", "first")
-for loss, has_nll in itertools.product(LOSSES.values(), (False, True)):
+for loss, has_nll, has_other in itertools.product(LOSSES.values(), (False, True), (False, True)):
+    if has_other and loss.unit > 1:
+        continue
     constants = dict(UNIT=loss.unit, CURVE=loss.curve.name, HAS_REFERENCE=loss.has_reference, HAS_Z0=loss.has_z0)
-    constants |= dict(HAS_NLL=has_nll, HAS_SCALES=loss.unit == 2, BLOCK=1024)
+    constants |= dict(HAS_NLL=has_nll, HAS_OTHER=has_other, HAS_SCALES=loss.unit == 2, BLOCK=1024)
     compile(triton_sequences._sequence_kernel, {name: signature[name] for name in order}, constants, 4)
 
 signature = dict(source="*fp32", factor="*fp32", into="*bf16", count="i32")

@@ -23,10 +23,11 @@ def read(
     on_bad_row: Literal["error", "skip"] = "error",
     bad: BadRows | None = None,
     columns: dict[str, str | None] | None = None,
+    soft: bool = False,
 ) -> list[Row]:
     sources = find_sources([str(path) for path in paths])
     bad = BadRows() if bad is None else bad
-    return list(read_rows(sources, on_bad_row=on_bad_row, bad=bad, columns=columns))
+    return list(read_rows(sources, on_bad_row=on_bad_row, bad=bad, columns=columns, soft=soft))
 
 
 def content(rows: list[Row]) -> list[tuple]:

@@ -40,7 +40,8 @@ class HeadOutput:
     kind: Loss
     """the row of the table of losses"""
     loss: Tensor
-    """() fp64, sum over sequences of row weight times loss, and of the weight of -logp times -logp"""
+    """() fp64, sum over sequences of row weight times loss, of other weight times the loss with the other sign, and of
+    the weight of -logp times -logp"""
     logps: Tensor
     """(S,) fp64, log-prob of each completion"""
     losses: Tensor
@@ -71,6 +72,7 @@ def kto_head(
     beta: float,
     loss: str = "kto",  # a name in `losses.LOSSES`
     nll_weight: Tensor | None = None,  # (S,) weight of each completion's -logp beside the loss, as for an SFT term
+    other_weight: Tensor | None = None,  # (S,) weight of each completion's loss with the other sign, see below
     bias: Tensor | None = None,  # (V,)
     transform: LogitTransform = IDENTITY,
     entropy: bool = False,
@@ -83,6 +85,9 @@ def kto_head(
     A loss on pairs (`dpo`) takes the two sequences of a pair one after the other. Each carries the pair's loss, so that
     for every loss the result over the number of sequences is the mean over rows, or over pairs.
 
+    A label that is a probability p has two losses: give the likelier sign, p (or 1 - p) of its class's weight as
+    `row_weight`, and the rest, of the other class's, as `other_weight`. Only for losses on single sequences.
+
     Costs three N*H*V matmuls with gradients (two where hidden or weight is frozen), one without. Memory beyond inputs,
     outputs and gradients: `budget`, and a (V, H) fp32 sum (two, when a unit is longer than a chunk). A pair that is
     longer than a chunk takes a fourth with `nll_weight`, in which its two sequences may differ.
@@ -90,11 +95,11 @@ def kto_head(
     `lengths` on a GPU is read back, which waits for the device. From one id a row: `sequence_lengths`.
     Under autocast hidden and weight are cast as a matmul would. Targets must lie in 0..V-1: a GPU does not check.
     Raises `ValueError` for lengths that do not add up to N, two dtypes, another `loss`, sequences that make no whole
-    units, or a `logits_dtype` or `backend` that cannot be had. A second backward through the same result raises
-    `RuntimeError`: gradients are scaled in place.
+    units, `other_weight` for a loss on pairs, or a `logits_dtype` or `backend` that cannot be had. A second backward
+    through the same result raises `RuntimeError`: gradients are scaled in place.
     """
     sizes = lengths.tolist()
-    row = pick_loss(loss, len(sizes))
+    row = pick_loss(loss, len(sizes), soft=other_weight is not None)
     if sum(sizes) != len(hidden) or len(target) != len(hidden):
         raise ValueError(
             f"lengths sum to {sum(sizes)} and there are {len(target)} targets, but hidden has {len(hidden)} rows: give "
@@ -102,6 +107,7 @@ def kto_head(
         )
     hidden, weight = one_dtype(hidden, weight)
     per_sequence = {"ref_logps": ref_logps, "sign": sign, "row_weight": row_weight, "nll_weight": nll_weight}
+    per_sequence["other_weight"] = other_weight
     for name, tensor in per_sequence.items():
         if tensor is not None and tensor.shape != lengths.shape:
             raise ValueError(
@@ -112,7 +118,14 @@ def kto_head(
     # as a tensor, so that another beta compiles nothing
     slope = torch.full((), beta, dtype=torch.float64, device=hidden.device)
     terms = Terms(
-        loss=row, ref_logps=ref_logps, sign=sign, row_weight=row_weight, z0=z0, beta=slope, nll_weight=nll_weight
+        loss=row,
+        ref_logps=ref_logps,
+        sign=sign,
+        row_weight=row_weight,
+        z0=z0,
+        beta=slope,
+        nll_weight=nll_weight,
+        other_weight=other_weight,
     )
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):

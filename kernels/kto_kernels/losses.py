@@ -101,8 +101,9 @@ LOSSES = {
 }
 
 
-def pick_loss(name: str, sequences: int) -> Loss:
-    """Raises `ValueError` for a name that the table lacks, and for sequences that make no whole units."""
+def pick_loss(name: str, sequences: int, soft: bool = False) -> Loss:
+    """Raises `ValueError` for a name that the table lacks, for sequences that make no whole units, and for a loss on
+    pairs with `soft` labels: which of the two is the better one is what makes a pair."""
     if name not in LOSSES:
         raise ValueError(f"loss ({name!r}) must be one of {', '.join(LOSSES)}")
     loss = LOSSES[name]
@@ -110,5 +111,9 @@ def pick_loss(name: str, sequences: int) -> Loss:
         raise ValueError(
             f"loss ({name!r}) takes units of {loss.unit} sequences, and there are {sequences}: give the sequences of a "
             "unit one after the other"
+        )
+    if soft and loss.unit > 1:
+        raise ValueError(
+            f"loss ({name!r}) takes units of {loss.unit} sequences, of which each has one label: give no other_weight"
         )
     return loss

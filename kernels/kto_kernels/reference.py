@@ -44,6 +44,7 @@ def kto_head(
     beta: float,
     loss: str = "kto",
     nll_weight: Tensor | None = None,  # (S,) weight of each completion's -logp beside the loss
+    other_weight: Tensor | None = None,  # (S,) weight of each completion's loss with the other sign
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
     entropy: bool = False,
@@ -55,6 +56,8 @@ def kto_head(
         logps_of_all = _logits(hidden, weight, bias, transform).log_softmax(-1)
         entropies = sequence_logps(-(logps_of_all.exp() * logps_of_all).sum(-1), lengths).detach()
     loss_sum = (row_weight * losses).sum()
+    if other_weight is not None:
+        loss_sum = loss_sum + (other_weight * kto_loss(logps, ref_logps, -sign, z0=z0, beta=beta, loss=loss)).sum()
     if nll_weight is not None:
         loss_sum = loss_sum - (nll_weight * logps).sum()
     return HeadOutput(kind=LOSSES[loss], loss=loss_sum, logps=logps.detach(), losses=losses.detach(), entropy=entropies)

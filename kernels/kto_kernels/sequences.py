@@ -30,6 +30,8 @@ class Terms:
     """()"""
     nll_weight: Tensor | None
     """(S,) weight of each sequence's -logp beside the loss; None: nothing"""
+    other_weight: Tensor | None = None
+    """(S,) weight of each sequence's loss with the other sign; None: nothing"""
 
     def prepare(self, sizes: Sequence[int], device: torch.device) -> "Sequences":
         def wide(tensor: Tensor) -> Tensor:
@@ -47,12 +49,14 @@ class Terms:
                 z0=wide(self.z0),
                 beta=wide(self.beta),
                 nll_weight=None if self.nll_weight is None else wide(self.nll_weight),
+                other_weight=None if self.other_weight is None else wide(self.other_weight),
             ),
             starts=starts,
             starts_there=(starts.pin_memory() if device.type == "cuda" else starts).to(device, non_blocking=True),
             logps=torch.zeros(len(sizes), dtype=torch.float64, device=device),
             losses=torch.zeros(len(sizes), dtype=torch.float64, device=device),
             slopes=torch.zeros(len(sizes), dtype=torch.float64, device=device),
+            others=None if self.other_weight is None else torch.zeros(len(sizes), dtype=torch.float64, device=device),
         )
 
 
@@ -71,9 +75,13 @@ class Sequences:
     """(S,) likewise, unweighted"""
     slopes: Tensor
     """(S,) likewise: weight times minus dloss/dmargin of the unit; times its sign it is the factor of d(-logp)"""
+    others: Tensor | None
+    """(S,) likewise, the loss with the other sign, where that has a weight"""
 
     def weighted_loss(self) -> Tensor:  # ()
         value = (self.terms.row_weight * self.losses).sum()
+        if self.terms.other_weight is not None and self.others is not None:
+            value = value + (self.terms.other_weight * self.others).sum()
         return value if self.terms.nll_weight is None else value - (self.terms.nll_weight * self.logps).sum()
 
     def piece_slope(self, first: int) -> Tensor:  # ()
@@ -125,8 +133,9 @@ def sequence_pass(
             sequences.starts_there,
             (terms.ref_logps, terms.sign, terms.row_weight, terms.z0, terms.beta),
             terms.nll_weight,
+            terms.other_weight,
             scale,
-            (sequences.logps, sequences.losses, sequences.slopes),
+            (sequences.logps, sequences.losses, sequences.slopes, sequences.others),
             row_slope,
             first,
             last,
@@ -137,6 +146,12 @@ def sequence_pass(
     logps = sequence_logps(token_logps[rows], lengths)
     losses = terms.loss.of(logps, terms.ref_logps[own], terms.sign[own], terms.z0, terms.beta)
     slopes = terms.loss.by_unit(terms.row_weight[own]) * terms.loss.curve.slope(losses, terms.beta)
+    if terms.other_weight is not None:  # of units of one sequence
+        assert sequences.others is not None
+        others = terms.loss.of(logps, terms.ref_logps[own], -terms.sign[own], terms.z0, terms.beta)
+        # its slope pulls the other way
+        slopes = slopes - terms.other_weight[own] * terms.loss.curve.slope(others, terms.beta)
+        sequences.others[own] = others
     losses, slopes = terms.loss.by_sequence(losses), terms.loss.by_sequence(slopes)
     sequences.logps[own], sequences.losses[own], sequences.slopes[own] = logps, losses, slopes
     signed = slopes * terms.sign[own]

@@ -39,10 +39,12 @@ def _sequence_kernel(
     z0,  # ()
     beta,  # ()
     nll_weight,  # (S,)
+    other_weight,  # (S,)
     scales,  # (N,)
     logps,
     losses,
     slopes,
+    others,
     row_slope,  # (N,)
     first,
     UNIT: tl.constexpr,
@@ -50,6 +52,7 @@ def _sequence_kernel(
     HAS_REFERENCE: tl.constexpr,
     HAS_Z0: tl.constexpr,
     HAS_NLL: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -74,6 +77,11 @@ def _sequence_kernel(
         weight += tl.load(row_weight + sequence)
     value, slope = _value_and_slope(margin, tl.load(beta), CURVE)
     slope *= weight
+    if HAS_OTHER:
+        # units of one sequence: the loss with the other sign, whose slope pulls the other way
+        other, other_slope = _value_and_slope(-margin, tl.load(beta), CURVE)
+        tl.store(others + unit, other)
+        slope -= tl.load(other_weight + unit) * other_slope
     for member in tl.static_range(UNIT):
         sequence = unit + member
         tl.store(losses + sequence, value)
@@ -97,13 +105,15 @@ def sequence_pass(
     starts: Tensor,
     terms: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],  # ref_logps, sign, row_weight, z0, beta
     nll_weight: Tensor | None,
+    other_weight: Tensor | None,
     scale: Tensor | None,
-    found: tuple[Tensor, Tensor, Tensor],  # logps, losses, slopes
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None],  # logps, losses, slopes, others
     row_slope: Tensor,
     first: int,
     last: int,
 ) -> None:
     """The contract of `sequences.sequence_pass`, its records spread out."""
+    logps, losses, slopes, others = found
     if last > first:
         with torch.cuda.device_of(token_logps):
             _sequence_kernel[((last - first) // loss.unit,)](
@@ -111,8 +121,12 @@ def sequence_pass(
                 starts,
                 *terms,
                 terms[0] if nll_weight is None else nll_weight,
+                terms[0] if other_weight is None else other_weight,
                 token_logps if scale is None else scale,
-                *found,
+                logps,
+                losses,
+                slopes,
+                slopes if others is None else others,
                 row_slope,
                 first,
                 UNIT=loss.unit,
@@ -120,6 +134,7 @@ def sequence_pass(
                 HAS_REFERENCE=loss.has_reference,
                 HAS_Z0=loss.has_z0,
                 HAS_NLL=nll_weight is not None,
+                HAS_OTHER=other_weight is not None,
                 HAS_SCALES=scale is not None,
                 BLOCK=1024,
                 num_warps=4,

@@ -43,6 +43,11 @@ class ComparisonConfig(Config):
                 "data.heldout is null, and a comparison needs held-out rows: half of their prompts choose lr and beta, "
                 "the others are reported; give a path, or a fraction such as 0.2"
             )
+        if self.data.soft_labels:
+            raise ValueError(
+                "data.soft_labels (true) must be false: a comparison tells good answers from bad ones, and a label "
+                "that is a probability names neither; give held-out and training rows with thumbs"
+            )
         if self.reference.path is not None:
             raise ValueError(
                 f"reference.path ({self.reference.path}) must be null: the start that all methods share is the "

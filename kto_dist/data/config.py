@@ -47,6 +47,10 @@ class DataConfig(Section):
     max_prompt_length: Positive | None = Field(
         None, description="tokens an over-long row's prompt keeps, from its end; null: half of max_length"
     )
+    soft_labels: bool = Field(
+        False,
+        description="a label that is a number is the probability, from 0 to 1, that the answer is good; false: a thumb",
+    )
     on_bad_row: Literal["error", "skip"] = Field("error", description="a row that cannot be read: stop, or count it")
     workers: Positive | None = Field(None, description="processes that tokenise; null: one a core, at most 8")
     cache: Place = Field("runs/tokenised", description="folder of tokenised datasets, keyed by content")

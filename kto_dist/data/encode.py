@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         "prompt_ids": pa.list_(pa.int32()),
         "completion_ids": pa.list_(pa.int32()),
         "desirable": pa.bool_(),
+        "probability": pa.float64(),
         "weight": pa.float64(),
         "prompt_group": pa.int64(),
         "pair": pa.int64(),
@@ -237,6 +238,7 @@ def _part(encoder: Encoder, rows: Sequence[_Tokens]) -> Part:
             pa.array(prompts, pa.list_(pa.int32())),
             pa.array(completions, pa.list_(pa.int32())),
             pa.array(up[kept]),
+            pa.array([_probability(row) for row in originals], pa.float64()),
             pa.array([row.weight for row in originals], pa.float64()),
             pa.array(np.array([row.group for row in chosen], np.uint64).view(np.int64)),
             pa.array([row.pair for row in originals], pa.int64()),
@@ -267,7 +269,13 @@ def _digests(rows: Sequence[Row], prompts: Sequence[np.ndarray], completions: Se
     """Of what of each row is trained on."""
     for row, prompt, completion in zip(rows, prompts, completions, strict=True):
         facts = b"%d %d %r " % (len(prompt), row.desirable, row.weight)
+        if row.probability is not None:
+            facts += b"%r " % row.probability
         yield hashlib.blake2b(facts + prompt.tobytes() + completion.tobytes(), digest_size=16).digest()
+
+
+def _probability(row: Row) -> float:
+    return float(row.desirable) if row.probability is None else row.probability
 
 
 def _beside(row: Row) -> str | None:

@@ -72,6 +72,7 @@ class DataReport:
     shortened_headers: int
     """Rows whose prompt ends before the template's answer header does (see encode.py)."""
     desirable: ClassReport
+    """A row whose label is a probability counts here to the likelier class, as it does below."""
     undesirable: ClassReport
     duplicates: int
     """Kept rows whose tokens and label an earlier row has."""
@@ -81,6 +82,10 @@ class DataReport:
     """Quantile -> tokens, of the kept rows, after cutting."""
     completion_lengths: dict[str, int]
     """As `prompt_lengths`."""
+    soft: int = 0
+    """Kept rows whose label is a probability above 0 and below 1."""
+    expected: float | None = None
+    """Then, the sum of the probabilities of all kept rows: how many of them are desirable."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,6 +117,12 @@ class DataReport:
                 f"tokens; {counts.prompts_cut:,} prompts and {counts.completions_cut:,} completions cut, "
                 f"{counts.dropped:,} rows dropped (empty)"
             )
+        if self.expected is not None:
+            rows = self.desirable.kept + self.undesirable.kept
+            lines.append(
+                f"  {self.soft:,} labels are probabilities, by which {self.expected:,.1f} of {rows:,} rows are "
+                "desirable (above, each counts to its likelier class)"
+            )
         for name, (up, down) in zip(names, self.sources, strict=False) if len(self.sources) > 1 else ():
             lines.append(f"  source {name}: {up:,} desirable, {down:,} undesirable")
         for name, lengths in (("prompt", self.prompt_lengths), ("completion", self.completion_lengths)):
@@ -126,7 +137,8 @@ class DataReport:
     def doubts(self) -> list[str]:
         """What speaks against training on these rows, each with its number and a remedy."""
         rows = self.desirable.kept + self.undesirable.kept
-        least, name = min((self.desirable.kept, "thumbs up"), (self.undesirable.kept, "thumbs down"))
+        up = self.desirable.kept if self.expected is None else self.expected
+        least, name = min((up, "thumbs up"), (rows - up, "thumbs down"))
         found = []
         if self.contradictions > _CONTRADICTIONS * rows:
             found.append(
@@ -140,8 +152,8 @@ class DataReport:
             )
         if least < _RARE * rows:
             found.append(
-                f"{least:,} of {rows:,} rows ({least / rows:.1%}) are {name}: class weights even out the sum and not "
-                "the variety; collect more of them, or leave out some of the others"
+                f"{least:,.0f} of {rows:,} rows ({least / rows:.1%}) are {name}: class weights even out the sum and "
+                "not the variety; collect more of them, or leave out some of the others"
             )
         return found
 
@@ -156,7 +168,7 @@ class Examples:
         self.completion_lengths: np.ndarray = pc.list_value_length(table["completion_ids"]).to_numpy()
         """(N,) int32, tokens after cutting, at least one."""
         self.desirable: np.ndarray = table["desirable"].to_numpy()
-        """(N,) bool"""
+        """(N,) bool; where the label is a probability, whether it is at least a half."""
         self.weights: np.ndarray = table["weight"].to_numpy()
         """(N,) float64, 0 or more, from the log."""
         self.prompt_group: np.ndarray = table["prompt_group"].to_numpy()
@@ -167,6 +179,18 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
+
+    @cached_property
+    def probability(self) -> np.ndarray:
+        """(N,) float64, that the row is desirable: 1 or 0 where the label is certain, as all are without the column."""
+        if "probability" not in self._table.column_names:
+            return self.desirable.astype(np.float64)
+        return self._table["probability"].to_numpy()
+
+    @cached_property
+    def is_soft(self) -> bool:
+        """Whether some label is a probability above 0 and below 1."""
+        return bool(((self.probability > 0) & (self.probability < 1)).any())
 
     @cached_property
     def source(self) -> np.ndarray:
@@ -239,9 +263,9 @@ def load(folder: str | Path) -> Examples:
 def check(examples: Examples, *, needs_both: bool = True, needs_pairs: bool, name: str = "data.train") -> None:
     """Raises `UserError` where rows cannot train: a desirable one, with `needs_both` an undesirable one, or with
     `needs_pairs` a second prompt is absent."""
-    up = int(examples.desirable.sum())
-    for label, count in (("desirable", up), ("undesirable", len(examples) - up))[: 1 + needs_both]:
-        if not count:
+    up, down = ((side > 0).any() for side in (examples.probability, 1 - examples.probability))
+    for label, found in (("desirable", up), ("undesirable", down))[: 1 + needs_both]:
+        if not found:
             needs = "the loss needs both classes" if needs_both else "the loss is of these alone"
             raise UserError(
                 f"{name} has {len(examples)} rows and not one {label} among them: {needs}; "

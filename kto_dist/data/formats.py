@@ -15,7 +15,8 @@ Out: `Row`s in file order, streamed; or, for what cannot be read, a `UserError` 
 
 PROMPT is `prompt`, or else `question`, `query`, `input` or `context`; ANSWER is `completion`, `response`, `output` or
 `answer`; LABEL is `label`, `kto_tag`, `preference` or `feedback`, in the words of base/vocabulary.py (0 or -1
-means undesirable, and both in one source are refused). `data.columns` gives other names.
+means undesirable, and both in one source are refused). With `data.soft_labels` a number is the probability that the
+answer (of two: the first) is good. `data.columns` gives other names.
 Prompts and completions are text or chat messages (role/content, or ShareGPT's from/value; also as JSON text). Text is
 taken as it is, without a chat template; where one side is messages and the other text, the text becomes a turn.
 Beside turns, `system` goes before the prompt, `tools` and `chat_template_kwargs` go to the chat template. `weight` (a
@@ -47,23 +48,24 @@ def read_rows(
     on_bad_row: Literal["error", "skip"],
     bad: BadRows,
     columns: Mapping[str, str | None] | None = None,
+    soft: bool = False,
     origins: Sequence[int] | None = None,
 ) -> Iterator[Row]:
     """Rows of all sources, in order. One that cannot be read stops with a `UserError`, or is added to `bad`.
 
     A file without one usable row is an error either way: it is the wrong file rather than a bad row.
-    `columns` is `data.columns`; `origins` the number of each source in `data.train`.
+    `columns` is `data.columns`, `soft` is `data.soft_labels`; `origins` the number of each source in `data.train`.
     """
     pairs, mapped = itertools.count(), Mapped(names=columns or {})
     for source, origin in zip(sources, origins or range(len(sources)), strict=True):
-        yield from _rows_of(source, origin, mapped, pairs, on_bad_row, bad)
+        yield from _rows_of(source, origin, mapped, pairs, on_bad_row, bad, soft)
     if missing := mapped.missing():
         listed = ", ".join(f"data.columns.{known} ({mapped.names[known]})" for known in missing)
         raise UserError(f"{listed}: no row has such a column; correct the name, or leave it out")
 
 
 def _rows_of(
-    source: Source, origin: int, mapped: Mapped, pairs: Iterator[int], on_bad_row: str, bad: BadRows
+    source: Source, origin: int, mapped: Mapped, pairs: Iterator[int], on_bad_row: str, bad: BadRows, soft: bool
 ) -> Iterator[Row]:
     layout, records, rows, problem, scale = None, 0, 0, "", Scale()
     for where, record in read_records(source, mapped.read()):
@@ -73,9 +75,9 @@ def _rows_of(
                 raise record
             record = mapped.under_known_names(record)
             found = layout or recognise(record)
-            if found.label is not None:
+            if found.label is not None and not soft:
                 scale.check(record.get(found.label), f"{where}: {found.label}")
-            converted = list(convert(found, record, where, pairs, origin))
+            converted = list(convert(found, record, where, pairs, origin, soft=soft))
             layout = found  # a row that could be read says what the source's layout is
         except (BadRecord, RecursionError) as error:
             message = f"{where}: {error if isinstance(error, BadRecord) else 'it nests too deep to be read'}"

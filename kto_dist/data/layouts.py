@@ -85,12 +85,15 @@ def _asks(turns: Any) -> bool:
         return False
 
 
-def convert(layout: Layout, record: dict[str, Any], source: str, pairs: Iterator[int], origin: int) -> Iterator[Row]:
+def convert(
+    layout: Layout, record: dict[str, Any], source: str, pairs: Iterator[int], origin: int, *, soft: bool = False
+) -> Iterator[Row]:
+    """`soft`: a number as label is a probability."""
     weight = _weight(record)
     _refuse_media(record)
     prompt = None if layout.prompt is None else _prompt(layout.prompt, record)
     answers = [text_or_turns(_required(record, name), name) for name in layout.answers]
-    label = True if layout.label is None else _label(record, layout.label)
+    label = 1.0 if layout.label is None else _label(record, layout.label, soft)
     _refuse_other_questions(layout, record, prompt)
     pair = None
     if not answers:
@@ -108,14 +111,15 @@ def convert(layout: Layout, record: dict[str, Any], source: str, pairs: Iterator
             prompt, answers = split_pair(answers[0], answers[1], others(layout, record))
     assert prompt is not None
     # the label is the first answer's; the second one of a pair has the other
-    for answer, desirable in zip(answers, (label, not label), strict=False):
+    for answer, probability in zip(answers, (label, 1 - label), strict=False):
         context, completion = _agree(prompt, answer, layout)
         context = _under_system(context, record)
         chat = not isinstance(context, str)
         yield Row(
             prompt=context,
             completion=completion,
-            desirable=desirable,
+            desirable=probability >= 0.5,
+            probability=None if probability in (0, 1) else probability,
             weight=weight,
             source=source,
             pair=pair,
@@ -256,16 +260,25 @@ def _required(record: dict[str, Any], name: str) -> Any:
     return record[name]
 
 
-def _label(record: dict[str, Any], name: str) -> bool:
+def _label(record: dict[str, Any], name: str, soft: bool) -> float:
+    """The probability that the answer is good: 1 or 0 but for `soft` labels."""
     value = _required(record, name)
-    label = _meaning(value)
-    if label is None:
+    number = _number(value)
+    if soft and number is not None and not 0 <= number <= 1:
         raise BadRecord(
-            "unknown label", f"{name} ({short(value)}) must be true or false, or one of {[*UP]} or {[*DOWN]}"
+            "no probability",
+            f"{name} ({short(value)}) must be a probability, from 0 to 1, or a word for a thumb (data.soft_labels)",
+        )
+    label = _probability(value, soft)
+    if label is None:
+        fraction = number is not None and 0 < number < 1
+        hint = "; of a probability, data.soft_labels: true takes p of both thumbs' losses" if fraction else ""
+        raise BadRecord(
+            "unknown label", f"{name} ({short(value)}) must be true or false, or one of {[*UP]} or {[*DOWN]}{hint}"
         )
     for other in (other for other in LABELS if other != name):
         # a column of comments may be called feedback as well
-        if _meaning(record.get(other)) not in (None, label):
+        if _probability(record.get(other), soft) not in (None, label):
             raise BadRecord(
                 "two labels",
                 f"{name} ({short(record[name])}) and {other} ({short(record[other])}) say different things: correct "
@@ -291,7 +304,8 @@ class Scale:
             listed = ", ".join(f"{found:g}" for found in sorted(thumbs))
             raise UserError(
                 f"{name} has {listed} and {others[0]:g}: a rating, whose 1 would be read as a thumbs up: write true or "
-                "false in its place, or make rows of it with `kto-dist mine` (labels.up_from, labels.down_to)"
+                "false in its place, make rows of it with `kto-dist mine` (labels.up_from, labels.down_to), or set "
+                "data.soft_labels where its numbers are probabilities"
             )
         if {-1.0, 0.0} <= self._met:
             raise UserError(
@@ -308,6 +322,15 @@ def _number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _probability(value: Any, soft: bool) -> float | None:
+    """Of a good answer, as a label says it; None where it says nothing."""
+    number = _number(value) if soft else None
+    if number is not None:
+        return number if 0 <= number <= 1 else None
+    thumb = _meaning(value)
+    return None if thumb is None else float(thumb)
 
 
 def _meaning(value: Any) -> bool | None:

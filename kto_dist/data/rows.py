@@ -19,9 +19,12 @@ class Row:
     completion: str | Messages
     """All turns are the assistant's. May be empty text: whether that can be trained on is decided after tokenising."""
     desirable: bool
+    """Where the label is a probability: whether it is at least a half."""
     weight: float
     source: str
     """The row's place, "file:line" or "file:row 12", counted from 1."""
+    probability: float | None = None
+    """That the row is desirable, above 0 and below 1; None: the label is certain."""
     pair: int | None = None
     """The number of the pair that the row is an answer of; None for an answer that was rated alone."""
     origin: int = 0

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of every key: raise it when the same rows become other tokens or columns.
-_VERSION = 5
+_VERSION = 6
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -90,6 +90,7 @@ def _prepare(
 ) -> Path:
     found = [find_sources(paths) for _, paths in given]
     settings = [data.max_length, data.prompt_limit, data.on_bad_row, fraction, data.columns, data.template_kwargs]
+    settings.append(data.soft_labels)
     digests = [[source.digest() for source in sources] for sources in found]
     key = _digest([_VERSION, digests, fingerprint, settings])
     final, names = Path(data.cache) / key, ("rows",) if fraction is None else ("rows", "heldout")
@@ -120,6 +121,7 @@ def _prepare(
             on_bad_row=data.on_bad_row,
             bad=bad,
             columns=data.columns,
+            soft=data.soft_labels,
             origins=[origin for origin, sources in enumerate(found) for _ in sources],
         )
         for parts, chunk_bad in over_chunks(encoder, rows, workers=data.workers, chunking=chunking):
@@ -196,6 +198,8 @@ class _Split:
             ClassReport(**dict(zip(COUNTS, map(int, counts), strict=True))) for counts in self._counts
         )
         duplicates, contradictions = _repeated(self._contents, table["desirable"].to_numpy())
+        probability = table["probability"].to_numpy()
+        soft = int(((probability > 0) & (probability < 1)).sum())
         report = DataReport(
             rows_read=undesirable.kept + undesirable.dropped + desirable.kept + desirable.dropped,
             skipped=dict(bad.counts),
@@ -209,6 +213,8 @@ class _Split:
             contradictions=contradictions,
             desirable=desirable,
             undesirable=undesirable,
+            soft=soft,
+            expected=float(probability.sum()) if soft else None,
             prompt_lengths=_quantiles(table["prompt_ids"]),
             completion_lengths=_quantiles(table["completion_ids"]),
         )

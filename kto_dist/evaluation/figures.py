@@ -20,6 +20,7 @@ from kto_dist.objective import metrics
 
 BINS = 10
 """Of the reliability plot."""
+_ROWS = metrics.QUANTITIES.index("rows")
 # what a slice is judged by
 IN_SLICES = ("loss", "accuracy/all", "auc", "brier", "rewards/margin")
 
@@ -39,6 +40,8 @@ class Evaluated:
     kl_rows: np.ndarray
     """(K,) int64, the rows that give the prompt."""
     beta: float
+    soft: Tensor | None = None
+    """(2, S, Q): the table by class, where labels are probabilities; None: each row is of its sign's class alone."""
     counted: np.ndarray | None = None
     """(S,) bool: the rows that have a loss of their own; None: all."""
     pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
@@ -55,8 +58,12 @@ class Evaluated:
         return float(metrics.clamp_kl(self.kl_sums))
 
     @property
-    def desirable(self) -> np.ndarray:  # (S,) bool
-        return (self.sign > 0).numpy()
+    def desirable(self) -> np.ndarray:  # (S,) bool, or where labels are probabilities fp64: that the row is
+        return (self.sign > 0).numpy() if self.soft is None else self.soft[1, :, _ROWS].numpy()
+
+    @property
+    def tables(self) -> Tensor:  # (2, S, Q), as `metrics.by_class`
+        return metrics.by_class(self.table, self.sign) if self.soft is None else self.soft
 
     @property
     def chance(self) -> np.ndarray:  # (S,) that the row is desirable, by its reward
@@ -86,8 +93,8 @@ class Histogram:
 
     edges: list[float]
     """B + 1"""
-    desirable: list[int]
-    undesirable: list[int]
+    desirable: list[float]
+    undesirable: list[float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +126,7 @@ Slices = Mapping[str, np.ndarray]
 
 def figures_of(rows: Evaluated, sets: np.ndarray | None = None) -> dict[str, float]:
     """The figures alone. `sets`: (S,) the name of the set that each row belongs to, where there are several."""
-    found = metrics.step_metrics(metrics.class_sums(rows.table, rows.sign), rows.kl_sums)
+    found = metrics.step_metrics(rows.tables.sum(1), rows.kl_sums)
     if rows.counted is not None:  # these are over all rows
         found = {name: value for name, value in found.items() if name.partition("/")[0] not in ("loss", "saturated")}
     found |= {name: value for name, value in _values(rows, _figures(rows)).items() if name not in found}
@@ -164,7 +171,10 @@ def compare(first: Evaluated, second: Evaluated) -> dict[str, Interval]:
 
 
 def reliability(chance: np.ndarray, desirable: np.ndarray, bins: int = BINS) -> list[Bin]:
-    """Rows by their chance, as many in each bin as in the others; ties stay together."""
+    """Rows by their chance, as many in each bin as in the others; ties stay together.
+
+    `desirable`: (S,) whether a row is, or how probable that is.
+    """
     if not chance.size:
         return []
     edges = np.quantile(chance, np.linspace(0, 1, bins + 1))[1:-1]
@@ -179,11 +189,16 @@ def reliability(chance: np.ndarray, desirable: np.ndarray, bins: int = BINS) -> 
 
 
 def histogram(reward: np.ndarray, desirable: np.ndarray, bins: int = 30) -> Histogram | None:
-    """None without rows. All rewards lie in it: the widest tell what a clipped plot would hide."""
+    """None without rows. All rewards lie in it: the widest tell what a clipped plot would hide.
+
+    `desirable`: (S,) whether a row is, or how probable that is.
+    """
     if not reward.size:
         return None
     edges = np.histogram_bin_edges(reward, bins)
-    up, down = (np.histogram(reward[desirable == wanted], edges)[0].tolist() for wanted in (True, False))
+    up, down = (np.histogram(reward, edges, weights=share)[0] for share in (desirable * 1.0, 1.0 - desirable))
+    whole = desirable.dtype == bool
+    up, down = (side.astype(int).tolist() if whole else side.tolist() for side in (up, down))
     return Histogram(edges=edges.tolist(), desirable=up, undesirable=down)
 
 
@@ -199,36 +214,21 @@ def _figures(rows: Evaluated, chosen: np.ndarray | None = None) -> dict[str, Fig
     """By name, over `chosen` (S,) rows. Rows, KL pairs and pairs are one sample, so that all see the same draws."""
     count, pairs = len(rows.table), rows.kl.numel() + len(rows.pairs)
     chosen = np.ones(count, bool) if chosen is None else chosen
-    desirable = rows.desirable
     nobody = np.zeros(pairs)
-
-    def mean(values: np.ndarray, counted: np.ndarray, *, share: bool = False) -> Mean:
-        return Mean(values=np.append(values, nobody), counted=np.append(counted, nobody > 0), share=share)
-
-    column = {name: rows.column(name).numpy() for name in metrics.QUANTITIES}
-    miss = (rows.chance - desirable) ** 2
-    classes = {"desirable": chosen & desirable, "undesirable": chosen & ~desirable, "all": chosen}
-    has_loss = np.ones(count, bool) if rows.counted is None else rows.counted
-    found: dict[str, Figure] = {}
-    for name, counted in classes.items():
-        if not counted.any():
-            continue
-        ending = "" if name == "all" else f"/{name}"
-        found |= {
-            f"loss{ending}": mean(column["loss"], counted & has_loss),
-            f"rewards/{name}": mean(column["reward"], counted),
-            f"accuracy/{name}": mean(column["correct"], counted, share=True),
-            f"logps/{name}": mean(column["logps"], counted),
-            f"ref_logps/{name}": mean(column["ref_logps"], counted),
-            f"saturated/{name}": mean(column["saturated"], counted & has_loss, share=True),
-            f"brier{ending}": mean(miss, counted),
-            f"tokens/{name}": mean(column["tokens"], counted),
-        }
+    down, up = rows.tables.numpy()
+    missed_up, missed_down = (1 - rows.chance) ** 2, rows.chance**2
+    found = {
+        **_class_figures(rows, "desirable", up, missed_up, chosen),
+        **_class_figures(rows, "undesirable", down, missed_down, chosen),
+        **_class_figures(
+            rows, "all", rows.table.numpy(), up[:, _ROWS] * missed_up + down[:, _ROWS] * missed_down, chosen
+        ),
+    }
     if {"rewards/desirable", "rewards/undesirable"} <= found.keys():
         found["rewards/margin"] = Difference(first=found["rewards/desirable"], second=found["rewards/undesirable"])
         found["auc"] = Area(
-            score=np.append(column["reward"], nobody),
-            desirable=np.append(desirable, nobody > 0),
+            score=np.append(rows.column("reward").numpy(), nobody),
+            desirable=np.append(rows.desirable, nobody > 0),
             counted=np.append(chosen, nobody > 0),
         )
     of_pairs = chosen[rows.kl_rows]
@@ -239,6 +239,42 @@ def _figures(rows: Evaluated, chosen: np.ndarray | None = None) -> dict[str, Fig
             counted=np.concatenate([np.zeros(count, bool), of_pairs, nothing > 0]),
         )
     return found | _pair_figures(rows, chosen)
+
+
+def _class_figures(
+    rows: Evaluated,
+    name: str,
+    table: np.ndarray,  # (S, Q), of each row what belongs to this class
+    miss: np.ndarray,  # (S,) squared distance of its chance from that of the class
+    chosen: np.ndarray,  # (S,) bool
+) -> dict[str, Figure]:
+    nobody = np.zeros(rows.kl.numel() + len(rows.pairs))
+    part = table[:, _ROWS]
+    counted = chosen & (part > 0)
+    if not counted.any():
+        return {}
+    has_loss = counted
+    if rows.counted is not None:  # a loss that leaves rows out takes the desirable ones
+        has_loss = counted & rows.counted & (name != "undesirable")
+    weight = None if np.isin(part, (0, 1)).all() else np.append(part, nobody)
+    column = dict(zip(metrics.QUANTITIES, (table / np.where(part > 0, part, 1)[:, None]).T, strict=True))
+
+    def mean(values: np.ndarray, counted: np.ndarray, *, share: bool = False) -> Mean:
+        return Mean(
+            values=np.append(values, nobody), counted=np.append(counted, nobody > 0), share=share, weight=weight
+        )
+
+    ending = "" if name == "all" else f"/{name}"
+    return {
+        f"loss{ending}": mean(column["loss"], has_loss),
+        f"rewards/{name}": mean(column["reward"], counted),
+        f"accuracy/{name}": mean(column["correct"], counted, share=True),
+        f"logps/{name}": mean(column["logps"], counted),
+        f"ref_logps/{name}": mean(column["ref_logps"], counted),
+        f"saturated/{name}": mean(column["saturated"], has_loss, share=True),
+        f"brier{ending}": mean(miss, counted),
+        f"tokens/{name}": mean(column["tokens"], counted),
+    }
 
 
 def _pair_figures(rows: Evaluated, chosen: np.ndarray) -> dict[str, Figure]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kto_dist.base import comm
 from kto_dist.data.batch import Cutting, heldout_pairs, microbatches
@@ -20,7 +21,7 @@ from kto_dist.model.causal_lm import Forward, completion_logps
 from kto_dist.model.memory import attempt
 from kto_dist.objective import metrics
 from kto_dist.objective.losses import Loss
-from kto_dist.objective.objective import Goal, Objective, labels_of, table_of
+from kto_dist.objective.objective import Goal, Objective, labels_of, tables_of
 
 Logps = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(P,) rows that give the prompt, (P,) rows that give the completion -> (P,) fp64 log-probs."""
@@ -51,27 +52,20 @@ def evaluate_rows(
     logps, refs = torch.from_numpy(model(rows, rows)), reference(rows, rows)
     taken = rows if units is None else units.ravel()
     labels = labels_of(examples, taken, refs[taken], class_weights, goal)
-    of_loss = table_of(goal, labels, logps[taken], z0, tokens[taken])
-    table, sign, counted = of_loss, labels.sign, None
+    tables = tables_of(goal, labels, logps[taken], z0, tokens[taken])
+    of_loss, sign, counted = tables.sum(0), labels.sign, None
     if units is not None:
-        # what every model can be asked about rows that its loss does not take: all but the loss
         sign = torch.from_numpy(np.where(examples.desirable, 1.0, -1.0))
-        table = metrics.row_table(
-            losses=torch.zeros_like(logps),
-            weight=torch.ones_like(logps),
-            logps=logps,
-            ref_logps=torch.from_numpy(refs),
-            sign=sign,
-            z0=z0,
-            beta=beta,
-            tokens=tokens,
-        )
+        tables = _whatever_the_loss(examples, logps, torch.from_numpy(refs), z0, beta)
         counted = np.zeros(rows.size, bool)
         if loss.unit == 1:
-            table[taken], counted[taken] = of_loss, True
+            counted[taken] = True
+            for quantity in map(metrics.QUANTITIES.index, ("weight", "loss", "saturated")):
+                tables[1, taken, quantity] = of_loss[:, quantity]
     return Evaluated(
-        table=table,
+        table=tables.sum(0),
         sign=sign,
+        soft=tables if examples.is_soft else None,
         prompts=examples.prompt_group,
         kl=kl,
         kl_rows=prompts,
@@ -80,6 +74,26 @@ def evaluate_rows(
         pairs=units if units is not None and loss.unit > 1 else np.zeros((0, 2), np.int64),
         pair_losses=of_loss[:: loss.unit, metrics.QUANTITIES.index("loss")] if loss.unit > 1 else torch.zeros(0),
     )
+
+
+def _whatever_the_loss(examples: Examples, logps: Tensor, refs: Tensor, z0: Tensor, beta: float) -> Tensor:
+    """(2, S, Q) what every model can be asked about rows that its loss does not take: all but the loss."""
+
+    def as_class(desirable: bool) -> Tensor:
+        share = torch.tensor(examples.probability if desirable else 1 - examples.probability)
+        return metrics.row_table(
+            losses=torch.zeros_like(logps),
+            weight=share,
+            logps=logps,
+            ref_logps=refs,
+            sign=torch.full_like(logps, 1.0 if desirable else -1.0),
+            z0=z0,
+            beta=beta,
+            tokens=torch.tensor(examples.completion_lengths),
+            share=share,
+        )
+
+    return torch.stack([as_class(False), as_class(True)])
 
 
 def under(forward: Forward, examples: Examples, objective: Objective, cutting: Cutting, *, again: bool = True) -> Logps:

@@ -66,10 +66,14 @@ class Mean:
     """(U,) bool: the rows that have a value."""
     share: bool = False
     """Whether every value is a verdict, between 0 (no) and 1 (yes)."""
+    weight: np.ndarray | None = None
+    """(U,) fp64, how much of each row counts; None: all of those that do."""
 
     def of(self, times: np.ndarray) -> np.ndarray:
         # only the rows that count: a class is half of them, a slice far less
         times = times[:, self.counted]
+        if self.weight is not None:
+            times = times * self.weight[self.counted]
         with np.errstate(invalid="ignore"):
             return (times @ self.values[self.counted]) / times.sum(1)
 
@@ -80,12 +84,13 @@ class Mean:
         """By the design effect: the variance over prompts, next to that of rows that know nothing of each other."""
         if not self.share:
             return None
-        rows, prompts = int(self.counted.sum()), self.prompts(member)
-        apart = np.bincount(member[self.counted], self.values[self.counted] - value)
+        each = np.ones(int(self.counted.sum())) if self.weight is None else self.weight[self.counted]
+        rows, prompts = float(each.sum()), self.prompts(member)
+        apart = np.bincount(member[self.counted], each * (self.values[self.counted] - value))
         variance = prompts / max(1, prompts - 1) * float(apart @ apart) / rows**2
         if not variance:
             return float(prompts)
-        return float(np.clip(value * (1 - value) / variance, 1, rows))
+        return float(np.clip(value * (1 - value) / variance, 1, max(1.0, rows)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +100,7 @@ class Area:
     score: np.ndarray
     """(U,)"""
     desirable: np.ndarray
-    """(U,) bool"""
+    """(U,) whether each row is, or the probability of it: then it is both, each by its share."""
     counted: np.ndarray
     """(U,) bool"""
 
@@ -105,16 +110,17 @@ class Area:
         if not order.size:
             return np.full(len(times), np.nan)
         new = np.flatnonzero(np.diff(self.score[order], prepend=np.nan) != 0)
-        up, down = (
-            np.add.reduceat(times[:, order] * (self.desirable[order] == wanted), new, axis=1)
-            for wanted in (True, False)
-        )
+        up, down = (np.add.reduceat(times[:, order] * share[order], new, axis=1) for share in self._shares())
         below = down.cumsum(1) - down / 2
         with np.errstate(invalid="ignore"):
             return (up * below).sum(1) / (up.sum(1) * down.sum(1))
 
     def prompts(self, member: np.ndarray) -> int:
-        return min(np.unique(member[self.counted & (self.desirable == wanted)]).size for wanted in (True, False))
+        return min(np.unique(member[self.counted & (share > 0)]).size for share in self._shares())
+
+    def _shares(self) -> tuple[np.ndarray, np.ndarray]:
+        up = self.desirable.astype(np.float64)
+        return up, 1 - up
 
     def alike(self, value: float, member: np.ndarray) -> float | None:
         """Where not one pair of rows is in the wrong order, or every one; else its variance is not a share's."""

@@ -128,7 +128,9 @@ def share_of_good(tallies: np.ndarray, noise: float) -> float:
 
 
 def wrong_labels(rows: np.ndarray, noise: float, good: float) -> float | None:
-    """Expected share of weight on a wrong label. `rows`, (M, 4): votes up, votes down, label (1 up), summed weight.
+    """Expected share of weight on a wrong label. `rows`, (M, 4): votes up, votes down, label, summed weight.
+
+    A label is 1 for up, 0 for down, or in between: so much of the weight is on up, and the rest on down.
 
     Bayes' rule: where a share g of responses is good and votes err at rate e, a response with u votes up and d down is
     good with odds g / (1 - g) * ((1 - e) / e) ** (u - d). g (`good`) is that of the responses that the rows were
@@ -138,7 +140,7 @@ def wrong_labels(rows: np.ndarray, noise: float, good: float) -> float | None:
     if not weight.sum():
         return None
     chance = _chance(_evidence(rows, noise), good)
-    wrong = np.where(rows[:, 2] > 0, 1 - chance, chance)
+    wrong = rows[:, 2] * (1 - chance) + (1 - rows[:, 2]) * chance
     return round(float((weight * wrong).sum() / weight.sum()), 9)
 
 

@@ -153,7 +153,7 @@ def _balance(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> Bal
 
     weights = one(
         connection,
-        "SELECT coalesce(sum(weight) FILTER (label), 0)::DOUBLE, coalesce(sum(weight) FILTER (NOT label), 0)::DOUBLE "
+        "SELECT coalesce(sum(weight * probability), 0)::DOUBLE, coalesce(sum(weight * (1 - probability)), 0)::DOUBLE "
         "FROM examples WHERE split = 'train'",
     )
     return balance_of(
@@ -181,7 +181,7 @@ def _agreement(connection: duckdb.DuckDBPyConnection, config: MiningConfig, *, h
     without = agreement_of(units('"user" IS NULL OR "user" NOT IN (SELECT "user" FROM audit_critics)'))
     has_critics = one(connection, "SELECT count(*) FROM audit_critics")[0] > 0
     rows = connection.execute(
-        "SELECT votes_up, votes_down, if(label, 1, 0), sum(weight) FROM examples GROUP BY ALL ORDER BY ALL"
+        "SELECT votes_up, votes_down, probability, sum(weight) FROM examples GROUP BY ALL ORDER BY ALL"
     ).fetchall()
     users = one(connection, 'SELECT count(DISTINCT "user") FROM voices')[0]
     wrong = None

@@ -114,7 +114,7 @@ def _agreement(agreement: Agreement, limits: AuditConfig, config: MiningConfig) 
     without = agreement.alpha_without_critics
     if without is not None and without - alpha.value > 0.05:
         cause = f" (it is {without:.2f} without the users named as heavy downvoters: look at them first)"
-    loose = config.agreement.conflicts == "keep" or config.agreement.min_margin < 0.3
+    loose = config.agreement.conflicts in ("keep", "soft") or config.agreement.min_margin < 0.3
     stricter = "set agreement.conflicts to majority with min_margin 0.3 or more, " if loose else ""
     return [
         _check(

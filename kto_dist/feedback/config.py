@@ -235,8 +235,10 @@ class UsersConfig(Section):
 class AgreementConfig(Section):
     """The same answer judged both ways."""
 
-    conflicts: Literal["majority", "drop", "keep"] = Field(
-        "majority", description="the majority's label if it is clear; or drop; or keep, weighed by the margin"
+    conflicts: Literal["majority", "drop", "keep", "soft"] = Field(
+        "majority",
+        description="the majority's label if it is clear; or drop; or keep, weighed by the margin; or soft: the label "
+        "is the share of thumbs up among the votes' weights, which training reads with data.soft_labels",
     )
     min_votes: Annotated[int, Field(ge=2)] = Field(3, description="majority: fewer votes are not clear")
     min_margin: Annotated[float, Field(ge=0, le=1)] = Field(

@@ -78,8 +78,8 @@ class Conflict:
     completion: str
     votes_up: int
     votes_down: int
-    outcome: Literal["up", "down", "left out"]
-    """Its label in the dataset, if it has one."""
+    outcome: Literal["up", "down", "both", "left out"]
+    """Its label in the dataset, if it has one; both: each by its share of the votes' weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,7 +198,7 @@ def _samples(connection: duckdb.DuckDBPyConnection, wanted: int) -> tuple[Confli
     """The hardest ones: many votes, evenly split."""
     chosen = connection.execute(
         "WITH chosen AS (SELECT * FROM audit_conflicts ORDER BY least(up, down) DESC, up + down, response_key LIMIT ?) "
-        "SELECT c.response_key, c.up, c.down, min(v.vote) AS vote, any_value(e.label) AS label "
+        "SELECT c.response_key, c.up, c.down, min(v.vote) AS vote, any_value(e.probability) AS label "
         "FROM chosen AS c JOIN votes AS v USING (response_key) LEFT JOIN examples AS e USING (response_key) "
         "GROUP BY c.response_key, c.up, c.down ORDER BY least(c.up, c.down) DESC, c.up + c.down, c.response_key",
         [wanted],
@@ -211,7 +211,7 @@ def _samples(connection: duckdb.DuckDBPyConnection, wanted: int) -> tuple[Confli
             {"votes": [vote for _, _, _, vote, _ in chosen]},
         ).fetchall()
     }
-    outcomes: dict[bool | None, Literal["up", "down", "left out"]] = {None: "left out", True: "up", False: "down"}
+    outcomes: dict[float | None, Literal["up", "down", "left out"]] = {None: "left out", 1.0: "up", 0.0: "down"}
     return tuple(
         Conflict(
             response=str(key).replace("-", ""),
@@ -219,7 +219,7 @@ def _samples(connection: duckdb.DuckDBPyConnection, wanted: int) -> tuple[Confli
             completion=excerpt(readable(texts[vote][1]), _ANSWER),
             votes_up=up,
             votes_down=down,
-            outcome=outcomes[label],
+            outcome=outcomes.get(label, "both"),
         )
         for key, up, down, vote, label in chosen
     )

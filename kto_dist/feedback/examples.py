@@ -1,14 +1,16 @@
 """Kept votes -> rows to train on: one an answer, with its label, weight and split.
 
 1. tallies      an answer's votes by class, in number and in weight
-2. conflict     answers judged both ways: the clear majority's label, or none, or a weight by the margin
+2. conflict     answers judged both ways: the clear majority's label, or none, or a weight by the margin, or both labels
 3. balance      rows of the larger class leave until a stated ratio is reached, in each split for itself
 4. stratify     without a stated ratio, held-out rows of the larger class leave until it has the training rows' ratio,
                 or until half of the held-out rows are left
 5. examples     a view of the rows; `vote` leads to their texts
 
 A row's weight is the mean weight of the votes for its label; with `agreement.conflicts: keep` times the margin
-|up - down| / (up + down) of all votes' weights. Whether a prompt is held out is a function of its key and
+|up - down| / (up + down) of all votes' weights. With `agreement.conflicts: soft` it is the mean weight of all votes,
+`probability` is the share of thumbs up among their weights, `label`, which the steps below count by, is the likelier
+one, and no vote leaves. Whether a prompt is held out is a function of its key and
 `split.seed` alone: no growth of the log moves it. That holds each class out by the stated share up to chance; what is
 left of chance is evened out by leaving held-out rows away, since moving prompts would bring held-out ones to training.
 """
@@ -53,20 +55,31 @@ def tally(connection: duckdb.DuckDBPyConnection, config: MiningConfig) -> None:
         "majority": f"up + down >= {agreement.min_votes} AND {margin} >= {agreement.min_margin!r} AND {margin} > 0",
         "drop": "false",
         "keep": f"{margin} > 0",
+        "soft": "true",
     }[agreement.conflicts]
+    soft = agreement.conflicts == "soft"
+    weight = "CASE WHEN up_weight > down_weight THEN up_weight / up ELSE down_weight / down END"
+    if agreement.conflicts == "keep":
+        weight = f"{weight} * CASE WHEN {both} THEN {margin} ELSE 1 END"
+    if soft:
+        weight = "(up_weight + down_weight) / (up + down)"
+    probability = "CASE WHEN up_weight > down_weight THEN 1.0 ELSE 0.0 END"
+    if soft:
+        share = "coalesce(up_weight / nullif(up_weight + down_weight, 0), 0.5)"
+        probability = f"CASE WHEN up = 0 THEN 0.0 WHEN down = 0 THEN 1.0 ELSE {share} END"
     connection.execute(
         f"""CREATE TABLE rows AS
-        SELECT * EXCLUDE (decided), CASE WHEN decided THEN up_weight > down_weight END AS label,
-            CASE WHEN up_weight > down_weight THEN up_weight / up ELSE down_weight / down END
-                * {f"CASE WHEN {both} THEN {margin} ELSE 1 END" if agreement.conflicts == "keep" else "1"} AS weight,
+        SELECT * EXCLUDE (decided), CASE WHEN decided THEN probability >= 0.5 END AS label, {weight} AS weight,
             CASE WHEN {_heldout(config)} THEN 'heldout' ELSE 'train' END AS split
-        FROM (SELECT *, NOT ({both}) OR ({clear}) AS decided FROM tallies)"""
+        FROM (
+            SELECT *, NOT ({both}) OR ({clear}) AS decided, ({probability})::DOUBLE AS probability FROM tallies
+        )"""
     )
     remove(
         connection,
         "conflict",
         "SELECT vote FROM ballots b JOIN rows r USING (response_key) "
-        "WHERE removed IS NULL AND (r.label IS NULL OR b.label <> r.label)",
+        f"WHERE removed IS NULL AND (r.label IS NULL OR {'false' if soft else 'b.label <> r.label'})",
     )
     connection.execute("DELETE FROM rows WHERE label IS NULL")
     connection.execute("DROP TABLE tallies")
@@ -152,8 +165,9 @@ def view_examples(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("CREATE TABLE model_names AS SELECT list(name ORDER BY number) AS names FROM models")
     connection.execute(
         f"""CREATE VIEW examples AS
-        SELECT r.representative AS vote, r.label, r.weight, r.split, r.up AS votes_up, r.down AS votes_down, r.users,
-            r.first_time, r.last_time, list_transform({numbers}, lambda m: model_names.names[m + 1]) AS models,
-            r.prompt_key, r.response_key, r.characters
+        SELECT r.representative AS vote, r.label, r.probability, r.weight, r.split, r.up AS votes_up,
+            r.down AS votes_down, r.users, r.first_time, r.last_time,
+            list_transform({numbers}, lambda m: model_names.names[m + 1]) AS models, r.prompt_key, r.response_key,
+            r.characters
         FROM rows r CROSS JOIN model_names"""
     )

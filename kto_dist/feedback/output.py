@@ -1,7 +1,7 @@
 """Rows -> `train.parquet` and `heldout.parquet`, as `kto-dist train` reads them.
 
     prompt, completion   chat messages, or text (`output.form`)
-    label, weight        what the trainer takes
+    label, weight        what the trainer takes; with `agreement.conflicts: soft` the label is a number from 0 to 1
     votes_up, votes_down, users, first_time, last_time, models, prompt_key, response_key    where the row comes from
 
 Rows stand in the order of their keys, which is no order of time, topic or class. A database would sort the texts along
@@ -57,9 +57,10 @@ def write(connection: duckdb.DuckDBPyConnection, config: MiningConfig, folder: P
         completion = "[{'role': 'assistant', 'content': completion}]"
     else:
         prompt, completion = "prompt", "completion"
+    label = "probability AS label" if config.agreement.conflicts == "soft" else "label"
     for split in SPLITS:
         if rows[split]:
-            query = f"""SELECT {prompt} AS prompt, {completion} AS completion, label, weight,
+            query = f"""SELECT {prompt} AS prompt, {completion} AS completion, {label}, weight,
                     votes_up, votes_down, users, first_time, last_time, models,
                     replace(prompt_key::VARCHAR, '-', '') AS prompt_key,
                     replace(response_key::VARCHAR, '-', '') AS response_key

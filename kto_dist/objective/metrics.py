@@ -1,10 +1,13 @@
 """Sums over rows, by class, and the one division that turns them into what is logged.
 
 1. `row_table`      (S, Q): what is known of each row, for whoever needs rows: intervals, slices, samples
-2. `class_sums`     (2, Q): row 0 for undesirable and row 1 for desirable rows; adds up over shards
+2. `by_class`       (2, S, Q): 0 for undesirable and 1 for desirable rows. Summed over rows it is (2, Q), which adds up
+                    over shards; summed over classes it is the table again
 3. `step_metrics`   the only division. A class without rows is absent from the result.
 4. `pair_metrics`   means over pairs, from the table of a loss on pairs
 5. `source_metrics` the same by source of the data, from the table.
+
+A row whose label is a probability p counts to the desirable ones by p and to the others by 1 - p, in every quantity.
 """
 
 from collections.abc import Sequence
@@ -15,10 +18,6 @@ from torch import Tensor
 
 QUANTITIES = ("rows", "weight", "loss", "reward", "logps", "ref_logps", "correct", "saturated", "tokens")
 CLASSES = ("undesirable", "desirable")
-
-
-def empty_sums(device: torch.device) -> Tensor:  # (2, Q) fp64
-    return torch.zeros(2, len(QUANTITIES), dtype=torch.float64, device=device)
 
 
 def row_table(
@@ -34,6 +33,7 @@ def row_table(
     saturated: Tensor | None = None,  # (S,) bool, as the loss's own curve says; None: no row is
     beside: Tensor | None = None,  # (S,) what is added to the weighted loss
     rounding: float = 0.0,  # nats per square root of a row's tokens
+    share: Tensor | None = None,  # (S,) fp64, how much of each row `sign` speaks of; `weight` has it in it. None: all
 ) -> Tensor:  # (S, Q) fp64
     """A row is correct when its log-ratio lies on its label's side of z0; on it, to `rounding`, counts as half."""
     log_ratio = logps - ref_logps
@@ -50,7 +50,11 @@ def row_table(
         torch.zeros_like(losses) if saturated is None else saturated,
         tokens,
     )
-    return torch.stack([column.detach().double() for column in columns], dim=1)
+    table = torch.stack([column.detach().double() for column in columns], dim=1)
+    if share is not None:
+        shared = torch.tensor([name not in ("weight", "loss") for name in QUANTITIES], device=table.device)
+        table = torch.where(shared, share[:, None] * table, table)
+    return table
 
 
 def unrounded(difference: Tensor, tokens: Tensor, rounding: float) -> Tensor:  # (S,), (S,) -> (S,)
@@ -58,8 +62,9 @@ def unrounded(difference: Tensor, tokens: Tensor, rounding: float) -> Tensor:  #
     return torch.where(difference.abs() <= rounding * tokens.sqrt(), 0.0, difference)
 
 
-def class_sums(table: Tensor, sign: Tensor) -> Tensor:  # (S, Q), (S,) -> (2, Q) fp64
-    return empty_sums(table.device).index_add_(0, (sign > 0).long(), table)
+def by_class(table: Tensor, sign: Tensor) -> Tensor:  # (S, Q), (S,) -> (2, S, Q), each row in its class, 0 in the other
+    desirable = (sign > 0)[:, None]
+    return torch.stack([torch.where(desirable, 0.0, table), torch.where(desirable, table, 0.0)])
 
 
 def step_metrics(

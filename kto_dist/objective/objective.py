@@ -5,7 +5,8 @@ adds up over ranks and divides.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,11 +57,20 @@ class Labels:
     """(P,) fp64, class weight times row weight; a pair's rows have one. Over the tokens where the loss is per token."""
     sft: Tensor | None = None
     """(P,) fp64, weight of a row's -logp beside the loss; None: nothing"""
+    share: Tensor | None = None
+    """(P,) fp64, 0.5 to 1: the probability of `sign`, where labels are probabilities; `weight` has it in it. None: 1"""
+    other: Tensor | None = None
+    """(P,) fp64, weight of a row's loss with the other sign: of the other class, times 1 - `share`. None: nothing"""
 
     def to(self, device: torch.device) -> "Labels":
-        ref_logps, sign, weight = (getattr(self, name).to(device) for name in ("ref_logps", "sign", "weight"))
-        sft = None if self.sft is None else self.sft.to(device)
-        return Labels(ref_logps=ref_logps, sign=sign, weight=weight, sft=sft)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in given.items()}
+        return Labels(**moved)
+
+    def flipped(self) -> "Labels":
+        """The same rows with the other of their two labels, where labels are probabilities."""
+        assert self.share is not None and self.other is not None
+        return replace(self, sign=-self.sign, weight=self.other, share=1 - self.share, other=self.weight)
 
 
 def labels_of(
@@ -72,7 +82,15 @@ def labels_of(
 ) -> Labels:
     desirable, own = examples.desirable[rows], examples.weights[rows]
     tokens = np.maximum(examples.completion_lengths[rows], 1)
-    weight = np.asarray(class_weights)[desirable.astype(int)] * own
+    by_class = np.asarray(class_weights)
+    weight, share, other = by_class[desirable.astype(int)] * own, None, None
+    probability = examples.probability[rows]
+    if examples.is_soft and goal.loss.takes == "desirable":
+        # what is learned of an answer that may be a bad one is as much less
+        desirable, weight = np.ones(rows.size, bool), probability * (by_class[1] * own)
+    elif examples.is_soft:
+        share = np.where(desirable, probability, 1 - probability)
+        weight, other = share * weight, (1 - share) * (by_class[1 - desirable.astype(int)] * own)
     if (unit := goal.loss.unit) > 1:  # a pair is worth what the weaker of its labels is
         weight = np.repeat(weight.reshape(-1, unit).min(1), unit)
     if goal.loss.per_token:
@@ -80,13 +98,15 @@ def labels_of(
     sft = None
     if goal.sft_weight:
         # the mean is over desirable rows, where the step's is over all
-        share = goal.sft_weight * rows.size / max(1, desirable.sum())
-        sft = torch.from_numpy(np.where(desirable, share * own / tokens, 0.0))
+        each = goal.sft_weight * rows.size / (probability.sum() or 1.0)
+        sft = torch.from_numpy(probability * (each * own / tokens))
     return Labels(
         ref_logps=torch.from_numpy(ref_logps),
         sign=torch.from_numpy(np.where(desirable, 1.0, -1.0)),
         weight=torch.from_numpy(weight),
         sft=sft,
+        share=None if share is None else torch.from_numpy(share),
+        other=None if other is None else torch.from_numpy(other),
     )
 
 
@@ -111,7 +131,9 @@ def loss_and_rows(
 ) -> tuple[Tensor, Tensor]:  # () sum of weighted losses; (S, 2) fp64 loss and log-prob of each, without gradient
     """One micro-batch's share of the step's loss: divide the sum over all of them by the rows of the step."""
     ref_logps, sign, weight = (getattr(labels, name)[batch.position] for name in ("ref_logps", "sign", "weight"))
-    nll_weight = None if labels.sft is None else labels.sft[batch.position]
+    nll_weight, other_weight = (
+        None if values is None else values[batch.position] for values in (labels.sft, labels.other)
+    )
     if objective.label_smoothing:
         # (1 - e) f(m) + e f(-m) = f(m) + e beta m for f = -log sigmoid, and m is a sum of log-probs; both rows of a
         # pair carry its loss
@@ -132,6 +154,7 @@ def loss_and_rows(
                 beta=objective.beta,
                 loss=objective.loss.name,
                 nll_weight=nll_weight,
+                other_weight=other_weight,
                 bias=bias,
                 transform=objective.transform,
                 budget=objective.logits_bytes,
@@ -153,7 +176,8 @@ def table_of(
     losses: Tensor | None = None,  # (S,) fp64, unweighted, as the head gave them; None: made of the log-probs
     rounding: float = 0.0,
 ) -> Tensor:  # (S, Q) fp64, `metrics.QUANTITIES` of each row
-    """What is known of rows once their log-probs are; `rounding` as in `metrics.row_table`."""
+    """What is known of rows once their log-probs are, as what `labels.sign` says they are; `rounding` as in
+    `metrics.row_table`. Where labels are probabilities, the share of each row that belongs to its sign."""
     kind, beta = KERNELS[goal.loss.name], goal.beta
     if losses is None:
         losses = kto_loss(logps, labels.ref_logps, labels.sign, z0=z0, beta=beta, loss=kind.name)
@@ -171,6 +195,25 @@ def table_of(
         beta=beta,
         tokens=tokens,
         saturated=saturated,
-        beside=None if labels.sft is None else -labels.sft * logps,
+        # it is the desirable rows'
+        beside=None if labels.sft is None else torch.where(labels.sign > 0, -labels.sft * logps, 0.0),
         rounding=rounding,
+        share=labels.share,
     )
+
+
+def tables_of(
+    goal: Goal,
+    labels: Labels,  # (S,) on the CPU, of whole units
+    logps: Tensor,  # (S,) fp64
+    z0: Tensor,  # () fp64
+    tokens: Tensor,  # (S,)
+    losses: Tensor | None = None,  # as in `table_of`
+    rounding: float = 0.0,
+) -> Tensor:  # (2, S, Q) fp64
+    """`table_of` by class, undesirable and desirable: a row whose label is a probability counts to both by it."""
+    tables = metrics.by_class(table_of(goal, labels, logps, z0, tokens, losses, rounding), labels.sign)
+    if labels.other is None:
+        return tables
+    other = table_of(goal, labels.flipped(), logps, z0, tokens, rounding=rounding)
+    return tables + metrics.by_class(other, -labels.sign)

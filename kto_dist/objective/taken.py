@@ -13,6 +13,6 @@ def taken(loss: Loss, examples: Examples, rule: Rule) -> tuple[np.ndarray | None
     if loss.takes == "all":
         return None, None
     if loss.takes == "desirable":
-        return np.flatnonzero(examples.desirable)[:, None], None
+        return np.flatnonzero(examples.probability > 0)[:, None], None
     found = preferences(examples, rule)
     return found.pairs, found

@@ -140,6 +140,11 @@ class Config(Section):
                 f"train.global_batch ({self.train.global_batch}) must be even with objective.loss {loss.name}: it "
                 "counts rows, and a pair, which is two of them, is never cut"
             )
+        if self.data.soft_labels and loss.unit > 1:
+            raise ValueError(
+                f"data.soft_labels (true) gives an answer both labels, each by its probability, and objective.loss "
+                f"{loss.name} takes pairs of a good and a bad one: use kto, apo_zero_unpaired or sft, or false"
+            )
         pairs = self.objective.kl_pairs_per_step
         if pairs is not None and pairs > self.train.global_batch:
             raise ValueError(

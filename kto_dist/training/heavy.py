@@ -23,7 +23,8 @@ class HeavyRow:
 
 def heavy_rows(plan: Plan, train: Examples, class_weights: tuple[float, float]) -> list[HeavyRow]:
     """Of the first epoch, in the order of its steps. Of two rows one always outweighs the other: that says nothing."""
-    weight = train.weights * np.where(train.desirable, class_weights[1], class_weights[0])
+    up = train.probability
+    weight = train.weights * (up * class_weights[1] + (1 - up) * class_weights[0])
     fewest = min(plan.global_batch, plan.rows)
     if weight.max(initial=0.0) <= (fewest - 1) * weight.min(initial=np.inf):
         return []

@@ -151,7 +151,8 @@ def _taken(
     if pairs is not None:
         console.say(f"{what}: {pairs.line()}")
     elif units is not None:
-        console.say(f"{what}: {loss.name} takes the {len(units):,} desirable rows of {len(examples):,}")
+        kind = "possibly desirable" if examples.is_soft else "desirable"
+        console.say(f"{what}: {loss.name} takes the {len(units):,} {kind} rows of {len(examples):,}")
     return units, pairs
 
 
@@ -303,7 +304,9 @@ def class_weights(train: Examples, config: Config, warn: Callable[[str], None]) 
     section = config.objective
     if "desirable_weight" not in LOSSES[section.loss].settings:
         return 1.0, 1.0
-    mass = [float(train.weights[train.desirable == wanted].sum()) for wanted in (False, True)]
+    # expected counts, where labels are probabilities
+    shares = (1 - train.probability, train.probability)
+    mass = [float((train.weights * share)[share > 0].sum()) for share in shares]
     if not all(mass):
         raise UserError("every row of one class has weight 0: KTO needs both classes; give them a weight above 0")
     down, up = rule.class_weights(mass[1], mass[0], up=section.desirable_weight, down=section.undesirable_weight)
@@ -329,5 +332,11 @@ def account(examples: Examples, names: Sequence[str]) -> dict[str, Any]:
 
 
 def counts(examples: Examples) -> dict[str, Any]:
+    """A row whose label is a probability counts to the likelier class, and once more to those that are `soft`."""
     up = int(examples.desirable.sum())
-    return {"rows": len(examples), "desirable": up, "undesirable": len(examples) - up}
+    found: dict[str, Any] = {"rows": len(examples), "desirable": up, "undesirable": len(examples) - up}
+    if examples.is_soft:
+        probability = examples.probability
+        soft = int(((probability > 0) & (probability < 1)).sum())
+        found |= {"soft": soft, "expected_desirable": float(probability.sum())}
+    return found

@@ -54,12 +54,14 @@ def preview(
     names = [name for name, _ in prepared.config.data.train_sources]
     lines = []
     for row in _chosen(examples, rows):
-        up, weight = bool(examples.desirable[row]), float(examples.weights[row])
+        up, weight = float(examples.probability[row]), float(examples.weights[row])
+        label = f"desirable by {up:g}" if 0 < up < 1 else "desirable" if up else "undesirable"
         asked, answered = _texts(examples, speller, row)
+        times = up * weights[1] + (1 - up) * weights[0]
         tokens = f"{examples.prompt_lengths[row]:,} prompt + {examples.completion_lengths[row]:,} completion tokens"
         lines += [
-            f"row {row + 1:,} of {len(examples):,}: {'desirable' if up else 'undesirable'}, weight {weight:g} "
-            f"(times {weights[up]:g} of its class), {tokens}, from {names[examples.source[row]]}",
+            f"row {row + 1:,} of {len(examples):,}: {label}, weight {weight:g} "
+            f"(times {times:g} of its class), {tokens}, from {names[examples.source[row]]}",
             f"  prompt:     {_short(asked, characters)}",
             f"  trained on: {_short(answered, characters)}",
         ]

@@ -16,7 +16,7 @@ from kto_dist.training.config import Config
 BY_CONTENT = frozenset(
     {"model.path", "model.gguf_file", "reference.path", "reference.gguf_file"}
     | {f"data.{name}" for name in ("train", "columns", "template_kwargs", "max_length", "max_prompt_length")}
-    | {"data.on_bad_row"}
+    | {"data.on_bad_row", "data.soft_labels"}
 )
 """Refused where what they lead to, weights or tokenised rows, is another one: part of `identity` by a fingerprint."""
 REFUSED = frozenset(

@@ -22,7 +22,7 @@ from kto_dist.model.causal_lm import Forward
 from kto_dist.model.memory import attempt, is_out_of_memory
 from kto_dist.model.profile import part
 from kto_dist.objective import metrics
-from kto_dist.objective.objective import Labels, Objective, kl_sums, labels_of, loss_and_rows, table_of
+from kto_dist.objective.objective import Labels, Objective, kl_sums, labels_of, loss_and_rows, tables_of
 from kto_dist.reference.pairs import RefLogps
 from kto_dist.training.prepare import PreparedTraining
 
@@ -164,12 +164,12 @@ def run_step(
     kl = torch.tensor([kl_sum, kl_count], dtype=torch.float64)
     tokens = torch.from_numpy(work.answers)
     rounding = 0.0 if start is None else start.limit
-    table = table_of(objective, work.labels, logps, metrics.clamp_kl(kl), tokens, losses, rounding)
+    tables = tables_of(objective, work.labels, logps, metrics.clamp_kl(kl), tokens, losses, rounding)
     return StepResult(
         step=work.step + 1,
         rows=work.rows,
-        table=table,
-        sums=metrics.class_sums(table, work.labels.sign),
+        table=tables.sum(0),
+        sums=tables.sum(1),
         kl=kl,
         tokens=int(work.lengths.sum()),
         grad_norm=grad_norm,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
+from kto_dist.base.errors import UserError
 from kto_dist.data import tokenise
 from kto_dist.data.config import Rule
 from kto_dist.data.examples import load
@@ -23,6 +24,11 @@ class Usable:
 
 def usable_pairs(config: Config) -> list[Usable]:
     """On one rank, without a device or weights. Leaves the tokenised rows, for the run to find. Raises `UserError`."""
+    if config.data.soft_labels:
+        raise UserError(
+            "data.soft_labels (true) gives an answer both labels, each by its probability, and a pair is of a good and "
+            "a bad one: set it to false"
+        )
     model = config.model
     tokenizer = load_tokenizer(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code)
     folders = tokenise.prepare(config.data, tokenizer)
