@@ -6,6 +6,7 @@ from typing import Any
 
 import random_model
 import records
+from scaling_table import curves, scaling
 from trainers import NAMES
 from zoo_table import zoo, zoo_short
 
@@ -404,6 +405,8 @@ KINDS: dict[str, Callable[..., str]] = {
     "demo": demo,
     "demo-short": demo_short,
     "demo-profile": demo_profile,
+    "scaling": scaling,
+    "scaling-curves": curves,
     "zoo": zoo,
     "zoo-short": zoo_short,
 }

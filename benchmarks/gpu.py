@@ -89,6 +89,14 @@ STAGES = (
         tiny=[*SHORT, "--untraced", "1", "--steps", "1"],
     ),
     Stage(
+        name="scaling",
+        script="scaling.py",
+        limit=240,
+        model="1.2b",
+        arguments=["--global-batch", "64", "--max-length", "1024", "--tokens-per-microbatch", "16384", "--limit", "90"],
+        tiny=["--only", "memory", "--stages", "2", "--global-batch", "4", "--limit", "200"],
+    ),
+    Stage(
         name="lengths",
         script="row_lengths.py",
         limit=240,

@@ -25,7 +25,7 @@ FLOORS = (
     ("objective", "reference"),
     ("evaluation",),
     ("training",),
-    ("comparison",),
+    ("comparison", "cluster"),
     ("commands",),
 )
 # Below, and yet none of its business.

@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from tiny_runs import metrics_of, tiny_config, train_all
 
-from kto_dist.model.devices import Sharding, tokens_that_fit
+from kto_dist.model.footprint import Sharding, tokens_that_fit
 
 
 def test_a_profile_leaves_a_trace_and_a_table_whose_parts_are_the_steps(tmp_path, tiny_model, tiny_log):

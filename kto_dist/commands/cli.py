@@ -18,6 +18,7 @@ from rich.table import Table
 from kto_dist.base.config import flatten, keys, resolve, sections
 from kto_dist.base.errors import UserError
 from kto_dist.base.secrets import masked
+from kto_dist.commands.plan import plan
 from kto_dist.commands.settings import settings_page
 from kto_dist.commands.store import store
 from kto_dist.commands.words import options
@@ -361,6 +362,7 @@ def export_model(run: Path, step: int | None, output: Path | None) -> None:
 
 
 main.add_command(store)
+main.add_command(plan)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,7 @@ def cost_of(lm: PreTrainedModel) -> Cost:
     config = lm.config.get_text_config()
     looked_up = {id(p) for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     head = lm.get_output_embeddings().weight
-    experts = next((n for key in _EXPERTS if (n := getattr(config, key, None))), None)
-    routed = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    experts, routed = experts_of(config)
     decoder = 0.0
     for name, parameter in lm.named_parameters():
         if parameter is head or id(parameter) in looked_up or len(_shape(parameter)) < 2:
@@ -93,6 +92,12 @@ def cost_of(lm: PreTrainedModel) -> Cost:
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def experts_of(config: Any) -> tuple[int | None, int | None]:
+    """How many there are in a layer, and how many of them a token is sent to."""
+    routed = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    return next((n for key in _EXPERTS if (n := getattr(config, key, None))), None), routed
 
 
 def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:
@@ -121,54 +126,3 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # no kernel of ours reads what nobody wrote, and filling costs a pass over all fresh memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sharding:
-    """What decides how much of a device's memory is taken before any token comes."""
-
-    stage: int
-    ranks: int
-    bf16: bool
-    offload_optimizer: bool
-    offload_parameters: bool
-    checkpointing: bool
-    logits_bytes: int
-
-
-def tokens_that_fit(lm: PreTrainedModel, sharding: Sharding, memory: int) -> int:
-    """How many tokens of a micro-batch `memory` bytes of a device are estimated to hold: a power of two.
-
-    Of the device's whole memory and not of what is free, so that a resumed run finds the same. Activations of an eager
-    decoder layer without checkpointing take about 18 H + 8 F bytes a token in bf16 (H hidden, F of the MLP): measured
-    as 100 KB at H 2048, F 8192. Coarse on purpose: the largest micro-batch is tried before the first step.
-    """
-    parameters = sum(math.prod(_shape(p)) for p in lm.parameters())
-    room = _SHARE_OF_MEMORY * memory - _held_bytes(parameters, lm, sharding)
-    config = lm.config.get_text_config()
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    width = 1 if sharding.bf16 else 2
-    layer = width * (18 * hidden + 8 * inner)
-    layers = config.num_hidden_layers
-    per_token = layers * 2 * width * hidden + layer if sharding.checkpointing else layers * layer
-    fitting = max(1.0, room / per_token)
-    return int(min(_MOST_TOKENS, 2 ** math.floor(math.log2(fitting))))
-
-
-# What the allocator loses to fragments, and what CUDA and NCCL take for themselves.
-_SHARE_OF_MEMORY = 0.85
-_MOST_TOKENS = 65536
-
-
-def _held_bytes(parameters: int, lm: PreTrainedModel, sharding: Sharding) -> float:
-    """Weights, gradients, optimizer and the head's buffers."""
-    ranks, stage = sharding.ranks, sharding.stage
-    weights = parameters * (2 if sharding.bf16 else 4) / (ranks if stage == 3 else 1)
-    if sharding.offload_parameters:
-        weights = 0.0
-    # sums in fp32, and a micro-batch's own
-    gradients = parameters * (4 / (ranks if stage >= 2 else 1) + (2 if sharding.bf16 else 4))
-    states = parameters * (12 if sharding.bf16 else 8) / (ranks if stage else 1)
-    head = sharding.logits_bytes + 8 * math.prod(_shape(lm.get_output_embeddings().weight))
-    return weights + gradients + (0.0 if sharding.offload_optimizer else states) + head

@@ -13,8 +13,8 @@ from kto_dist.evaluation.figures import Evaluated
 from kto_dist.evaluation.heldout import evaluate_rows, under
 from kto_dist.model.causal_lm import completion_logps
 from kto_dist.model.checks import Rounding
-from kto_dist.model.devices import Sharding, tokens_that_fit
 from kto_dist.model.engines import Policy
+from kto_dist.model.footprint import Sharding, tokens_that_fit
 from kto_dist.model.memory import Memory, NeedsRestart, attempt
 from kto_dist.model.options import zero_stage
 from kto_dist.objective.objective import labels_of, loss_and_rows
@@ -61,6 +61,7 @@ class Stepper:
             offload_parameters=config.deepspeed.offload_parameters != "none",
             checkpointing=config.model.gradient_checkpointing,
             logits_bytes=mebibytes * 2**20,
+            fused=self.prepared.kernels == "liger",
         )
         memory = torch.cuda.get_device_properties(comm.device()).total_memory
         own = tokens_that_fit(self.policy.model.lm, sharding, memory)

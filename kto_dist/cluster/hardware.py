@@ -1,0 +1,190 @@
+"""GPUs, the links between them, and what a collective over them takes.
+
+In:  a GPU's name, how many, how many a node. Out: `Cluster`, whose methods give seconds.
+
+Peaks, memory and links are the makers' figures of the eight-GPU machines that these are sold in, in one direction. What
+is reached of them are the shares below: of compute and bandwidth as one H200 has shown in the runs of docs/figures.md,
+of links as is usual of NCCL, which nobody has measured here. A collective takes
+alpha * log2(ranks) + bytes / bandwidth: one alpha and one bandwidth within a node, others between nodes.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from kto_dist.base.errors import UserError
+from kto_dist.model.devices import PEAKS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One device. Bandwidths in bytes a second, of one direction."""
+
+    name: str
+    flops: float
+    """Dense bf16 peak."""
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Of its memory."""
+    link: float
+    """To the others of its node."""
+    network: float
+    """Of the whole node to others."""
+    host: float
+    """To its share of the host's memory."""
+
+
+GB = 1e9
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="A100",
+            flops=PEAKS["A100"],
+            memory=80 * GB,
+            bandwidth=2039 * GB,
+            link=300 * GB,
+            network=200 * GB,
+            host=25 * GB,
+        ),
+        Gpu(
+            name="A100-40GB",
+            flops=PEAKS["A100"],
+            memory=40 * GB,
+            bandwidth=1555 * GB,
+            link=300 * GB,
+            network=200 * GB,
+            host=25 * GB,
+        ),
+        Gpu(
+            name="H100",
+            flops=PEAKS["H100"],
+            memory=80 * GB,
+            bandwidth=3350 * GB,
+            link=450 * GB,
+            network=400 * GB,
+            host=50 * GB,
+        ),
+        Gpu(
+            name="H200",
+            flops=PEAKS["H200"],
+            memory=141 * GB,
+            bandwidth=4800 * GB,
+            link=450 * GB,
+            network=400 * GB,
+            host=50 * GB,
+        ),
+        Gpu(
+            name="B200",
+            flops=PEAKS["B200"],
+            memory=180 * GB,
+            bandwidth=8000 * GB,
+            link=900 * GB,
+            network=400 * GB,
+            host=50 * GB,
+        ),
+        Gpu(
+            name="MI300X",
+            flops=PEAKS["MI300X"],
+            memory=192 * GB,
+            bandwidth=5300 * GB,
+            link=448 * GB,
+            network=400 * GB,
+            host=50 * GB,
+        ),
+    )
+}
+MOST_GPUS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """What is reached of a peak, and what the host takes: the assumptions, in one place."""
+
+    matmul: float = 0.70
+    """Of the bf16 peak; the H200's profile in docs/figures.md shows it of matmuls of 16,384 rows."""
+    attention: float = 0.30
+    """Of the bf16 peak, by what attention must compute: rows of 360 tokens reach 0.17 there, long ones more."""
+    busy: float = 0.92
+    """Of the time, that the device computes; the same profile."""
+    memory: float = 0.70
+    """Of the memory's bandwidth."""
+    links: float = 0.80
+    """Of links within a node and between nodes; an assumption."""
+    overlap: float = 0.5
+    """Of ZeRO-3's collectives, hidden behind compute where there is enough of it; an assumption."""
+    host_seconds: float = 1.5e-3
+    """The host's work for the forward of one layer; the H200's machine shows it with 135 million parameters."""
+    host_backward: float = 2.0
+    """Times so much in a backward without hooks (ZeRO 0 and 1); the same machine."""
+    host_hooks: float = 3.0
+    """And with hooks that reduce gradients as they come (ZeRO 2 and 3)."""
+    host_adam: float = 100 * GB
+    """Bytes a second and node that the optimizer on the host goes through; an assumption."""
+    alpha_inside: float = 5e-6
+    """Seconds of a message within a node; an assumption."""
+    alpha_between: float = 15e-6
+    """And between nodes; an assumption."""
+    traffic: float = 5.6
+    """Passes over what a layer keeps, in its forward and backward without the matmuls, where layers are fused kernels;
+    the same profile."""
+    traffic_plain: float = 12.5
+    """And of plain layers; from the step that they take."""
+    compute: float = 1.0
+    """What a measured run takes of the time that is computed for it (`--measure`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """So many of one GPU."""
+
+    gpu: Gpu
+    gpus: int
+    per_node: int = 8
+    host_memory: float = 2000 * GB
+    """Bytes of a node."""
+    shares: Shares = Shares()
+
+    @property
+    def nodes(self) -> int:
+        return math.ceil(self.gpus / self.per_node)
+
+    @property
+    def local(self) -> int:
+        """GPUs of a node."""
+        return min(self.gpus, self.per_node)
+
+    def gather(self, size: float, messages: int = 1) -> float:
+        """Seconds until all ranks have what is `size` bytes together, each of which has a part; or have reduced as
+        much to parts. In so many messages."""
+        if self.gpus == 1:
+            return 0.0
+        alpha = self.shares.alpha_inside * math.log2(max(2, self.local))
+        bandwidth = self.gpu.link
+        if self.nodes > 1:
+            alpha += self.shares.alpha_between * math.log2(self.nodes)
+            # rings run over all of a node's cards at once
+            bandwidth = min(bandwidth, self.gpu.network)
+        return messages * alpha + size * (self.gpus - 1) / self.gpus / (bandwidth * self.shares.links)
+
+    def reduce(self, size: float, messages: int = 1) -> float:
+        """Seconds until all ranks have the sum of what is `size` bytes on each."""
+        return 2 * self.gather(size, messages)
+
+
+def cluster_of(name: str, gpus: int, per_node: int = 8, host_memory: float = 2000 * GB) -> Cluster:
+    """Raises `UserError`."""
+    if name not in GPUS:
+        raise UserError(f"--gpu ({name}) is none that is known: there are {', '.join(GPUS)}")
+    if not 1 <= gpus <= MOST_GPUS:
+        raise UserError(f"--gpus ({gpus}) must be from 1 to {MOST_GPUS:,}")
+    if gpus > per_node and gpus % per_node:
+        raise UserError(
+            f"--gpus ({gpus}) must be a multiple of --per-node ({per_node}), or fewer: nodes are rented whole"
+        )
+    return Cluster(gpu=GPUS[name], gpus=gpus, per_node=per_node, host_memory=host_memory)
+
+
+def calibrated(cluster: Cluster, compute: float) -> Cluster:
+    """With the time that a measured run took of what was computed for it."""
+    return replace(cluster, shares=replace(cluster.shares, compute=compute))

@@ -1,0 +1,299 @@
+"""What a step takes of a cluster, in bytes and in seconds: by roofline, and by alpha and beta of every link.
+
+In:  a model's `Shape`, a `Workload`, a `Cluster`, and one `Way` to run it. Out: `Prediction`. Nothing runs.
+
+The memory is that of `model/footprint.py`, which `train.tokens_per_microbatch: auto` starts from as well. The seconds
+of a micro-batch are the larger of what the device and what the host takes. The device: matmuls and attention at a
+share of the peak or, with few tokens, what reading the weights takes; the rest of a layer by the bytes that it moves.
+Beside these: collectives and copies to the host, and the optimizer by the bytes that it moves.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from kto_dist.cluster.hardware import Cluster
+from kto_dist.cluster.workload import StepLoad, Workload, step_load
+from kto_dist.model.footprint import (
+    PACKED_BYTES,
+    SHARE_OF_MEMORY,
+    Held,
+    Shape,
+    Sharding,
+    held,
+    layer_bytes,
+    token_bytes,
+)
+
+Batch = tuple[np.ndarray, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """How a run is set up on its cluster."""
+
+    zero_stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    checkpointing: bool
+    tokens: int
+    """Of a micro-batch, at the most."""
+    bf16: bool
+    fused: bool
+    packed: bool
+    """Rows end to end, without padding."""
+    logits_bytes: int
+
+    def sharding(self, ranks: int) -> Sharding:
+        return Sharding(
+            stage=self.zero_stage,
+            ranks=ranks,
+            bf16=self.bf16,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+            checkpointing=self.checkpointing,
+            logits_bytes=self.logits_bytes,
+            fused=self.fused,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes."""
+
+    held: Held
+    activations: float
+    margin: float
+    """What the allocator loses to fragments, and what CUDA and NCCL take."""
+    host: float
+    """Of a node's memory, for what is offloaded."""
+
+    @property
+    def device(self) -> float:
+        return self.held.total + self.activations + self.margin
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seconds:
+    """Of one step, on the rank that has most; what runs at the same time is counted once."""
+
+    survey: float
+    """KL forwards."""
+    forwards: float
+    backwards: float
+    collectives: float
+    """What compute does not hide."""
+    offload: float
+    """Copies to and from the host, and its optimizer."""
+    optimizer: float
+    """On the device."""
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """Computed, not measured."""
+
+    way: Way
+    memory: Memory
+    trouble: str
+    """Why it does not fit; nothing where it does."""
+    seconds: Seconds
+    microbatches: int
+    """Of a rank and step, KL pairs' included."""
+    tokens_per_second: float
+    """Of rows, over all ranks."""
+    mfu: float
+    """As in a run's metrics."""
+
+
+def predict(shape: Shape, workload: Workload, cluster: Cluster, way: Way) -> Prediction:
+    """Raises `ValueError` where a micro-batch cannot hold the longest row."""
+    load = step_load(workload, cluster.gpus, way.tokens, packed=way.packed)
+    memory = memory_of(shape, cluster, way, load)
+    seconds = _Times(shape, cluster, way).step(load)
+    whole = _flops(shape, load)
+    return Prediction(
+        way=way,
+        memory=memory,
+        trouble=_trouble(memory, cluster),
+        seconds=seconds,
+        microbatches=len(load.batches) + len(load.kl_batches),
+        tokens_per_second=load.tokens / seconds.total,
+        mfu=whole / seconds.total / (cluster.gpu.flops * cluster.gpus),
+    )
+
+
+def memory_of(shape: Shape, cluster: Cluster, way: Way, load: StepLoad) -> Memory:
+    sharding = way.sharding(cluster.gpus)
+    # master weights, moments and sums; and the weights
+    optimizer = 16 * shape.trained if way.offload_optimizer else 0
+    weights = weight_bytes(shape, way) if way.offload_parameters else 0
+    return Memory(
+        held=held(shape, sharding, load.most_rows),
+        activations=token_bytes(shape, sharding) * load.largest,
+        margin=(1 - SHARE_OF_MEMORY) * cluster.gpu.memory,
+        host=(optimizer + weights) / cluster.nodes,
+    )
+
+
+def weight_bytes(shape: Shape, way: Way) -> float:
+    """Of the whole model."""
+    return (shape.parameters - shape.packed) * (2 if way.bf16 else 4) + shape.packed * PACKED_BYTES
+
+
+def _trouble(memory: Memory, cluster: Cluster) -> str:
+    if memory.device > cluster.gpu.memory:
+        return f"{memory.device / 2**30:,.0f} of {cluster.gpu.memory / 2**30:,.0f} GiB"
+    if memory.host > cluster.host_memory:
+        return f"{memory.host / 2**30:,.0f} of {cluster.host_memory / 2**30:,.0f} GiB of a node's own memory"
+    return ""
+
+
+def _flops(shape: Shape, load: StepLoad) -> float:
+    """What a step must do, as a run's `mfu` counts it."""
+    forward = shape.cost.forward(*load.whole) + shape.cost.forward(*load.kl_whole)
+    return forward + _backward_flops(shape, *load.whole)
+
+
+def _backward_flops(shape: Shape, lengths: np.ndarray, rows: int) -> float:
+    """Gradients of what is frozen are spared."""
+    whole = 2 * shape.cost.forward(lengths, rows)
+    if shape.adapter:
+        whole += (4 * shape.trained - 2 * shape.cost.decoder) * float(lengths.sum())
+    return whole - (0 if shape.head_trained else 2 * shape.cost.head * rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds of the parts of a step."""
+
+    shape: Shape
+    cluster: Cluster
+    way: Way
+
+    def step(self, load: StepLoad) -> Seconds:
+        survey = sum(self.forward(*batch) for batch in load.kl_batches)
+        forwards = sum(self.forward(*batch) for batch in load.batches)
+        backwards = sum(self.backward(*batch) for batch in load.batches)
+        waits = self.collectives(len(load.kl_batches), len(load.batches))
+        if self.way.zero_stage == 3:
+            waits = max(0.0, waits - self.cluster.shares.overlap * (survey + forwards + backwards))
+        return Seconds(
+            survey=survey,
+            forwards=forwards,
+            backwards=backwards,
+            collectives=waits,
+            offload=self.offload(len(load.kl_batches), len(load.batches)),
+            optimizer=self.optimizer(),
+        )
+
+    def forward(self, lengths: np.ndarray, rows: int) -> float:
+        matmul = 2 * (self.shape.cost.decoder * float(lengths.sum()) + self.shape.cost.head * rows)
+        attention = self.shape.cost.forward(lengths, rows) - matmul
+        if self.shape.adapter:
+            matmul += 2 * self.shape.trained * float(lengths.sum())
+        return self._pass(matmul, attention, self._moved(lengths) / 3, 1.0)
+
+    def backward(self, lengths: np.ndarray, rows: int) -> float:
+        """With what checkpointing computes again."""
+        tokens = float(lengths.sum())
+        attention = 2 * (self.shape.cost.forward(lengths, 0) - 2 * self.shape.cost.decoder * tokens)
+        matmul = _backward_flops(self.shape, lengths, rows) - attention
+        shares = self.cluster.shares
+        host = shares.host_backward if self.way.zero_stage < 2 else shares.host_hooks
+        seconds = self._pass(matmul, attention, self._moved(lengths) * 2 / 3 + self._summed(), host)
+        return seconds + (self.forward(lengths, 0) if self.way.checkpointing else 0.0)
+
+    def _pass(self, matmul: float, attention: float, moved: float, host: float) -> float:
+        """`host`: times the host's work for a forward."""
+        gpu, shares = self.cluster.gpu, self.cluster.shares
+        bandwidth = gpu.bandwidth * shares.memory
+        read = (2 if self.way.bf16 else 4) * self.shape.cost.decoder
+        device = max(matmul / (gpu.flops * shares.matmul), read / bandwidth)
+        device += attention / (gpu.flops * shares.attention) + moved / bandwidth
+        # 4 bits are unpacked to bf16, which the matmul reads
+        device += (PACKED_BYTES + 2) * self.shape.packed / bandwidth
+        return shares.compute * max(device / shares.busy, host * shares.host_seconds * self.shape.layers)
+
+    def _moved(self, lengths: np.ndarray) -> float:
+        """Bytes that a layer's other work goes through, forward and backward."""
+        width = 1 if self.way.bf16 else 2
+        kept = width * layer_bytes(self.shape, fused=self.way.fused) * self.shape.layers
+        passes = self.cluster.shares.traffic if self.way.fused else self.cluster.shares.traffic_plain
+        return passes * kept * float(lengths.sum())
+
+    def _summed(self) -> float:
+        """Bytes: a micro-batch's gradients are added to the sums; ZeRO 2 and 3 go through them five times more."""
+        width = 2 if self.way.bf16 else 4
+        once = 2 * width + 8
+        return (once + (9 * width if self.way.zero_stage >= 2 else 0)) * self.shape.trained
+
+    def collectives(self, surveys: int, batches: int) -> float:
+        shape, cluster, stage = self.shape, self.cluster, self.way.zero_stage
+        width = 2 if self.way.bf16 else 4
+        if stage == 3:
+            gathers = (surveys + 2 * batches) * cluster.gather(weight_bytes(shape, self.way), shape.layers)
+            return gathers + batches * cluster.gather(width * shape.trained, shape.layers)
+        if stage == 2:
+            return batches * cluster.gather(width * shape.trained, 8) + cluster.gather(width * shape.trained, 8)
+        update = cluster.gather(width * shape.trained, 8) if stage else 0.0
+        return cluster.reduce(4 * shape.trained, 8) + update
+
+    def offload(self, surveys: int, batches: int) -> float:
+        shape, cluster, seconds = self.shape, self.cluster, 0.0
+        width, each = 2 if self.way.bf16 else 4, cluster.gpu.host * cluster.gpus
+        if self.way.offload_parameters:
+            seconds += (surveys + 2 * batches) * weight_bytes(shape, self.way) / each
+        if self.way.offload_optimizer:
+            # gradients down, weights up, and Adam in between
+            seconds += (batches + 1) * width * shape.trained / each
+            seconds += 28 * shape.trained / cluster.nodes / cluster.shares.host_adam
+        return seconds
+
+    def optimizer(self) -> float:
+        if self.way.offload_optimizer:
+            return 0.0
+        own = self.shape.trained / (self.cluster.gpus if self.way.zero_stage else 1)
+        return 30 * own / (self.cluster.gpu.bandwidth * self.cluster.shares.memory)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferencePass:
+    """Computed, not measured; nothing where the store holds every pair already."""
+
+    sharded: bool
+    """ZeRO-3, where a whole copy does not fit on one device."""
+    pairs: int
+    seconds: float
+    memory: float
+    """Bytes of one device."""
+
+
+def predict_reference(shape: Shape, workload: Workload, cluster: Cluster, way: Way, tokens: int) -> ReferencePass:
+    """`tokens`: of a batch of the pass."""
+    whole = 2 if way.bf16 else 4
+    weights = float(whole * shape.parameters)
+    logits = min(way.logits_bytes, tokens * shape.vocabulary * 4)
+    # a forward holds a layer at a time
+    work = logits + tokens * layer_bytes(shape, fused=way.fused)
+    sharded = weights + work > SHARE_OF_MEMORY * cluster.gpu.memory
+    lengths = workload.prompts + workload.answers
+    mean, answer = float(lengths.mean()), float(workload.answers.mean())
+    rows = max(1, int(tokens / mean))
+    batch = np.full(rows, max(1, round(mean)))
+    times = _Times(shape, cluster, way)
+    seconds = times.forward(batch, round(answer * rows))
+    if sharded:
+        wait = cluster.gather(weights, shape.layers)
+        seconds += max(0.0, wait - cluster.shares.overlap * seconds)
+    batches = -(-workload.reference_pairs // (rows * cluster.gpus))
+    return ReferencePass(
+        sharded=sharded,
+        pairs=workload.reference_pairs,
+        seconds=batches * seconds,
+        memory=(weights / cluster.gpus if sharded else weights) + work,
+    )

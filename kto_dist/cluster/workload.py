@@ -1,0 +1,166 @@
+"""What a run has to do, as lengths: of rows that are there, or of rows that are told by their means.
+
+In:  a config and its rows, or means. Out: `Workload`, and `StepLoad`: the micro-batches of one step on the rank that
+has most, cut by the very function that cuts them in training.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kto_dist.base.errors import UserError
+from kto_dist.data.batch import cut, pair_lengths
+from kto_dist.objective.losses import LOSSES
+from kto_dist.training.config import Config
+from kto_dist.training.prepare import Prepared
+
+_SPREAD = 0.7
+"""Of the lengths' logarithms, where their means alone are known: that of chats."""
+_SAMPLE = 20_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """Lengths of R rows, of all or of a sample, and how many steps take how many."""
+
+    prompts: np.ndarray
+    """(R,) tokens, cut as in training."""
+    answers: np.ndarray
+    """(R,) tokens."""
+    rows: int
+    """Of the run's data."""
+    global_batch: int
+    steps: int
+    epochs: float
+    kl_pairs: int
+    """Of a step."""
+    unit: int
+    """Rows that stay together."""
+    max_length: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of what a micro-batch must hold at the least."""
+        return int(min(self.max_length, (self.prompts + self.answers).max())) * self.unit
+
+    @property
+    def reference_pairs(self) -> int:
+        """Different ones, at the most: each row, and its KL pair of every epoch."""
+        kl = min(self.kl_pairs, self.global_batch) * self.steps
+        return min(self.rows, self.global_batch * self.steps) + kl
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepLoad:
+    """Micro-batches of the rank that has most at each turn, and what all ranks have together."""
+
+    batches: list[tuple[np.ndarray, int]]
+    """(S,) tokens of each sequence, and the completion rows of all."""
+    kl_batches: list[tuple[np.ndarray, int]]
+    whole: tuple[np.ndarray, int]
+    """Of the step, over all ranks."""
+    kl_whole: tuple[np.ndarray, int]
+
+    @property
+    def tokens(self) -> int:
+        """Of the rows, over all ranks."""
+        return int(self.whole[0].sum())
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest micro-batch that keeps something for a backward."""
+        return max((int(lengths.sum()) for lengths, _ in self.batches), default=0)
+
+    @property
+    def most_rows(self) -> int:
+        """Completion rows of a micro-batch, at the most."""
+        return max((rows for _, rows in (*self.batches, *self.kl_batches)), default=0)
+
+
+def of_rows(prepared: Prepared) -> Workload:
+    """Of tokenised rows."""
+    examples, plan = prepared.train, prepared.plan
+    rows = np.arange(len(examples))
+    if rows.size > _SAMPLE:
+        rows = np.sort(np.random.default_rng(0).choice(rows, _SAMPLE, replace=False))
+    kept = pair_lengths(examples, rows, rows, plan.max_length, plan.prompt_limit)
+    return _workload(prepared.config, kept[0], kept[1], len(examples), plan.steps)
+
+
+def of_means(config: Config, rows: int, prompt: float, completion: float) -> Workload:
+    """Of rows of which the number and the mean lengths in tokens are known. Raises `UserError`."""
+    for name, value in (("--rows", rows), ("--prompt-tokens", prompt), ("--completion-tokens", completion)):
+        if value < 1:
+            raise UserError(f"{name} ({value:g}) must be at least 1")
+    draw = np.random.default_rng(0)
+    count = min(rows, _SAMPLE)
+
+    def lengths(mean: float) -> np.ndarray:
+        drawn = draw.lognormal(np.log(mean) - _SPREAD**2 / 2, _SPREAD, count)
+        return np.maximum(1, np.rint(drawn)).astype(np.int64)
+
+    most = config.data.max_length
+    prompts, answers = lengths(prompt), lengths(completion)
+    answers = np.minimum(answers, most - 1)
+    prompts = np.minimum(prompts, most - answers)
+    a_epoch = max(1, round(rows / config.train.global_batch))
+    steps = config.train.max_steps or max(1, round(config.train.epochs * a_epoch))
+    return _workload(config, prompts, answers, rows, steps)
+
+
+def _workload(config: Config, prompts: np.ndarray, answers: np.ndarray, rows: int, steps: int) -> Workload:
+    loss, batch = LOSSES[config.objective.loss], config.train.global_batch
+    wanted = config.objective.kl_pairs_per_step
+    return Workload(
+        prompts=prompts,
+        answers=answers,
+        rows=rows,
+        global_batch=min(batch, rows),
+        steps=steps,
+        epochs=config.train.epochs,
+        kl_pairs=(batch if wanted is None else wanted) if loss.has_z0 else 0,
+        unit=loss.unit,
+        max_length=config.data.max_length,
+    )
+
+
+def step_load(workload: Workload, ranks: int, tokens: int, *, packed: bool = True) -> StepLoad:
+    """Of a step of average rows. Of more ranks than `_CUT` so many are looked at, with their part of the rows."""
+    cut_ranks = min(ranks, _CUT)
+    rows, answers, kl, kl_answers = _rows(workload, max(workload.unit, workload.global_batch * cut_ranks // ranks))
+    whole, whole_answers, kl_whole, kl_whole_answers = _rows(workload, workload.global_batch)
+    return StepLoad(
+        batches=_fullest(rows, answers, cut_ranks, tokens, packed, workload.unit),
+        kl_batches=_fullest(kl, kl_answers, cut_ranks, tokens, packed, 1) if kl.size else [],
+        whole=(whole, int(whole_answers.sum())),
+        kl_whole=(kl_whole, int(kl_whole_answers.sum())),
+    )
+
+
+_CUT = 64
+
+
+def _rows(workload: Workload, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens and completion tokens of so many rows, (B,) each, and of their KL pairs, (K,) each."""
+    size -= size % workload.unit
+    chosen = _typical(workload, size)
+    prompts, answers = workload.prompts[chosen], workload.answers[chosen]
+    partners = np.roll(np.arange(size), 1)[: -(-workload.kl_pairs * size // workload.global_batch)]
+    kl = np.minimum(prompts[: partners.size] + answers[partners], workload.max_length)
+    return prompts + answers, answers, kl, np.minimum(answers[partners], kl)
+
+
+def _typical(workload: Workload, size: int) -> np.ndarray:
+    """(B,) rows at even quantiles of the lengths: a step of few drawn rows may be far from the mean."""
+    lengths = workload.prompts + workload.answers
+    order = np.argsort(lengths, kind="stable")
+    places = ((np.arange(size) + 0.5) / size * order.size).astype(np.int64)
+    return np.random.default_rng(0).permutation(order[places])
+
+
+def _fullest(
+    lengths: np.ndarray, answers: np.ndarray, ranks: int, tokens: int, packed: bool, unit: int
+) -> list[tuple[np.ndarray, int]]:
+    shares = cut(lengths, tokens=tokens, ranks=ranks, packed=packed, unit=unit)
+    # of each turn the first rank's is the largest
+    return [(lengths[batch], int(answers[batch].sum())) for batch in shares[0]]

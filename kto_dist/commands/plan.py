@@ -1,0 +1,155 @@
+"""`kto-dist plan`: what a run would take of a cluster, computed before it is rented."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from kto_dist.base.config import to_yaml
+from kto_dist.base.errors import UserError
+from kto_dist.base.files import write_whole
+from kto_dist.model.config import check_model_path
+from kto_dist.training.config import Config
+
+if TYPE_CHECKING:
+    from kto_dist.cluster.workload import Workload
+
+
+@click.command(short_help="Compute memory, time and cost on a cluster, and the best settings.")
+@click.option("--gpu", default="H100", show_default=True, help="A100, A100-40GB, H100, H200, B200 or MI300X.")
+@click.option("--gpus", type=click.IntRange(min=1), default=8, show_default=True, help="How many, up to 4,096.")
+@click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of a node.")
+@click.option("--host-memory", type=click.FloatRange(min=1), default=1860, show_default=True, help="GiB of a node.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of one GPU for an hour, in any currency.")
+@click.option(
+    "--method",
+    type=click.Choice(["full", "lora", "qlora"]),
+    default="full",
+    show_default=True,
+    help="What is trained: all weights, or an adapter beside them, which qlora keeps in 4 bits.",
+)
+@click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of an adapter.")
+@click.option("--rows", type=click.IntRange(min=1), help="Plan without the data: so many rows of these mean lengths.")
+@click.option("--prompt-tokens", type=click.FloatRange(min=1), help="With --rows: the mean length of a prompt.")
+@click.option("--completion-tokens", type=click.FloatRange(min=1), help="With --rows: of a completion.")
+@click.option(
+    "--measure", is_flag=True, help="Run a few steps here first, and scale all compute times by what they take."
+)
+@click.option("--json", "as_json", type=click.Path(path_type=Path), help="Write everything that was computed to FILE.")
+@click.option("--write", type=click.Path(path_type=Path), help="Write CONFIG with the best settings to FILE.")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
+    """Compute what CONFIG takes of a cluster: memory of a GPU by part, what fits, seconds a step, hours and cost.
+
+    CONFIG and the overrides are those of `train`. Of model.path only the config.json is needed. Lengths are those of
+    data.train, which is tokenised for it, or are told by --rows, --prompt-tokens and --completion-tokens. Every ZeRO
+    stage, offload and checkpointing is looked at, each with the largest micro-batch that fits; the best comes first.
+
+    Nothing is measured but with --measure: the assumptions are said below the table.
+    """
+    settings = Config.load(config, overrides)
+    check_model_path("model.path", settings.model.path)
+    if settings.train.dtype == "fp32":
+        raise UserError("train.dtype (fp32) is not planned for: GPUs are planned in bf16; leave it on auto")
+    _plan(config, overrides, settings, **options)
+
+
+def _plan(
+    config: Path,
+    overrides: tuple[str, ...],
+    settings: Config,
+    *,
+    gpu: str,
+    gpus: int,
+    per_node: int,
+    host_memory: float,
+    price: float | None,
+    method: Any,
+    rank: int,
+    measure: bool,
+    as_json: Path | None,
+    write: Path | None,
+    **lengths: Any,
+) -> None:
+    from kto_dist.cluster import hardware, page
+    from kto_dist.cluster.plan import plan as planned
+    from kto_dist.cluster.plan import ready_config, shape_for
+    from kto_dist.commands.entry import quiet
+    from kto_dist.model.footprint import without_contents
+    from kto_dist.model.loading import load_config
+
+    quiet()
+    cluster = hardware.cluster_of(gpu, gpus, per_node, host_memory * 2**30)
+    model = settings.model
+    found = load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code)
+    lm = without_contents(found, trust_remote_code=model.trust_remote_code)
+    workload = _workload(settings, **lengths)
+    if measure:
+        factor = _measured(config, overrides, settings, shape_for(lm, "full", rank), workload)
+        cluster = hardware.calibrated(cluster, factor)
+    made = planned(
+        settings,
+        shape_for(lm, method, rank),
+        workload,
+        cluster,
+        method=method,
+        price=price,
+        fused=model.kernels != "none",
+        packed=settings.train.packing is not False,
+    )
+    for line in page.sentences(made):
+        click.echo(line)
+    table = Table(*page.COLUMNS, box=None, pad_edge=False)
+    for cells in page.lines(made):
+        table.add_row(*cells)
+    Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
+    if as_json is not None:
+        _write(as_json, json.dumps(page.to_dict(made), indent=1) + "\n")
+    if write is not None:
+        _write(write, to_yaml(ready_config(settings, made, rank=rank)))
+        click.echo(f"config: {write}")
+    elif made.best is None:
+        ready_config(settings, made, rank=rank)
+
+
+def _workload(
+    settings: Config, rows: int | None, prompt_tokens: float | None, completion_tokens: float | None
+) -> "Workload":
+    from kto_dist.base.console import Console
+    from kto_dist.cluster import workload
+    from kto_dist.training.prepare import prepare
+
+    told = (rows, prompt_tokens, completion_tokens)
+    if rows is None or prompt_tokens is None or completion_tokens is None:
+        if any(value is not None for value in told):
+            raise UserError("--rows, --prompt-tokens and --completion-tokens go together: give all three, or none")
+        return workload.of_rows(prepare(settings, Console()))
+    return workload.of_means(settings, rows, prompt_tokens, completion_tokens)
+
+
+def _measured(config: Path, overrides: tuple[str, ...], settings: Config, shape: Any, workload: "Workload") -> float:
+    from kto_dist.cluster.measure import measure
+    from kto_dist.commands import launcher
+
+    def run(more: list[str], folder: Path) -> int:
+        return launcher.run("train", [str(config), *overrides, *more], 1, folder=folder)
+
+    found = measure(settings, shape, workload, run)
+    click.echo(
+        f"measured here, on one {found.device}: {found.seconds:.3g} s a step, {found.computed:.3g} computed; compute "
+        f"times below are taken {found.factor:.3g} times"
+    )
+    return found.factor
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; give another file") from None

@@ -1,0 +1,325 @@
+"""The planner: its figures beside those that were measured, and that they move as they must."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from tiny_runs import tiny_config
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kto_dist.base.config import to_yaml
+from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
+from kto_dist.cluster import page
+from kto_dist.cluster.hardware import GPUS, Cluster, calibrated, cluster_of
+from kto_dist.cluster.measure import STEPS, measure
+from kto_dist.cluster.plan import plan, ready_config, shape_for
+from kto_dist.cluster.predict import Prediction, Way, predict, predict_reference
+from kto_dist.cluster.workload import of_means, of_rows, step_load
+from kto_dist.commands.cli import main
+from kto_dist.data.batch import Cutting, microbatches, step_rows
+from kto_dist.model.footprint import Shape, budget, held, shape_of, tokens_that_fit, with_adapter
+from kto_dist.training.config import Config
+from kto_dist.training.prepare import prepare
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+SIZES = {
+    "1.2b": (16, 2048, 8192, 32, 8, 128256),
+    "135m": (30, 576, 1536, 9, 3, 49152),
+    "8b": (32, 4096, 14336, 32, 8, 128256),
+}
+
+
+def outline(name: str) -> LlamaForCausalLM:
+    layers, hidden, inner, heads, kept, vocabulary = SIZES[name]
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                num_hidden_layers=layers,
+                hidden_size=hidden,
+                intermediate_size=inner,
+                num_attention_heads=heads,
+                num_key_value_heads=kept,
+                vocab_size=vocabulary,
+                tie_word_embeddings=name != "8b",
+            )
+        )
+
+
+def config_of(**changes: object) -> Config:
+    tree = {"model": {"path": "m"}, "data": {"train": "t", "max_length": 1024}, "train": {"global_batch": 64}}
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree[section] = {**tree.get(section, {}), key: value}
+    return Config.build(tree)
+
+
+WAY = Way(
+    zero_stage=2,
+    offload_optimizer=False,
+    offload_parameters=False,
+    checkpointing=False,
+    tokens=16384,
+    bf16=True,
+    fused=True,
+    packed=True,
+    logits_bytes=2**31,
+)
+
+
+def of_benchmark(shape: Shape, way: Way) -> Prediction:
+    """The job of benchmarks/throughput.py: 64 rows of 361 tokens a step."""
+    workload = of_means(config_of(), 64 * 7, 151, 226)
+    return predict(shape, workload, cluster_of("H200", 1), way)
+
+
+def measured(name: str, implementation: str) -> dict[str, float]:
+    lines = json.loads((RESULTS / f"nvidia-h200-{name}.json").read_text())["results"]
+    return next(line for line in lines if (line["implementation"], line["phase"]) == (implementation, "training"))
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "implementation", "changes"),
+    [
+        ("1.2b", "throughput", "kto_dist", {}),
+        ("1.2b", "throughput", "kto_dist-stage1", {"zero_stage": 1}),
+        ("1.2b", "throughput", "kto_dist-eager", {"fused": False}),
+        ("135m", "throughput-135m", "kto_dist", {}),
+        ("135m", "throughput-135m", "kto_dist-stage1", {"zero_stage": 1}),
+    ],
+)
+def test_memory_and_time_are_close_to_what_a_gpu_has_shown(model, file, implementation, changes):
+    """Runs that the shares of `hardware.Shares` were taken from: what is held is that they still fit together."""
+    found = of_benchmark(shape_of(outline(model)), replace(WAY, **changes))
+    shown = measured(file, implementation)
+    assert found.memory.held.total + found.memory.activations == pytest.approx(shown["peak_bytes"], rel=0.1)
+    assert found.seconds.total == pytest.approx(shown["seconds_per_step"], rel=0.1)
+
+
+def test_memory_moves_the_right_way():
+    shape, workload, cluster = shape_of(outline("8b")), of_means(config_of(), 10_000, 200, 300), cluster_of("H100", 64)
+
+    def memory(of: Shape = shape, on: Cluster = cluster, **changes: object):
+        return predict(of, workload, on, replace(WAY, **changes)).memory
+
+    plain = memory()
+    sharded = memory(zero_stage=3)
+    assert sharded.held.weights < plain.held.weights and sharded.held.gathered > 0 == plain.held.gathered
+    assert memory(zero_stage=1).held.gradients > plain.held.gradients
+    assert memory(on=cluster_of("H100", 8)).held.optimizer == pytest.approx(8 * plain.held.optimizer)
+    away = memory(offload_optimizer=True)
+    assert away.held.optimizer == 0 and away.host == pytest.approx(16 * shape.trained / 8)
+    assert memory(zero_stage=3, offload_parameters=True).held.weights == 0
+    assert memory(checkpointing=True).activations < plain.activations / 5
+    assert memory(fused=False).activations > plain.activations
+    lora, qlora = (with_adapter(outline("8b"), 16, packed=packed) for packed in (False, True))
+    assert memory(lora).held.optimizer < plain.held.optimizer / 50
+    assert memory(qlora).held.weights < 0.4 * memory(lora).held.weights
+    assert memory(lora).held.head < plain.held.head
+
+
+def test_an_adapters_weights_are_those_that_peft_adds():
+    from peft import LoraConfig, get_peft_model
+
+    lm = outline("135m")
+    expected = with_adapter(lm, 8).trained
+    added = get_peft_model(lm, LoraConfig(r=8, target_modules="all-linear"))
+    assert expected == sum(p.numel() for p in added.parameters() if p.requires_grad)
+
+
+def test_time_moves_the_right_way():
+    shape, workload = shape_of(outline("8b")), of_means(config_of(train__global_batch=1024), 100_000, 200, 300)
+
+    def seconds(on: Cluster, of: Shape = shape, **changes: object):
+        return predict(of, workload, on, replace(WAY, **changes)).seconds
+
+    one, node, many = (seconds(cluster_of("H100", gpus)) for gpus in (1, 8, 64))
+    assert one.collectives == 0 < node.collectives < many.collectives * 8
+    assert one.total > node.total > many.total > one.total / 64
+    assert seconds(cluster_of("B200", 8)).forwards < node.forwards
+    again = seconds(cluster_of("H100", 8), checkpointing=True)
+    assert again.backwards == pytest.approx(node.backwards + node.forwards, rel=0.15)
+    assert seconds(cluster_of("H100", 8), offload_optimizer=True).offload > 0 == node.offload
+    lora = seconds(cluster_of("H100", 8), with_adapter(outline("8b"), 16))
+    assert lora.backwards < 0.7 * node.backwards and lora.collectives < node.collectives
+    slower = seconds(calibrated(cluster_of("H100", 8), 1.5))
+    assert slower.forwards == pytest.approx(1.5 * node.forwards) and slower.collectives == node.collectives
+
+
+def test_a_collective_takes_alpha_and_beta_of_its_links():
+    inside, between = cluster_of("H100", 8), cluster_of("H100", 16)
+    assert cluster_of("H100", 1).gather(1e9) == 0
+    share = inside.shares.links
+    assert inside.gather(1e12) == pytest.approx(1e12 * 7 / 8 / (450e9 * share), rel=1e-3)
+    assert between.gather(1e12) == pytest.approx(1e12 * 15 / 16 / (400e9 * share), rel=1e-3)
+    assert inside.gather(0, 10) == pytest.approx(10 * 3 * inside.shares.alpha_inside)
+    assert between.gather(0) > inside.gather(0) and inside.reduce(1e9) == 2 * inside.gather(1e9)
+
+
+@pytest.mark.parametrize("gpus", (1, 8, 64, 4096))
+@pytest.mark.parametrize("gpu", GPUS)
+def test_there_is_a_plan_for_every_gpu_and_size(gpu, gpus):
+    config = config_of(train__global_batch=max(64, 2 * gpus))
+    made = plan(config, shape_of(outline("1.2b")), of_means(config, 10**6, 200, 300), cluster_of(gpu, gpus), price=2.0)
+    assert made.best is not None and made.best.memory.device <= made.cluster.gpu.memory
+    assert 0 < made.best.mfu < 0.7 and made.cost(made.best) == pytest.approx(made.hours(made.best) * gpus * 2.0)
+    fits = [not way.trouble for way in made.ways]
+    assert fits == sorted(fits, reverse=True)
+    json.dumps(page.to_dict(made))
+    assert len(page.lines(made)) == len(made.ways) and page.sentences(made)[0].startswith("computed, not measured")
+
+
+def test_the_best_way_is_as_fast_as_any_and_asks_for_least():
+    config = config_of(train__global_batch=512)
+    shape, work = shape_of(outline("8b")), of_means(config, 10**5, 200, 300)
+    tight, roomy = (plan(config, shape, work, cluster_of(gpu, gpus)) for gpu, gpus in (("A100", 4), ("B200", 32)))
+    assert tight.best.way.zero_stage == 3 or tight.best.way.offload_optimizer
+    assert not roomy.best.way.offload_optimizer and not roomy.best.way.offload_parameters
+    for made in (tight, roomy):
+        fastest = min(way.seconds.total for way in made.ways if not way.trouble)
+        assert made.best.seconds.total <= 1.03 * fastest
+
+
+def test_the_best_way_is_a_config_that_loads(tmp_path):
+    config = config_of(train__global_batch=512)
+    made = plan(config, shape_of(outline("8b")), of_means(config, 10**5, 200, 300), cluster_of("A100", 8))
+    ready = ready_config(config, made, rank=16)
+    (tmp_path / "c.yaml").write_text(to_yaml(ready))
+    read = Config.load(tmp_path / "c.yaml")
+    way = made.best.way
+    assert (read.deepspeed.zero_stage, read.train.tokens_per_microbatch) == (way.zero_stage, way.tokens)
+    assert read.model.gradient_checkpointing == way.checkpointing and read.train.global_batch == 512
+    assert (read.deepspeed.offload_optimizer == "cpu") == way.offload_optimizer
+
+
+def test_what_fits_nowhere_is_said_with_the_least_that_it_takes():
+    config = config_of(data__max_length=131072, train__global_batch=2, reference__tokens_per_batch=131072)
+    shape = replace(shape_of(outline("8b")), parameters=10**12, trained=10**12)
+    made = plan(config, shape, of_means(config, 100, 90_000, 30_000), cluster_of("A100", 1))
+    assert made.best is None and all(line[0] == "too large" for line in page.lines(made))
+    with pytest.raises(UserError, match="nothing fits on 1 A100: the least that was found takes .* GiB of 75"):
+        ready_config(config, made, rank=16)
+
+
+def test_a_method_that_cannot_be_trained_gives_no_config():
+    config = config_of()
+    made = plan(
+        config,
+        shape_for(outline("8b"), "qlora", 16),
+        of_means(config, 1000, 200, 300),
+        cluster_of("H100", 1),
+        method="qlora",
+    )
+    assert made.best is not None and {way.way.zero_stage for way in made.ways} == {1, 2}
+    with pytest.raises(UserError, match="--method qlora can be planned, and this version"):
+        ready_config(config, made, rank=16)
+
+
+def test_the_planner_and_the_run_start_from_one_estimate():
+    lm, cluster = outline("1.2b"), cluster_of("H200", 1)
+    sharding = WAY.sharding(1)
+    assert tokens_that_fit(lm, sharding, int(cluster.gpu.memory)) == budget(shape_of(lm), sharding, cluster.gpu.memory)
+    config = config_of(train__global_batch=4096)
+    made = plan(config, shape_of(lm), of_means(config, 10**6, 200, 300), cluster)
+    (same,) = [
+        way
+        for way in made.ways
+        if (way.way.zero_stage, way.way.offload_optimizer, way.way.checkpointing) == (2, False, False)
+    ]
+    assert same.way.tokens == budget(shape_of(lm), sharding, cluster.gpu.memory)
+
+
+def test_few_completions_need_few_logits():
+    shape, sharding = shape_of(outline("1.2b")), WAY.sharding(1)
+    assert held(shape, sharding, head_rows=10).head == pytest.approx(10 * 128256 * 4 + 8 * shape.head)
+    assert held(shape, sharding).head == 2**31 + 8 * shape.head
+
+
+def test_a_reference_that_is_too_large_for_a_gpu_is_sharded():
+    config = config_of()
+    work, large = of_means(config, 10_000, 200, 300), replace(shape_of(outline("8b")), parameters=70 * 10**9)
+    small = predict_reference(shape_of(outline("8b")), work, cluster_of("H100", 8), WAY, 8192)
+    sharded = predict_reference(large, work, cluster_of("H100", 8), WAY, 8192)
+    assert (small.sharded, sharded.sharded) == (False, True) and sharded.memory < cluster_of("H100", 8).gpu.memory
+    assert small.pairs == sharded.pairs > 10_000
+    assert small.seconds > predict_reference(shape_of(outline("8b")), work, cluster_of("H100", 64), WAY, 8192).seconds
+
+
+def test_a_planned_steps_micro_batches_are_as_many_as_in_training(tmp_path, tiny_model, tiny_log):
+    prepared = prepare(tiny_config(tmp_path, tiny_model, tiny_log), Console())
+    work = of_rows(prepared)
+    assert work.rows == len(prepared.train) and work.steps == prepared.plan.steps
+    rows = step_rows(prepared.plan, 0)
+    for tokens, ranks in ((128, 1), (256, 2), (4096, 2)):
+        cutting = Cutting(
+            max_length=96, prompt_limit=prepared.plan.prompt_limit, tokens=tokens, packed=True, apart=None
+        )
+        real = microbatches(prepared.train, rows, rows, cutting, rank=0, ranks=ranks)
+        planned = step_load(work, ranks, tokens)
+        assert abs(len(planned.batches) - len(real)) <= 1 + len(real) // 4
+        assert planned.largest <= tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "V100"], "--gpu (V100) is none that is known: there are A100"),
+        (["--gpus", "5000"], "--gpus (5000) must be from 1 to 4,096"),
+        (["--gpus", "12"], "--gpus (12) must be a multiple of --per-node (8)"),
+        (["--rows", "5"], "go together"),
+        (["train.dtype=fp32"], "train.dtype (fp32) is not planned for"),
+    ],
+)
+def test_a_mistake_is_told(tmp_path, tiny_model, tiny_log, words, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(tiny_config(tmp_path, tiny_model, tiny_log, train__dtype="auto")))
+    done = CliRunner().invoke(main, ["plan", str(path), *words])
+    assert done.exit_code == 2 and message in done.output, done.output
+
+
+def test_the_command_needs_no_weights_and_no_data(tmp_path, tiny_model):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_model / "config.json").read_text())
+    path = tmp_path / "c.yaml"
+    tree = {"model": {"path": str(folder)}, "data": {"train": "nowhere.jsonl", "max_length": 200}}
+    path.write_text(yaml.safe_dump(tree))
+    words = ["--rows", "10000", "--prompt-tokens", "50", "--completion-tokens", "60", "--price", "2", "--gpu", "H200"]
+    out, ready = tmp_path / "plan.json", tmp_path / "ready.yaml"
+    done = CliRunner().invoke(main, ["plan", str(path), *words, "--json", str(out), "--write", str(ready)])
+    assert done.exit_code == 0, done.output
+    assert "computed, not measured" in done.output and "assumed:" in done.output and "best" in done.output
+    made = json.loads(out.read_text())
+    assert made["computed"] and made["ways"][0]["fits"] and made["ways"][0]["cost"] > 0
+    assert Config.load(ready).train.tokens_per_microbatch == made["ways"][0]["way"]["tokens"]
+
+
+def test_a_short_run_here_scales_what_is_computed(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log)
+    shape = shape_of(LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model)))
+    asked = []
+
+    def run(overrides, folder):
+        asked.extend(overrides)
+        output = Path(next(word for word in overrides if word.startswith("train.output=")).partition("=")[2])
+        output.mkdir()
+        lines = [{"seconds": 9.0 if step < 3 else 0.5} for step in range(STEPS)]
+        (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0
+
+    found = measure(config, shape, of_means(config, 80, 20, 20), run)
+    assert found.seconds == 0.5 and found.factor == pytest.approx(0.5 / found.computed) and found.device == "cpu"
+    assert f"train.max_steps={STEPS}" in asked
+    Config.load(_written(tmp_path, config), asked)
+    with pytest.raises(UserError, match="ended with status 3"):
+        measure(config, shape, of_means(config, 80, 20, 20), lambda overrides, folder: 3)
+
+
+def _written(folder: Path, config: Config) -> Path:
+    path = folder / "given.yaml"
+    path.write_text(to_yaml(config))
+    return path
