@@ -231,6 +231,10 @@ def _losses(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[float]
 @click.option(
     "--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", help="in which matrices are multiplied"
 )
+@click.option(
+    "--adapter", type=click.Choice(["none", "lora", "dora"]), default="none", help="train an adapter, in all of them"
+)
+@click.option("--rank", default=16, show_default=True, help="of the adapter")
 @click.option("--threads", default=machine.cores(), show_default="all cores", help="threads of a process")
 @click.option("--limit", type=float, help="most seconds of a run; it is left out then")
 @click.option(
@@ -258,6 +262,8 @@ def main(
     trl_probe: str,
     repeats: int,
     dtype: str,
+    adapter: str,
+    rank: int,
     threads: int,
     limit: float | None,
     names: tuple[str, ...],
@@ -290,6 +296,8 @@ def main(
             max_length=max_length,
             tokens_per_microbatch=tokens_per_microbatch,
             dtype=job_dtype() if dtype == "auto" else dtype,
+            adapter=adapter,
+            rank=rank,
             threads=threads,
             trl_batch=trl_batch or 0,
             trl_reference_batch=trl_batch or 0,

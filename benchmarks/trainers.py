@@ -103,6 +103,10 @@ class Job:
     """Try these sizes, a timed step each, instead of training."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of kto_dist's config, beside those of the implementation."""
+    adapter: str = "none"
+    """lora or dora: on all linear layers, alpha twice the rank, without dropout."""
+    rank: int = 16
+    """Of the adapter."""
 
     @property
     def all_steps(self) -> int:
@@ -185,6 +189,8 @@ def kto_dist_config(job: Job, output: Path) -> Any:
         },
         "tracking": {"enabled": False},
     }
+    if job.adapter != "none":
+        tree["adapter"] = {"type": job.adapter, "rank": job.rank}
     for changes in (NAMES[job.name].settings, job.settings):
         for section, values in changes.items():
             tree.setdefault(section, {}).update(values)
@@ -305,6 +311,7 @@ def _run_trl(job: Job, output: Path, started: float, steps: int, batch: int, ref
         # held in memory: rows from a file would find the log-probs of an earlier run in a cache beside it
         train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "completion", "label")} for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(job.model),
+        peft_config=_peft_config(job),
         callbacks=[Watch()],
     )
     for row, theirs in zip(rows, trainer.train_dataset, strict=True):
@@ -314,6 +321,22 @@ def _run_trl(job: Job, output: Path, started: float, steps: int, batch: int, ref
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     about = {"attention": _trl_attention(job), "rows_a_device": batch, "reference_rows_a_device": reference_batch}
     return clock.result(losses, pairs=2 * len(rows), about=about)
+
+
+def _peft_config(job: Job) -> Any:
+    """The same adapter as kto_dist's; None for all weights."""
+    if job.adapter == "none":
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=job.rank,
+        lora_alpha=2 * job.rank,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        use_dora=job.adapter == "dora",
+        task_type="CAUSAL_LM",
+    )
 
 
 def _trl_attention(job: Job) -> str:
@@ -333,6 +356,7 @@ def run_bare(job: Job, output: Path, started: float) -> dict[str, Any]:
     from kto_dist.base import comm
     from kto_dist.base.console import Console
     from kto_dist.data.batch import microbatches, step_kl_pairs, step_rows
+    from kto_dist.model.adapters import put_in
     from kto_dist.model.causal_lm import DTYPES, ScoringModel, score
     from kto_dist.model.loading import load_model
     from kto_dist.reference.pairs import wanted_pairs
@@ -341,16 +365,17 @@ def run_bare(job: Job, output: Path, started: float) -> dict[str, Any]:
     comm.init()
     prepared = prepare_training(kto_dist_config(job, output), Console())
     device, examples, cutting = comm.device(), prepared.train, prepared.cutting
-    model = ScoringModel(
-        load_model(
-            job.model,
-            gguf_file=None,
-            dtype=DTYPES[job.dtype],
-            attention=prepared.attention,
-            kernels=prepared.kernels,
-        )
-    ).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, fused=True)
+    lm = load_model(
+        job.model,
+        gguf_file=None,
+        dtype=DTYPES[job.dtype],
+        attention=prepared.attention,
+        kernels=prepared.kernels,
+    )
+    if prepared.adapter is not None:
+        put_in(lm, prepared.adapter)
+    model = ScoringModel(lm).to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-6, fused=True)
     clock = Clock(job, started)
 
     def loss_of(batch: Any) -> torch.Tensor:

@@ -97,18 +97,22 @@ def _count(chosen: Any, order: np.ndarray, job: Job) -> Workload:
     from kto_dist.model.loading import load_config
 
     with torch.device("meta"):
-        cost = cost_of(AutoModelForCausalLM.from_config(load_config(job.model)))
+        lm = AutoModelForCausalLM.from_config(load_config(job.model))
+    if job.adapter != "none":
+        # what an adapter's own few weights take is not counted
+        lm.requires_grad_(False)
+    cost = cost_of(lm)
     lengths = chosen.prompt_lengths + chosen.completion_lengths
     timed = order[job.warmup * job.global_batch :]
-    forward = cost.forward(lengths[timed], int(chosen.completion_lengths[timed].sum()))
+    of_steps = lengths[timed], int(chosen.completion_lengths[timed].sum())
     once = cost.forward(lengths, int(chosen.completion_lengths.sum()))
     return Workload(
         reference_pairs=2 * len(order),
         reference_tokens=2 * int(lengths.sum()),
         training_rows=job.steps * job.global_batch,
         training_tokens=int(lengths[timed].sum()),
-        # forward, twice as much backward, and the KL pairs' forward, whose lengths are those of the rows in the sum
-        training_flops=4 * forward,
+        # forward, backward, and the KL pairs' forward, whose lengths are those of the rows in the sum
+        training_flops=2 * cost.forward(*of_steps) + cost.backward(*of_steps),
         reference_flops=2 * once,
     )
 

@@ -112,7 +112,7 @@ def test_a_model_takes_the_settings_of_the_run_that_it_is_compared_with(tmp_path
     config = a_run(tmp_path, tiny_model, tiny_log, data__heldout={"a": str(tiny_log), "b": str(tiny_log)})
     judged = resolve(Request(target=str(tiny_model), against=config.train.output))
     assert (judged.config.model.path, judged.config.reference.path) == (str(tiny_model), str(tiny_model))
-    assert judged.against == f"{config.train.output}/export" and judged.sets == ("a", "b")
+    assert judged.against.path == f"{config.train.output}/export" and judged.sets == ("a", "b")
 
 
 def test_files_are_sets_called_as_they_are_or_as_one_likes(tmp_path, tiny_model):

@@ -100,6 +100,7 @@ def test_a_damaged_shard_is_found_and_its_pairs_are_scored_again(tmp_path, tiny_
 
 # Every setting of the policy that does not decide which pairs there are, with another value than the default.
 POLICY = {
+    "adapter__type": "lora",
     "model__gradient_checkpointing": True,
     "model__trust_remote_code": True,
     "objective__beta": 0.5,
@@ -157,6 +158,8 @@ NOT_POLICY |= {
     "tracking__report",
 }
 NOT_POLICY |= {"checkpoint__best", "train__stop_after"}  # with held-out rows alone: tests/test_best.py
+# with a type alone; what a run starts from is a part of its reference: tests/test_adapter_runs.py
+NOT_POLICY |= {f"adapter__{name}" for name in ("rank", "alpha", "targets", "start", "merged")}
 NOT_POLICY |= {"health__rules"}  # a user's own code: tests/test_trends.py
 NOT_POLICY |= {
     f"judge__{name}"  # of answers alone: tests/test_judges.py

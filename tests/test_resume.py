@@ -40,6 +40,7 @@ OTHER = {
     "deepspeed.zero_stage": 3,
     "deepspeed.offload_optimizer": "cpu",
     "deepspeed.config": "made by the test",
+    "adapter.type": "lora",
     "model.attention": "eager",
     "model.kernels": "none",
     "model.gradient_checkpointing": True,
@@ -100,6 +101,11 @@ NOT_ALONE = {
     "train.stop_after",
     # one needs another
     *(f"judge.{name}" for name in ("by", "function", "command", "base_url", "model")),
+    # of an adapter alone: tests/test_adapter_runs.py
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.targets",
+    "adapter.merged",
     # by the fingerprint of the held-out rows
     "data.heldout",
 }

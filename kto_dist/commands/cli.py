@@ -352,13 +352,35 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 def export_model(run: Path, step: int | None, output: Path | None) -> None:
     """Write the model of a checkpoint of RUN.
 
-    RUN is the folder of a run (train.output) that a signal or a rule of health has ended. One process does it, whatever
+    RUN is the folder of a run (train.output) that a signal or a rule of health has ended. Where an adapter was trained,
+    it is written alone. One process does it, whatever
     the number of ranks that trained.
     """
     from kto_dist.base.console import Console
     from kto_dist.training.export import export_checkpoint
 
     click.echo(f"model: {export_checkpoint(run, step, output, Console())}")
+
+
+@main.command("merge", short_help="Merge an adapter into its base model.")
+@click.argument("adapter", metavar="RUN_OR_ADAPTER", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Where to write it; default: beside it, -merged.")
+@click.option("--base", metavar="MODEL", help="Folder or hub name of the model; default: what run or adapter name.")
+@click.option("--gguf-file", metavar="FILE", help="GGUF file inside the model's folder.")
+@click.option("--dtype", type=click.Choice(("auto", "fp32", "bf16")), default="auto", help="auto: its files'.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model brings along.")
+def merge_adapter(adapter: Path, output: Path | None, **settings: Any) -> None:
+    """Write the whole model that an adapter makes of its base: a Hugging Face folder that needs no peft.
+
+    RUN_OR_ADAPTER is the folder of a run that trained an adapter, or an adapter's own folder, as peft writes it. Each
+    layer is added up in fp32. The result is loaded back and compared before it appears.
+    """
+    from kto_dist.base.console import Console
+    from kto_dist.commands.entry import quiet
+    from kto_dist.training.adapter_export import merge
+
+    quiet()
+    click.echo(f"model: {merge(adapter, output, Console(), **settings)}")
 
 
 main.add_command(store)

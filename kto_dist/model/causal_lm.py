@@ -20,6 +20,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.data.batch import MicroBatch
 from kto_dist.model.attention import ATTENTIONS
 from kto_dist.model.cpu_layers import quicken
+from kto_dist.model.lora_layers import quicken_adapter
 
 Head = Callable[[Tensor, Tensor, Tensor | None], Any]
 # (N, H) hidden states of completion rows, (V, H) weight, (V,) bias or None -> tensors
@@ -84,6 +85,8 @@ class ScoringModel(nn.Module):
         self._decoder = _decoder_of(lm)
         if not torch.cuda.is_available():
             quicken(lm)
+        if hasattr(lm, "peft_config"):
+            quicken_adapter(lm)
         lm_head = lm.get_output_embeddings()
         if hasattr(lm_head, "base_layer"):  # what peft puts in a layer's place
             raise UserError(

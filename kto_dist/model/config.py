@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from kto_dist.base.config import Place, Section
+from kto_dist.base.config import Place, Positive, PositiveFloat, Section, Text
 from kto_dist.base.errors import UserError
 
 
@@ -25,6 +25,38 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(
         False, description="run the Python code that a model's folder brings along (auto_map): read it first"
     )
+
+
+class AdapterConfig(Section):
+    """Training a few added weights in place of the model's own, which stay as they are."""
+
+    type: Literal["none", "lora", "dora"] = Field("none", description="none: all of the model's weights are trained")
+    rank: Positive | None = Field(None, description="of the added matrices; null: 16, or that of `start`")
+    alpha: PositiveFloat | None = Field(
+        None, description="what they add is multiplied by alpha / rank; null: twice the rank, or that of `start`"
+    )
+    targets: Literal["all-linear"] | tuple[Text, ...] | None = Field(
+        None,
+        description="names of layers, as [q_proj, v_proj], or of parameters of experts; null: all-linear, which is all "
+        "linear layers but the LM head, or those of `start`",
+    )
+    start: Place | None = Field(
+        None, description="folder of an adapter to go on with; the reference is then the model with it"
+    )
+    merged: bool = Field(False, description="export the whole model with the adapter merged into it as well")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "AdapterConfig":
+        if self.type == "none":
+            given = [name for name in ("rank", "alpha", "targets", "start") if getattr(self, name) is not None]
+            if given or self.merged:
+                raise ValueError(
+                    f"{', '.join([*given, *(['merged'] if self.merged else [])])} of an adapter, and type is none: set "
+                    "type to lora or dora, or leave them out"
+                )
+        if self.targets == ():
+            raise ValueError("targets ([]) must name a layer at least: leave it out for all linear layers")
+        return self
 
 
 class DeepspeedConfig(Section):

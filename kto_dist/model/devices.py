@@ -1,8 +1,8 @@
 """What a device can do and what a model asks of it: peaks, and the arithmetic of a pass.
 
 `Cost` counts what a step must do, whatever the implementation: 2 FLOP a parameter of the matmuls and token forward, 4
-backward; attention by the positions that each token sees; the LM head on completion rows alone. Embeddings look up
-and count nothing, and neither does what checkpointing computes twice.
+backward, 2 of one that is frozen; attention by the positions that each token sees; the LM head on completion rows
+alone. Embeddings look up and count nothing, and neither does what checkpointing computes twice.
 """
 
 import contextlib
@@ -53,6 +53,15 @@ class Cost:
     """Parameters of the LM head."""
     attention: tuple[tuple[int, int | None], ...]
     """Of each layer: heads times their size, and the window in positions (None: all)."""
+    frozen_decoder: float = 0.0
+    """Of `decoder`, what has no gradient."""
+    frozen_head: int = 0
+    """Of `head`."""
+
+    def backward(self, lengths: np.ndarray, head_rows: int) -> float:
+        """FLOP of the backward after `forward`."""
+        spared = 2 * (self.frozen_decoder * float(lengths.sum()) + self.frozen_head * head_rows)
+        return 2 * self.forward(lengths, head_rows) - spared
 
     def forward(self, lengths: np.ndarray, head_rows: int) -> float:
         """FLOP of a forward over sequences of (S,) tokens, `head_rows` of which reach the head."""
@@ -82,13 +91,21 @@ def cost_of(lm: PreTrainedModel) -> Cost:
     looked_up = {id(p) for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     head = lm.get_output_embeddings().weight
     experts, routed = experts_of(config)
-    decoder = 0.0
+    decoder = frozen = 0.0
     for name, parameter in lm.named_parameters():
         if parameter is head or id(parameter) in looked_up or len(_shape(parameter)) < 2:
             continue
         share = routed / experts if experts and routed and ".experts." in name else 1.0
         decoder += share * math.prod(_shape(parameter))
-    return Cost(decoder=decoder, head=math.prod(_shape(head)), attention=_attention(config))
+        frozen += 0.0 if parameter.requires_grad else share * math.prod(_shape(parameter))
+    size = math.prod(_shape(head))
+    return Cost(
+        decoder=decoder,
+        head=size,
+        attention=_attention(config),
+        frozen_decoder=frozen,
+        frozen_head=0 if head.requires_grad else size,
+    )
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

@@ -95,12 +95,15 @@ def recut_here(source: str, target: str) -> None:
         ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
-def consolidated(folder: Path, tag: str, stage: int) -> dict[str, Tensor]:
-    """The whole model of a checkpoint, at stage 3 in fp32, else as it was trained; no process group is needed."""
+def consolidated(folder: Path, tag: str, stage: int, *, adapted: bool = False) -> dict[str, Tensor]:
+    """The whole model of a checkpoint, or with `adapted` its adapter, at stage 3 in fp32, else as it was trained; no
+    process group is needed."""
     with without_code(folder / tag), contextlib.redirect_stdout(io.StringIO()):
         if stage < 3:  # every rank has whole weights, and the first one has written them
             file = folder / tag / "mp_rank_00_model_states.pt"
             state = torch.load(file, map_location="cpu", weights_only=True)["module"]
         else:
-            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
-    return {name.removeprefix("lm."): tensor for name, tensor in state.items()}
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag, exclude_frozen_parameters=adapted)
+    # buffers are saved along
+    kept = {name: tensor for name, tensor in state.items() if ".lora_" in name} if adapted else state
+    return {name.removeprefix("lm."): tensor for name, tensor in kept.items()}

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kto_dist.base import agree, comm
+from kto_dist.model.adapters import Adapter, put_in
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
 from kto_dist.model.engine_io import copy_swapped, gather, gathers_put_off, writes_noted
 from kto_dist.model.loading import load_model, refuse_packed, set_modes
 from kto_dist.model.options import claim_swap_folders, deepspeed_options, offload_options, release_swap_folder
 from kto_dist.model.trial import check_runs
+from kto_dist.model.zero_sums import forget_sums, own_steps, sum_in_place
 
 
 @contextmanager
@@ -56,18 +58,25 @@ with _quiet_import():
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _sharded_load(options: dict[str, Any], **arguments: Any) -> PreTrainedModel:
+def _sharded_load(options: dict[str, Any], adapter: Adapter | None, **arguments: Any) -> PreTrainedModel:
     """Loads a model so that with ZeRO-3 no rank ever holds all of it. (GGUF is unpacked whole, then sharded.)
 
     Collective with ZeRO-3, where rank 0 alone reads values: what it finds wrong is raised on every rank.
     """
+
+    def load() -> PreTrainedModel:
+        lm = load_model(**arguments)
+        if adapter is not None:
+            put_in(lm, adapter)
+        return lm
+
     if options["zero_optimization"]["stage"] != 3:
-        return load_model(**arguments)
+        return load()
     if arguments["gguf_file"]:
-        return agree.together(lambda: load_model(**arguments))
-    keep_alive = HfDeepSpeedConfig(options)  # transformers looks for it, and holds only a weak reference
+        return agree.together(load)
+    keep_alive = HfDeepSpeedConfig(options)  # transformers and peft look for it, and hold only a weak reference
     try:
-        return agree.together(lambda: load_model(**arguments))
+        return agree.together(load)
     finally:
         unset_hf_deepspeed_config()
         del keep_alive
@@ -99,6 +108,7 @@ class Policy:
         dtype: torch.dtype,
         attention: str,
         kernels: str,
+        adapter: Adapter | None = None,
         universal: bool = False,
     ):
         """`universal`: a checkpoint of another world size is going to be loaded."""
@@ -109,6 +119,7 @@ class Policy:
         lm = agree.together(
             lambda: _sharded_load(
                 options,
+                adapter,
                 path=section.path,
                 gguf_file=section.gguf_file,
                 dtype=dtype,
@@ -123,6 +134,10 @@ class Policy:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         set_modes(lm)
         self.model = ScoringModel(lm)
+        self.adapted = adapter is not None
+        """Whether an adapter alone is trained."""
+        if self.adapted:
+            self.model.register_state_dict_post_hook(_without_frozen)
         self._stage = options["zero_optimization"]["stage"]
         self._on_cpu = sharding.offload_optimizer != "none"
         adamw = _adamw(self.model, optimizer, on_cpu=self._on_cpu)
@@ -137,7 +152,7 @@ class Policy:
         # on a GPU, where it would save less, it has not been tried
         alone_on_a_cpu = comm.world_size() == 1 and comm.device().type == "cpu"
         if self._stage == 2 and not self._on_cpu and alone_on_a_cpu:
-            _sum_in_place(self.engine.optimizer)
+            sum_in_place(self.engine.optimizer)
         agree.together(lambda: check_runs(self.forward, self.model, comm.device()))
         if self._stage <= 1:
             # reduced in `step`, so that no rank waits for another in the middle of a backward
@@ -175,7 +190,7 @@ class Policy:
         for parameter in self.model.parameters():
             parameter.grad = None
         if self._stage > 0:
-            _forget_sums(self.engine.optimizer)
+            forget_sums(self.engine.optimizer)
 
     def step(self, lr: float) -> Tensor | float:
         """One AdamW update; returns the global gradient norm before clipping, on whatever device it lies."""
@@ -197,7 +212,7 @@ class Policy:
         Raises on all ranks where one could not write.
         """
         with writes_noted(self.engine) as failures:
-            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=self.adapted)
 
         def finish() -> None:
             if failures:
@@ -209,7 +224,7 @@ class Policy:
     def read(self, folder: Path, tag: str) -> None:
         """This rank's files of a checkpoint. `loaded` has to follow, when all ranks have read theirs."""
         with gathers_put_off(self.engine):
-            path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+            path, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self.adapted)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
 
@@ -221,13 +236,16 @@ class Policy:
             group.update(betas=self._settings.betas, eps=self._settings.eps, weight_decay=decay)
         if hasattr(self._optimizer, "clip_grad"):
             self._optimizer.clip_grad = self._settings.clip
-        _own_steps(self._optimizer)
+        own_steps(self._optimizer)
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Collective. The whole model in its training dtype on rank 0's CPU, None elsewhere."""
+        """Collective. What is trained, the whole model or its adapter, in its training dtype on rank 0's CPU, None
+        elsewhere."""
         state: dict[str, Tensor] = {}
         copies: dict[int, Tensor] = {}  # tied weights stay one tensor, and are saved once
         for name, tensor in self.model.lm.state_dict(keep_vars=True).items():
+            if self.adapted and not tensor.requires_grad:
+                continue
             with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 if comm.is_main():
                     if id(tensor) not in copies:
@@ -242,69 +260,11 @@ class Policy:
             release_swap_folder(folder)
 
 
-def _own_steps(optimizer: Any) -> None:
-    """A count of updates for each parameter group: after a universal load at stage 3 they share one, which every group
-    would count on."""
-    seen: set[int] = set()
-    for state in getattr(optimizer, "optimizer", optimizer).state.values():
-        step = state.get("step")
-        if torch.is_tensor(step):
-            if id(step) in seen:
-                state["step"] = step.clone()
-            seen.add(id(state["step"]))
-
-
-def _sum_in_place(optimizer: Any) -> None:
-    """Lets a ZeRO optimizer of stage 2 add gradients straight to its flat fp32 sums, and frees each at once.
-
-    For a rank alone, where nothing has to be packed, divided, reduced and unpacked: five passes over all gradients.
-    """
-
-    def process(parameter: Tensor, group: int) -> None:
-        optimizer.setup_buckets()
-        number = optimizer.get_param_id(parameter)
-        total = optimizer._get_compact_grad_partition_slice(group, 0, number, parameter.numel())
-        assert parameter.grad is not None
-        _add_wide(total, parameter.grad.reshape(-1))
-        parameter.grad = None
-
-    optimizer.process_gradients = process
-    optimizer._use_compact_grad_partition_buffer = lambda group: True
-
-
-_ADDED = 2**19
-"""Elements that are widened at a time: they stay in a CPU's cache."""
-
-
-def _add_wide(total: Tensor, narrow: Tensor) -> None:
-    """Adds in place. On a CPU a sum of two dtypes is slower than widening first."""
-    if total.dtype == narrow.dtype:
-        total += narrow
-        return
-    for part, more in zip(total.split(_ADDED), narrow.split(_ADDED), strict=True):
-        part += more.to(total.dtype)
-
-
-def _forget_sums(optimizer: Any) -> None:
-    """What a ZeRO optimizer of stage 1 or 2 has summed up, and where it stood in its backward."""
-    while optimizer._backward_active_depth:
-        optimizer.exit_backward()
-    optimizer.clear_backward_seen_flag()
-    if hasattr(optimizer, "clear_hp_grads"):  # bf16 at stage 1 sums in flat fp32 buffers
-        optimizer.clear_hp_grads()
-        return
-    for group in optimizer.bit16_groups:
-        for parameter in group:
-            parameter.grad_accum = None
-    for sums in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
-        for number in sums:
-            sums[number] = None
-    for bucket in optimizer.ipg_buckets.values():
-        bucket.clear()
-    for number in range(len(optimizer.params_already_reduced)):
-        optimizer.params_already_reduced[number] = False
-    optimizer.reset_partition_gradient_structures()
-    optimizer._release_ipg_buffers()
+def _without_frozen(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Takes out what the model's files hold anyway. DeepSpeed's own way leaves the second name of tied weights."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
 
 
 def _adamw(model: nn.Module, settings: AdamW, *, on_cpu: bool) -> torch.optim.Optimizer:
@@ -347,6 +307,7 @@ class Reference:
         kernels: str,
         device: torch.device,
         trust_remote_code: bool = False,
+        adapter: Adapter | None = None,
     ):
         options: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
@@ -358,6 +319,7 @@ class Reference:
         self._swap_folders = claim_swap_folders(options)
         lm = _sharded_load(
             options,
+            adapter,
             path=path,
             gguf_file=gguf_file,
             dtype=dtype,

@@ -1,6 +1,7 @@
 """A run's folder: the files that a run writes line by line, and what a resumed run keeps of them.
 
-    config.yaml  metrics.jsonl  heldout.jsonl  heldout-rows.npz  checkpoints/  export/  summary.json  report.html
+    config.yaml  metrics.jsonl  heldout.jsonl  heldout-rows.npz  checkpoints/  export/  merged/  summary.json
+    report.html
 
 Rank 0 alone writes here; checkpoints have a module of their own.
 """
@@ -49,7 +50,13 @@ class RunFolder:
 
     @property
     def export(self) -> Path:
+        """The model, or the adapter where one was trained."""
         return self.path / "export"
+
+    @property
+    def merged(self) -> Path:
+        """The model with its adapter merged in, where `adapter.merged` asks for it."""
+        return self.path / "merged"
 
     def begin(self, config: str, *, step: int, last: bool) -> list[str]:
         """Writes the config, and drops what a run wrote after the checkpoint of `step` that it goes on from.

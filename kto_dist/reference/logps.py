@@ -18,6 +18,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.base.signals import before_sigterm
 from kto_dist.data.examples import check_ids
 from kto_dist.model import ops
+from kto_dist.model.adapters import from_folder
 from kto_dist.model.checks import check_scoring
 from kto_dist.model.devices import named_device
 from kto_dist.model.engines import Reference
@@ -196,6 +197,7 @@ def _load(
                     kernels=setup.kernels,
                     device=setup.device,
                     trust_remote_code=setup.trust_remote_code,
+                    adapter=None if setup.adapter is None else from_folder("the reference's adapter", setup.adapter),
                 )
             )
         )

@@ -55,6 +55,8 @@ class ReferenceSetup:
     """How pairs are cut and scored."""
     store: str
     """Folder or URL of the store."""
+    adapter: Path | None = None
+    """The folder of an adapter that it has."""
     weights: Weights = field(default_factory=Weights)
     """What its files hold that is not used, or is rounded."""
 
@@ -79,6 +81,7 @@ class ReferenceSetup:
             logits=self.logits,
             attention=self.attention,
             kernels=None if self.kernels == "none" else self.kernels,
+            adapter=self.adapter,
         )
 
     def _code(self) -> dict[str, str]:
@@ -95,7 +98,7 @@ def _named(dtype: torch.dtype) -> str:
 
 
 def pick_reference(
-    section: ReferenceConfig, model: ModelConfig, *, max_length: int, prompt_limit: int
+    section: ReferenceConfig, model: ModelConfig, *, max_length: int, prompt_limit: int, adapter: Path | None = None
 ) -> ReferenceSetup:
     """Raises `UserError` where a setting of the reference cannot be had on this rank."""
     name, path, gguf_file, trust = "reference.path", section.path, section.gguf_file, section.trust_remote_code
@@ -142,6 +145,7 @@ def pick_reference(
             device=device,
         ),
         store=section.store,
+        adapter=adapter,
     )
 
 
@@ -153,10 +157,14 @@ def find_reference(
     prompt_limit: int,
     console: Console,
     known: Weights | None = None,
+    adapter: Path | None = None,
 ) -> tuple[ReferenceSetup, Fingerprint]:
     """Collective. Hashes the weights, and raises `UserError` where some are missing, hosts differ or a setting cannot
-    be had. `known`: what was found in the files already, where they are the policy's."""
-    setup = agree.together(lambda: pick_reference(section, model, max_length=max_length, prompt_limit=prompt_limit))
+    be had. `known`: what was found in the files already, where they are the policy's. `adapter`: the folder of one that
+    the reference has."""
+    setup = agree.together(
+        lambda: pick_reference(section, model, max_length=max_length, prompt_limit=prompt_limit, adapter=adapter)
+    )
     console.phase("reference")
     weights = known or agree.once_per_host(lambda: _check(setup))
     setup = replace(setup, weights=weights)
@@ -169,6 +177,7 @@ def find_reference(
     for what, value, remedy in (
         ("the reference's weights", found.weights, again),
         ("the reference's config.json", found.config, again),
+        ("the reference's adapter", found.adapter, f"copy {setup.adapter} to each of them again"),
         ("reference.dtype", _named(setup.dtype), "set it to one that all of them can use"),
         ("reference.logits_dtype", setup.logits, "set it, or reference.device"),
         ("reference.attention", setup.attention, "set it to one that all of them have"),

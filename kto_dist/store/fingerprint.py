@@ -33,6 +33,8 @@ class Fingerprint:
     """How the weights are kept in memory, where it is not as in their files."""
     scoring: int | None = None
     """How often a fault was mended in how such a model is scored."""
+    adapter: str | None = None
+    """sha256 of the adapter that the model has, where it has one."""
 
     @property
     def digest(self) -> str:
@@ -89,6 +91,7 @@ def fingerprint(
     attention: str,
     kernels: str | None = None,
     quantisation: str | None = None,
+    adapter: Path | None = None,
     hashing: Hashing = HASHING,
 ) -> Fingerprint:
     """Hashes the weight files of a model folder, or remembers their hashes.
@@ -107,7 +110,24 @@ def fingerprint(
         kernels=kernels,
         quantisation=quantisation,
         scoring=scoring(model_config, dtype),
+        adapter=None if adapter is None else adapter_digest(adapter, hashing),
     )
+
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What decides how an adapter's tensors are used; their names say where.
+_OF_ADAPTER = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+def adapter_digest(folder: Path, hashing: Hashing = HASHING) -> str:
+    """sha256 over an adapter's tensors and how they are used; remembered. Raises `UserError`."""
+    parts = [f"{label} {digest}" for label, digest in file_digests([folder / ADAPTER_WEIGHTS], hashing)[0].items()]
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        used = json.dumps({name: config.get(name) for name in _OF_ADAPTER}, sort_keys=True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from None
+    return hashlib.sha256("\n".join([used, *sorted(parts)]).encode()).hexdigest()
 
 
 def weights_digest(folder: Path, gguf_file: str | None, hashing: Hashing = HASHING) -> str:
@@ -119,10 +139,10 @@ def weights_digest(folder: Path, gguf_file: str | None, hashing: Hashing = HASHI
 
 def weight_files(folder: Path) -> list[Path]:
     """Those that transformers loads, in its order of preference; other weights may lie beside them."""
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_CONFIG).exists():
         raise UserError(
             f"the model's folder ({folder}) holds an adapter, whose base model lies elsewhere: merge the two "
-            "(merge_and_unload of peft), save the result, and give its folder"
+            "(`kto-dist merge`) and give the result's folder; or give the base model, and the adapter in adapter.start"
         )
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (folder / whole).exists():

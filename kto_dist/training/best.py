@@ -93,14 +93,17 @@ class Best:
 
 
 def weights_of(policy: Policy, saved: Path, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """Collective. The whole model of a checkpoint of the run on rank 0, None elsewhere; the policy is done with."""
+    """Collective. What is trained, of a checkpoint of the run on rank 0, None elsewhere; the policy is done with."""
     state = checkpoint.read_state(saved)
     if state.world_size == comm.world_size():
         checkpoint.load(policy, saved, None)
         return policy.weights()
     # the engine was not made for files of another number of ranks; these lie on a disk that all share
     found: list[dict[str, Tensor]] = []
-    agree.on_main(
-        lambda: found.append(in_dtype(engine_files.consolidated(saved.parent, saved.name, state.zero_stage), dtype))
-    )
+
+    def read() -> None:
+        weights = engine_files.consolidated(saved.parent, saved.name, state.zero_stage, adapted=policy.adapted)
+        found.append(in_dtype(weights, dtype))
+
+    agree.on_main(read)
     return found[0] if found else None

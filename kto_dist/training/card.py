@@ -14,7 +14,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     figures = summary["heldout"]["after"] or summary["training"]
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items() if isinstance(value, float))
     return (
-        f"---\nbase_model: {config.model.path}\nlibrary_name: transformers\ntags: "
+        f"---\nbase_model: {config.model.path}\nlibrary_name: {_library(config)}\ntags: "
         f"[{config.objective.loss}, kto_dist]\n---\n\n"
         f"# {Path(config.train.output).name}\n\n"
         f"{config.model.path} aligned by {_method(config)} from {rows['desirable']:,} desirable and "
@@ -28,7 +28,7 @@ def checkpoint_card(config: Config, step: int, figures: dict[str, Any]) -> str:
     """Of a model from a checkpoint; `figures`: the line of metrics of its step."""
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items() if isinstance(value, float))
     return (
-        f"---\nbase_model: {config.model.path}\nlibrary_name: transformers\ntags: "
+        f"---\nbase_model: {config.model.path}\nlibrary_name: {_library(config)}\ntags: "
         f"[{config.objective.loss}, kto_dist]\n---\n\n"
         f"# {Path(config.train.output).name}, step {step}\n\n"
         f"{config.model.path} after {step} steps of {_method(config)}, {config.train.global_batch} rows a step, peak "
@@ -41,7 +41,12 @@ def _method(config: Config) -> str:
     section, loss = config.objective, LOSSES[config.objective.loss]
     used = [f"{name} {getattr(section, name)}" for name in ("beta", "label_smoothing", "sft_weight")]
     used = [text for text in used if text.split()[0] in loss.settings and not text.endswith(" 0.0")]
-    return f"{loss.title}, loss `{loss.name}`" + "".join(f", {text}" for text in used)
+    adapter = "" if config.adapter.type == "none" else f", of a {config.adapter.type} adapter"
+    return f"{loss.title}, loss `{loss.name}`" + "".join(f", {text}" for text in used) + adapter
+
+
+def _library(config: Config) -> str:
+    return "transformers" if config.adapter.type == "none" else "peft"
 
 
 def say_outcome(summary: dict[str, Any], output: Path, console: Console) -> None:
@@ -51,7 +56,8 @@ def say_outcome(summary: dict[str, Any], output: Path, console: Console) -> None
         for name in ("accuracy/all", "auc", "rewards/desirable", "rewards/undesirable", "accuracy/pairs", "kl_raw"):
             if name in before and name in after:
                 console.say(f"held-out {name}: {before[name]:.3f} before, {after[name]:.3f} after")
-    console.say(f"model:  {summary['export']}")
+    what = "model:  " if summary["adapter"] is None else "adapter:"
+    console.say(f"{what} {summary['export']}")
     if (output / "report.html").exists():
         console.say(f"report: {output / 'report.html'}")
     if summary["mlflow"]["uri"]:

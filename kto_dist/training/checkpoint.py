@@ -26,6 +26,11 @@ from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.training import manifest, random_states
 
 STATE = "state.json"
+NO_ADAPTER: dict[str, Any] = {
+    "adapter.type": "none",
+    **{f"adapter.{name}": None for name in ("rank", "alpha", "targets", "start")},
+}
+"""What an older version, which knew no adapters, did not note."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +121,7 @@ def read_state(checkpoint: Path) -> State:
 
 def _current(identity: dict[str, Any]) -> dict[str, Any]:
     """An older version called the section `kto`, and had no setting that was not there to be noted."""
+    identity = {**NO_ADAPTER, **identity}
     older = {key: value for key, value in identity.items() if key.startswith("kto.")}
     if not older:
         return identity

@@ -22,11 +22,14 @@ from kto_dist.base.config import (
 )
 from kto_dist.data.config import DataConfig
 from kto_dist.evaluation.config import EvaluateConfig, JudgeConfig, better_way
-from kto_dist.model.config import DeepspeedConfig, ModelConfig
+from kto_dist.model.config import AdapterConfig, DeepspeedConfig, ModelConfig
 from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.objective.losses import LOSSES
 from kto_dist.record.config import TrackingConfig
 from kto_dist.reference.config import ReferenceConfig
+
+ADAPTER_LR = 1e-4
+"""Of an adapter, whose few weights have to move further: by measurement, docs/adapters.md."""
 
 
 class TrainConfig(Section):
@@ -44,7 +47,9 @@ class TrainConfig(Section):
     )
     epochs: PositiveFloat = Field(1.0, description="passes over the training rows, reshuffled each time")
     max_steps: Positive | None = Field(None, description="optimizer steps; overrides epochs")
-    lr: PositiveFloat = Field(5e-6, description="peak learning rate of AdamW")
+    lr: PositiveFloat = Field(
+        5e-6, description=f"peak learning rate of AdamW; for an adapter the default is {ADAPTER_LR:g}"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up; ends at 0")
     warmup: NonNegativeFloat = Field(0.1, description="below 1: a share of all steps; else: a number of steps")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decay rates")
@@ -104,11 +109,24 @@ class HealthConfig(Section):
     )
 
 
+def _with_own_rate(values: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's default learning rate, where none is given."""
+
+    adapter, train = values.get("adapter"), values.get("train", {})
+    kind = adapter.type if isinstance(adapter, AdapterConfig) else isinstance(adapter, dict) and adapter.get("type")
+    if kind not in ("lora", "dora"):
+        return values
+    if isinstance(train, TrainConfig) and "lr" not in train.model_fields_set:
+        return {**values, "train": train.model_copy(update={"lr": ADAPTER_LR})}
+    return {**values, "train": {"lr": ADAPTER_LR, **train}} if isinstance(train, dict) else values
+
+
 class Config(Section):
     """One training run. `Config.load` reads it from YAML; `Config(**sections)` builds it in Python."""
 
     model: ModelConfig
     reference: ReferenceConfig = ReferenceConfig()
+    adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
@@ -124,7 +142,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _older_names(cls, values: Any) -> Any:
-        return current_names(values, cls.RENAMED) if isinstance(values, dict) else values
+        return _with_own_rate(current_names(values, cls.RENAMED)) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
@@ -152,6 +170,11 @@ class Config(Section):
                 f"({self.train.global_batch}): each row has one partner"
             )
         self._check_best()
+        if self.tracking.register_as and self.adapter.type != "none" and not self.adapter.merged:
+            raise ValueError(
+                f"tracking.register ({self.tracking.register_as}) needs adapter.merged: what is registered is loaded "
+                "as a whole model; set adapter.merged to true"
+            )
         for name, tokens, unit in (
             ("train.tokens_per_microbatch", self.train.tokens_per_microbatch, loss.unit),
             ("reference.tokens_per_batch", self.reference.tokens_per_batch, 1),

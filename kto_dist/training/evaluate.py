@@ -9,6 +9,7 @@ again without a forward.
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kto_dist.base import agree, comm, disks
@@ -57,6 +58,13 @@ class _Model:
     path: str
     gguf_file: str | None
     trust_remote_code: bool
+    adapter: str | None
+    """The folder of one that the model has."""
+
+    @property
+    def called(self) -> str:
+        """For people."""
+        return self.path if self.adapter is None else f"{self.adapter} on {self.path}"
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -75,11 +83,22 @@ def _models(judged: Judged) -> dict[str, _Model]:
             path=str(reference.path),
             gguf_file=reference.gguf_file,
             trust_remote_code=reference.trust_remote_code,
+            adapter=judged.reference_adapter,
         ),
-        "model": _Model(path=own.path, gguf_file=own.gguf_file, trust_remote_code=own.trust_remote_code),
+        "model": _Model(
+            path=own.path,
+            gguf_file=own.gguf_file,
+            trust_remote_code=own.trust_remote_code,
+            adapter=judged.adapter,
+        ),
     }
-    if judged.against is not None:
-        found["against"] = _Model(path=judged.against, gguf_file=None, trust_remote_code=own.trust_remote_code)
+    if (other := judged.against) is not None:
+        found["against"] = _Model(
+            path=other.path,
+            gguf_file=other.gguf_file,
+            trust_remote_code=own.trust_remote_code,
+            adapter=other.adapter,
+        )
     return found
 
 
@@ -115,15 +134,18 @@ def _tokenizer(judged: Judged) -> "PreTrainedTokenizerBase":
 
 def _scored(config: Config, name: str, model: _Model, examples: Examples, console: Console) -> ReferenceLogps:
     """Collective. A model's log-probs of all rows and their KL pairs, by the settings of `reference`."""
-    section = config.reference.model_copy(update=asdict(model))
+    own = asdict(model)
+    adapter = own.pop("adapter")
+    section = config.reference.model_copy(update=own)
     pairs = evaluation_pairs(config.train.seed, examples, with_z0=LOSSES[config.objective.loss].has_z0)
-    console.say(f"{name}: {model.path}")
+    console.say(f"{name}: {model.called}")
     setup, fingerprint = find_reference(
         section,
         config.model,
         max_length=config.data.max_length,
         prompt_limit=config.data.prompt_limit,
         console=console,
+        adapter=None if adapter is None else Path(adapter),
     )
     return score_reference([pairs], setup, fingerprint, console)
 
@@ -158,7 +180,7 @@ def _said(
     rows = under("model")
     found = findings(rows, sets=sets, slices=slices)
     said: dict[str, Any] = {
-        **{name: _about(model.path, scored[name]) for name, model in models.items()},
+        **{name: _about(model, scored[name]) for name, model in models.items()},
         "data": {**counts(examples), "fingerprint": examples.fingerprint, "sets": list(judged.sets)},
         "loss": section.loss,
         "beta": section.beta,
@@ -181,6 +203,9 @@ def _said(
     return said
 
 
-def _about(path: str, scored: ReferenceLogps) -> dict[str, Any]:
+def _about(model: _Model, scored: ReferenceLogps) -> dict[str, Any]:
     pairs, hits = scored.outcome.pairs, scored.outcome.hits
-    return {"path": path, "fingerprint": scored.fingerprint.digest, "from_store": hits, "scored": pairs - hits}
+    said: dict[str, Any] = {"path": model.path, "fingerprint": scored.fingerprint.digest}
+    if model.adapter is not None:
+        said["adapter"] = model.adapter
+    return {**said, "from_store": hits, "scored": pairs - hits}

@@ -8,6 +8,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from kto_dist.base import disks
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.model import engine_files
+from kto_dist.model.adapters import pick_adapter
 from kto_dist.model.loading import load_config, load_tokenizer
 from kto_dist.record.run_folder import RunFolder, read_lines
 from kto_dist.training import checkpoint
@@ -52,10 +54,7 @@ def export(
     copy_beside(source, partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
 
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in partial.iterdir():  # safetensors writes for the owner alone
-        file.chmod(0o666 & ~mask)
+    readable(partial)
 
     lm = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = lm.state_dict()
@@ -65,6 +64,14 @@ def export(
         raise RuntimeError(f"the export does not load back as it was written: {', '.join(wrong[:5])}")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
+
+
+def readable(folder: Path) -> None:
+    """By whom files of this process are: safetensors writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
 
 
 def _dense(model_config: PretrainedConfig) -> PretrainedConfig:
@@ -100,18 +107,23 @@ def export_checkpoint(run: Path, step: int | None, target: Path | None, console:
         source = beside(model.path)
         if text := unreadable(source):
             console.warn(text)
-        weights = engine_files.consolidated(found.parent, found.name, state.zero_stage)
+        adapter = pick_adapter(config.adapter, base=model.path, seed=config.train.seed)
+        weights = engine_files.consolidated(found.parent, found.name, state.zero_stage, adapted=adapter is not None)
         lines = [line for line in read_lines(folder.metrics) if line["step"] == state.step]
+        given: dict[str, Any] = {
+            "model_config": load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code),
+            "tokenizer": load_tokenizer(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code),
+            "card": checkpoint_card(config, state.step, lines[0] if lines else {}),
+            "trust_remote_code": model.trust_remote_code,
+        }
         with disks.refusals("the export", "its folder", target):
-            export(
-                in_dtype(weights, _dtype_of(state, found)),
-                target,
-                model_config=load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code),
-                source=source,
-                tokenizer=load_tokenizer(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code),
-                card=checkpoint_card(config, state.step, lines[0] if lines else {}),
-                trust_remote_code=model.trust_remote_code,
-            )
+            dense = in_dtype(weights, _dtype_of(state, found))
+            if adapter is None:
+                export(dense, target, source=source, **given)
+            else:
+                from kto_dist.training.adapter_export import export_adapter
+
+                export_adapter(dense, target, adapter=adapter, **given)
     finally:
         lock.release()
     return target

@@ -30,7 +30,8 @@ def step_figures(
         "seconds": seconds,
         "tokens_per_second": result.tokens / seconds,
     }
-    flops = 3 * cost.forward(work.lengths, int(work.answers.sum()))
+    rows = int(work.answers.sum())
+    flops = cost.forward(work.lengths, rows) + cost.backward(work.lengths, rows)
     flops += cost.forward(work.kl_lengths, int(work.kl_answers.sum()))
     if (rate := peak()) is not None:
         figures["mfu"] = flops / seconds / (rate * comm.world_size())

@@ -13,6 +13,7 @@ from kto_dist.base.files import write_whole
 from kto_dist.model.engines import Policy
 from kto_dist.record import report
 from kto_dist.record.environment import environment_tags
+from kto_dist.record.run_folder import RunFolder
 from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.training import checkpoint
 from kto_dist.training.best import Best
@@ -83,6 +84,7 @@ def finish(
             "reference": refs.weights.summary() if prepared.config.reference.path else None,
         },
         "world_size": comm.world_size(),
+        "adapter": None if prepared.adapter is None else prepared.adapter.to_dict(),
         "precision": str(prepared.dtype).removeprefix("torch."),
         "attention": prepared.attention,
         "kernels": prepared.kernels,
@@ -112,15 +114,7 @@ def _write(
 ) -> None:
     """Rank 0."""
     folder, tracking = run.folder, prepared.config.tracking
-    export(
-        weights,
-        folder.export,
-        model_config=prepared.model_config,
-        source=prepared.source,
-        tokenizer=prepared.tokenizer,
-        card=model_card(prepared.config, summary),
-        trust_remote_code=prepared.config.model.trust_remote_code,
-    )
+    _export(weights, prepared, folder, model_card(prepared.config, summary))
     write_whole(folder.summary, json.dumps(summary, indent=1).encode())
     goodbye.where = (
         f"when the model ({folder.export}) and {folder.summary.name} were written: the run is complete, but for its "
@@ -131,5 +125,45 @@ def _write(
         files += [report.write_report(folder.path), folder.path / "plots"]
     for path in files:
         run.tracker.log_artifact(path)
-    if tracking.log_model or tracking.register_as:
-        run.tracker.log_model(folder.export)
+    if prepared.adapter is not None and tracking.log_model:
+        run.tracker.log_artifact(folder.export, "adapter")
+    if (prepared.adapter is None or prepared.config.adapter.merged) and (tracking.log_model or tracking.register_as):
+        run.tracker.log_model(folder.export if prepared.adapter is None else folder.merged)
+
+
+def _export(weights: dict[str, Tensor], prepared: PreparedTraining, folder: RunFolder, card: str) -> None:
+    """Rank 0. The model; or the adapter, and the model with it where that is asked for."""
+    model = prepared.config.model
+    if prepared.adapter is None:
+        export(
+            weights,
+            folder.export,
+            model_config=prepared.model_config,
+            source=prepared.source,
+            tokenizer=prepared.tokenizer,
+            card=card,
+            trust_remote_code=model.trust_remote_code,
+        )
+        return
+    from kto_dist.training.adapter_export import export_adapter, export_merged
+
+    export_adapter(
+        weights,
+        folder.export,
+        adapter=prepared.adapter,
+        model_config=prepared.model_config,
+        tokenizer=prepared.tokenizer,
+        card=card,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if prepared.config.adapter.merged:
+        export_merged(
+            folder.export,
+            folder.merged,
+            model=model,
+            model_config=prepared.model_config,
+            dtype=prepared.dtype,
+            source=prepared.source,
+            tokenizer=prepared.tokenizer,
+            card=card,
+        )

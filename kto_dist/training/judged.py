@@ -13,6 +13,7 @@ from typing import Any
 from kto_dist.base.class_weights import class_weights
 from kto_dist.base.config import build, override
 from kto_dist.base.errors import UserError
+from kto_dist.model.adapter_files import base_of, is_adapter
 from kto_dist.model.config import check_model_path
 from kto_dist.record.run_folder import RunFolder
 from kto_dist.training.config import Config
@@ -39,14 +40,29 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Named:
+    """A model, and the adapter that it has."""
+
+    path: str
+    """A folder, or a hub name."""
+    gguf_file: str | None = None
+    adapter: str | None = None
+    """Its folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
     """What is going to be evaluated."""
 
     config: Config
     """The run's, with the model, its reference and the rows in their places: those of `data.train`, or what is held out
     of them where `data.heldout` is a fraction."""
-    against: str | None
-    """The folder or hub name of the other model."""
+    against: Named | None
+    """The other model."""
+    adapter: str | None
+    """The folder of the model's adapter."""
+    reference_adapter: str | None
+    """The folder of the reference's."""
     sets: tuple[str, ...]
     """What the sets of rows are called; () where there is one."""
     weights: tuple[float, float]
@@ -64,8 +80,11 @@ def resolve(request: Request) -> Judged:
     override(tree, request.overrides, Config.RENAMED)
 
     start, reference = dict(tree["model"]), tree.setdefault("reference", {})
+    began = None if reference.get("path") else (tree.get("adapter") or {}).get("start")
     if request.reference:
-        reference |= {"path": request.reference, "gguf_file": None}
+        given = model_of(request.reference, runs=False)
+        began = given.adapter
+        reference |= {"path": given.path, "gguf_file": given.gguf_file}
     elif not reference.get("path") and run is not None:
         reference |= {key: start[key] for key in ("path", "gguf_file", "trust_remote_code")}
     elif not reference.get("path"):
@@ -73,35 +92,45 @@ def resolve(request: Request) -> Judged:
             f"{request.target} is no run's folder, so its reference is not known, and figures compare a model with its "
             "reference: give --reference MODEL"
         )
-    path = model_of(request.target)
-    tree["model"] |= {"path": path} if path == start["path"] else {"path": path, "gguf_file": None}
+    model = model_of(request.target)
+    if model.path != start["path"]:
+        tree["model"] |= {"path": model.path, "gguf_file": model.gguf_file}
     sets = _place_rows(tree["data"], request, run)
     config = build(tree, kind=Config)
     against = None if request.against is None else model_of(request.against)
-    models = {"the model": path, "the reference": str(config.reference.path), "--against": against}
+    models = {
+        "the model": model.path,
+        "the reference": str(config.reference.path),
+        "--against": None if against is None else against.path,
+    }
     for name, place in models.items():
         if place is not None:
             check_model_path(name, place)
     return Judged(
         config=config,
         against=against,
+        adapter=model.adapter,
+        reference_adapter=began,
         sets=sets,
         weights=_weights(config, run),
         output=Path(request.output) if request.output else (own.path if own else Path()) / "evaluation.json",
     )
 
 
-def model_of(target: str) -> str:
-    """The folder or hub name of the model that a run, or the name of a model, stands for. Raises `UserError`."""
-    run = _run_of(target)
+def model_of(target: str, *, runs: bool = True) -> Named:
+    """The model that a run, or the folder or hub name of a model or an adapter, stands for. Raises `UserError`."""
+    run = _run_of(target) if runs else None
     if run is None:
-        return target
+        return Named(path=base_of(Path(target)), adapter=target) if is_adapter(target) else Named(path=target)
     if not run.export.exists():
         raise UserError(
             f"{target} has no {run.export.name}/: the run goes on, or was stopped; `kto-dist export {target}` writes "
             "the model of its newest checkpoint"
         )
-    return str(run.export)
+    if not is_adapter(run.export):
+        return Named(path=str(run.export))
+    base = Config.load(run.config).model
+    return Named(path=base.path, gguf_file=base.gguf_file, adapter=str(run.export))
 
 
 def _run_of(target: str) -> RunFolder | None:

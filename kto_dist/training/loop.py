@@ -198,6 +198,7 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> tupl
         dtype=prepared.dtype,
         attention=prepared.attention,
         kernels=prepared.kernels,
+        adapter=prepared.adapter,
         universal=universal is not None,
     )
     cutting = prepared.cutting

@@ -22,6 +22,7 @@ from kto_dist.data import tokenise as data
 from kto_dist.data.batch import Cutting, Plan
 from kto_dist.data.examples import Examples, check, check_ids, load
 from kto_dist.data.preference import Preferences
+from kto_dist.model.adapters import Adapter, Rehearsed, pick_adapter, rehearse
 from kto_dist.model.attention import pick_attention, pick_packing, switch_length
 from kto_dist.model.causal_lm import logit_transform, pick_dtype, pick_logits
 from kto_dist.model.kernels import pick_kernels
@@ -68,6 +69,8 @@ class PreparedTraining(Prepared):
     class_weights: tuple[float, float]
     """(undesirable, desirable)"""
     objective: Objective
+    adapter: Adapter | None
+    """What is trained; None: the whole model."""
     weights: Weights
     """What the policy's files hold that is not used, or is rounded."""
     source: Path | None
@@ -178,8 +181,12 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
     for text in (*weights.warnings("model.path", exported=True), unreadable(source)):
         if text:
             console.warn(text)
+    adapter, rehearsed = agree.together(lambda: _adapter(config))
     prepared = prepare(config, console)
     device = comm.device()
+    if adapter is not None and rehearsed is not None:
+        for line in rehearsed.lines(adapter):
+            console.say(line)
 
     def picks() -> tuple[torch.dtype, str, str, torch.dtype | None]:
         dtype = pick_dtype(config.train.dtype, device)
@@ -215,6 +222,7 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
             logits_bytes=None if config.train.logits_mebibytes is None else config.train.logits_mebibytes * 2**20,
             logits_dtype=logits_dtype,
         ),
+        adapter=adapter,
         weights=weights,
         source=source,
     )
@@ -239,6 +247,16 @@ def _policy_weights(config: Config) -> Weights:
     folder = local_folder(model.path, model.gguf_file, code=model.trust_remote_code)
     dtype = pick_dtype(config.train.dtype, comm.device())
     return check_weights("model.path", model.path, folder, model.gguf_file, model_config, dtype)
+
+
+def _adapter(config: Config) -> tuple[Adapter | None, Rehearsed | None]:
+    """What is trained, and what it comes to in the model. Raises `UserError` where the two do not fit."""
+    model = config.model
+    adapter = pick_adapter(config.adapter, base=model.path, seed=config.train.seed)
+    if adapter is None:
+        return None, None
+    model_config = load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code)
+    return adapter, rehearse(model_config, adapter, trust_remote_code=model.trust_remote_code)
 
 
 def _models(config: Config) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -284,6 +302,7 @@ def find(prepared: Prepared, console: Console) -> tuple[ReferenceSetup, Fingerpr
         prompt_limit=config.data.prompt_limit,
         console=console,
         known=prepared.weights if isinstance(prepared, PreparedTraining) and not config.reference.path else None,
+        adapter=Path(config.adapter.start) if config.adapter.start and not config.reference.path else None,
     )
 
 

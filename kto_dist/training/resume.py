@@ -10,11 +10,12 @@ import torch
 
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import sha256_of
-from kto_dist.training.checkpoint import State
+from kto_dist.model.adapters import Adapter
+from kto_dist.training.checkpoint import NO_ADAPTER, State
 from kto_dist.training.config import Config
 
 BY_CONTENT = frozenset(
-    {"model.path", "model.gguf_file", "reference.path", "reference.gguf_file"}
+    {"model.path", "model.gguf_file", "reference.path", "reference.gguf_file", "adapter.start"}
     | {f"data.{name}" for name in ("train", "columns", "template_kwargs", "max_length", "max_prompt_length")}
     | {"data.on_bad_row", "data.soft_labels"}
 )
@@ -26,6 +27,7 @@ REFUSED = frozenset(
         for name in ("loss", "beta", "desirable_weight", "undesirable_weight", "kl_pairs_per_step", "pairs")
     }
     | {"objective.label_smoothing", "objective.sft_weight"}
+    | {f"adapter.{name}" for name in ("type", "rank", "alpha", "targets")}
 )
 """Part of `identity` as they are."""
 END = frozenset({"train.epochs", "train.max_steps"})
@@ -46,7 +48,7 @@ ASIDE = frozenset(
     {"train.output", "train.profile", "data.workers", "data.cache", "reference.store", "checkpoint.resume"}
     | {"reference.nvme_path", "deepspeed.nvme_path", "model.trust_remote_code", "reference.trust_remote_code"}
     | {f"tracking.{name}" for name in ("enabled", "uri", "experiment", "report", "run_name", "log_model")}
-    | {"tracking.register_as"}
+    | {"tracking.register_as", "adapter.merged"}
     | {f"judge.{name}" for name in ("by", "function", "command", "base_url", "model", "key", "instructions")}
     | {"judge.max_tokens", "judge.parallel"}
 )
@@ -54,10 +56,18 @@ ASIDE = frozenset(
 
 
 def identity(
-    config: Config, *, data: str, policy: str, reference: str | None, zero_stage: int, dtype: torch.dtype
+    config: Config,
+    *,
+    data: str,
+    policy: str,
+    reference: str | None,
+    zero_stage: int,
+    dtype: torch.dtype,
+    adapter: Adapter | None = None,
+    start: str | None = None,
 ) -> dict[str, Any]:
     """`data`, `policy` and `reference`: fingerprints of the tokenised rows, of the starting weights, and of the
-    reference's where it is another model.
+    reference's where it is another model. `adapter`, and `start`, the fingerprint of its first values: what is trained.
 
     The ZeRO stage leaves the trajectory alone, but another stage cannot read the optimizer's states.
     """
@@ -69,6 +79,10 @@ def identity(
         "train.global_batch": config.train.global_batch,
         "train.dtype": str(dtype).removeprefix("torch."),
         "deepspeed.zero_stage": zero_stage,
+        **NO_ADAPTER,
+        "adapter.type": config.adapter.type,
+        **({} if adapter is None else {f"adapter.{name}": value for name, value in adapter.to_dict().items()}),
+        "adapter.start": start,
         **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
     }
 

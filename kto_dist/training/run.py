@@ -23,7 +23,7 @@ from kto_dist.record.run_folder import RunFolder, append_line, read_lines
 from kto_dist.record.tracker import NullTracker, Tracker
 from kto_dist.reference.record import PassRecord
 from kto_dist.reference.setup import local_folder
-from kto_dist.store.fingerprint import Fingerprint, weights_digest
+from kto_dist.store.fingerprint import Fingerprint, adapter_digest, weights_digest
 from kto_dist.training import checkpoint, resume
 from kto_dist.training.config import Config
 from kto_dist.training.health import Advice
@@ -171,6 +171,8 @@ def start_run(
         reference=reference.weights if config.reference.path else None,
         zero_stage=stage,
         dtype=prepared.dtype,
+        adapter=prepared.adapter,
+        start=_adapters_start(prepared),
     )
     now = state = checkpoint.State(
         step=0,
@@ -210,6 +212,15 @@ def _policy_weights(config: Config, reference: Fingerprint) -> str:
 
     digest = agree.once_per_host(lambda: weights_digest(folder(), model.gguf_file))
     return agree.same_everywhere(digest, "the weights in model.path", "copy the model to each of them again")
+
+
+def _adapters_start(prepared: PreparedTraining) -> str | None:
+    """Collective. The fingerprint of the values that an adapter starts from; None for a fresh one."""
+    if prepared.adapter is None or prepared.adapter.start is None:
+        return None
+    folder = prepared.adapter.start
+    digest = agree.once_per_host(lambda: adapter_digest(folder))
+    return agree.same_everywhere(digest, "the adapter in adapter.start", "copy it to each of them again")
 
 
 def open_run(prepared: PreparedTraining, run: Run, console: Console) -> Tracker:
