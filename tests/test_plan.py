@@ -272,6 +272,7 @@ def test_a_planned_steps_micro_batches_are_as_many_as_in_training(tmp_path, tiny
         (["--gpus", "12"], "--gpus (12) must be a multiple of --per-node (8)"),
         (["--rows", "5"], "go together"),
         (["train.dtype=fp32"], "train.dtype (fp32) is not planned for"),
+        (["--measure"], "--measure runs steps of the config on a GPU of this machine, and torch finds none"),
     ],
 )
 def test_a_mistake_is_told(tmp_path, tiny_model, tiny_log, words, message):

@@ -65,7 +65,7 @@ def sentences(plan: Plan) -> list[str]:
     said = [
         "computed, not measured: "
         f"{plan.shape.parameters:,} parameters, {plan.shape.trained:,} trained ({plan.method}), "
-        f"on {cluster.gpus:,} {gpu.name} in {cluster.nodes:,} nodes",
+        f"on {cluster.gpus:,} {gpu.name}, {cluster.local} a node",
         f"{work.rows:,} rows of {float((work.prompts + work.answers).mean()):,.0f} tokens on average, "
         f"{float(work.answers.mean()):,.0f} of them trained on; {work.steps:,} steps of {work.global_batch:,} rows",
     ]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     type=click.Choice(["full", "lora", "qlora"]),
     default="full",
     show_default=True,
-    help="What is trained: all weights, or an adapter beside them, which qlora keeps in 4 bits.",
+    help="What is trained: all weights, or an adapter beside them; with qlora they lie in 4 bits.",
 )
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of an adapter.")
 @click.option("--rows", type=click.IntRange(min=1), help="Plan without the data: so many rows of these mean lengths.")
@@ -133,8 +133,16 @@ def _workload(
 
 
 def _measured(config: Path, overrides: tuple[str, ...], settings: Config, shape: Any, workload: "Workload") -> float:
+    import torch
+
     from kto_dist.cluster.measure import measure
     from kto_dist.commands import launcher
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--measure runs steps of the config on a GPU of this machine, and torch finds none here: a processor's time "
+            "says nothing of a GPU's; leave it out"
+        )
 
     def run(more: list[str], folder: Path) -> int:
         return launcher.run("train", [str(config), *overrides, *more], 1, folder=folder)
