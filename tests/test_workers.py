@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from pair_key import keys_array, pair_key
 from ranks import run_ranks
-from reference_runs import Noted, logps_of_pairs, noted, pieces_of, scored_and_found, with_forward, work
+from reference_runs import Noted, logps_of_pairs, noted, pieces_of, score, scored_and_found, with_forward, work
 from tiny import save_tiny
 from tiny_runs import tiny_config
 
 from kto_dist.base.config import to_yaml
+from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.reference.pieces import Tally, cut_pieces
 from kto_dist.reference.worker import TERMS, Terms, Working, join
@@ -113,6 +114,27 @@ def test_a_worker_on_another_device_joins_only_where_it_is_asked_to(tmp_path, ti
     said, scored = run_ranks(_refused, 1, config)[0]
     assert "device is another there and" in said and "--any-device" in said and scored
     assert run_ranks(scored_and_found, 1, config)[0][0] == 0
+
+
+def _beside_workers(config: Config) -> tuple[list[str], list[str]]:
+    """What a pass is told without a worker at work, and with one."""
+    told: list[list[str]] = []
+    for piece in (None, "ab"):
+        said, console = [], Console()
+        console.warn = said.append
+        for shard in Path(config.reference.store).glob("*/*.parquet"):
+            shard.unlink()
+        if piece:
+            (folder,) = Path(config.reference.store).iterdir()
+            (folder / f"piece-{piece}.0.json").write_text("{}")
+        score(config, console)
+        told.append([text for text in said if "pieces" in text])
+    return told[0], told[1]
+
+
+def test_a_pass_without_leases_says_that_workers_are_at_work(tmp_path, tiny_model, tiny_log):
+    before, after = run_ranks(_beside_workers, 1, tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1))[0]
+    assert not before and len(after) == 1 and "workers have 1 pieces of this reference in hand" in after[0]
 
 
 def _heldout_too(config: Config) -> tuple[int, int, tuple[int, int]]:

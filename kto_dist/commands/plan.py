@@ -140,8 +140,8 @@ def _measured(config: Path, overrides: tuple[str, ...], settings: Config, shape:
 
     if not torch.cuda.is_available():
         raise UserError(
-            "--measure runs steps of the config on a GPU of this machine, and torch finds none here: a processor's time "
-            "says nothing of a GPU's; leave it out"
+            "--measure runs steps of the config on a GPU of this machine, and torch finds none here: a processor's "
+            "time says nothing of a GPU's; leave it out"
         )
 
     def run(more: list[str], folder: Path) -> int:

@@ -4,6 +4,7 @@ In:  `ReferenceSetup`, its fingerprint, and lists of pairs. Out: `ReferenceLogps
 lacks something, and is gone afterwards. `fill_store` does the same as one of several workers, and keeps no log-prob.
 """
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from kto_dist.reference.scoring import LoadedReference, Outcome, reference_logps
 from kto_dist.reference.setup import ReferenceSetup
 from kto_dist.reference.worker import BATCHES_A_PIECE, Terms, Worker, Working, join
 from kto_dist.store.fingerprint import Fingerprint
-from kto_dist.store.leases import Leases
+from kto_dist.store.leases import Leases, pieces_held
 from kto_dist.store.store import Store
 from kto_dist.store.tools import other_precisions
 
@@ -68,7 +69,12 @@ def score_reference(
     results: list[tuple[RefLogps, Outcome]] = []
     warnings = _Warnings(console)
     store = agree.together(lambda: Store(setup.store, fingerprint, warn=warnings.add, model=setup.path))
-    with store, lazily(lambda: _load(setup, fingerprint, console, begin, engine)) as load:
+
+    def load_it() -> LoadedReference:
+        _mention_workers(store, console)
+        return _load(setup, fingerprint, console, begin, engine)
+
+    with store, lazily(load_it) as load:
         for pairs in lists:
             before = sum(outcome.scored_once for _, outcome in results)
             with console.progress(f"reference: {pairs.title}") as show:
@@ -156,6 +162,17 @@ def fill_store(
         f"{outcome.seconds:.1f} s"
     )
     return outcome
+
+
+def _mention_workers(store: Store, console: Console) -> None:
+    """A pass without leases scores again what workers have in hand."""
+    with contextlib.suppress(OSError):
+        if pieces := pieces_held(store.folder):
+            console.warn(
+                f"workers have {pieces:,} pieces of this reference in hand (kto-dist precompute --worker), and this "
+                "pass scores whatever is not stored yet, a second time: wait until they are done, or start one of them "
+                "in place of this"
+            )
 
 
 def _shown(show: Callable[[int, int, float, float, float], None], watch: Watch, before: int) -> Watch:

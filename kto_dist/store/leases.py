@@ -44,6 +44,11 @@ def is_piece(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def pieces_held(folder: Storage) -> int:
+    """Pieces that somebody has; or had, and was killed. Raises `OSError`."""
+    return len({found[1] for file in folder.files() if (found := _NAME.fullmatch(file.name))})
+
+
 class Lease:
     """One piece, while it is held. Renews itself in a thread."""
 
