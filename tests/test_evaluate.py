@@ -74,7 +74,7 @@ def test_what_was_scored_once_is_not_scored_again(tmp_path, tiny_model):
         reference=str(tiny_model),
         data=(str(log),),
         output=str(tmp_path / "found" / "figures.json"),
-        overrides=(*words, "reference.dtype=fp32", "data.workers=1"),
+        overrides=(*words, "reference.dtype=fp32", "data.workers=1", "answers.in_evaluate=0"),
     )
     ((first, second),) = run_ranks(all_of, 1, asked, 2)
     assert first["heldout"] == second["heldout"] and first["heldout"]["rewards/all"] != 0

@@ -165,6 +165,13 @@ NOT_POLICY |= {
     f"judge__{name}"  # of answers alone: tests/test_judges.py
     for name in (*("by", "function", "command", "base_url", "model", "key", "instructions", "max_tokens", "parallel"),)
 }
+NOT_POLICY |= {
+    f"answers__{name}"  # with held-out rows alone: tests/test_samples.py
+    for name in (
+        *("while_training", "in_evaluate", "max_tokens", "temperature", "top_p", "batch", "cache", "model_url"),
+        *("model_name", "reference_url", "reference_name", "key"),
+    )
+}
 # The reference follows them unless it has its own.
 NOT_POLICY |= {"model__attention"}
 

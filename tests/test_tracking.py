@@ -100,6 +100,18 @@ def test_every_metric_arrives_under_its_name_and_step(store: Store) -> None:
     assert store.warnings == []
 
 
+def test_a_table_is_whole_each_time_and_mlflow_finds_it(store: Store) -> None:
+    tracker = store.start(store.config())
+    tracker.log_table("answers.json", ("step", "answer"), [(0, "old")])
+    tracker.log_table("answers.json", ("step", "answer"), [(5, "new"), (0, "old")])
+    tracker.finish("FINISHED")
+    table = json.loads(Path(store.client.download_artifacts(tracker.run_id, "answers.json")).read_text())
+    assert table == {"columns": ["step", "answer"], "data": [[5, "new"], [0, "old"]]} and store.warnings == []
+    # by this tag MLflow's pages know that it is a table
+    tags = store.client.get_run(tracker.run_id).data.tags
+    assert json.loads(tags["mlflow.loggedArtifacts"]) == [{"path": "answers.json", "type": "table"}]
+
+
 def test_more_metrics_than_one_request_holds_all_arrive(store: Store) -> None:
     tracker = store.start(store.config())
     for step in range(300):

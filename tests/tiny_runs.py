@@ -32,6 +32,7 @@ def tiny_config(folder: Path, model: Path, log: Path, **overrides: Any) -> Confi
             "eps": 1e-4,
         },
         "tracking": {"enabled": False, "report": False},
+        "answers": {"while_training": 0, "in_evaluate": 0, "cache": str(folder / "answers")},
     }
     for name, value in overrides.items():
         section, key = name.split("__")

@@ -18,6 +18,7 @@ from rich.table import Table
 from kto_dist.base.config import flatten, keys, resolve, sections
 from kto_dist.base.errors import UserError
 from kto_dist.base.secrets import masked
+from kto_dist.commands.chat import chat
 from kto_dist.commands.plan import plan
 from kto_dist.commands.settings import settings_page
 from kto_dist.commands.store import store
@@ -383,6 +384,7 @@ def merge_adapter(adapter: Path, output: Path | None, **settings: Any) -> None:
     click.echo(f"model: {merge(adapter, output, Console(), **settings)}")
 
 
+main.add_command(chat)
 main.add_command(store)
 main.add_command(plan)
 

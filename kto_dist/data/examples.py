@@ -260,6 +260,43 @@ def load(folder: str | Path) -> Examples:
     return Examples(table, fingerprint=about["fingerprint"], report=DataReport.from_dict(about["report"]))
 
 
+def on_the_spot(prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> Examples:
+    """Rows of token ids that no log holds: a model's own answers. What a log says of rows, they have not."""
+    count, nobody = (
+        len(prompts),
+        ClassReport(kept=0, prompts_cut=0, completions_cut=0, dropped=0, prompt_tokens=0, completion_tokens=0),
+    )
+    groups = np.unique([prompt.tobytes() for prompt in prompts], return_inverse=True)[1].ravel()
+    table = pa.table(
+        {
+            "prompt_ids": pa.array([prompt.astype(np.int32) for prompt in prompts], pa.list_(pa.int32())),
+            "completion_ids": pa.array([ids.astype(np.int32) for ids in completions], pa.list_(pa.int32())),
+            "desirable": pa.array(np.ones(count, bool)),
+            "weight": pa.array(np.ones(count)),
+            "prompt_group": pa.array(groups.astype(np.int64)),
+            "pair": pa.nulls(count, pa.int64()),
+            "source": pa.array(np.zeros(count, np.int16)),
+        }
+    )
+    report = DataReport(
+        rows_read=0,
+        skipped={},
+        skipped_examples=[],
+        unused={},
+        notes={},
+        first={},
+        sources=[],
+        shortened_headers=0,
+        desirable=nobody,
+        undesirable=nobody,
+        duplicates=0,
+        contradictions=0,
+        prompt_lengths={},
+        completion_lengths={},
+    )
+    return Examples(table, fingerprint="made on the spot", report=report)
+
+
 def check(examples: Examples, *, needs_both: bool = True, needs_pairs: bool, name: str = "data.train") -> None:
     """Raises `UserError` where rows cannot train: a desirable one, with `needs_both` an undesirable one, or with
     `needs_pairs` a second prompt is absent."""

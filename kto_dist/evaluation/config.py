@@ -1,4 +1,4 @@
-"""The sections `evaluate` and `judge`, and which way each held-out figure gets better."""
+"""The sections `evaluate`, `answers` and `judge`, and which way each held-out figure gets better."""
 
 import shlex
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kto_dist.base.config import Positive, Section, Text
+from kto_dist.base.config import NonNegativeFloat, Place, Positive, Section, Text
 
 _CLASSES = ("desirable", "undesirable")
 BETTER: dict[str, Literal["higher", "lower"]] = {
@@ -26,6 +26,47 @@ class EvaluateConfig(Section):
     """Held-out rows while training."""
 
     every_steps: Positive | None = Field(None, description="optimizer steps between evaluations; null: first and last")
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class AnswersConfig(Section):
+    """Held-out prompts, answered by the model: a handful while training, more by `kto-dist evaluate`."""
+
+    while_training: Count = Field(
+        8, description="held-out prompts that are answered with every evaluation of a run, always the same; 0: none"
+    )
+    in_evaluate: Count = Field(
+        32,
+        description="held-out prompts that `kto-dist evaluate` has answered by the model and its reference, and that"
+        " answers are drawn to for KL and entropy; 0: none",
+    )
+    max_tokens: Positive = Field(128, description="of an answer at the most")
+    temperature: NonNegativeFloat = Field(
+        0.0, description="0: the likeliest token each time; else drawn, by train.seed"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="where answers are drawn: from the likeliest tokens that have this share of the probability"
+    )
+    batch: Positive = Field(16, description="prompts that a device answers at a time")
+    cache: Place = Field("runs/answers", description="folder of the answers of `kto-dist evaluate`, keyed by content")
+    model_url: Text | None = Field(
+        None,
+        description="`kto-dist evaluate`: OpenAI-compatible API that serves the model, as http://localhost:8000/v1;"
+        " null: answered here",
+    )
+    model_name: Text | None = Field(None, description="its name there; null: the first one")
+    reference_url: Text | None = Field(None, description="likewise of the reference")
+    reference_name: Text | None = Field(None, description="its name there; null: the first one")
+    key: Text = Field("OPENAI_API_KEY", description="environment variable with the key of these APIs")
+
+    @model_validator(mode="after")
+    def _names_have_addresses(self) -> "AnswersConfig":
+        for side in ("model", "reference"):
+            if getattr(self, f"{side}_name") and not getattr(self, f"{side}_url"):
+                raise ValueError(f"{side}_name is the name at an API: give {side}_url as well")
+        return self
 
 
 INSTRUCTIONS = (

@@ -128,6 +128,26 @@ class Area:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ratio:
+    """A sum over rows by another one: what a token has of it, where rows have many."""
+
+    above: np.ndarray
+    """(U,) fp64"""
+    below: np.ndarray
+    """(U,) fp64, 0 or more."""
+
+    def of(self, times: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (times @ self.above) / (times @ self.below)
+
+    def prompts(self, member: np.ndarray) -> int:
+        return np.unique(member[self.below > 0]).size
+
+    def alike(self, value: float, member: np.ndarray) -> float | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
     """Of two figures over the same rows: of two classes, or of two models."""
 

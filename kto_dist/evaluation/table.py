@@ -1,8 +1,9 @@
 """Findings as lines for a terminal: what matters first, each figure with its range."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kto_dist.evaluation.contest import Contest
 from kto_dist.evaluation.figures import Findings
 from kto_dist.evaluation.intervals import Interval
 from kto_dist.record.verdict import FIRST
@@ -37,6 +38,44 @@ def lines_of(
             table += [[value, f"{own['rows']:,.0f}", *_cells(own)] for value, own in values.items()]
             lines += ["", *_aligned(table)]
     return lines
+
+
+def answer_lines(
+    figures: Mapping[str, Interval | float],
+    models: Sequence[str],
+    judged: Mapping[str, Contest],
+    on_policy: Mapping[str, Interval],
+) -> list[str]:
+    """A table of the models' answers, what the judge says of them, and what drawn answers say of the model."""
+    models = ["model", *(name for name in models if name != "model")]
+    sides = [*models, *(["difference"] if "words/difference" in figures else [])]
+    rows = [["answers", *(cell for side in sides for cell in (side, "95 % interval"))]]
+    for name in ("words", "tokens", "finished", "repeated"):
+        if f"{name}/model" in figures:
+            cells = [_cells_of(figures.get(f"{name}/{side}")) for side in sides]
+            rows.append([name, *(cell for pair in cells for cell in pair)])
+    lines = _aligned(rows)
+    if "identical" in figures:
+        lines.append(f"identical to the reference's: {_with_range(figures['identical'])}")
+    for other, found in judged.items():
+        own = found.figures()
+        lines += ["", f"the model against {other}, judged by {found.judge} in both orders"]
+        lines += _aligned([["", "value", "95 % interval"], *([name, *_cells_of(own[name])] for name in own)])
+    if on_policy:
+        lines += ["", "answers drawn from the model, in nats"]
+        lines += _aligned([["", "value", "95 % interval"], *([n, *_cells_of(each)] for n, each in on_policy.items())])
+    return lines
+
+
+def _cells_of(figure: Interval | float | None) -> tuple[str, str]:
+    if isinstance(figure, Interval):
+        return _number(figure.value), _range(figure)
+    return ("" if figure is None else _number(figure)), ""
+
+
+def _with_range(figure: Interval | float) -> str:
+    value, sure = _cells_of(figure)
+    return f"{value} ({sure})" if sure else value
 
 
 def _shown(found: Findings) -> list[str]:

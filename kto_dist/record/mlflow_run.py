@@ -16,10 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from alembic.util.exc import CommandError
 from mlflow import MlflowClient
@@ -110,6 +110,7 @@ class MlflowRun(Tracker):
         self._client = client
         self._warn = warn
         self._lacks: list[str] = []
+        self._tables: list[str] = []
         self._troubled = False
         self._finished = False
         self._last_step = 0
@@ -152,6 +153,16 @@ class MlflowRun(Tracker):
                 self._client.log_artifacts(self.run_id, str(path), folder or path.name)
             else:
                 self._client.log_artifact(self.run_id, str(path), folder)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """As `MlflowClient.log_table` writes it, which would append. Not patient: training waits."""
+        table = json.dumps({"columns": list(columns), "data": [list(row) for row in rows]})
+        with self._guarded(f"table {name}", retries=0, timeout=10):
+            self._client.log_text(self.run_id, table, name)
+            if name not in self._tables:
+                self._tables.append(name)
+                listed = [{"path": each, "type": "table"} for each in self._tables]
+                self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", json.dumps(listed))
 
     def log_model(self, export_dir: str | Path) -> None:
         """Uploads and registers the exported model where `tracking.log_model` or `.register` asks for it."""
@@ -224,9 +235,9 @@ class MlflowRun(Tracker):
             self._warn(f"MLflow at {self.uri} failed ({what}): {_reason(error)}. Training goes on")
 
     @contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
+    def _guarded(self, what: str, *, retries: int = 2, timeout: int = 120) -> Iterator[None]:
         try:
-            with _patience(retries=0 if self._troubled else 2, timeout=10 if self._troubled else 120):
+            with _patience(retries=0 if self._troubled else retries, timeout=10 if self._troubled else timeout):
                 yield
         except _ERRORS as error:
             self._lacks.append(f"{what} ({_reason(error)})")

@@ -1,6 +1,6 @@
 """A run's folder -> one self-contained page that says how the run went, and its plots as files.
 
-In:  `config.yaml`, `metrics.jsonl`, `heldout.jsonl`, `summary.json`; any may be missing, short, or cut off.
+In:  `config.yaml`, `metrics.jsonl`, `heldout.jsonl`, `answers.jsonl`, `summary.json`; any may be missing, or cut off.
 Out: `plots/*.png` (light) and `report.html` with every plot inside it, in a light and a dark rendering.
 
 It reads files only, so that a report can be made of a run that still goes, was killed, or ran elsewhere.
@@ -22,7 +22,7 @@ from kto_dist.base.secrets import masked
 from kto_dist.record.plots import PLOTS, Record, curve, is_finite, render
 from kto_dist.record.run_folder import read_lines
 from kto_dist.record.theme import DARK, LIGHT
-from kto_dist.record.verdict import FIRST, ordered, shown_range, verdict
+from kto_dist.record.verdict import FIRST, ordered, shortened, shown_range, verdict
 
 
 def write_report(run: str | Path) -> Path:
@@ -30,7 +30,8 @@ def write_report(run: str | Path) -> Path:
     run = Path(run)
     metrics, heldout = read_steps(run / "metrics.jsonl"), read_steps(run / "heldout.jsonl")
     summary = read_json(run / "summary.json")
-    config = run / "config.yaml"
+    config, answers = run / "config.yaml", read_lines(run / "answers.jsonl")
+    told = shortened(_sides_of(summary, answers))
 
     plots = []
     (run / "plots").mkdir(parents=True, exist_ok=True)
@@ -51,14 +52,14 @@ def write_report(run: str | Path) -> Path:
             name=run.resolve().name,
             steps=len(metrics),
             last_step=metrics[-1]["step"] if metrics else None,
-            verdict=verdict(before, after, metrics) if metrics or after else None,
+            verdict=verdict(before, after, metrics, told) if metrics or after else None,
             tiles=_tiles(metrics, heldout, summary),
             plots=plots,
             comparison=matters or rows,
             more=rows[len(matters) :] if matters else [],
             slices=_slices(after),
             health=[line for line in read_lines(run / "health.jsonl") if isinstance(line.get("message"), str)],
-            samples=[sample for sample in _listed(summary.get("samples")) if isinstance(sample, dict)],
+            samples=_samples(summary, answers),
             sections=_sections(summary),
             config=masked(config.read_text(encoding="utf-8")) if config.is_file() else None,
         )
@@ -170,6 +171,26 @@ def _slices(after: Record) -> list[tuple[str, list[tuple[str, Any, Any, str, Any
     return [
         (column, [(value, own.get("rows"), *of(own, "accuracy/all"), *of(own, "auc")) for value, own in values.items()])
         for column, values in found.items()
+    ]
+
+
+def _sides_of(summary: Record, answers: list[Record]) -> tuple[list[Record], list[Record]]:
+    """The first answers, and those of the weights that were exported; nothing of one evaluation alone."""
+    best = summary.get("best")
+    step = best.get("step") if isinstance(best, dict) else None
+    last = next((line for line in answers if line["step"] == step), answers[-1] if answers else {})
+    first = answers[0] if answers and answers[0]["step"] < last["step"] else {}
+    old, new = ([one for one in _listed(line.get("answers")) if isinstance(one, dict)] for line in (first, last))
+    return old, new
+
+
+def _samples(summary: Record, answers: list[Record]) -> list[Record]:
+    """Prompts with answers before and after: the summary's own, or those of answers.jsonl."""
+    own = [sample for sample in _listed(summary.get("samples")) if isinstance(sample, dict)]
+    before, after = _sides_of(summary, answers)
+    old = {one.get("prompt"): one.get("answer") for one in before}
+    return own or [
+        {"prompt": one.get("prompt"), "before": old.get(one.get("prompt")), "after": one.get("answer")} for one in after
     ]
 
 

@@ -1,7 +1,7 @@
 """A run's folder: the files that a run writes line by line, and what a resumed run keeps of them.
 
-    config.yaml  metrics.jsonl  heldout.jsonl  heldout-rows.npz  checkpoints/  export/  merged/  summary.json
-    report.html
+    config.yaml  metrics.jsonl  heldout.jsonl  heldout-rows.npz  answers.jsonl  checkpoints/  export/  merged/
+    summary.json  report.html
 
 Rank 0 alone writes here; checkpoints have a module of their own.
 """
@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "heldout-rows.npz"
 
     @property
+    def answers(self) -> Path:
+        """One line an evaluation: answers to a handful of held-out prompts; absent where none are asked for."""
+        return self.path / "answers.jsonl"
+
+    @property
     def health(self) -> Path:
         """One line a message of a rule of health; absent where none has spoken."""
         return self.path / "health.jsonl"
@@ -67,6 +72,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, config.encode())
         lost = [_keep_until(self.metrics, step), _keep_until(self.heldout, step - 1 if last else step)]
+        if self.answers.exists():
+            lost.append(_keep_until(self.answers, step - 1 if last else step))
         if self.health.exists():
             lost.append(_keep_until(self.health, step))
         return [text for text in lost if text]

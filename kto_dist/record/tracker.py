@@ -5,8 +5,9 @@ Only rank 0 tracks; other ranks, a run with `tracking.enabled=false` and one who
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -40,6 +41,10 @@ class Tracker(ABC):
         """A file, kept in `folder`; or a folder's content, kept as `folder` (default: its own name)."""
 
     @abstractmethod
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table of plain values, in place of an earlier one of this name (`<word>.json`)."""
+
+    @abstractmethod
     def log_model(self, export_dir: str | Path) -> None:
         """The exported model, where `tracking.log_model` or `.register` asks for it."""
 
@@ -71,6 +76,8 @@ class NullTracker(Tracker):
     ) -> None: ...
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None: ...
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
 
     def log_model(self, export_dir: str | Path) -> None: ...
 

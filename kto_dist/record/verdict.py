@@ -33,6 +33,8 @@ FAR = 50.0
 """Nats of `kl_raw` that are a long way from the reference."""
 BY_HEART = 0.15
 """Accuracy on training rows above that on held-out rows."""
+LENGTH = 0.3
+"""A change of the answers' length, as a share of it."""
 _LAST_STEPS = 10
 
 
@@ -44,8 +46,10 @@ class Verdict:
     """What to worry about, the worst first."""
 
 
-def verdict(before: Record | None, after: Record | None, metrics: Sequence[Record] = ()) -> Verdict:
-    """`before`: None where no evaluation came before the first update."""
+def verdict(
+    before: Record | None, after: Record | None, metrics: Sequence[Record] = (), more: Sequence[str] = ()
+) -> Verdict:
+    """`before`: None where no evaluation came before the first update. `more`: what else is to be watched."""
     if not after or not is_finite(after.get("accuracy/all")):
         return Verdict(tone="unclear", sentence="No held-out rows: nothing says whether the model got better.")
     told = [
@@ -54,7 +58,7 @@ def verdict(before: Record | None, after: Record | None, metrics: Sequence[Recor
         if name in after
     ]
     tone, opening = _tone(before, after)
-    return Verdict(tone=tone, sentence=f"{opening}: {', '.join(told)}.", watch=tuple(_watch(after, metrics)))
+    return Verdict(tone=tone, sentence=f"{opening}: {', '.join(told)}.", watch=(*_watch(after, metrics), *more))
 
 
 def range_of(line: Mapping[str, Any] | None, name: str) -> tuple[float, float] | None:
@@ -84,6 +88,17 @@ def _tone(before: Record | None, after: Record) -> tuple[Literal["good", "unclea
     if found[1] < bar:
         return "bad", "Worse at telling liked from disliked answers"
     return "unclear", "Not surely better or worse: the difference may be chance"
+
+
+def shortened(answers: tuple[Sequence[Record], Sequence[Record]]) -> list[str]:
+    """Whether answers have become much shorter or longer. `answers`: to the same prompts, before and after."""
+    counts = [[one["tokens"] for one in side if is_finite(one.get("tokens"))] for side in answers]
+    if not counts[0] or len(counts[0]) != len(counts[1]) or not sum(counts[0]):
+        return []
+    change = sum(counts[1]) / sum(counts[0]) - 1
+    if abs(change) <= LENGTH:
+        return []
+    return [f"answers {abs(change):.0%} {'shorter' if change < 0 else 'longer'} (of {len(counts[0])} prompts)"]
 
 
 def _change(before: Record | None, after: Record, name: str) -> str:

@@ -21,7 +21,7 @@ from kto_dist.base.config import (
     resolve,
 )
 from kto_dist.data.config import DataConfig
-from kto_dist.evaluation.config import EvaluateConfig, JudgeConfig, better_way
+from kto_dist.evaluation.config import AnswersConfig, EvaluateConfig, JudgeConfig, better_way
 from kto_dist.model.config import AdapterConfig, DeepspeedConfig, ModelConfig
 from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.objective.losses import LOSSES
@@ -134,6 +134,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    answers: AnswersConfig = AnswersConfig()
     judge: JudgeConfig = JudgeConfig()
     health: HealthConfig = HealthConfig()
 

@@ -20,8 +20,9 @@ from kto_dist.data import tokenise
 from kto_dist.data.examples import Examples, load
 from kto_dist.evaluation.figures import Evaluated, compare, findings
 from kto_dist.evaluation.heldout import evaluate_rows
+from kto_dist.evaluation.judges import judge_of
 from kto_dist.evaluation.slices import sets_of, slices_of
-from kto_dist.evaluation.table import lines_of
+from kto_dist.evaluation.table import answer_lines, lines_of
 from kto_dist.model.loading import load_tokenizer
 from kto_dist.objective.losses import LOSSES
 from kto_dist.objective.taken import taken
@@ -29,6 +30,7 @@ from kto_dist.record.environment import environment_tags
 from kto_dist.reference.logps import ReferenceLogps, score_reference
 from kto_dist.reference.pairs import evaluation_pairs
 from kto_dist.reference.setup import find_reference
+from kto_dist.training.answered import Answered, Model, answered
 from kto_dist.training.config import Config
 from kto_dist.training.judged import Judged, Request, resolve
 from kto_dist.training.prepare import counts
@@ -45,10 +47,17 @@ def evaluate(request: Request) -> dict[str, Any]:
     config = judged.config
     examples = _rows(judged, console)
 
+    # a judge that cannot be had is told before long work; rank 0 asks it
+    judge = agree.together(lambda: judge_of(config.judge) if comm.is_main() else None)
+
     models = _models(judged)
-    scored = {name: _scored(config, name, model, examples, console) for name, model in models.items()}
+    setups: dict[str, Model] = {}
+    scored: dict[str, ReferenceLogps] = {}
+    for name, model in models.items():
+        scored[name], setups[name] = _scored(config, name, model, examples, console)
+    answers = answered(config, setups, examples, models["model"].tokenizer, judge, console)
     console.end()
-    return agree.on_main(lambda: _said(judged, models, scored, examples, console))
+    return agree.on_main(lambda: _said(judged, models, scored, answers, examples, console))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +141,9 @@ def _tokenizer(judged: Judged) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _scored(config: Config, name: str, model: _Model, examples: Examples, console: Console) -> ReferenceLogps:
+def _scored(
+    config: Config, name: str, model: _Model, examples: Examples, console: Console
+) -> tuple[ReferenceLogps, Model]:
     """Collective. A model's log-probs of all rows and their KL pairs, by the settings of `reference`."""
     own = asdict(model)
     adapter = own.pop("adapter")
@@ -147,13 +158,14 @@ def _scored(config: Config, name: str, model: _Model, examples: Examples, consol
         console=console,
         adapter=None if adapter is None else Path(adapter),
     )
-    return score_reference([pairs], setup, fingerprint, console)
+    return score_reference([pairs], setup, fingerprint, console), Model(setup=setup, digest=fingerprint.digest)
 
 
 def _said(
     judged: Judged,
     models: dict[str, _Model],
     scored: dict[str, ReferenceLogps],
+    answers: Answered | None,
     examples: Examples,
     console: Console,
 ) -> dict[str, Any]:
@@ -194,10 +206,15 @@ def _said(
         other, paired = findings(rows_there, sets=sets, slices=slices), compare(rows, rows_there)
         said["heldout_against"] = other.to_dict()
         said["difference"] = {name: asdict(interval) for name, interval in paired.items()}
+    if answers is not None:
+        said["answers"] = answers.to_dict()
     with disks.refusals("the evaluation", "--output", judged.output.parent):
         judged.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(judged.output, json.dumps(said, indent=1).encode())
-    for line in lines_of(found, judged.sets, other, paired):
+    lines = lines_of(found, judged.sets, other, paired)
+    if answers is not None:
+        lines += ["", *answer_lines(answers.figures, [*answers.answers], answers.contests, answers.on_policy)]
+    for line in lines:
         console.say(line)
     console.say(f"evaluation: {judged.output}")
     return said

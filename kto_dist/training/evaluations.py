@@ -16,6 +16,7 @@ from kto_dist.record.run_folder import read_lines
 from kto_dist.training import checkpoint
 from kto_dist.training.best import Best, weights_of
 from kto_dist.training.run import Run
+from kto_dist.training.samples import Samples
 from kto_dist.training.stepper import Stepper
 
 
@@ -31,8 +32,11 @@ class Evaluations:
     last: dict[str, Any] | None = field(default=None, init=False)
     """What the last evaluation found."""
 
+    samples: Samples = field(init=False)
+
     def __post_init__(self) -> None:
         """Collective."""
+        self.samples = Samples(self.stepper, self.run, self.console)
         self.best = Best.of(self.stepper.prepared.config)
         lines = comm.broadcast(read_lines(self.run.folder.heldout))
         if lines:
@@ -62,6 +66,7 @@ class Evaluations:
             path = self.run.folder.heldout_rows
             self.run.put_down(f"the held-out rows of step {step}", lambda: kept.write(path, rows))
             line = self._note(step, agree.together(lambda: self._findings(rows)))
+        self.samples.at(step)
         self.console.phase("training")
         return line
 

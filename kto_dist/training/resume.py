@@ -51,6 +51,8 @@ ASIDE = frozenset(
     | {"tracking.register_as", "adapter.merged"}
     | {f"judge.{name}" for name in ("by", "function", "command", "base_url", "model", "key", "instructions")}
     | {"judge.max_tokens", "judge.parallel"}
+    | {f"answers.{name}" for name in ("while_training", "in_evaluate", "max_tokens", "temperature", "top_p", "batch")}
+    | {f"answers.{name}" for name in ("cache", "model_url", "model_name", "reference_url", "reference_name", "key")}
 )
 """Where things lie, who may load them and who watches: applied without a word."""
 

@@ -29,6 +29,9 @@ from kto_dist.base.files import write_whole
 from kto_dist.commands import launcher
 from kto_dist.data import tokenise as data
 from kto_dist.data.examples import load
+from kto_dist.evaluation.config import JudgeConfig
+from kto_dist.evaluation.contest import Pair, contest
+from kto_dist.evaluation.judges import judge_of
 from kto_dist.model.loading import load_model, load_tokenizer
 from kto_dist.record import report, tracking
 from kto_dist.record.tracking_uri import ui_command
@@ -108,6 +111,13 @@ def add_answers(run: Path, questions: list[str], answers: dict[str, list[str]], 
     summary = json.loads((run / "summary.json").read_text())
     summary["demo_seconds"] = seconds
     summary["answers"] = {name: measure(questions, texts) for name, texts in answers.items()}
+    judge = judge_of(JudgeConfig(by="function", function=f"{Path(__file__).parent / 'wish.py'}:approves"))
+    assert judge is not None
+    pairs = [
+        Pair(prompt=question, ours=after, theirs=before)
+        for question, before, after in zip(questions, answers["before"], answers["after"], strict=True)
+    ]
+    summary["judged"] = contest(judge, pairs).to_dict()
     summary["samples"] = [
         {
             "prompt": question,
@@ -140,6 +150,10 @@ def show(summary: dict, questions: list[str], answers: dict[str, list[str]]) -> 
     for name in summary["answers"]["before"]:
         values = [summary["answers"][when][name] for when in ("before", "after")]
         figures.add_row(f"answers: {name.replace('_', ' ')}", *(f"{value:.3f}" for value in values))
+    won = summary["judged"]["figures"]["win_rate"]
+    figures.add_row(
+        "answers: win rate against before", "", f"{won['value']:.3f} ({won['low']:.2f} to {won['high']:.2f})"
+    )
     out.print(figures)
 
     samples = Table(

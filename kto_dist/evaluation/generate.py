@@ -1,0 +1,317 @@
+"""Answers of a model to prompts, both as tokens: greedy, or drawn with a seed.
+
+In:  a model, prompts as the training rows have them, a `Decoding`. Out: `Generated`, in the prompts' order.
+
+1. `choose`    logits of the next token -> a token
+2. `generate`  a model whose weights are whole: transformers' own loop, in batches of prompts of like length; `stream`
+               one prompt, token after token
+3. `extend`    a model whose weights are sharded: a forward a token, the same one on every rank
+
+Both leave torch's random numbers alone, so that answers on the way change no training run. A prompt's draws are a
+function of the seed and the prompt, whatever stands beside it in a batch.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from kto_dist.base import comm
+from kto_dist.data.batch import Cutting, collate
+from kto_dist.data.template import look_at
+from kto_dist.model.adapters import from_folder, put_in
+from kto_dist.model.attention import ATTENTIONS, Place
+from kto_dist.model.causal_lm import Forward, ScoringModel, score
+from kto_dist.model.loading import load_config, load_model, set_modes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """How answers are made."""
+
+    max_tokens: int
+    stops: tuple[int, ...]
+    """Tokens that end an answer."""
+    temperature: float = 0.0
+    """0: the likeliest token each time."""
+    top_p: float = 1.0
+    """Of the likeliest tokens as many as have this share of the probability."""
+    seed: int = 0
+
+    def key(self, prompt: np.ndarray) -> str:
+        """Equal where the answer is, of one model."""
+        drawn = (self.temperature, self.top_p, self.seed) if self.temperature else ()
+        facts = f"{self.max_tokens} {sorted(self.stops)} {drawn} ".encode()
+        return hashlib.blake2b(facts + prompt.astype(np.int64).tobytes(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Where a model's files lie."""
+
+    path: str
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    adapter: str | None = None
+    """The folder of one that the model has."""
+    name: str = "the model"
+    """In messages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    ids: tuple[int, ...]
+    """With the token that ended it."""
+    finished: bool
+    """Whether the model ended it; else it met a limit of tokens."""
+
+
+def load_whole(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model on one device, to generate. Raises `UserError`."""
+    config = load_config(source.path, source.gguf_file, trust_remote_code=source.trust_remote_code)
+    lm = load_model(
+        source.path,
+        gguf_file=source.gguf_file,
+        dtype=dtype,
+        attention=_plain(Place(config=config, device=device, dtype=dtype)),
+        config=config,
+        trust_remote_code=source.trust_remote_code,
+    )
+    if source.adapter is not None:
+        put_in(lm, from_folder(f"{source.name}'s adapter", Path(source.adapter)))
+    lm.requires_grad_(False)
+    # `to` of transformers has a type of its own
+    moved: Any = lm
+    moved.to(device)
+    return lm
+
+
+def _plain(place: Place) -> str:
+    """Attention that takes keys and values of earlier tokens."""
+    return "sdpa" if ATTENTIONS["sdpa"].missing(place) is None else "eager"
+
+
+def stops_of(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | None) -> tuple[int, ...]:
+    """EOS, what the chat template ends an answer with, and what the model's generation settings name."""
+    template = look_at(tokenizer, {})
+    named: Any = [] if template is None else tokenizer.convert_tokens_to_ids(list(template.endings))
+    eos: Any = None if settings is None else settings.eos_token_id
+    more = eos if isinstance(eos, list) else [eos]
+    found = [tokenizer.eos_token_id, *named, *more]
+    return tuple(sorted({int(token) for token in found if isinstance(token, int)}))
+
+
+def choose(
+    logits: Tensor,  # (R, V)
+    drawn: Tensor,  # (R,) fp64, each in [0, 1)
+    decoding: Decoding,
+) -> Tensor:  # (R,) int64
+    """The likeliest token, or the one at which the sum of the probabilities passes `drawn`."""
+    if not decoding.temperature:
+        return logits.argmax(-1)
+    chances = torch.softmax(logits.double() / decoding.temperature, -1)
+    if decoding.top_p < 1:
+        ordered, place = chances.sort(descending=True)
+        # a token stays where those before it have less than the share
+        ordered *= ordered.cumsum(-1) - ordered < decoding.top_p
+        chances = torch.zeros_like(chances).scatter_(-1, place, ordered)
+    sums = chances.cumsum(-1)
+    wanted = drawn.to(sums.device)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, wanted, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+class _Draws:
+    """A stream of numbers in [0, 1) for each prompt."""
+
+    def __init__(self, prompts: Sequence[np.ndarray], decoding: Decoding) -> None:
+        seeds = [int(decoding.key(prompt), 16) for prompt in prompts] if decoding.temperature else []
+        self._streams = [np.random.default_rng(seed) for seed in seeds]
+        self._prompts = len(prompts)
+
+    def next(self, places: Sequence[int] | None = None) -> Tensor:  # (R,)
+        """Of some of the prompts, or of all."""
+        chosen = range(self._prompts) if places is None else places
+        if not self._streams:
+            return torch.zeros(len(chosen), dtype=torch.float64)
+        return torch.tensor([self._streams[place].random() for place in chosen], dtype=torch.float64)
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves one token of each row, which greedy decoding then takes."""
+
+    def __init__(self, draws: _Draws, decoding: Decoding) -> None:
+        self._draws, self._decoding = draws, decoding
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = choose(scores, self._draws.next(), self._decoding)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token[:, None], 0.0)
+
+
+@torch.no_grad()
+def generate(lm: PreTrainedModel, prompts: Sequence[np.ndarray], decoding: Decoding, *, batch: int) -> list[Generated]:
+    """Of a model whose weights are whole. Leaves it as it was."""
+    found: list[Generated] = [Generated(ids=(), finished=False)] * len(prompts)
+    room = [_room(lm, prompt, decoding) for prompt in prompts]
+    with _answering(lm):
+        for places in _batches([len(prompt) for prompt in prompts], room, batch, padded=_can_pad(lm)):
+            chosen = [prompts[place] for place in places]
+            # more than the shortest room would leave the model's positions
+            tokens = _generated(lm, chosen, decoding, room[places[0]])
+            for place, ids in zip(places, tokens, strict=True):
+                found[place] = _ended(ids[: room[place]], decoding)
+    return found
+
+
+@torch.no_grad()
+def stream(lm: PreTrainedModel, prompt: np.ndarray, decoding: Decoding, tell: Callable[[list[int]], None]) -> Generated:
+    """One answer, as `generate` gives it; `tell` gets its tokens so far after each of them."""
+    room = _room(lm, prompt, decoding)
+    if not room:
+        return Generated(ids=(), finished=False)
+    with _answering(lm):
+        return _ended(_generated(lm, [prompt], decoding, room, _Told(tell))[0], decoding)
+
+
+class _Told(BaseStreamer):
+    def __init__(self, tell: Callable[[list[int]], None]) -> None:
+        self._tell, self._ids, self._begun = tell, list[int](), False
+
+    def put(self, value: Tensor) -> None:
+        # the first are the prompt's
+        if self._begun:
+            self._ids += value.flatten().tolist()
+            self._tell(list(self._ids))
+        self._begun = True
+
+    def end(self) -> None: ...
+
+
+def _generated(
+    lm: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    decoding: Decoding,
+    tokens: int,
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
+    width, device = max(map(len, prompts)), lm.device
+    ids = torch.full((len(prompts), width), decoding.stops[0] if decoding.stops else 0, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, width - len(prompt) :] = 1
+    processors = LogitsProcessorList([_Chosen(_Draws(prompts, decoding), decoding)] if decoding.temperature else [])
+    settings = GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=list(decoding.stops) or None,
+        pad_token_id=decoding.stops[0] if decoding.stops else 0,
+    )
+    model: Any = lm  # its type knows no `generate`
+    made: Any = model.generate(
+        ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=settings,
+        logits_processor=processors,
+        streamer=streamer,
+    )
+    return [row.tolist() for row in made[:, width:].cpu()]
+
+
+@torch.no_grad()
+def extend(
+    forward: Forward, model: ScoringModel, prompts: Sequence[np.ndarray], decoding: Decoding, cutting: Cutting
+) -> list[Generated]:
+    """Collective. Of a model whose weights are sharded: every rank runs the same forwards, and rank 0's tokens count.
+
+    No keys and values are kept, so that a token costs a forward of all before it: for few prompts, and short answers.
+    """
+    rooms = [_room(model.lm, prompt, decoding) for prompt in prompts]
+    made: list[list[int]] = [[] for _ in prompts]
+    draws, device = _Draws(prompts, decoding), comm.device()
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return model.transform(torch.nn.functional.linear(hidden, weight, bias).float())
+
+    def is_open(place: int) -> bool:
+        return len(made[place]) < rooms[place] and not (made[place] and made[place][-1] in decoding.stops)
+
+    while places := [place for place in range(len(prompts)) if is_open(place)]:
+        drawn, tokens = draws.next(places), []
+        rows = [np.concatenate([prompts[place], np.array(made[place], np.int64)]) for place in places]
+        # a forward keeps the position before each token of a completion: one token, whatever it is, follows
+        size = 1 if cutting.apart else max(1, cutting.tokens // (max(map(len, rows)) + 1))
+        for start in range(0, len(rows), size):
+            part = [(row, np.zeros(1, np.int64)) for row in rows[start : start + size]]
+            batch = collate(part, np.arange(len(part)), packed=cutting.packed).to(device)
+            logits = score(forward, batch, head)
+            tokens += choose(logits, drawn[start : start + size], decoding).tolist()
+        # roundings may differ between ranks, and one of them would go on alone
+        for place, token in zip(places, comm.broadcast(tokens), strict=True):
+            made[place].append(token)
+    return [_ended(ids, decoding) for ids in made]
+
+
+def _ended(ids: Sequence[int], decoding: Decoding) -> Generated:
+    end = next((place + 1 for place, token in enumerate(ids) if token in decoding.stops), None)
+    return Generated(ids=tuple(ids[:end]), finished=end is not None)
+
+
+def _room(lm: PreTrainedModel, prompt: np.ndarray, decoding: Decoding) -> int:
+    """Tokens that an answer may have."""
+    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    return max(0, min(decoding.max_tokens, context - len(prompt) if context else decoding.max_tokens))
+
+
+def _can_pad(lm: PreTrainedModel) -> bool:
+    """Whether padding before a prompt leaves its answer alone: a state that runs along the row takes it in."""
+    return not getattr(lm, "_is_stateful", False)
+
+
+def _batches(lengths: Sequence[int], rooms: Sequence[int], size: int, *, padded: bool) -> Iterator[list[int]]:
+    """Places of prompts of like length and equal room, the longest first; without room there is no answer."""
+    waiting: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: (rooms[place], -lengths[place])):
+        if not rooms[place]:
+            continue
+        other = waiting and (
+            rooms[waiting[0]] != rooms[place] or (not padded and lengths[waiting[0]] != lengths[place])
+        )
+        if other or len(waiting) == size:
+            yield waiting
+            waiting = []
+        waiting.append(place)
+    if waiting:
+        yield waiting
+
+
+@contextmanager
+def _answering(lm: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model generates by what it is asked alone: not by settings of its own, nor by what packs rows."""
+    attention, settings = lm.config._attn_implementation, lm.generation_config
+    lm.eval()
+    lm.generation_config = GenerationConfig()
+    if attention == "varlen":
+        lm.set_attn_implementation(_plain(Place(config=lm.config, device=lm.device, dtype=lm.dtype)))
+    try:
+        yield
+    finally:
+        if attention == "varlen":
+            lm.set_attn_implementation(attention)
+        lm.generation_config = settings
+        set_modes(lm)

@@ -1,0 +1,125 @@
+"""A run's own answers: the same prompts with every evaluation, in folder and report, and training does not move."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from tiny_runs import TIMED, metrics_of, tiny_config, train_all, train_and_die_after
+
+from kto_dist.record.report import write_report
+from kto_dist.record.verdict import shortened
+from kto_dist.training import samples
+from kto_dist.training.config import Config
+from kto_dist.training.samples import table_of
+
+ASKED = {
+    "answers__while_training": 3,
+    "answers__max_tokens": 10,
+    "data__heldout": 0.3,
+    "evaluate__every_steps": 2,
+    "train__max_steps": 4,
+}
+
+
+def answers_of(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.train.output) / "answers.jsonl").read_text().splitlines()]
+
+
+def moved(config: Config) -> list[dict[str, float]]:
+    return [{n: v for n, v in line.items() if n not in TIMED} for line in metrics_of(config)]
+
+
+def test_the_same_prompts_are_answered_with_every_evaluation_and_training_does_not_move(tmp_path, tiny_model, tiny_log):
+    on = tiny_config(tmp_path, tiny_model, tiny_log, **ASKED, answers__temperature=1.0)
+    off = tiny_config(
+        tmp_path, tiny_model, tiny_log, **ASKED | {"answers__while_training": 0}, train__output=str(tmp_path / "off")
+    )
+    run_ranks(train_all, 1, [on, off])
+    lines = answers_of(on)
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    prompts = [[one["prompt"] for one in line["answers"]] for line in lines]
+    assert prompts[0] == prompts[1] == prompts[2] and len(set(prompts[0])) == 3
+    assert moved(on) == moved(off)
+    assert not (tmp_path / "off" / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_whole_and_sharded_weights_answer_alike_on_any_number_of_ranks(tmp_path, tiny_model, tiny_log, ranks):
+    configs = [
+        tiny_config(
+            tmp_path,
+            tiny_model,
+            tiny_log,
+            **ASKED,
+            deepspeed__zero_stage=stage,
+            train__output=str(tmp_path / f"stage {stage}"),
+        )
+        for stage in (2, 3)
+    ]
+    run_ranks(train_all, ranks, configs)
+    whole, sharded = map(answers_of, configs)
+    assert whole == sharded
+    assert [line["step"] for line in whole] == [0, 2, 4] and all(one["answer"] for one in whole[0]["answers"])
+
+
+def test_a_run_that_goes_on_keeps_its_first_answers(tmp_path, tiny_model, tiny_log):
+    whole = tiny_config(tmp_path, tiny_model, tiny_log, **ASKED, train__output=str(tmp_path / "whole"))
+    killed = tiny_config(tmp_path, tiny_model, tiny_log, **ASKED, checkpoint__every_steps=1)
+    with pytest.raises(RuntimeError, match="died without a result"):
+        run_ranks(train_and_die_after, 1, killed, 3)
+    run_ranks(train_all, 1, [killed, whole])
+    assert answers_of(killed) == answers_of(whole)
+
+
+def _failing(config: Config) -> tuple[dict[str, Any], str]:
+    """In a rank of its own, which ends with it: the summary, and what was said."""
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise AttributeError("this family has no cache")
+
+    samples.generate = broken
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        summary = train_all([config])[0]
+    return summary, said.getvalue()
+
+
+def test_a_family_that_cannot_generate_is_told_of_once_and_trains(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, **ASKED)
+    summary, said = run_ranks(_failing, 2, config)[0]
+    assert summary["steps"] == 4 and not (Path(config.train.output) / "answers.jsonl").exists()
+    assert said.count("LlamaForCausalLM answers no prompts (AttributeError: this family has no cache)") == 1
+
+
+def line(step: int, *answers: str) -> dict[str, Any]:
+    told = [
+        {"prompt": f"question {n}", "answer": text, "finished": True, "tokens": len(text)}
+        for n, text in enumerate(answers)
+    ]
+    return {"step": step, "answers": told}
+
+
+def test_the_report_shows_first_answers_beside_those_of_the_exported_weights(tmp_path):
+    lines = [line(0, "<b>old</b>", "and old as well"), line(2, "best", "b"), line(4, "last", "l")]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"step": 4, "accuracy/all": 0.6}) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert "question 0" in page and "&lt;b&gt;old&lt;/b&gt;" in page and "last" in page and "best" not in page
+    assert "answers 80% shorter (of 2 prompts)" in page
+    (tmp_path / "summary.json").write_text(json.dumps({"best": {"step": 2}}))
+    page = write_report(tmp_path).read_text()
+    assert ">best<" in page and ">last<" not in page
+
+
+def test_only_a_great_change_of_length_is_worth_watching():
+    first, second = line(0, "x" * 10)["answers"], line(1, "y" * 12)["answers"]
+    assert shortened((first, second)) == [] and shortened(([], second)) == []
+    assert shortened((first, line(1, "z" * 14)["answers"])) == ["answers 40% longer (of 1 prompts)"]
+
+
+def test_the_table_has_a_row_an_answer_with_the_first_one_beside_it():
+    rows = table_of([line(0, "a", "b"), line(5, "c", "d")])
+    assert rows[0] == (5, "question 0", "a", "c", True, 1) and rows[-1] == (0, "question 1", "b", "b", True, 1)
