@@ -23,6 +23,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ALL = ("kto_dist", "bare-liger", "trl", "trl-liger", "kto_dist-eager", "bare", "kto_dist-stage1", "kto_dist-sdpa")
 
+# trl-bf16: only the adapter needs fp32 weights, and the model's can be bf16
+ADAPTED = ("kto_dist", "bare", "trl-bf16", "trl-liger", "trl")
+
 
 def _names(*names: str) -> list[str]:
     return [part for name in names for part in ("--implementation", name)]
@@ -103,6 +106,14 @@ STAGES = (
         model="1.2b",
         arguments=[*FULL, "--steps", "3", "--warmup", "2", "--trl-batch", "16", *_names("kto_dist", "trl")],
         tiny=[*SHORT, "--lengths", "short-chats"],
+    ),
+    Stage(
+        name="throughput-lora",
+        script="throughput.py",
+        limit=240,
+        model="1.2b",
+        arguments=[*FULL, *TIMED, "--adapter", "lora", "--trl-batch", "16", *_names(*ADAPTED)],
+        tiny=[*SHORT, *ONCE, "--adapter", "lora", *_names(*ADAPTED[:2])],
     ),
     Stage(
         name="deterministic",

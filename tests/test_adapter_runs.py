@@ -50,7 +50,7 @@ Case = tuple[str, int, int, int, bool]
 PLAIN: dict[str, Case] = {kind: (kind, 1, 0, 4096, False) for kind in ("lora", "dora")}
 CASES: list[Case] = [
     *PLAIN.values(),
-    *(("lora", *case) for case in itertools.product((1, 2), (0, 2, 3), (96, 200), (True,))),
+    *(("lora", *case) for case in itertools.product((1, 2), (0, 2, 3), (96,), (True,))),
     ("lora", 4, 2, 96, True),
     *(("dora", world, stage, 96, True) for world, stage in ((1, 2), (2, 0), (2, 3))),
 ]
@@ -182,8 +182,7 @@ def _trained_and_evaluated(config: Config) -> tuple[dict[str, Any], dict[str, An
     return train(config), evaluate(Request(target=config.train.output))
 
 
-@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
-@pytest.mark.parametrize("stage", (0, 2, 3))
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
 def test_the_export_of_every_stage_loads_in_peft_and_is_the_policy(tmp_path, tiny_log, stage, dtype):
     model = save_tiny(tmp_path / "model", tie_word_embeddings=stage == 2)
     config = lora_config(
@@ -271,6 +270,13 @@ def test_an_adapter_is_merged_from_a_run_or_a_folder(tmp_path, tiny_model, tiny_
     assert result.exit_code == 2 and "export-merged exists: give another folder" in result.output
     result = CliRunner().invoke(main, ["merge", str(tiny_model), "--base", str(tiny_model)])
     assert result.exit_code == 2 and "holds no adapter: it needs adapter_config.json" in result.output
+
+
+def test_offloaded_weights_and_optimizer_states_train_the_same_adapter(tmp_path, trajectories, tiny_model, tiny_log):
+    offloaded = {"deepspeed__offload_parameters": "cpu", "deepspeed__offload_optimizer": "cpu"}
+    config = lora_config(tmp_path, tiny_model, tiny_log, deepspeed__zero_stage=3, **offloaded)
+    run_ranks(train_all, 2, [config])
+    assert_same_trajectory(trajectories[PLAIN["lora"]], config)
 
 
 def test_what_is_registered_has_to_be_a_whole_model(tmp_path, tiny_model, tiny_log):

@@ -173,7 +173,7 @@ NOT_POLICY |= {
     )
 }
 # The reference follows them unless it has its own.
-NOT_POLICY |= {"model__attention"}
+NOT_POLICY |= {"model__attention", "model__quantization"}
 
 
 def test_every_setting_of_the_policy_is_tried_below():

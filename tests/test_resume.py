@@ -41,6 +41,7 @@ OTHER = {
     "deepspeed.offload_optimizer": "cpu",
     "deepspeed.config": "made by the test",
     "adapter.type": "lora",
+    "reference.quantization": "nf4",
     "model.attention": "eager",
     "model.kernels": "none",
     "model.gradient_checkpointing": True,
@@ -114,6 +115,7 @@ NOT_ALONE = {
     *(f"judge.{name}" for name in ("by", "function", "command", "base_url", "model")),
     # of an adapter alone: tests/test_adapter_runs.py
     "adapter.rank",
+    "model.quantization",
     "adapter.alpha",
     "adapter.targets",
     "adapter.merged",

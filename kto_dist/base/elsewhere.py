@@ -69,6 +69,11 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "adapter_name_or_path": ("adapter.start",),
     "lora_model_dir": ("adapter.start",),
     "merge_lora": ("adapter.merged",),
+    "load_in_4bit": ("model.quantization",),
+    "quantization_bit": ("model.quantization",),
+    "bnb_4bit_quant_type": ("model.quantization",),
+    "quantization_config": ("model.quantization",),
+    "ref_model_quantization_bit": ("reference.quantization",),
     # the data
     "dataset": ("data.train",),
     "datasets": ("data.train",),

@@ -21,6 +21,9 @@ class ModelConfig(Section):
     kernels: Literal["auto", "liger", "none"] = Field(
         "auto", description="fused kernels of layers; auto: Liger's on GPUs where installed and known for the family"
     )
+    quantization: Literal["none", "nf4", "fp4"] = Field(
+        "none", description="keep linear layers but the LM head in 4 bits (bitsandbytes), for an adapter beside them"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute each decoder layer in backward, to save memory")
     trust_remote_code: bool = Field(
         False, description="run the Python code that a model's folder brings along (auto_map): read it first"

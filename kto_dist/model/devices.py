@@ -129,7 +129,9 @@ def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Of all ranks' parts together; of what is packed into 4 bits, unpacked."""
+    packed = getattr(parameter, "quant_state", None)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape) if packed is None else packed.shape)
 
 
 def make_deterministic() -> None:

@@ -125,6 +125,7 @@ class Policy:
                 dtype=dtype,
                 attention=attention,
                 kernels=kernels,
+                quantization=section.quantization,
                 config=model_config,
                 trust_remote_code=section.trust_remote_code,
             )
@@ -307,6 +308,7 @@ class Reference:
         kernels: str,
         device: torch.device,
         trust_remote_code: bool = False,
+        quantization: str = "none",
         adapter: Adapter | None = None,
     ):
         options: dict[str, Any] = {
@@ -325,6 +327,7 @@ class Reference:
             dtype=dtype,
             attention=attention,
             kernels=kernels,
+            quantization=quantization,
             config=model_config,
             trust_remote_code=trust_remote_code,
         )

@@ -8,6 +8,7 @@ for weights that the files lack: transformers would draw them at random and go o
 
 import copy
 import re
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ def load_model(
     dtype: torch.dtype,
     attention: str,
     kernels: str = "none",
+    quantization: str = "none",
     config: PretrainedConfig | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -132,6 +134,8 @@ def load_model(
     if gguf_file:
         # packed GGUF weights can be neither trained nor saved
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if quantization != "none":
+        extra["quantization_config"] = _in_4_bits(path, quantization, dtype, config, gguf_file)
     loader: Any = AutoModelForCausalLM  # its type does not know `output_loading_info`
     lm: PreTrainedModel
     try:
@@ -157,6 +161,32 @@ def load_model(
     if kernels == "liger":
         fuse(lm)
     return lm
+
+
+def _in_4_bits(
+    path: str, kind: str, dtype: torch.dtype, config: PretrainedConfig, gguf_file: str | None
+) -> transformers.BitsAndBytesConfig:
+    """Packed into tensors of the dtype that is computed in, as whoever shards or copies parameters expects them."""
+    if gguf_file or getattr(config, "quantization_config", None):
+        raise UserError(f"the model at {path} is packed in its files already: set model.quantization to none")
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def pick_quantization(setting: str, name: str, *, like: str = "none") -> str:
+    """`auto`: as `like`. Raises `UserError` where the package is missing."""
+    picked = like if name == "auto" else name
+    if picked != "none" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{setting} ({picked}) needs the package bitsandbytes, which is not installed: pip install "
+            "'kto_dist[qlora]', or set it to none"
+        )
+    return picked
 
 
 def without_noise(config: PretrainedConfig) -> None:

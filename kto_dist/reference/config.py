@@ -24,6 +24,7 @@ class ReferenceConfig(Section):
     kernels: Literal["auto", "liger", "none"] = Field(
         "auto", description="fused kernels of layers; auto: as `model.kernels`"
     )
+    quantization: Literal["auto", "none", "nf4", "fp4"] = Field("auto", description="auto: as `model.quantization`")
     zero_stage: Literal["auto", 0, 3] = Field(
         "auto", description="0: a whole copy on every device; 3: sharded over the ranks; auto: 3 when offloaded, else 0"
     )

@@ -214,6 +214,7 @@ def _load(
                     kernels=setup.kernels,
                     device=setup.device,
                     trust_remote_code=setup.trust_remote_code,
+                    quantization=setup.quantization,
                     adapter=None if setup.adapter is None else from_folder("the reference's adapter", setup.adapter),
                 )
             )

@@ -23,7 +23,7 @@ from kto_dist.model.causal_lm import pick_dtype, pick_logits
 from kto_dist.model.config import ModelConfig
 from kto_dist.model.engines import Placement
 from kto_dist.model.kernels import pick_kernels
-from kto_dist.model.loading import load_config
+from kto_dist.model.loading import load_config, pick_quantization
 from kto_dist.model.weights import Weights, check_weights
 from kto_dist.reference.config import ReferenceConfig
 from kto_dist.reference.prefix import T0_OVER_HIDDEN, can_share
@@ -55,6 +55,7 @@ class ReferenceSetup:
     """How pairs are cut and scored."""
     store: str
     """Folder or URL of the store."""
+    quantization: str = "none"
     adapter: Path | None = None
     """The folder of an adapter that it has."""
     weights: Weights = field(default_factory=Weights)
@@ -81,6 +82,7 @@ class ReferenceSetup:
             logits=self.logits,
             attention=self.attention,
             kernels=None if self.kernels == "none" else self.kernels,
+            quantisation=None if self.quantization == "none" else self.quantization,
             adapter=self.adapter,
         )
 
@@ -145,6 +147,7 @@ def pick_reference(
             device=device,
         ),
         store=section.store,
+        quantization=pick_quantization("reference.quantization", section.quantization, like=model.quantization),
         adapter=adapter,
     )
 

@@ -27,6 +27,7 @@ from kto_dist.training import manifest, random_states
 
 STATE = "state.json"
 NO_ADAPTER: dict[str, Any] = {
+    "model.quantization": "none",
     "adapter.type": "none",
     **{f"adapter.{name}": None for name in ("rank", "alpha", "targets", "start")},
 }

@@ -171,6 +171,7 @@ class Config(Section):
                 f"({self.train.global_batch}): each row has one partner"
             )
         self._check_best()
+        self._check_quantization()
         if self.tracking.register_as and self.adapter.type != "none" and not self.adapter.merged:
             raise ValueError(
                 f"tracking.register ({self.tracking.register_as}) needs adapter.merged: what is registered is loaded "
@@ -187,6 +188,27 @@ class Config(Section):
                     f"the longest {what} must fit on a device; raise it, or lower data.max_length"
                 )
         return self
+
+    def _check_quantization(self) -> None:
+        packed = self.model.quantization
+        if packed != "none" and self.adapter.type != "lora":
+            # peft's DoRA beside packed weights was measured to change the model before it has learned anything
+            raise ValueError(
+                f"model.quantization ({packed}) needs adapter.type lora, not {self.adapter.type}: weights in 4 bits "
+                "have no gradient, and DoRA takes norms of them that are not theirs"
+            )
+        if packed != "none" and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                f"model.quantization ({packed}) needs deepspeed.zero_stage 0, 1 or 2, not 3: ZeRO-3 would cut weights "
+                "apart from the scales that unpack them; in 4 bits a whole copy is a quarter of one in bf16"
+            )
+        mine = self.reference.quantization
+        theirs = packed if mine == "auto" else mine
+        if theirs != "none" and (self.reference.zero_stage == 3 or self.reference.offload != "none"):
+            raise ValueError(
+                f"reference.quantization ({theirs}) needs reference.zero_stage 0 and reference.offload none: ZeRO-3 "
+                "would cut weights apart from the scales that unpack them"
+            )
 
     def _check_best(self) -> None:
         best = self.checkpoint.best

@@ -26,7 +26,7 @@ from kto_dist.model.adapters import Adapter, Rehearsed, pick_adapter, rehearse
 from kto_dist.model.attention import pick_attention, pick_packing, switch_length
 from kto_dist.model.causal_lm import logit_transform, pick_dtype, pick_logits
 from kto_dist.model.kernels import pick_kernels
-from kto_dist.model.loading import check_context, load_config, load_tokenizer, model_class
+from kto_dist.model.loading import check_context, load_config, load_tokenizer, model_class, pick_quantization
 from kto_dist.model.weights import Weights, check_weights
 from kto_dist.objective.losses import LOSSES, Loss
 from kto_dist.objective.objective import Objective
@@ -182,6 +182,12 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
         if text:
             console.warn(text)
     adapter, rehearsed = agree.together(lambda: _adapter(config))
+    agree.together(lambda: pick_quantization("model.quantization", config.model.quantization))
+    if config.model.quantization != "none" and comm.device().type == "cpu":
+        console.warn(
+            f"model.quantization ({config.model.quantization}) on a CPU unpacks weights for every product: it is slow "
+            "there, and good for trying out alone"
+        )
     prepared = prepare(config, console)
     device = comm.device()
     if adapter is not None and rehearsed is not None:

@@ -28,6 +28,7 @@ REFUSED = frozenset(
     }
     | {"objective.label_smoothing", "objective.sft_weight"}
     | {f"adapter.{name}" for name in ("type", "rank", "alpha", "targets")}
+    | {"model.quantization"}
 )
 """Part of `identity` as they are."""
 END = frozenset({"train.epochs", "train.max_steps"})
@@ -36,7 +37,10 @@ APPLIED = frozenset(
     {f"train.{name}" for name in ("lr", "schedule", "warmup", "betas", "eps", "weight_decay", "clip")}
     | {f"train.{name}" for name in ("tokens_per_microbatch", "packing", "logits_mebibytes", "logits_dtype")}
     | {"train.deterministic", "model.attention", "model.kernels", "model.gradient_checkpointing"}
-    | {f"reference.{name}" for name in ("device", "dtype", "attention", "kernels", "zero_stage", "offload")}
+    | {
+        f"reference.{name}"
+        for name in ("device", "dtype", "attention", "kernels", "zero_stage", "offload", "quantization")
+    }
     | {f"reference.{name}" for name in ("tokens_per_batch", "packing", "share_prefixes", "logits_mebibytes")}
     | {"reference.logits_dtype", "deepspeed.offload_optimizer", "deepspeed.offload_parameters", "deepspeed.config"}
     | {"data.heldout", "checkpoint.every_steps", "checkpoint.keep", "evaluate.every_steps"}
@@ -82,6 +86,7 @@ def identity(
         "train.dtype": str(dtype).removeprefix("torch."),
         "deepspeed.zero_stage": zero_stage,
         **NO_ADAPTER,
+        "model.quantization": config.model.quantization,
         "adapter.type": config.adapter.type,
         **({} if adapter is None else {f"adapter.{name}": value for name, value in adapter.to_dict().items()}),
         "adapter.start": start,
