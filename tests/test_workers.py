@@ -192,6 +192,55 @@ def _some_pairs(rng: np.random.Generator, pairs: int) -> tuple[np.ndarray, np.nd
     return keys, prompts, rng.integers(1, 60, pairs)
 
 
+def _on_s3(environment: dict[str, str], config: Config) -> tuple[int, int]:
+    os.environ.update(environment)
+    return work(config, Working(piece_tokens=PIECE)).scored_once, scored_and_found(config)[0]
+
+
+def test_workers_share_a_store_on_s3(tmp_path, tiny_model, tiny_log, s3):
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__store="s3://bucket/workers", train__max_steps=2)
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: run_ranks(_on_s3, 1, environment, config)[0], range(2)))
+    assert [missing for _, missing in done] == [0, 0]
+    assert sum(scored for scored, _ in done) == sum(run_ranks(pieces_of, 1, config, PIECE)[0])
+
+
+class Stolen:
+    """An engine during whose first batch of a piece another worker takes the piece."""
+
+    def __init__(self, config: Config):
+        self._store, self._done = Path(config.reference.store), False
+
+    def wrap(self, forward):
+        def stealing(**batch):
+            for file in () if self._done else self._store.glob("*/piece-*"):
+                file.write_text(json.dumps({"token": "another", "seconds": 0.1}))
+                self._done = True
+                time.sleep(0.3)  # until the holder has looked
+            return forward(**batch)
+
+        return stealing
+
+
+def _robbed(config: Config) -> tuple[int, list[str]]:
+    said: list[str] = []
+    before = Console.warn
+    Console.warn = lambda self, text: said.append(text)
+    try:
+        outcome = work(config, Working(piece_tokens=PIECE, lease_seconds=0.2), engine=with_forward(Stolen(config).wrap))
+    finally:
+        Console.warn = before
+    return outcome.scored_once, [text for text in said if "lease" in text]
+
+
+def test_a_worker_that_has_lost_its_piece_gives_it_up_and_says_so(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=2)
+    scored, said = run_ranks(_robbed, 1, config)[0]
+    assert len(said) == 1 and "another worker may have its piece" in said[0]
+    assert run_ranks(scored_and_found, 1, config)[0][0] == 0 and scored
+
+
 @pytest.mark.parametrize("most", (1, 40, 200, 10_000))
 def test_pieces_are_the_same_in_whatever_order_the_rows_come(most):
     rng = np.random.default_rng(0)

@@ -153,6 +153,7 @@ def fill_store(
             settings=setup.settings,
             piece_tokens=terms.piece_tokens,
             say=console.say,
+            warn=console.warn,
         )
         # a machine that is taken away says so with a SIGTERM: others need not wait for the lease to end
         with before_sigterm(leases.give_back), restart.before(lambda failed: leases.give_back()):

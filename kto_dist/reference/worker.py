@@ -145,9 +145,11 @@ class Worker:
         settings: PassSettings,
         piece_tokens: int,
         say: Callable[[str], None],
+        warn: Callable[[str], None],
     ):
         self._lists = [_list(pairs, settings, piece_tokens) for pairs in lists]
-        self._store, self._leases, self._load, self._settings, self._say = store, leases, load, settings, say
+        self._store, self._leases, self._load, self._settings = store, leases, load, settings
+        self._say, self._warn = say, warn
         self._scored = self._read = 0
         self._scoring_seconds = 0.0
         self._shared = False
@@ -191,11 +193,17 @@ class Worker:
                 waiting = True
                 time.sleep(self._leases.pause)
             else:
-                with lease, contextlib.suppress(LeaseLost):
+                with lease:
                     # whoever had it before has stored what it scored by now
                     self._refresh()
                     speed.refreshed()
-                    self._score(each, lease, speed)
+                    try:
+                        self._score(each, lease, speed)
+                    except LeaseLost:
+                        self._warn(
+                            "a lease was not renewed in time, and another worker may have its piece: what was scored "
+                            "of it and not yet stored is given up"
+                        )
             self._refresh()
             speed.refreshed()
 
@@ -211,7 +219,7 @@ class Worker:
             lease.keep()
             speed.tell((progress.done, tokens * progress.done // progress.total))
 
-        scored = score_work(work, reference, self._settings, self._store, watch, self._say)
+        scored = score_work(work, reference, self._settings, self._store, watch, self._warn)
         self._settings = scored.settings
         self._scored += work.keys.size
         self._read += tokens
