@@ -151,6 +151,17 @@ def test_a_holder_says_again_and_again_that_it_is_there(tmp_path):
         assert not lease.lost
 
 
+def test_what_is_left_of_pieces_that_are_done_is_swept_up_and_no_living_holders_lease(tmp_path):
+    folder = LocalStorage(tmp_path)
+    with subprocess.Popen(["true"]) as process:
+        gone = json.dumps({**whereabouts(process.pid), "seconds": 100.0}).encode()
+    for name in ("piece-a.0.json", "piece-a.1.json", "piece-b.0.json"):
+        folder.write(name, gone)
+    of_another_machine(folder, "c")
+    Leases(folder).sweep({"a", "c"})
+    assert leases_in(folder) == ["piece-b.0.json", "piece-c.0.json"]
+
+
 @pytest.mark.parametrize("content", (b"", b"[]", b"{"))
 def test_a_lease_that_cannot_be_read_counts_for_its_time(tmp_path, content):
     folder, clock = LocalStorage(tmp_path), Clock()

@@ -167,6 +167,7 @@ class Worker:
         for each in self._lists:
             with watch(each.title) as shown:
                 self._fill(each, _Speed(each, shown))
+        self._leases.sweep({name for each in self._lists for name in each.pieces.names})
         pairs = sum(each.places.size for each in self._lists)
         return Outcome(
             pairs=pairs,

@@ -18,7 +18,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kto_dist.base.errors import UserError
@@ -156,6 +156,15 @@ class Leases:
                 self._folder.remove(name)
                 return lease
         return None
+
+    def sweep(self, done: Collection[str]) -> None:
+        """Removes what holders that are gone have left of pieces that are done: who was killed right after the last
+        write, or between two terms. No error where that fails: `kto-dist store gc` does it as well."""
+        with contextlib.suppress(OSError):
+            for file in self._folder.files():
+                found = _NAME.fullmatch(file.name)
+                if found and found[1] in done and self._is_over(file.name):
+                    self._folder.remove(file.name)
 
     def give_back(self) -> None:
         """Ends the lease that was taken last: for a process's last words."""
