@@ -1,5 +1,7 @@
 """`kto-dist evaluate`: a run or any model on held-out rows, with the store used and filled."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,13 @@ def a_run(folder: Path, model: Path, log: Path, **changes: Any) -> Config:
 
 def all_of(request: Request, times: int = 1) -> list[dict[str, Any]]:
     return [evaluate(request) for _ in range(times)]
+
+
+def twice(request: Request) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """What was found, and said meanwhile; and found again."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        found = evaluate(request)
+    return found, said.getvalue(), evaluate(request)
 
 
 def trained_and_evaluated(config: Config, fresh: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -76,11 +85,13 @@ def test_what_was_scored_once_is_not_scored_again(tmp_path, tiny_model):
         output=str(tmp_path / "found" / "figures.json"),
         overrides=(*words, "reference.dtype=fp32", "data.workers=1", "answers.in_evaluate=0"),
     )
-    ((first, second),) = run_ranks(all_of, 1, asked, 2)
+    ((first, said, second),) = run_ranks(twice, 1, asked)
     assert first["heldout"] == second["heldout"] and first["heldout"]["rewards/all"] != 0
     assert [first[name]["scored"] for name in ("reference", "model")] == [60, 60]
     assert [second[name]["scored"] for name in ("reference", "model")] == [0, 0]
     assert json.loads((tmp_path / "found" / "figures.json").read_text()) == second
+    for called, path in (("reference", tiny_model), ("model", other)):
+        assert f"loading the {called} ({path}, float32)" in said and f"\n{called}: 60 pairs, 0 from the store" in said
 
 
 def test_another_vocabulary_is_refused(tmp_path, tiny_model, tiny_log):
@@ -148,6 +159,14 @@ def test_a_run_that_holds_out_nothing_needs_rows(tmp_path, tiny_model, tiny_log)
     config = a_run(tmp_path, tiny_model, tiny_log)
     with pytest.raises(UserError, match="holds out no rows: say which rows with --data FILE"):
         resolve(Request(target=config.train.output))
+
+
+def test_a_figure_without_spread_has_no_range_in_the_table():
+    sure = Interval(value=0.5, low=0.5, high=0.5, method="constant", prompts=90)
+    found = Findings(figures={"auc": 0.5}, intervals={"auc": sure})
+    lines = lines_of(found, (), found, {"auc": sure})
+    assert lines[1].split("  ") == ["auc      ", "0.5  ", "no spread    ", "0.5  ", "+0.5      ", "no spread"]
+    assert lines[2].startswith("(no spread: every prompt says the same") and len(lines) == 3
 
 
 def test_the_words_of_a_command_line_come_back_as_they_were():

@@ -77,6 +77,20 @@ def test_what_never_failed_may_fail_yet():
     assert intervals({"auc": parted}, np.arange(80))["auc"].low < 0.95
 
 
+@pytest.mark.parametrize("prompts", (20, 80))
+def test_a_difference_without_spread_says_so_and_not_that_it_is_sure(prompts):
+    score = np.random.default_rng(9).normal(size=prompts)
+    first, second = mean(score + 0.1), mean(score)
+    found = intervals({"apart": Difference(first=first, second=second)}, np.arange(prompts))["apart"]
+    assert found.method == "constant" and found.low == found.value == found.high == pytest.approx(0.1)
+
+
+def test_two_models_with_the_same_verdicts_may_differ_on_rows_to_come():
+    verdicts = mean(np.random.default_rng(10).random(80) < 0.7, share=True)
+    found = intervals({"apart": Difference(first=verdicts, second=verdicts)}, np.arange(80))["apart"]
+    assert found.method == "wilson" and found.value == 0 and found.high == -found.low == wilson(0.0, 80)[1]
+
+
 def test_wilson_of_few_prompts_counts_prompts_where_their_rows_agree():
     verdicts = np.random.default_rng(5).random(30) < 0.6
     found = intervals({"share": mean(np.repeat(verdicts, 5), share=True)}, np.repeat(np.arange(30), 5))["share"]

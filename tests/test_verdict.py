@@ -31,6 +31,13 @@ def test_accuracy_goes_from_to_with_its_interval():
     assert "accuracy on held-out thumbs 0.50 → 0.82 (0.77 to 0.86), AUC 0.50 → 0.81" in found.sentence
 
 
+def test_a_range_of_width_0_is_not_taken_for_certainty():
+    line = after(0.9, 0.9)
+    line["intervals"]["auc"]["method"] = "constant"
+    found = verdict(BEFORE, line)
+    assert found.tone == "unclear" and "AUC 0.50 → 0.90 (no spread)" in found.sentence
+
+
 @pytest.mark.parametrize(
     ("low", "high", "tone", "words"),
     [(0.51, 0.6, "good", "Better"), (0.45, 0.6, "unclear", "Not surely"), (0.3, 0.49, "bad", "Worse")],

@@ -13,8 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kto_dist.comparison.measure import Outcome, Row
+from kto_dist.evaluation.intervals import Interval
 from kto_dist.record import report
 from kto_dist.record.theme import DARK, LIGHT, Theme, finish
+from kto_dist.record.verdict import NO_SPREAD
 
 TITLES = {
     "auc": "AUC",
@@ -93,12 +95,16 @@ def _figure(row: Row, name: str) -> str:
     if name not in row.figures:
         return "–"
     value, interval = row.figures[name], row.intervals.get(name)
-    return f"{value:.3g}" + ("" if interval is None else f" ({interval.low:.3g} to {interval.high:.3g})")
+    return f"{value:.3g}" + ("" if interval is None else f" ({_range(interval, '.3g')})")
 
 
 def _difference(row: Row, name: str) -> str:
     interval = row.against.get(name)
-    return "–" if interval is None else f"{interval.value:+.3g} ({interval.low:+.3g} to {interval.high:+.3g})"
+    return "–" if interval is None else f"{interval.value:+.3g} ({_range(interval, '+.3g')})"
+
+
+def _range(interval: Interval, form: str) -> str:
+    return NO_SPREAD if interval.method == "constant" else f"{interval.low:{form}} to {interval.high:{form}}"
 
 
 Draw = Callable[[Axes, Outcome, Theme], None]

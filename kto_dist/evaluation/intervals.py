@@ -10,8 +10,11 @@ is paired.
 | fewer, a share of rows                                 | wilson, with the rows of one prompt taken as alike |
 | fewer, another figure                                  | bca: bias-corrected and accelerated (Efron 1987)   |
 | a share, or an AUC, that is the same in every resample | wilson: 12 of 12 right does not mean all           |
+| a difference of two shares that is                     | wilson: of rows that may differ after all          |
+| another figure that is                                 | constant: the rows have no spread to judge by      |
 
-A figure that exists in fewer than half of the resamples, or that rests on one prompt, has no interval.
+A figure that exists in fewer than half of the resamples, or that rests on one prompt, has no interval. A constant one
+has a range of width 0, which does not mean that it is sure: whoever shows it says "no spread" in its place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,10 +28,12 @@ FEW = 50
 """Prompts below which the quantiles of a bootstrap are too narrow."""
 CONFIDENCE = 0.95
 RESAMPLES = 1000
+_EQUAL = 1e-12
+"""A spread of resamples, next to the figure, that is rounding."""
 _CHUNK = 2**22
 """Numbers that one chunk of resamples takes at most."""
 
-Method = Literal["bootstrap", "bca", "wilson"]
+Method = Literal["bootstrap", "bca", "wilson", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +168,10 @@ class Difference:
     def alike(self, value: float, member: np.ndarray) -> float | None:
         return None
 
+    @property
+    def of_shares(self) -> bool:
+        return all(isinstance(figure, Mean) and figure.share for figure in (self.first, self.second))
+
 
 def intervals(
     figures: Mapping[str, Figure],
@@ -204,9 +213,15 @@ def _interval(figure: Figure, value: float, drawn: np.ndarray, member: np.ndarra
     if alike is not None and (prompts < FEW or there.min() == there.max()):
         method = "wilson"
         low, high = wilson(value, alike)
+    elif there.min() == there.max() and isinstance(figure, Difference) and figure.of_shares:
+        # of no prompt that differs, so many may yet
+        method, beyond = "wilson", wilson(0.0, prompts)[1]
+        low, high = max(-1.0, value - beyond), min(1.0, value + beyond)
+    elif np.ptp(there) <= _EQUAL * max(1.0, abs(value)):
+        method, low, high = "constant", value, value
     else:
         edges = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        if method == "bca" and there.min() < there.max():
+        if method == "bca":
             edges = _corrected(edges, value, there, _jackknife(figure, member))
         low, high = (float(edge) for edge in np.quantile(there, edges))
     return Interval(value=value, low=low, high=high, method=method, prompts=prompts)

@@ -5,6 +5,7 @@ and losses with another beta, or none, can be set side by side.
 """
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,14 +75,4 @@ def only(rows: Evaluated, chosen: np.ndarray) -> Evaluated:  # (S,) bool
 
 def paired(rows: Evaluated, pairs: np.ndarray) -> Evaluated:  # (P, 2)
     """The same with these pairs of chosen and rejected rows."""
-    return Evaluated(
-        table=rows.table,
-        sign=rows.sign,
-        prompts=rows.prompts,
-        kl=rows.kl,
-        kl_rows=rows.kl_rows,
-        beta=rows.beta,
-        counted=rows.counted,
-        pairs=pairs,
-        pair_losses=torch.zeros(len(pairs), dtype=torch.float64),
-    )
+    return replace(rows, pairs=pairs, pair_losses=torch.zeros(len(pairs), dtype=torch.float64))

@@ -6,7 +6,7 @@ from typing import Any
 from kto_dist.evaluation.contest import Contest
 from kto_dist.evaluation.figures import Findings
 from kto_dist.evaluation.intervals import Interval
-from kto_dist.record.verdict import FIRST
+from kto_dist.record.verdict import FIRST, NO_SPREAD
 
 
 def lines_of(
@@ -28,9 +28,12 @@ def lines_of(
                 _range(apart),
             ]
     lines = _aligned([head, *rows])
-    methods = sorted({interval.method for interval in found.intervals.values()} - {"bootstrap"})
+    shown = [*found.intervals.values(), *(paired or {}).values()]
+    methods = sorted({interval.method for interval in shown} - {"bootstrap", "constant"})
     if methods:
         lines.append(f"({' and '.join(methods)} in place of a bootstrap: too few prompts, or a figure without spread)")
+    if any(NO_SPREAD in line for line in lines):
+        lines.append(f"({NO_SPREAD}: every prompt says the same, so nothing tells how sure that is)")
     cuts = [("set", {name: _of_set(found, name) for name in sets}), *found.slices.items()]
     for column, values in cuts:
         if values:
@@ -108,7 +111,9 @@ def _number(value: float) -> str:
 
 
 def _range(interval: Interval | None) -> str:
-    return "" if interval is None else f"{interval.low:.3g} to {interval.high:.3g}"
+    if interval is None:
+        return ""
+    return NO_SPREAD if interval.method == "constant" else f"{interval.low:.3g} to {interval.high:.3g}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

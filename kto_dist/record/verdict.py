@@ -35,6 +35,8 @@ BY_HEART = 0.15
 """Accuracy on training rows above that on held-out rows."""
 LENGTH = 0.3
 """A change of the answers' length, as a share of it."""
+NO_SPREAD = "no spread"
+"""In place of a range: every resample gave the same value, which says nothing of how sure it is."""
 _LAST_STEPS = 10
 
 
@@ -62,17 +64,24 @@ def verdict(
 
 
 def range_of(line: Mapping[str, Any] | None, name: str) -> tuple[float, float] | None:
-    """The interval of a figure, where it has one."""
-    found = ((line or {}).get("intervals") or {}).get(name)
-    if not isinstance(found, dict) or not (is_finite(found.get("low")) and is_finite(found.get("high"))):
+    """The interval of a figure, where it has one that says how sure the figure is."""
+    found = _interval(line, name)
+    if found.get("method") == "constant" or not (is_finite(found.get("low")) and is_finite(found.get("high"))):
         return None
     return float(found["low"]), float(found["high"])
 
 
 def shown_range(line: Mapping[str, Any] | None, name: str) -> str:
     """The interval in words; empty where there is none."""
+    if _interval(line, name).get("method") == "constant":
+        return NO_SPREAD
     found = range_of(line, name)
     return "" if found is None else f"{found[0]:.2f} to {found[1]:.2f}"
+
+
+def _interval(line: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    found = ((line or {}).get("intervals") or {}).get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _tone(before: Record | None, after: Record) -> tuple[Literal["good", "unclear", "bad"], str]:

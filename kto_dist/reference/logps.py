@@ -67,6 +67,7 @@ def score_reference(
     """
     _check_tokens(lists, setup)
     results: list[tuple[RefLogps, Outcome]] = []
+    called = setup.role.removeprefix("the ")
     warnings = _Warnings(console)
     store = agree.together(lambda: Store(setup.store, fingerprint, warn=warnings.add, model=setup.path))
 
@@ -77,7 +78,7 @@ def score_reference(
     with store, lazily(load_it) as load:
         for pairs in lists:
             before = sum(outcome.scored_once for _, outcome in results)
-            with console.progress(f"reference: {pairs.title}") as show:
+            with console.progress(f"{called}: {pairs.title}") as show:
                 results.append(
                     reference_logps(
                         pairs.examples,
@@ -95,7 +96,7 @@ def score_reference(
     scored = f"{total.scored_once:,} scored" + (" with shared prompts" if total.shared else "")
     repeats = f", {total.repeated:,} repeats of these" if total.repeated else ""
     found = f"{total.hits:,} from the store"
-    console.say(f"reference: {total.pairs:,} pairs, {found}, {scored}{repeats} in {total.seconds:.1f} s")
+    console.say(f"{called}: {total.pairs:,} pairs, {found}, {scored}{repeats} in {total.seconds:.1f} s")
     return ReferenceLogps(
         train=results[0][0],
         heldout=results[1][0] if len(results) > 1 else None,
@@ -199,7 +200,7 @@ def _load(
     agree.together(begin)
     if setup.placement.offload == "nvme":
         agree.once_per_host(lambda: ops.compile_ops(["async_io"], console.say))
-    console.say(f"loading the reference ({setup.path}, {fingerprint.dtype})")
+    console.say(f"loading {setup.role} ({setup.path}, {fingerprint.dtype})")
     # kept even when another rank's fails
     loaded: list[Reference] = []
     try:

@@ -37,6 +37,8 @@ class ReferenceSetup:
 
     name: str
     """The setting that names it."""
+    role: str = "the reference"
+    """What it is called when it is spoken of: any model can be scored as a reference is."""
     path: str
     gguf_file: str | None
     trust_remote_code: bool
@@ -161,13 +163,16 @@ def find_reference(
     console: Console,
     known: Weights | None = None,
     adapter: Path | None = None,
+    role: str = "the reference",
 ) -> tuple[ReferenceSetup, Fingerprint]:
     """Collective. Hashes the weights, and raises `UserError` where some are missing, hosts differ or a setting cannot
     be had. `known`: what was found in the files already, where they are the policy's. `adapter`: the folder of one that
-    the reference has."""
+    the reference has. `role`: what it is called."""
     setup = agree.together(
         lambda: pick_reference(section, model, max_length=max_length, prompt_limit=prompt_limit, adapter=adapter)
     )
+    if role != setup.role:  # whoever gave another model named it by no setting
+        setup = replace(setup, role=role, name=role)
     console.phase("reference")
     weights = known or agree.once_per_host(lambda: _check(setup))
     setup = replace(setup, weights=weights)
@@ -178,9 +183,9 @@ def find_reference(
     # One value of a pair counts for all ranks, and all of them read equally many micro-batches.
     again = f"copy the model in {setup.name} to each of them again"
     for what, value, remedy in (
-        ("the reference's weights", found.weights, again),
-        ("the reference's config.json", found.config, again),
-        ("the reference's adapter", found.adapter, f"copy {setup.adapter} to each of them again"),
+        (f"{role}'s weights", found.weights, again),
+        (f"{role}'s config.json", found.config, again),
+        (f"{role}'s adapter", found.adapter, f"copy {setup.adapter} to each of them again"),
         ("reference.dtype", _named(setup.dtype), "set it to one that all of them can use"),
         ("reference.logits_dtype", setup.logits, "set it, or reference.device"),
         ("reference.attention", setup.attention, "set it to one that all of them have"),

@@ -148,8 +148,9 @@ def _scored(
     own = asdict(model)
     adapter = own.pop("adapter")
     section = config.reference.model_copy(update=own)
+    role = {"reference": "the reference", "model": "the model", "against": "the other model"}[name]
     pairs = evaluation_pairs(config.train.seed, examples, with_z0=LOSSES[config.objective.loss].has_z0)
-    console.say(f"{name}: {model.called}")
+    console.say(f"{role.removeprefix('the ')}: {model.called}")
     setup, fingerprint = find_reference(
         section,
         config.model,
@@ -157,6 +158,7 @@ def _scored(
         prompt_limit=config.data.prompt_limit,
         console=console,
         adapter=None if adapter is None else Path(adapter),
+        role=role,
     )
     return score_reference([pairs], setup, fingerprint, console), Model(setup=setup, digest=fingerprint.digest)
 
