@@ -15,15 +15,17 @@ _FRAME = """<!doctype html><body style="margin:0">
 <iframe id="page" style="border:0;height:800px;width:WIDTHpx"></iframe>
 <pre id="found"></pre><script>
 const frame = document.getElementById("page");
-frame.onload = async () => {
+// a page has loaded when its pictures have, or have failed to
+frame.onload = () => {
   const inside = frame.contentDocument, root = inside.documentElement;
   const pictures = [...inside.images];
-  await Promise.all(pictures.map(picture => picture.decode().catch(() => null)));
   const wide = [...inside.body.querySelectorAll("*")].filter(
     entry => entry.getBoundingClientRect().right > root.clientWidth + 1 && !entry.closest(".wide, pre, picture"));
   document.getElementById("found").textContent = JSON.stringify({
     visible: root.clientWidth, needed: root.scrollWidth, pictures: pictures.length,
     loaded: pictures.filter(picture => picture.naturalWidth > 0).length,
+    scrolled: [...inside.querySelectorAll(".wide")].filter(entry => entry.scrollWidth > entry.clientWidth + 1).map(
+      entry => entry.innerText.slice(0, 60)),
     pwned: frame.contentWindow.pwned === 1, too_wide: wide.slice(0, 5).map(entry => entry.outerHTML.slice(0, 120))});
 };
 frame.src = "PAGE";
@@ -40,6 +42,8 @@ class Seen:
     pwned: bool
     # a script of the page set window.pwned
     too_wide: list[str]
+    scrolled: list[str]
+    # what is cut off until one scrolls it sideways
     console: list[str]
 
 

@@ -18,7 +18,7 @@ from tiny_runs import tiny_config
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import sha256_of
-from kto_dist.data.audited import audit_files, audit_tags, describes_all, find_audits, line_of
+from kto_dist.data.audited import audit_files, audit_tags, describes_all, desirable_share, find_audits, line_of
 from kto_dist.data.config import DataConfig
 from kto_dist.data.examples import DataReport, load
 from kto_dist.data.tokenise import prepare
@@ -88,6 +88,20 @@ def test_files_of_one_folder_share_its_audit_and_warn_once(tmp_path):
     (found,) = find_audits([str(tmp_path)], said.append)
     assert set(found.files) == {"train.parquet", "more.parquet"} and len(said) == 1
     assert len(find_audits([str(tmp_path / "*.parquet")], said.append)) == 1
+
+
+def test_the_class_mix_is_that_of_the_audited_rows_that_are_trained_on(tmp_path):
+    counts = {"train": {"up": 60, "down": 40}, "dataset": {"up": 90, "down": 60}}
+    files = [dataset(tmp_path / "a"), dataset(tmp_path / "b"), dataset(tmp_path / "c")]
+    describe(files[0], balance=counts)
+    describe(files[1], balance={"train": {"up": 0, "down": 100}})
+    describe(files[2])  # of an older version
+    found = find_audits([str(file) for file in files], lambda line: None)
+    assert desirable_share(found[:1]) == 0.6 and desirable_share(found) == 60 / 200
+    assert desirable_share(found[2:]) is None and desirable_share([]) is None
+    apart = dataset(tmp_path / "a", "heldout.parquet", rows=2)
+    describe(files[0], apart, balance=counts)
+    assert desirable_share(find_audits([str(tmp_path / "a")], lambda line: None)) == 90 / 150
 
 
 def test_audits_of_several_folders_are_kept_apart(tmp_path):

@@ -7,18 +7,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_runs import metrics_of, tiny_config, train_all, train_and_die_after, weights_of
+from tiny_runs import WORSE, metrics_of, tiny_config, train_all, train_and_die_after, weights_of
 
 from kto_dist.base.errors import UserError
 from kto_dist.training.best import Best
 from kto_dist.training.config import Config
-
-# a rate at which the tiny model learns its rows by heart, and loses the held-out ones
-WORSE = {
-    "train__lr": 3e-2, "train__max_steps": 8, "train__schedule": "constant", "train__warmup": 0, "objective__beta": 0.5,
-    "data__heldout": 0.3, "evaluate__every_steps": 2, "checkpoint__best": "heldout/loss", "checkpoint__keep": 1,
-    "checkpoint__every_steps": 1, "health__max_kl": None,
-}  # fmt: skip
 
 
 def best(*values: float, higher: bool = True, patience: int | None = 2) -> Best:

@@ -204,6 +204,12 @@ def test_the_clusters_command_runs_and_reports_like_ours(tmp_path, tiny_model, t
     done = run(*launcher, free_port(), script, config, "train.max_steps=2", env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    asked = ["--module", "kto_dist.commands.evaluate", tmp_path / "run", "--data", f"seen={tiny_log}"]
+    done = run(*launcher, free_port(), *asked, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"loading the model ({tmp_path / 'run' / 'export'}, float32)" in done.stdout
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["data"]["rows"] == len(tiny_log.read_text().splitlines()) and found["heldout"]["rewards/all"] != 0
     done = run(*launcher, free_port(), script, config, "train.clip=-1", env=environment, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "train.clip" in done.stderr

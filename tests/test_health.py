@@ -6,6 +6,7 @@ import pytest
 
 from kto_dist.training.config import HealthConfig
 from kto_dist.training.health import CLAMPED_STEPS, Monitor
+from kto_dist.training.trends import STRETCH
 
 FINE = {"kl_raw": 1.0, "kl_clamped": 0.0}
 RUNAWAY = {**FINE, "kl_raw": 300.0}
@@ -85,9 +86,70 @@ def test_saturated_rows_or_a_gradient_of_nothing_alone_are_no_death(alive):
 
 
 def test_rules_count_apart_from_each_other():
-    both = {**RUNAWAY, "kl_raw": -300.0, "kl_clamped": 1.0}
-    steps = [both] * CLAMPED_STEPS
+    steps = [{**DEAD, **CLAMPED}] * CLAMPED_STEPS
     assert acted(steps, patience=2, on_trouble="warn") == [2, CLAMPED_STEPS]
+
+
+def test_one_cause_is_told_once():
+    """A policy that has run away downwards has z0 at 0 as well."""
+    steps = [{**RUNAWAY, "kl_raw": -300.0, "kl_clamped": 1.0}] * CLAMPED_STEPS
+    assert acted(steps, patience=2, on_trouble="warn") == [2]
+
+
+def test_what_only_warns_warns_once_in_a_run_and_what_stops_stops_again():
+    coming_and_going = [RUNAWAY, FINE] * 5
+    assert acted(coming_and_going, patience=1, on_trouble="warn") == [1]
+    assert acted(coming_and_going, patience=1) == [1, 3, 5, 7, 9]
+
+
+def test_a_run_that_goes_on_is_not_told_again():
+    monitor = Monitor(HealthConfig(patience=1, on_trouble="warn"), said={"max_kl"})
+    assert monitor.check(7, RUNAWAY) == []
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ((40.0, 50.0, 70.0, 64.0), "60% longer than before training (64 tokens, 40 before)"),
+        ((40.0, 15.0, 10.0), "75% shorter than before training (10 tokens, 40 before)"),
+    ],
+)
+def test_sampled_answers_whose_length_drifts_are_told_once(lengths, words):
+    monitor = Monitor(HealthConfig())
+    told = [monitor.answered(10 * count, lengths[:count]) for count in range(1, len(lengths) + 1)]
+    assert [len(each) for each in told] == [0] * (len(lengths) - 1) + [1]
+    assert words in told[-1][0].message and not told[-1][0].stop
+    assert monitor.answered(99, lengths) == []
+
+
+@pytest.mark.parametrize("lengths", [(40.0, 90.0, 45.0, 90.0), (40.0, 58.0, 59.0), (40.0, 90.0), (0.0, 5.0, 9.0)])
+def test_one_odd_draw_or_a_little_more_is_no_drift(lengths):
+    monitor = Monitor(HealthConfig())
+    assert not any(monitor.answered(count, lengths[:count]) for count in range(1, len(lengths) + 1))
+
+
+CALM, HIGH = {**FINE, "grad_norm": 2.0}, {**FINE, "grad_norm": 100.0}
+
+
+@pytest.mark.parametrize(("on_trouble", "stop"), [("stop", True), ("warn", False)])
+def test_a_gradient_that_stays_far_beyond_its_median_stops_the_run(on_trouble, stop):
+    steps = [CALM] * STRETCH + [HIGH] * 9
+    assert acted(steps, patience=3, on_trouble=on_trouble) == [STRETCH + 3]
+    monitor = Monitor(HealthConfig(on_trouble=on_trouble))
+    ((item,),) = [found for number, step in enumerate(steps, 1) if (found := monitor.check(number, step))]
+    assert (item.rule, item.stop) == ("spikes", stop) and "100" in item.message and "train.clip" in item.message
+
+
+def test_a_model_that_has_learnt_most_rows_may_meet_one_that_it_has_not():
+    learnt = [{**FINE, "grad_norm": 0.01}] * 400
+    assert acted([CALM] * STRETCH + learnt + [CALM] * 9 + learnt) == []
+
+
+def test_a_gradient_is_judged_by_the_steps_that_there_were():
+    assert acted([CALM] * (STRETCH - 1) + [HIGH] * 3) == []
+    # a run that was stopped for it and goes on has a few steps to come down
+    monitor = Monitor(HealthConfig(patience=3), past=[CALM] * STRETCH + [HIGH] * 3)
+    assert [bool(monitor.check(step, HIGH)) for step in (1, 2, 3)] == [False, False, True]
 
 
 def test_a_loss_without_z0_has_no_kl_to_watch():

@@ -15,6 +15,7 @@ from kto_dist.objective.metrics import (
     auc,
     by_class,
     clamp_kl,
+    part_metrics,
     row_table,
     source_metrics,
     step_metrics,
@@ -203,3 +204,15 @@ def test_figures_by_source_leave_out_sources_without_rows_and_single_ones():
         "rows/source/c": 2,
     }
     assert source_metrics(table, source * 0, ["a"]) == {}
+
+
+def test_figures_of_a_part_are_means_over_its_rows():
+    table = torch.arange(3.0 * len(QUANTITIES), dtype=torch.float64).reshape(3, -1)
+    table[:, QUANTITIES.index("rows")] = 1
+    loss, reward = table[:, QUANTITIES.index("loss")], table[:, QUANTITIES.index("reward")]
+    assert part_metrics(table, np.array([True, False, True]), "odd") == {
+        "loss/odd": (loss[0] + loss[2]) / 2,
+        "rewards/odd": (reward[0] + reward[2]) / 2,
+        "rows/odd": 2,
+    }
+    assert part_metrics(table, np.zeros(3, bool), "odd") == {}

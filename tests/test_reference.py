@@ -135,6 +135,7 @@ POLICY = {
     "checkpoint__keep": 1,
     "checkpoint__resume": False,
     "evaluate__every_steps": 1,
+    "evaluate__tokens": 500,
     "health__max_kl": 1.0,
     "health__patience": 1,
     "health__on_trouble": "warn",

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import browser
 import pytest
 
 from kto_dist.record.plots import PLOTS
 from kto_dist.record.report import read_steps, show, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
-EVIL = "<script>alert('x')</script>"
+EVIL = "<script>window.pwned = 1</script>"
+SPENT = {"seconds": 18.0, "tokens": 540, "mfu": 0.4}
 
 
 def metrics(step: int) -> dict:
@@ -63,14 +65,19 @@ def last_evaluation() -> dict:
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run = tmp_path_factory.mktemp("runs") / "first"
     run.mkdir()
-    write_lines(run / "metrics.jsonl", [metrics(step) for step in range(1, 101)])
+    write_lines(run / "metrics.jsonl", [{**metrics(step), **SPENT} for step in range(1, 101)])
+    write_lines(run / "health.jsonl", [{"step": 60, "rule": "flat", "stop": False, "message": f"step 60: {EVIL} " * 9}])
     write_lines(run / "heldout.jsonl", [evaluation(0), last_evaluation()])
     (run / "config.yaml").write_text("tracking:\n  uri: http://me:secret@host/\n")
     summary = {
         "training": {"loss": 0.40012345},
         "heldout": {"before": evaluation(0), "after": last_evaluation()},
-        "data": {"train": {"desirable": 9000, "undesirable": 30}},
+        "data": {"train": {"desirable": 9000, "undesirable": 30, "fingerprint": "beef"}},
         "reference": {"fingerprint": "f00d", "scored": 12, "hits": 0},
+        "world_size": 2,
+        "seconds": {"reference": 360.0, "training": 50.0},
+        "resumed_from": 90,
+        "versions": {"python": "3.12", "version.torch": "2.9", "git_commit": "abc", "git_dirty": "true"},
         "export": "runs/first/export",
         "mlflow": {"uri": "http://me:secret@host/", "run_id": "r1"},
         "samples": [
@@ -111,8 +118,8 @@ def test_passwords_are_masked(full: tuple[Path, str]) -> None:
 
 
 def test_heldout_figures_stand_before_after_and_change(full: tuple[Path, str]) -> None:
-    row = re.search(r"<th>accuracy/all</th>(.*?)</tr>", full[1], re.S)
-    assert row and re.findall(r">([^<>]+)</td>", row[1]) == ["0.5", "0.7", "0.66 to 0.74", "+0.2"]
+    row = re.search(r"<th>accuracy/<wbr>all</th>(.*?)</tr>", full[1], re.S)
+    assert row and re.findall(r">([^<>]+)<", row[1]) == ["0.5", "0.7", "0.66 to 0.74", "+0.2"]
 
 
 def test_what_matters_stands_first_in_a_sentence_with_its_interval(full: tuple[Path, str]) -> None:
@@ -124,18 +131,58 @@ def test_what_matters_stands_first_in_a_sentence_with_its_interval(full: tuple[P
 def test_what_rules_of_health_said_is_a_timeline(tmp_path: Path) -> None:
     lines = [{"step": step, "rule": "flat", "stop": step == 9, "message": f"step {step}: {EVIL}"} for step in (3, 9)]
     write_lines(tmp_path / "health.jsonl", lines)
+    write_lines(tmp_path / "metrics.jsonl", [{"step": step} for step in (1, 12)])
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    found = re.search(r'id="health">(.*?)</div>', page, re.S)
-    assert found and re.findall(r"<th>(\w+)</th><td>(step \d)", found[1]) == [
+    found = page[page.index('id="health"') :]
+    assert re.findall(r"<th[^>]*>(warned|stopped)</th><td>(step \d)", found) == [
         ("warned", "step 3"),
         ("stopped", "step 9"),
     ]
-    assert EVIL not in page
+    assert re.findall(r'<i class="(\w+)" style="left:([\d.]+)%"', found) == [("warned", "25.0"), ("stopped", "75.0")]
+    assert EVIL not in page and "Watch: the run was stopped at step 9 (flat); health warned (flat)." in page
+
+
+def test_a_page_says_what_the_run_cost(full: tuple[Path, str]) -> None:
+    found = full[1][full[1].index('id="cost"') : full[1].index('id="again"')]
+    rows = dict(re.findall(r"<tr><th>([^<]*)</th><td[^>]*>([^<]*)</td></tr>", found))
+    # 100 steps of 18 s, of which the summary knows the last 50 s alone, and 360 s of the reference: 2 devices
+    assert (rows["device hours"], rows["hours"], rows["devices"]) == ("1.2", "0.6", "2")
+    assert (rows["tokens trained on"], rows["tokens / s while training"]) == ("54,000", "30")
+    assert rows["mfu (share of the devices&#39; peak)"] == "0.4"
+    phases = re.findall(r'<th>(\w+)</th><td><i style="width:([\d.]+)%"></i></td><td[^>]*>([\d,.]+)<', found)
+    assert phases == [("training", "83.3", "1800"), ("reference", "16.7", "360")]
+    assert "It went on from step 90" in found
+
+
+def test_a_page_says_how_to_do_it_again(full: tuple[Path, str]) -> None:
+    run, page = full
+    found = page[page.index('id="again"') :]
+    assert f"kto-dist train {run}/config.yaml train.output={run}-again\n" in found
+    assert "git checkout abc   # which had changes" in found
+    for what, value in (("torch", "2.9"), ("python", "3.12"), ("rows, tokenised", "beef"), ("reference", "f00d")):
+        assert re.search(rf"<th>{what}</th><td>{value}</td>", found)
+
+
+def test_a_run_that_goes_on_has_its_hours_and_no_devices(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{**metrics(step), "seconds": 18.0} for step in (1, 2)])
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert re.search(r"<th>hours</th><td[^>]*>0.01</td>", page) and "device hours" not in page
+    assert 'id="again"' not in page
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.WHY_NOT)
+@pytest.mark.parametrize("width", (360, 412, 1200))
+def test_in_a_browser_nothing_overflows_runs_or_fails(tmp_path: Path, full: tuple[Path, str], width: int) -> None:
+    seen = browser.look(full[0] / "report.html", tmp_path, width)
+    assert seen.visible == width and seen.needed <= width and not seen.too_wide, seen.too_wide
+    assert not seen.scrolled
+    assert seen.loaded == seen.pictures == len(PLOTS)
+    assert not seen.pwned and not seen.console
 
 
 def test_slices_stand_with_their_intervals(full: tuple[Path, str]) -> None:
     row = re.search(r"<th>v&lt;1&gt;</th>(.*?)</tr>", full[1], re.S)
-    assert row and re.findall(r">([^<>]*)</td>", row[1]) == ["40", "0.6", "0.50 to 0.70", "0.6", ""]
+    assert row and re.findall(r">([^<>]+)<", row[1]) == ["40", "0.6", "0.50 to 0.70", "0.6"]
 
 
 def test_samples_stand_side_by_side_with_their_verdicts(full: tuple[Path, str]) -> None:
@@ -173,7 +220,7 @@ def test_a_metric_that_was_never_recorded_has_no_plot(tmp_path: Path) -> None:
 def test_evaluations_stand_in_for_a_summary_of_a_run_that_still_goes(tmp_path: Path) -> None:
     write_lines(tmp_path / "heldout.jsonl", [evaluation(0), evaluation(50), evaluation(100)])
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert re.search(r"<th>accuracy/all</th><td[^>]*>0.5</td><td[^>]*>0.7</td>", page)
+    assert re.search(r"<th>accuracy/<wbr>all</th><td[^>]*>0.5</td><td[^>]*>0.7</td>", page)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +249,15 @@ def test_a_repeated_step_counts_once_and_a_cut_off_line_not_at_all(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(None, "–"), (True, "yes"), (1234567, "1,234,567"), (0.000012345, "1.234e-05"), (12345.6, "12,346"), ("", "–")],
+    [
+        (None, "–"),
+        (True, "yes"),
+        (-0.0, "0"),
+        (1234567, "1,234,567"),
+        (0.000012345, "1.234e-05"),
+        (12345.6, "12,346"),
+        ("", "–"),
+    ],
 )
 def test_values_are_shown_for_people(value: object, shown: str) -> None:
     assert show(value) == shown

@@ -53,6 +53,14 @@ def train_all(configs: list[Config]) -> list[dict[str, Any]]:
     return [train(config) for config in configs]
 
 
+WORSE: dict[str, Any] = {
+    "train__lr": 3e-2, "train__max_steps": 8, "train__schedule": "constant", "train__warmup": 0, "objective__beta": 0.5,
+    "data__heldout": 0.3, "evaluate__every_steps": 2, "checkpoint__best": "heldout/loss", "checkpoint__keep": 1,
+    "checkpoint__every_steps": 1, "health__max_kl": None,
+}  # fmt: skip
+"""A rate at which the tiny model learns its rows by heart, and loses the held-out ones."""
+
+
 TIMED = {"seconds", "tokens_per_second"}
 """Metrics that differ from run to run."""
 

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Audited:
     """Name -> sha256."""
     failed: tuple[str, ...]
     """Each check that warns, with its number and what to do."""
+    classes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Of the split for training, and of the whole dataset: rows that are desirable, and undesirable."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -65,6 +67,7 @@ def find_audits(paths: Sequence[str], warn: Callable[[str], None]) -> list[Audit
             known = {entry["sha256"] for entry in content["files"]}
             failed = tuple(line_of(check) for check in content["checks"] if check["status"] == "warn")
             described_by = sha256_once(audit)
+            classes = _classes(content)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             warn(f"{audit} is not readable as an audit ({error!r}): run `kto-dist mine` again")
             continue
@@ -89,11 +92,28 @@ def find_audits(paths: Sequence[str], warn: Callable[[str], None]) -> list[Audit
                 sha256=described_by,
                 files={},
                 failed=failed,
+                classes=classes,
             )
             for line in failed:
                 warn(f"audit of {file}: {line}")
         found[audit].files[file.name] = digest
     return list(found.values())
+
+
+def _classes(content: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """An audit of an older version may lack some of it."""
+    balance = content.get("balance") or {}
+    found = {name: balance.get(name) or {} for name in ("train", "dataset")}
+    return {name: (int(of["up"]), int(of["down"])) for name, of in found.items() if {"up", "down"} <= of.keys()}
+
+
+def desirable_share(audits: Sequence[Audited]) -> float | None:
+    """Of the audited rows that are trained on; None where no audit says."""
+    up = down = 0
+    for audit in audits:
+        ups, downs = audit.classes.get("dataset" if "heldout.parquet" in audit.files else "train", (0, 0))
+        up, down = up + ups, down + downs
+    return up / (up + down) if up + down else None
 
 
 def line_of(check: Mapping[str, Any]) -> str:

@@ -39,6 +39,11 @@ class DataConfig(Section):
         description="column of the data for a name that is known, as in {prompt: query, label: /votes/0/thumb}; null:"
         " leave that column out",
     )
+    slices: tuple[Text, ...] = Field(
+        (),
+        description="columns (or JSON pointers) by which held-out figures are told apart, beside language and model"
+        " where the rows have these, length of prompt, and source",
+    )
     template_kwargs: dict[str, Any] = Field(
         {},
         description="settings of the chat template, as in {enable_thinking: false}; a row's `chat_template_kwargs` win",

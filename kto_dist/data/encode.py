@@ -47,6 +47,10 @@ SCHEMA = pa.schema(
         "prompt_group": pa.int64(),
         "pair": pa.int64(),
         "source": pa.int16(),
+        "file": pa.int32(),
+        "line": pa.int64(),
+        "content": pa.uint64(),
+        "cuts": pa.large_string(),
         "prompt": pa.large_string(),
         "completion": pa.large_string(),
         "template": pa.large_string(),
@@ -88,6 +92,13 @@ class Encoder:
     its side as the log grows."""
     sources: int
     """How many there are."""
+    files: tuple[str, ...] = ()
+    """Their names, in order, as the rows' places have them."""
+
+    @cached_property
+    def file_numbers(self) -> dict[str, int]:
+        # a file that is given twice is the same one
+        return {name: number for number, name in reversed([*enumerate(self.files)])}
 
     @cached_property
     def speller(self) -> Speller:
@@ -233,6 +244,14 @@ def _part(encoder: Encoder, rows: Sequence[_Tokens]) -> Part:
     ]
     sources = np.zeros((encoder.sources, 2), np.int64)
     np.add.at(sources, ([row.origin for row in originals], up[kept].astype(int)), 1)
+    places = [_place(encoder, row.source) for row in originals]
+    contents = np.array(
+        [
+            _hash64(b"%d " % len(prompt) + prompt.tobytes() + completion.tobytes())
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ],
+        np.uint64,
+    )
     batch = pa.record_batch(
         [
             pa.array(prompts, pa.list_(pa.int32())),
@@ -243,6 +262,10 @@ def _part(encoder: Encoder, rows: Sequence[_Tokens]) -> Part:
             pa.array(np.array([row.group for row in chosen], np.uint64).view(np.int64)),
             pa.array([row.pair for row in originals], pa.int64()),
             pa.array([row.origin for row in originals], pa.int16()),
+            pa.array([file for file, _ in places], pa.int32()),
+            pa.array([line for _, line in places], pa.int64()),
+            pa.array(contents, pa.uint64()),
+            pa.array([_canonical(row.cuts) if row.cuts else None for row in originals], pa.large_string()),
             pa.array([_canonical(row.prompt) for row in originals], pa.large_string()),
             pa.array([_canonical(row.completion) for row in originals], pa.large_string()),
             pa.array([_beside(row) for row in originals], pa.large_string()),
@@ -252,13 +275,7 @@ def _part(encoder: Encoder, rows: Sequence[_Tokens]) -> Part:
     return Part(
         batch=batch,
         digests=b"".join(_digests(originals, prompts, completions)),
-        contents=np.array(
-            [
-                _hash64(b"%d " % len(prompt) + prompt.tobytes() + completion.tobytes())
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ],
-            np.uint64,
-        ),
+        contents=contents,
         counts=np.stack([facts[:, ~up].sum(1), facts[:, up].sum(1)]),
         sources=sources,
         shortened_headers=sum(row.text.cut_header for row in rows),
@@ -276,6 +293,12 @@ def _digests(rows: Sequence[Row], prompts: Sequence[np.ndarray], completions: Se
 
 def _probability(row: Row) -> float:
     return float(row.desirable) if row.probability is None else row.probability
+
+
+def _place(encoder: Encoder, place: str) -> tuple[int, int]:
+    """The number of the file, -1 for one that is not among them, and the line or row in it."""
+    file, _, line = place.rpartition(":")
+    return encoder.file_numbers.get(file, -1), int(line.removeprefix("row "))
 
 
 def _beside(row: Row) -> str | None:

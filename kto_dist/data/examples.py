@@ -198,6 +198,23 @@ class Examples:
         return self._table["source"].to_numpy()
 
     @cached_property
+    def contradicted(self) -> np.ndarray:
+        """(N,) bool: another row has the same tokens with the other label."""
+        content = np.unique(self._table["content"].to_numpy(), return_inverse=True)[1].ravel()
+        up = np.bincount(content, weights=self.desirable)
+        return ((up > 0) & (up < np.bincount(content)))[content]
+
+    def cuts(self) -> dict[str, np.ndarray]:
+        """Column of `data.slices` -> (N,) its value in each row, as text; empty where a row has none."""
+        found = [json.loads(text) if text else {} for text in self._table["cuts"].to_pylist()]
+        names = dict.fromkeys(name for row in found for name in row)
+        return {name: np.array([row.get(name, "") for row in found]) for name in names}
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of the row's file among those of its split, -1 where it is not known; and its line, from 1."""
+        return int(self._table["file"][row].as_py()), int(self._table["line"][row].as_py())
+
+    @cached_property
     def pair(self) -> np.ndarray:
         """(N,) int64: the row that is the other answer of the same pair, chosen or rejected; -1 where there is none."""
         number, partner = self._table["pair"], np.full(len(self), -1, np.int64)

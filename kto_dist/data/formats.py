@@ -24,7 +24,7 @@ number, 0 or more) multiplies the row's loss; null counts as 1. Other columns ar
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from kto_dist.base.errors import UserError
@@ -50,18 +50,24 @@ def read_rows(
     columns: Mapping[str, str | None] | None = None,
     soft: bool = False,
     origins: Sequence[int] | None = None,
+    slices: Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """Rows of all sources, in order. One that cannot be read stops with a `UserError`, or is added to `bad`.
 
     A file without one usable row is an error either way: it is the wrong file rather than a bad row.
-    `columns` is `data.columns`, `soft` is `data.soft_labels`; `origins` the number of each source in `data.train`.
+    `columns` is `data.columns`, `soft` is `data.soft_labels`; `origins` the number of each source in `data.train`;
+    `slices` is `data.slices`, None where rows are not told apart.
     """
-    pairs, mapped = itertools.count(), Mapped(names=columns or {})
+    pairs, mapped = itertools.count(), Mapped(names=columns or {}, slices=slices)
     for source, origin in zip(sources, origins or range(len(sources)), strict=True):
         yield from _rows_of(source, origin, mapped, pairs, on_bad_row, bad, soft)
     if missing := mapped.missing():
         listed = ", ".join(f"data.columns.{known} ({mapped.names[known]})" for known in missing)
         raise UserError(f"{listed}: no row has such a column; correct the name, or leave it out")
+    if uncut := mapped.uncut():
+        raise UserError(
+            f"data.slices ({', '.join(uncut)}): no held-out row has a value there; correct the name, or leave it out"
+        )
 
 
 def _rows_of(
@@ -73,11 +79,12 @@ def _rows_of(
         try:
             if isinstance(record, BadRecord):
                 raise record
+            cuts = mapped.cuts(record)
             record = mapped.under_known_names(record)
             found = layout or recognise(record)
             if found.label is not None and not soft:
                 scale.check(record.get(found.label), f"{where}: {found.label}")
-            converted = list(convert(found, record, where, pairs, origin, soft=soft))
+            converted = list(convert(found, record, where, pairs, origin, cuts, soft=soft))
             layout = found  # a row that could be read says what the source's layout is
         except (BadRecord, RecursionError) as error:
             message = f"{where}: {error if isinstance(error, BadRecord) else 'it nests too deep to be read'}"
@@ -86,7 +93,7 @@ def _rows_of(
             bad.add(error.reason if isinstance(error, BadRecord) else "nests too deep", message)
             problem = problem or message
             continue
-        _note(layout, record, converted, bad)
+        _note(layout, record, converted, bad, mapped.for_cuts())
         rows += len(converted)
         yield from converted
     if not records:
@@ -96,9 +103,12 @@ def _rows_of(
     bad.unused.update(unread(source, mapped.read()))
 
 
-def _note(layout: Layout, record: dict[str, Any], rows: list[Row], bad: BadRows) -> None:
-    """What a record holds beside its rows, and what looks odd about them."""
-    unused, first = others(layout, record), rows[0]
+def _note(layout: Layout, record: dict[str, Any], rows: list[Row], bad: BadRows, cuts: Collection[str]) -> None:
+    """What a record holds beside its rows, and what looks odd about them.
+
+    `cuts`: columns that rows are told apart by.
+    """
+    unused, first = [name for name in others(layout, record) if name not in cuts], rows[0]
     if isinstance(first.prompt, str):
         unused += [name for name in (*TOOLS, KWARGS) if is_there(record.get(name))]
     bad.unused.update(unused)

@@ -1,7 +1,7 @@
 """Which columns of a record hold what, and the rows that they make: the table in formats.py at work."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +86,16 @@ def _asks(turns: Any) -> bool:
 
 
 def convert(
-    layout: Layout, record: dict[str, Any], source: str, pairs: Iterator[int], origin: int, *, soft: bool = False
+    layout: Layout,
+    record: dict[str, Any],
+    source: str,
+    pairs: Iterator[int],
+    origin: int,
+    cuts: Mapping[str, str],
+    *,
+    soft: bool = False,
 ) -> Iterator[Row]:
-    """`soft`: a number as label is a probability."""
+    """`cuts`: what the row is told apart by; `soft`: a number as label is a probability."""
     weight = _weight(record)
     _refuse_media(record)
     prompt = None if layout.prompt is None else _prompt(layout.prompt, record)
@@ -124,6 +131,7 @@ def convert(
             source=source,
             pair=pair,
             origin=origin,
+            cuts=cuts,
             tools=_tools(record) if chat else (),
             template_kwargs=settings_of(record.get(KWARGS), KWARGS) if chat else {},
         )

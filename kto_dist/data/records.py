@@ -73,7 +73,7 @@ def read_records(source: Source, columns: Collection[str]) -> Iterator[tuple[str
             return
         table = _Table(source, columns)
         for number, record in enumerate(table.records(), 1):
-            yield f"{source.name}:row {number}", record
+            yield source.place(number), record
     except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{source.name} is damaged or not what its name says: {error}; write it again") from None
 

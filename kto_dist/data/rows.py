@@ -29,6 +29,8 @@ class Row:
     """The number of the pair that the row is an answer of; None for an answer that was rated alone."""
     origin: int = 0
     """The number of the source in `data.train`."""
+    cuts: Mapping[str, str] = field(default_factory=dict)
+    """Column -> value, of those by which figures are told apart (`data.slices`)."""
     tools: tuple[dict[str, Any], ...] = ()
     """For the chat template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -32,6 +32,10 @@ class Source:
     kind: Literal["json", "csv", "parquet", "dataset"]
     dataset: Any = None
 
+    def place(self, number: int) -> str:
+        """Of a record, counted from 1: its line, or its row where there are no lines."""
+        return f"{self.name}:{number}" if self.kind in ("json", "csv") else f"{self.name}:row {number}"
+
     def digest(self) -> str:
         """Hash of the content, so that a renamed copy has the same one and an appended row another."""
         paths, part = [self.name], ""
@@ -49,6 +53,12 @@ class Source:
 def find_sources(paths: Sequence[str]) -> list[Source]:
     """What paths, globs and hub names lead to. Raises `UserError` for one that leads nowhere."""
     return [source for path in paths for source in _find(path)]
+
+
+def places_of(given: Sequence[tuple[str, tuple[str, ...]]], places: Sequence[tuple[int, int]]) -> list[str]:
+    """File and line of rows. `given`: (name, paths) of a split's sources; `places`: as `Examples.place` has them."""
+    files = [source for _, paths in given for source in find_sources(paths)]
+    return [files[file].place(line) if 0 <= file < len(files) else f"row {line}" for file, line in places]
 
 
 def _find(path: str) -> list[Source]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of every key: raise it when the same rows become other tokens or columns.
-_VERSION = 6
+_VERSION = 7
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -71,25 +71,37 @@ def prepare(
     """
     fingerprint = fingerprint or tokenizer_fingerprint(tokenizer)
     if isinstance(data.heldout, float):
-        folder = _prepare(data, data.train_sources, data.heldout, tokenizer, fingerprint, chunking, warn)
+        folder = _prepare(data, data.train_sources, data.heldout, True, tokenizer, fingerprint, chunking, warn)
         return folder / "rows", folder / "heldout"
-    heldout = None
-    if data.heldout is not None:
-        heldout = _prepare(data, data.heldout_sources, None, tokenizer, fingerprint, chunking, warn) / "rows"
-    return _prepare(data, data.train_sources, None, tokenizer, fingerprint, chunking, warn) / "rows", heldout
+    heldout, apart = None, data.heldout is not None
+    if apart:
+        heldout = _prepare(data, data.heldout_sources, None, True, tokenizer, fingerprint, chunking, warn) / "rows"
+    # rows without others that are held out may be those that a model is evaluated on
+    rows = _prepare(data, data.train_sources, None, not apart, tokenizer, fingerprint, chunking, warn) / "rows"
+    return rows, heldout
 
 
 def _prepare(
     data: DataConfig,
     given: Sequence[tuple[str, tuple[str, ...]]],
     fraction: float | None,
+    sliced: bool,  # whether rows keep what they are told apart by
     tokenizer: "PreTrainedTokenizerBase",
     fingerprint: str,
     chunking: Chunking,
     warn: Callable[[str], None],
 ) -> Path:
     found = [find_sources(paths) for _, paths in given]
-    settings = [data.max_length, data.prompt_limit, data.on_bad_row, fraction, data.columns, data.template_kwargs]
+    slices = data.slices if sliced else None
+    settings: list[Any] = [
+        data.max_length,
+        data.prompt_limit,
+        data.on_bad_row,
+        fraction,
+        data.columns,
+        data.template_kwargs,
+    ]
+    settings.append(slices)
     settings.append(data.soft_labels)
     digests = [[source.digest() for source in sources] for sources in found]
     key = _digest([_VERSION, digests, fingerprint, settings])
@@ -113,6 +125,7 @@ def _prepare(
         on_bad_row=data.on_bad_row,
         fraction=fraction,
         sources=len(given),
+        files=tuple(source.name for sources in found for source in sources),
     )
     try:
         splits = [_Split(temporary / name, len(given)) for name in names]
@@ -123,6 +136,7 @@ def _prepare(
             columns=data.columns,
             soft=data.soft_labels,
             origins=[origin for origin, sources in enumerate(found) for _ in sources],
+            slices=slices,
         )
         for parts, chunk_bad in over_chunks(encoder, rows, workers=data.workers, chunking=chunking):
             bad.extend(chunk_bad)

@@ -26,6 +26,11 @@ class EvaluateConfig(Section):
     """Held-out rows while training."""
 
     every_steps: Positive | None = Field(None, description="optimizer steps between evaluations; null: first and last")
+    tokens: Positive | None = Field(
+        None,
+        description="most tokens of an evaluation between the first and the last, KL pairs counted: the same held-out"
+        " prompts each time; null: all of them",
+    )
 
 
 Count = Annotated[int, Field(ge=0)]

@@ -39,10 +39,15 @@ def evaluate_rows(
     sft_weight: float = 0.0,
     units: np.ndarray | None = None,  # (U, unit) rows that the loss takes, as in `data.batch.Plan`; None: all
     class_weights: tuple[float, float],
+    among: np.ndarray | None = None,  # (S,) rows, in order, that are looked at; None: all
 ) -> Evaluated:
-    """What the objective makes of all rows: no model is run but by `model` and `reference`."""
-    rows = np.arange(len(examples))
+    """What the objective makes of the rows: no model is run but by `model` and `reference`."""
+    rows = np.arange(len(examples)) if among is None else among
     prompts, completions = heldout_pairs(seed, examples) if loss.has_z0 else (rows[:0], rows[:0])
+    here = np.isin(prompts, rows)
+    prompts, completions = prompts[here], completions[here]
+    if units is not None:
+        units = np.searchsorted(rows, units[np.isin(units, rows).all(1)])
     tokens = torch.tensor(examples.completion_lengths)
     ratios = model(prompts, completions) - reference(prompts, completions) if prompts.size else np.zeros(0)
     kl = torch.from_numpy(ratios)
@@ -50,13 +55,14 @@ def evaluate_rows(
 
     goal = Goal(loss=loss, beta=beta, label_smoothing=label_smoothing, sft_weight=sft_weight)
     logps, refs = torch.from_numpy(model(rows, rows)), reference(rows, rows)
-    taken = rows if units is None else units.ravel()
-    labels = labels_of(examples, taken, refs[taken], class_weights, goal)
+    tokens = tokens[rows]
+    taken = np.arange(rows.size) if units is None else units.ravel()
+    labels = labels_of(examples, rows[taken], refs[taken], class_weights, goal)
     tables = tables_of(goal, labels, logps[taken], z0, tokens[taken])
     of_loss, sign, counted = tables.sum(0), labels.sign, None
     if units is not None:
-        sign = torch.from_numpy(np.where(examples.desirable, 1.0, -1.0))
-        tables = _whatever_the_loss(examples, logps, torch.from_numpy(refs), z0, beta)
+        sign = torch.from_numpy(np.where(examples.desirable[rows], 1.0, -1.0))
+        tables = _whatever_the_loss(examples, rows, logps, torch.from_numpy(refs), z0, beta)
         counted = np.zeros(rows.size, bool)
         if loss.unit == 1:
             counted[taken] = True
@@ -66,9 +72,9 @@ def evaluate_rows(
         table=tables.sum(0),
         sign=sign,
         soft=tables if examples.is_soft else None,
-        prompts=examples.prompt_group,
+        prompts=examples.prompt_group[rows],
         kl=kl,
-        kl_rows=prompts,
+        kl_rows=np.searchsorted(rows, prompts),
         beta=beta,
         counted=counted,
         pairs=units if units is not None and loss.unit > 1 else np.zeros((0, 2), np.int64),
@@ -76,11 +82,18 @@ def evaluate_rows(
     )
 
 
-def _whatever_the_loss(examples: Examples, logps: Tensor, refs: Tensor, z0: Tensor, beta: float) -> Tensor:
+def _whatever_the_loss(
+    examples: Examples,
+    rows: np.ndarray,  # (S,)
+    logps: Tensor,  # (S,)
+    refs: Tensor,  # (S,)
+    z0: Tensor,
+    beta: float,
+) -> Tensor:
     """(2, S, Q) what every model can be asked about rows that its loss does not take: all but the loss."""
 
     def as_class(desirable: bool) -> Tensor:
-        share = torch.tensor(examples.probability if desirable else 1 - examples.probability)
+        share = torch.tensor(examples.probability[rows] if desirable else 1 - examples.probability[rows])
         return metrics.row_table(
             losses=torch.zeros_like(logps),
             weight=share,
@@ -89,7 +102,7 @@ def _whatever_the_loss(examples: Examples, logps: Tensor, refs: Tensor, z0: Tens
             sign=torch.full_like(logps, 1.0 if desirable else -1.0),
             z0=z0,
             beta=beta,
-            tokens=torch.tensor(examples.completion_lengths),
+            tokens=torch.tensor(examples.completion_lengths[rows]),
             share=share,
         )
 

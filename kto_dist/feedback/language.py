@@ -1,39 +1,26 @@
-"""Which language an answer is in, by py3langid's naive Bayes over byte n-grams (Lui and Baldwin, 2012).
+"""Which language an answer is in (base/languages.py), and the answers that are of none of the wanted ones.
 
 In:  the answers that still have votes, and their texts in `parts`.
 Out: `other_languages` (response_key): answers that are of none of the wanted languages, with a stated probability.
 
-Fenced blocks (``` to ```) are cut before classifying, so that an answer is of the language of its prose. What the
-library calls `zxx`, no linguistic content (long lists of numbers, hexadecimal digests), stays, as does an answer of
-which nothing but fenced code is left. Probabilities are those of the library, which it tempers by the text's length: a
-word or a number gets a low one for every language and stays, but a short sentence of usual words is told with
-confidence ("Thank you very much!": en 0.94). Code that no fence marks reads as English from some lines on, by its
-keywords and comments. Only the start of what is left is read, which tells as much as the rest of it.
+What the library calls `zxx`, no linguistic content (long lists of numbers, hexadecimal digests), stays, as does an
+answer of which nothing but fenced code is left. A word or a number gets a low probability for every language and stays,
+but a short sentence of usual words is told with confidence ("Thank you very much!": en 0.94). Code that no fence marks
+reads as English from some lines on, by its keywords and comments.
 """
-
-from functools import cache
 
 import duckdb
 import pyarrow as pa
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.languages import FENCED, NONE, READ, identifier
 
-_READ = 1000  # characters; some 10,000 such answers a second and core
 _TEXTS = 2048
-_NONE = "zxx"  # ISO 639-2: no linguistic content
-# a fence opens a line; one that is never closed runs to the end, as Markdown has it
-_FENCED = r"(?ms)^[ \t]*```.*?(?:^[ \t]*```[ \t]*$|\z)"
-
-
-@cache
-def _identifier() -> LanguageIdentifier:
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def check_languages(languages: tuple[str, ...]) -> None:
     """Raises `UserError` for a code that the model does not know."""
-    known = set(_identifier().labels) - {_NONE} if languages else set()
+    known = set(identifier().labels) - {NONE} if languages else set()
     for language in languages:
         if language not in known:
             codes = ", ".join(sorted(known, key=lambda code: (len(code), code)))
@@ -42,20 +29,20 @@ def check_languages(languages: tuple[str, ...]) -> None:
 
 def find_other_languages(connection: duckdb.DuckDBPyConnection, languages: tuple[str, ...], least: float) -> None:
     """Makes `other_languages`."""
-    identifier, staying = _identifier(), {*languages, _NONE}
+    classify, staying = identifier().classify, {*languages, NONE}
     connection.execute("CREATE TABLE other_languages (response_key UUID)")
     reader = (
         connection.cursor()
         .sql(
             f"""SELECT r.response_key::VARCHAR AS response_key,
-                left(trim(regexp_replace(completion, '{_FENCED}', ' ', 'g')), {_READ}) AS text
+                left(trim(regexp_replace(completion, '{FENCED}', ' ', 'g')), {READ}) AS text
             FROM parts JOIN responses r ON parts.vote = r.representative
             WHERE r.response_key IN (SELECT response_key FROM ballots WHERE removed IS NULL)"""
         )
         .to_arrow_reader(_TEXTS)
     )
     for batch in reader:
-        found = [identifier.classify(text) for text in batch.column("text").to_pylist()]
+        found = [classify(text) for text in batch.column("text").to_pylist()]
         others = [language not in staying and probability >= least for language, probability in found]
         if any(others):
             leaving = pa.table({"response_key": batch.column("response_key").filter(pa.array(others))})

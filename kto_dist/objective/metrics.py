@@ -5,7 +5,8 @@
                     over shards; summed over classes it is the table again
 3. `step_metrics`   the only division. A class without rows is absent from the result.
 4. `pair_metrics`   means over pairs, from the table of a loss on pairs
-5. `source_metrics` the same by source of the data, from the table.
+5. `source_metrics` the same by source of the data, from the table
+6. `part_metrics`   the same of some of the rows, from the table.
 
 A row whose label is a probability p counts to the desirable ones by p and to the others by 1 - p, in every quantity.
 """
@@ -129,14 +130,28 @@ def source_metrics(
     sums.index_add_(0, torch.from_numpy(source.astype(np.int64)), table)
     result: dict[str, float] = {}
     for name, values in zip(names, sums.tolist(), strict=True):
-        total = dict(zip(QUANTITIES, values, strict=True))
-        if total["rows"]:
-            result |= {
-                f"loss/source/{name}": total["loss"] / total["rows"],
-                f"rewards/source/{name}": total["reward"] / total["rows"],
-                f"rows/source/{name}": total["rows"],
-            }
+        result |= _means(values, f"source/{name}")
     return result
+
+
+def part_metrics(
+    table: Tensor,  # (S, Q) of the rows of all ranks, on the CPU
+    chosen: np.ndarray,  # (S,) bool
+    name: str,
+) -> dict[str, float]:
+    """Means over the chosen rows; nothing where there are none."""
+    return _means(table[torch.from_numpy(chosen)].sum(0).tolist(), name)
+
+
+def _means(sums: Sequence[float], name: str) -> dict[str, float]:  # (Q,) of the rows that are called so
+    total = dict(zip(QUANTITIES, sums, strict=True))
+    if not total["rows"]:
+        return {}
+    return {
+        f"loss/{name}": total["loss"] / total["rows"],
+        f"rewards/{name}": total["reward"] / total["rows"],
+        f"rows/{name}": total["rows"],
+    }
 
 
 def clamp_kl(kl: Tensor) -> Tensor:  # (2,) sum and count -> () fp64

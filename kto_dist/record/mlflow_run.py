@@ -50,7 +50,8 @@ from kto_dist.record.tracking_uri import Unusable, alone, artifact_location, che
 _ERRORS = (OSError, ImportError, sqlite3.Error, MlflowException, SQLAlchemyError, CommandError)
 
 # MLflow's own limits (mlflow/utils/validation.py); a longer value is cut, since its start is worth having.
-_PARAM_LENGTH, _DIGEST_LENGTH, _METRICS_PER_BATCH = 6000, 36, 1000
+_PARAM_LENGTH, _DIGEST_LENGTH, _TAG_LENGTH = 6000, 36, 5000
+_METRICS_PER_BATCH, _TAGS_PER_BATCH = 900, 100  # 1,000 together
 
 _SYSTEM_METRICS_SECONDS = 5.0  # 12 metrics a sample: 200,000 rows a day
 _SEND_SECONDS = 1.0
@@ -125,6 +126,10 @@ class MlflowRun(Tracker):
         now = int(time.time() * 1000)
         self._last_step = step
         self._sender.add([Metric(name, float(value), now, step) for name, value in metrics.items()])
+
+    def tag(self, tags: dict[str, str]) -> None:
+        """Queues tags; the same thread sends them."""
+        self._sender.add_tags({name: masked(value)[:_TAG_LENGTH] for name, value in tags.items()})
 
     def log_dataset(
         self,
@@ -250,6 +255,7 @@ class _Sender:
     def __init__(self, client: MlflowClient, run_id: str, trouble: Callable[[str, Exception], None]) -> None:
         self._client, self._run_id, self._trouble = client, run_id, trouble
         self._waiting: list[Metric] = []
+        self._tags: dict[str, str] = {}
         self._refused = 0
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -259,6 +265,10 @@ class _Sender:
     def add(self, metrics: list[Metric]) -> None:
         with self._lock:
             self._waiting += metrics
+
+    def add_tags(self, tags: dict[str, str]) -> None:
+        with self._lock:
+            self._tags |= tags
 
     def close(self) -> int:
         """Sends the rest and returns how many values never arrived."""
@@ -276,12 +286,12 @@ class _Sender:
     def _send(self) -> bool:
         while True:
             with self._lock:
-                batch = self._waiting[:_METRICS_PER_BATCH]
-            if not batch:
+                batch, tags = self._waiting[:_METRICS_PER_BATCH], dict([*self._tags.items()][:_TAGS_PER_BATCH])
+            if not batch and not tags:
                 return True
             try:
                 with _patience(retries=0, timeout=10):
-                    self._client.log_batch(self._run_id, metrics=batch)
+                    self._client.log_batch(self._run_id, metrics=batch, tags=[RunTag(*tag) for tag in tags.items()])
             except _ERRORS as error:
                 self._trouble("metrics", error)
                 # A value that MLflow will never take must not hold up those behind it.
@@ -290,6 +300,8 @@ class _Sender:
                 self._refused += len(batch)
             with self._lock:
                 del self._waiting[: len(batch)]
+                # one that was set anew meanwhile waits
+                self._tags = {name: value for name, value in self._tags.items() if tags.get(name) != value}
 
 
 def _open(

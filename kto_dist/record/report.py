@@ -19,10 +19,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kto_dist.base.files import write_whole
 from kto_dist.base.secrets import masked
+from kto_dist.record.cost import again, cost_of
 from kto_dist.record.plots import PLOTS, Record, curve, is_finite, render
 from kto_dist.record.run_folder import read_lines
 from kto_dist.record.theme import DARK, LIGHT
-from kto_dist.record.verdict import FIRST, ordered, shortened, shown_range, verdict
+from kto_dist.record.verdict import FIRST, of_health, ordered, shortened, shown_range, verdict
 
 
 def write_report(run: str | Path) -> Path:
@@ -45,6 +46,7 @@ def write_report(run: str | Path) -> Path:
     before, after = sides(summary, heldout)
     rows = _comparison(summary, heldout)
     matters = [row for row in rows if row[0] in FIRST]
+    health = [line for line in read_lines(run / "health.jsonl") if isinstance(line.get("message"), str)]
     page = (
         pages()
         .get_template("report.html.j2")
@@ -52,14 +54,16 @@ def write_report(run: str | Path) -> Path:
             name=run.resolve().name,
             steps=len(metrics),
             last_step=metrics[-1]["step"] if metrics else None,
-            verdict=verdict(before, after, metrics, told) if metrics or after else None,
+            verdict=verdict(before, after, metrics, [*of_health(health), *told]) if metrics or after else None,
             tiles=_tiles(metrics, heldout, summary),
             plots=plots,
             comparison=matters or rows,
             more=rows[len(matters) :] if matters else [],
             slices=_slices(after),
-            health=[line for line in read_lines(run / "health.jsonl") if isinstance(line.get("message"), str)],
+            health=[(line, _place(line, metrics)) for line in health],
             samples=_samples(summary, answers),
+            cost=cost_of(metrics, summary),
+            again=again(run, summary),
             sections=_sections(summary),
             config=masked(config.read_text(encoding="utf-8")) if config.is_file() else None,
         )
@@ -108,6 +112,7 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return str(value)
+        value = value or 0.0  # and no -0
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     if isinstance(value, str):
         return masked(value)
@@ -192,6 +197,12 @@ def _samples(summary: Record, answers: list[Record]) -> list[Record]:
     return own or [
         {"prompt": one.get("prompt"), "before": old.get(one.get("prompt")), "after": one.get("answer")} for one in after
     ]
+
+
+def _place(line: Record, metrics: list[Record]) -> float:
+    """Of a step among all steps so far, in per cent."""
+    last = metrics[-1]["step"] if metrics else line["step"]
+    return round(100 * min(1.0, line["step"] / max(1, last)), 1)
 
 
 def _sections(summary: Record) -> list[tuple[str, list[tuple[str, Any]]]]:

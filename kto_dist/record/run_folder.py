@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "health.jsonl"
 
     @property
+    def bad_rows(self) -> Path:
+        """One line a row behind a figure that was no number; absent where there was none."""
+        return self.path / "bad-rows.jsonl"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -74,8 +79,7 @@ class RunFolder:
         lost = [_keep_until(self.metrics, step), _keep_until(self.heldout, step - 1 if last else step)]
         if self.answers.exists():
             lost.append(_keep_until(self.answers, step - 1 if last else step))
-        if self.health.exists():
-            lost.append(_keep_until(self.health, step))
+        lost += [_keep_until(path, step) for path in (self.health, self.bad_rows) if path.exists()]
         return [text for text in lost if text]
 
 

@@ -25,6 +25,10 @@ class Tracker(ABC):
         """The metrics of a step."""
 
     @abstractmethod
+    def tag(self, tags: dict[str, str]) -> None:
+        """What is true of the run from now on; a later value of a name takes the place of the one before."""
+
+    @abstractmethod
     def log_dataset(
         self,
         name: str,
@@ -64,6 +68,8 @@ class NullTracker(Tracker):
         self.run_id, self.uri = run_id, None
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def tag(self, tags: dict[str, str]) -> None: ...
 
     def log_dataset(
         self,

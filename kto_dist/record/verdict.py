@@ -53,14 +53,22 @@ def verdict(
 ) -> Verdict:
     """`before`: None where no evaluation came before the first update. `more`: what else is to be watched."""
     if not after or not is_finite(after.get("accuracy/all")):
-        return Verdict(tone="unclear", sentence="No held-out rows: nothing says whether the model got better.")
-    told = [
+        sentence = "No held-out rows: nothing says whether the model got better."
+        return Verdict(tone="unclear", sentence=sentence, watch=tuple(more))
+    changes = [
         f"{label} {_change(before, after, name)}"
         for name, label in (("accuracy/all", "accuracy on held-out thumbs"), ("auc", "AUC"))
         if name in after
     ]
     tone, opening = _tone(before, after)
-    return Verdict(tone=tone, sentence=f"{opening}: {', '.join(told)}.", watch=(*_watch(after, metrics), *more))
+    return Verdict(tone=tone, sentence=f"{opening}: {', '.join(changes)}.", watch=(*more, *_watch(after, metrics)))
+
+
+def of_health(lines: Sequence[Record]) -> list[str]:
+    """What the rules of health said, by the lines of health.jsonl; the page has their sentences."""
+    stopped = [f"the run was stopped at step {line['step']} ({line['rule']})" for line in lines if line.get("stop")]
+    warned = [str(line.get("rule")) for line in lines if not line.get("stop")]
+    return stopped + ([f"health warned ({', '.join(dict.fromkeys(warned))})"] if warned else [])
 
 
 def range_of(line: Mapping[str, Any] | None, name: str) -> tuple[float, float] | None:

@@ -1,6 +1,6 @@
 """The best evaluation of a run so far, by one held-out figure, and the weights that it belongs to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ class Best:
 
     def remember(self, lines: Iterable[Mapping[str, Any]], saved: set[int]) -> None:
         """What a run that goes on has evaluated before, and of which steps it has checkpoints."""
-        for line in lines:
-            self.note(line["step"], line)
+        # one that was looked at twice has all of its rows in the last line
+        for step, line in {line["step"]: line for line in lines}.items():
+            self.note(step, line.get("of_part", line))
         self.lost |= {step for step, _ in self.noted} - saved
 
     def note(self, step: int, figures: Mapping[str, Any]) -> None:
@@ -53,7 +54,7 @@ class Best:
         if value is None:
             raise UserError(
                 f"checkpoint.best ({self.name}) has no value on these held-out rows: it may need rows of both classes, "
-                "or a set of that name"
+                "a set of that name, or more evaluate.tokens"
             )
         self.noted.append((step, float(value)))
 
@@ -92,11 +93,17 @@ class Best:
         return (max if self.higher else min)(noted, key=lambda each: each[1])
 
 
-def weights_of(policy: Policy, saved: Path, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """Collective. What is trained, of a checkpoint of the run on rank 0, None elsewhere; the policy is done with."""
+def weights_of(
+    policy: Policy, saved: Path, dtype: torch.dtype, loaded: Callable[[], None] = lambda: None
+) -> dict[str, Tensor] | None:
+    """Collective. What is trained, of a checkpoint of the run on rank 0, None elsewhere; the policy is done with.
+
+    `loaded` is called once the policy has these weights, which it gets on the checkpoint's number of ranks alone.
+    """
     state = checkpoint.read_state(saved)
     if state.world_size == comm.world_size():
         checkpoint.load(policy, saved, None)
+        loaded()
         return policy.weights()
     # the engine was not made for files of another number of ranks; these lie on a disk that all share
     found: list[dict[str, Tensor]] = []

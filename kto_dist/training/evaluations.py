@@ -1,8 +1,14 @@
-"""A run's evaluations on held-out rows: each is a line in the folder, and points in MLflow; the best one of them."""
+"""A run's evaluations on held-out rows: each is a line in the folder, and points in MLflow; the best one of them.
+
+The first, the last, and that of the weights which are exported look at all rows. Those between may look at a part
+(`evaluate.tokens`): their lines say so (`part`), and lines of all rows have the part's figures as well (`of_part`), by
+which the best one is chosen.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from kto_dist.base import agree, comm
@@ -17,7 +23,7 @@ from kto_dist.training import checkpoint
 from kto_dist.training.best import Best, weights_of
 from kto_dist.training.run import Run
 from kto_dist.training.samples import Samples
-from kto_dist.training.stepper import Stepper
+from kto_dist.training.stepper import HeldOut, Stepper
 
 
 @dataclass
@@ -31,6 +37,8 @@ class Evaluations:
     """None where `checkpoint.best` is."""
     last: dict[str, Any] | None = field(default=None, init=False)
     """What the last evaluation found."""
+    slices: dict[str, np.ndarray] = field(default_factory=dict, init=False)
+    """On rank 0: column -> (N,) value of each held-out row."""
 
     samples: Samples = field(init=False)
 
@@ -38,6 +46,11 @@ class Evaluations:
         """Collective."""
         self.samples = Samples(self.stepper, self.run, self.console)
         self.best = Best.of(self.stepper.prepared.config)
+        heldout, data = self.stepper.prepared.heldout, self.stepper.prepared.config.data
+        if heldout is not None and comm.is_main():
+            # rows held out by a fraction come from the training rows' sources
+            sources = data.heldout_sources or data.train_sources
+            self.slices = slices_of(heldout, [name for name, _ in sources])
         lines = comm.broadcast(read_lines(self.run.folder.heldout))
         if lines:
             self.last = {name: value for name, value in lines[-1].items() if name != "step"}
@@ -55,18 +68,20 @@ class Evaluations:
 
     def at(self, step: int) -> dict[str, Any] | None:
         """Collective. The held-out figures after `step` updates, on rank 0 with intervals; None without such rows."""
+        line = self._look(step, whole=step in (0, self.stepper.prepared.plan.steps))
+        if line is not None and self.best is not None:
+            self.best.note(step, line.get("of_part", line))
+        self.samples.at(step)
+        return line
+
+    def _look(self, step: int, *, whole: bool) -> dict[str, Any] | None:
         self.console.phase("evaluation")
         try:
-            rows = self.stepper.evaluate(step)
+            found = self.stepper.evaluate(step, whole=whole)
         except NeedsRestart as failure:
             failure.step = step
             raise
-        line = None
-        if rows is not None:
-            path = self.run.folder.heldout_rows
-            self.run.put_down(f"the held-out rows of step {step}", lambda: kept.write(path, rows))
-            line = self._note(step, agree.together(lambda: self._findings(rows)))
-        self.samples.at(step)
+        line = None if found is None else self._note(step, found)
         self.console.phase("training")
         return line
 
@@ -75,23 +90,37 @@ class Evaluations:
         lines = read_lines(self.run.folder.heldout)
         return {name: value for name, value in lines[0].items() if name != "step"} if lines else None
 
-    def _findings(self, rows: Evaluated) -> Findings:
+    def _findings(self, rows: Evaluated, among: np.ndarray | None) -> Findings:
+        """`among`: the held-out rows that `rows` are; None: all."""
         data, heldout = self.stepper.prepared.config.data, self.stepper.prepared.heldout
         assert heldout is not None
+        among = np.arange(len(heldout)) if among is None else among
         sets = sets_of(heldout, data.heldout_names)
+        sets = None if sets is None else sets[among]
         if not comm.is_main():
             return Findings(figures=figures_of(rows, sets))
-        # rows held out by a fraction come from the training rows' sources
-        sources = data.heldout_sources or data.train_sources
-        return findings(rows, sets=sets, slices=slices_of(heldout, [name for name, _ in sources]))
+        return findings(rows, sets=sets, slices={name: values[among] for name, values in self.slices.items()})
 
-    def _note(self, step: int, found: Findings) -> dict[str, Any]:
-        self.last = found.to_dict()
-        if self.best is not None:
-            self.best.note(step, found.figures)
-        self.run.write(self.run.folder.heldout, {"step": step, **found.to_dict()})
+    def _note(self, step: int, found: HeldOut) -> dict[str, Any]:
+        """Collective."""
+        part, path = self.stepper.part, self.run.folder.heldout_rows
+        few, whole, told = found.part, found.whole, None
+        if few is not None:
+            told = agree.together(lambda: self._findings(few, part))
+        beside: dict[str, Any] = {}
+        if whole is not None:
+            beside = {} if told is None else {"of_part": told.figures}
+            self.run.put_down(f"the held-out rows of step {step}", lambda: kept.write(path, whole))
+            told = agree.together(lambda: self._findings(whole, None))
+        else:
+            assert part is not None and self.stepper.prepared.heldout is not None
+            groups = self.stepper.prepared.heldout.prompt_group
+            beside = {"part": {"prompts": np.unique(groups[part]).size, "of": np.unique(groups).size}}
+        assert told is not None
+        self.last = {**told.to_dict(), **beside}
+        self.run.write(self.run.folder.heldout, {"step": step, **self.last})
         if comm.is_main():
-            self.run.tracker.log(step, {f"heldout/{name}": value for name, value in found.figures.items()})
+            self.run.tracker.log(step, {f"heldout/{name}": value for name, value in told.figures.items()})
         return self.last
 
     def model(self, policy: Policy, done: int) -> dict[str, Tensor] | None:
@@ -108,13 +137,22 @@ class Evaluations:
                 "after an update, and the model that training began with may be the better one"
             )
         if best.step == done:
+            self._look_at_all(done)
             return policy.weights()
         saved = checkpoint.folder(self.run.folder.path) / checkpoint.name_of(best.step)
         if wrong := checkpoint.damage(saved):
             self.console.warn(f"the best checkpoint {saved} is damaged ({wrong[0]}): the last step is exported")
             best.lost |= {step for step, _ in best.noted} - {done}
+            self._look_at_all(done)
             return policy.weights()
         say(f"the best {best.name} ({best.value:.4g}) was that of step {best.step}: its checkpoint is exported")
         lines = comm.broadcast(read_lines(self.run.folder.heldout))
         self.last = {n: v for line in lines if line["step"] == best.step for n, v in line.items() if n != "step"}
-        return weights_of(policy, saved, self.stepper.prepared.dtype)
+        step = best.step
+        return weights_of(policy, saved, self.stepper.prepared.dtype, lambda: self._look_at_all(step))
+
+    def _look_at_all(self, step: int) -> None:
+        """Collective. The policy has the weights that are exported: those of `step`."""
+        if self.last is not None and "part" in self.last:
+            self._look(step, whole=True)
+            self.console.phase("export")

@@ -1,11 +1,12 @@
 """What is logged of a step, and what it says of the steps to come."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from kto_dist.base import comm
+from kto_dist.data.examples import Examples
 from kto_dist.model.devices import Cost, peak
 from kto_dist.objective import metrics
 from kto_dist.training.step import StepResult, StepWork
@@ -36,6 +37,12 @@ def step_figures(
     if (rate := peak()) is not None:
         figures["mfu"] = flops / seconds / (rate * comm.world_size())
     return figures
+
+
+def part_figures(result: StepResult, train: Examples, sources: Sequence[str]) -> dict[str, float]:
+    """Of the step's rows by source, and of those that another row contradicts."""
+    found = metrics.source_metrics(result.table, train.source[result.rows], sources)
+    return found | metrics.part_metrics(result.table, train.contradicted[result.rows], "contradicted")
 
 
 def line_of(figures: Mapping[str, float]) -> str:

@@ -90,6 +90,7 @@ def finish(
         "kernels": prepared.kernels,
         "packing": prepared.cutting.packed,
         "versions": environment_tags(),
+        "resumed_from": run.state.step,
         "tokens": outcome.tokens,
         "memory": outcome.memory,
         "seconds": console.seconds,
@@ -103,6 +104,19 @@ def finish(
         agree.once_per_host(lambda: shutil.rmtree(checkpoint.folder(run.folder.path), ignore_errors=True))
     say_outcome(summary, run.folder.path, console)
     return comm.broadcast(summary)
+
+
+def report_so_far(prepared: PreparedTraining, run: Run, console: Console) -> None:
+    """Of a run that its health has stopped; on rank 0. What cannot be written does not hide why it was stopped."""
+    if not (prepared.config.tracking.report and comm.is_main()):
+        return
+    try:
+        run.tracker.log_artifact(report.write_report(run.folder.path))
+        for path in (run.folder.health, run.folder.bad_rows):
+            if path.exists():
+                run.tracker.log_artifact(path)
+    except OSError as error:
+        console.warn(f"the report of the stopped run cannot be written: {error}")
 
 
 def _write(
@@ -120,7 +134,8 @@ def _write(
         f"when the model ({folder.export}) and {folder.summary.name} were written: the run is complete, but for its "
         "report and what MLflow was still to get"
     )
-    files = [folder.config, folder.summary]
+    run.tracker.tag(run.health_tags())
+    files = [path for path in (folder.config, folder.summary, folder.health, folder.bad_rows) if path.exists()]
     if tracking.report:
         files += [report.write_report(folder.path), folder.path / "plots"]
     for path in files:

@@ -27,7 +27,6 @@ from kto_dist.model.devices import cost_of, make_deterministic
 from kto_dist.model.engines import AdamW, Policy
 from kto_dist.model.memory import NeedsRestart
 from kto_dist.model.options import zero_stage
-from kto_dist.objective.metrics import source_metrics
 from kto_dist.record.tracker import Status
 from kto_dist.reference.logps import ReferenceLogps, score_reference
 from kto_dist.reference.record import PassRecord
@@ -36,9 +35,8 @@ from kto_dist.training.ahead import ahead
 from kto_dist.training.best import Best
 from kto_dist.training.config import Config
 from kto_dist.training.evaluations import Evaluations
-from kto_dist.training.figures import FEW, due, is_sound, line_of, long_way, step_figures
-from kto_dist.training.finish import Outcome, finish
-from kto_dist.training.health import Monitor
+from kto_dist.training.figures import FEW, due, is_sound, line_of, long_way, part_figures, step_figures
+from kto_dist.training.finish import Outcome, finish, report_so_far
 from kto_dist.training.heavy import heavy_rows, warning
 from kto_dist.training.prepare import PreparedTraining, find, prepare_training, wanted
 from kto_dist.training.preview import preview
@@ -46,7 +44,8 @@ from kto_dist.training.profile import profiled
 from kto_dist.training.run import Goodbye, Run, alone_in, find_checkpoint, open_run, start_run
 from kto_dist.training.step import StepResult
 from kto_dist.training.stepper import Stepper
-from kto_dist.training.trends import kept, own_rules
+from kto_dist.training.trends import own_rules
+from kto_dist.training.watching import Watching
 
 Watch = Callable[[StepResult], None]
 """Is called on every rank after each step, once its line of metrics is written."""
@@ -97,6 +96,8 @@ def _run(config: Config, console: Console, watch: Watch | None, goodbye: Goodbye
         status = "FINISHED"
     except (Stopped, NeedsRestart, KeyboardInterrupt) as stop:
         status = "FAILED" if isinstance(stop, Stopped) and stop.exit_code == FAILED else "KILLED"
+        if status == "FAILED":
+            report_so_far(prepared, run, console)
         raise
     finally:
         record.finish(status)
@@ -115,7 +116,7 @@ def _train(
     console.phase("policy")
     policy, rounding = _load_policy(prepared, run, console)
     cost = cost_of(policy.model.lm)
-    monitor = Monitor(config.health, past=comm.broadcast(kept(run.lines())))
+    watching = Watching(prepared, run, console)
     stepper = Stepper(prepared, refs, policy, console, rounding)
     stepper.try_largest()
     first = done = run.state.step
@@ -135,15 +136,13 @@ def _train(
             seconds, started = time.monotonic() - started, time.monotonic()
             done, tokens = result.step, tokens + result.tokens
             last = step_figures(result, work, cost, seconds, steps_per_epoch=plan.steps_per_epoch, unit=plan.unit)
-            last |= source_metrics(result.table, prepared.train.source[result.rows], config.data.source_names)
+            last |= part_figures(result, prepared.train, config.data.source_names)
             run.log(last)
             show(done, line_of(last))
             if watch is not None:
                 watch(result)
 
-            advice = monitor.check(done, last)
-            run.advise(done, advice, console)
-            stopping = [item for item in advice if item.stop]
+            stopping = [item for item in watching.after(result, last) if item.stop]
             signalled = comm.any_(terminated())
             if due(config.evaluate.every_steps, done) and done < plan.steps:
                 evaluations.at(done)

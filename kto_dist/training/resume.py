@@ -43,7 +43,14 @@ APPLIED = frozenset(
     }
     | {f"reference.{name}" for name in ("tokens_per_batch", "packing", "share_prefixes", "logits_mebibytes")}
     | {"reference.logits_dtype", "deepspeed.offload_optimizer", "deepspeed.offload_parameters", "deepspeed.config"}
-    | {"data.heldout", "checkpoint.every_steps", "checkpoint.keep", "evaluate.every_steps"}
+    | {
+        "data.heldout",
+        "data.slices",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "evaluate.every_steps",
+        "evaluate.tokens",
+    }
     | {"checkpoint.best", "train.stop_after"}
     | {"health.max_kl", "health.patience", "health.on_trouble", "health.rules"}
 )

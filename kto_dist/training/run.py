@@ -91,8 +91,8 @@ class Run:
         return read_lines(self.folder.metrics)
 
     def advise(self, step: int, advice: Sequence[Advice], console: Console) -> None:
-        """Collective. What rules of health say, the same on every rank: for people, as a line in the folder, as a point
-        in MLflow. Raises `UserError`."""
+        """Collective. What rules of health say, the same on every rank: for people, as a line in the folder, as points
+        and tags in MLflow. Raises `UserError`."""
         for item in advice:
             console.warn(item.message)
             line = {"step": step, "rule": item.rule, "stop": item.stop, "message": item.message}
@@ -100,6 +100,14 @@ class Run:
             if comm.is_main():
                 name = re.sub(r"[^\w./ -]", "_", item.rule)  # what MLflow takes
                 self.tracker.log(step, {f"health/{name}": 1.0})
+                self.tracker.tag({f"health.{name}": item.message, **self.health_tags()})
+
+    def health_tags(self) -> dict[str, str]:
+        """For MLflow: what the rules of health have said so far, in order."""
+        lines = read_lines(self.folder.health)
+        said = ", ".join(f"{line['rule']} at step {line['step']}" for line in lines)
+        stopped = any(line["stop"] for line in lines)
+        return {"health": f"{'stopped' if stopped else 'warned'}: {said}" if said else "sound"}
 
 
 @dataclass(kw_only=True)

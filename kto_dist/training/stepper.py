@@ -1,6 +1,7 @@
 """Steps within the memory that there is: the largest micro-batch is tried first, and where it fails half of it."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from kto_dist.base import comm
 from kto_dist.base.console import Console
 from kto_dist.data.batch import Cutting, collate, pair_tokens
 from kto_dist.evaluation.figures import Evaluated
-from kto_dist.evaluation.heldout import evaluate_rows, under
+from kto_dist.evaluation.heldout import Logps, evaluate_rows, under
+from kto_dist.evaluation.sample import Remembering, sample_of
 from kto_dist.model.causal_lm import completion_logps
 from kto_dist.model.checks import Rounding
 from kto_dist.model.engines import Policy
@@ -19,10 +21,21 @@ from kto_dist.model.memory import Memory, NeedsRestart, attempt
 from kto_dist.model.options import zero_stage
 from kto_dist.objective.objective import labels_of, loss_and_rows
 from kto_dist.reference.logps import ReferenceLogps
+from kto_dist.reference.pairs import RefLogps
 from kto_dist.training.prepare import PreparedTraining
 from kto_dist.training.schedule import learning_rate
 from kto_dist.training.start import StartCheck
 from kto_dist.training.step import StepResult, StepWork, run_step, step_work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """One evaluation."""
+
+    whole: Evaluated | None
+    """All held-out rows; None where a part was looked at alone."""
+    part: Evaluated | None
+    """The part that `evaluate.tokens` leaves; None where it leaves all."""
 
 
 @dataclass
@@ -111,19 +124,21 @@ class Stepper:
 
         return attempt(once, "the largest micro-batch", again=not self.policy.waits_in_backward)
 
-    def evaluate(self, step: int) -> Evaluated | None:
-        """Collective. Held-out rows under the policy as it is, after `step` updates; None without such rows."""
+    def evaluate(self, step: int, *, whole: bool = True) -> HeldOut | None:
+        """Collective. Held-out rows under the policy as it is, after `step` updates; None without such rows.
+
+        `whole`: all of them, where `evaluate.tokens` may leave a part.
+        """
         prepared, refs = self.prepared, self.refs.heldout
-        heldout, objective = prepared.heldout, prepared.objective
+        heldout, objective, part = prepared.heldout, prepared.objective, self.part
         if heldout is None or refs is None:
             return None
         # before the first update the policy is its reference (see `StartCheck`), which has scored these rows
         is_reference = step == 0 and prepared.config.reference.path is None
 
-        def evaluated(cutting: Cutting) -> Evaluated:
-            again = not self.policy.waits_in_forward
+        def of(model: Logps, among: np.ndarray | None) -> Evaluated:
             return evaluate_rows(
-                refs if is_reference else under(self.policy.forward, heldout, objective, cutting, again=again),
+                model,
                 refs,
                 heldout,
                 units=prepared.heldout_units,
@@ -133,9 +148,33 @@ class Stepper:
                 label_smoothing=objective.label_smoothing,
                 sft_weight=objective.sft_weight,
                 class_weights=prepared.class_weights,
+                among=among,
             )
 
+        def evaluated(cutting: Cutting) -> HeldOut:
+            again = not self.policy.waits_in_forward
+            own = under(self.policy.forward, heldout, objective, cutting, again=again)
+            model = Remembering(refs if is_reference else own)
+            if not whole and part is not None:
+                return HeldOut(whole=None, part=of(model, part))
+            rows = of(model, None)
+            # the part's log-probs are among those of all
+            return HeldOut(whole=rows, part=None if part is None else of(RefLogps(heldout, *model.seen()), part))
+
         return self.memory.within(evaluated, lambda: None)
+
+    @cached_property
+    def part(self) -> np.ndarray | None:  # (S,)
+        """Held-out rows that are looked at between the first evaluation and the last; None: all."""
+        prepared = self.prepared
+        if prepared.heldout is None:
+            return None
+        return sample_of(
+            prepared.heldout,
+            seed=prepared.config.train.seed,
+            tokens=prepared.config.evaluate.tokens,
+            with_z0=prepared.objective.loss.has_z0,
+        )
 
     def _start_check(self) -> StartCheck | None:
         """None where the reference is another model than the policy's start."""

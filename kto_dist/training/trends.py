@@ -1,11 +1,13 @@
-"""Rules over a stretch of steps: a class that does not learn, a loss that stays, rewards that fall together; and rules
-of the user's own, Python functions that the config names.
+"""Rules over a stretch of steps: a class that does not learn, a loss that stays, rewards that fall together, rows that
+contradict each other, classes mixed otherwise than the audit saw; and rules of the user's own, Python functions that
+the config names.
 
 Each looks at the steps so far and gives its reason, or None. Each speaks once in a run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from kto_dist.base.errors import UserError
@@ -26,6 +28,14 @@ FALLEN = -1.0
 SATURATED = 0.8
 SPIKE = 30.0
 """Times the median gradient norm."""
+CONTRADICTED = 0.25
+"""Share of the loss that rows with a twin of the other label may have."""
+MIXED = 0.1
+"""How far the share of desirable rows may be from the audit's, where chance does not explain it."""
+DRIFTED = 0.5
+"""How much longer or shorter sampled answers may become, as a share of the first ones' length."""
+_SURE = 4.0
+"""Standard errors that chance does not explain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,37 +46,59 @@ class Trend:
     reason: Callable[[Sequence[Figures]], str | None]
     """The steps so far -> what is wrong, with its values; None where nothing is."""
     remedy: str
+    same_as: frozenset[str] = frozenset()
+    """Rules that tell of the same cause: where one has spoken, this one is silent."""
 
 
-def trends() -> tuple[Trend, ...]:
-    return (
+def trends(audited: float | None = None) -> tuple[Trend, ...]:
+    """`audited`: the share of desirable rows by the data's audit; None where it has none, or the loss takes others."""
+    of_the_run = (
         Trend(
             name="one_class",
             reason=_one_class,
             remedy="look at that class's labels, and at objective.desirable_weight and undesirable_weight",
+            same_as=frozenset({"falling", "clamped", "dead"}),
         ),
         Trend(
             name="falling",
             reason=_falling,
             remedy="lower train.lr or raise objective.desirable_weight: disliked answers are unlearned by making "
             "everything less likely",
+            same_as=frozenset({"clamped", "max_kl", "dead"}),
         ),
         Trend(
             name="flat",
             reason=_flat,
             remedy="raise train.lr, or look whether the labels depend on the answers at all (kto-dist audit)",
+            same_as=frozenset({"saturated", "dead", "contradicted"}),
         ),
         Trend(
             name="saturated",
             reason=_saturated,
             remedy="lower objective.beta or train.lr, or stop earlier (checkpoint.best): most rows teach nothing more",
+            same_as=frozenset({"max_kl", "dead", "spikes"}),
         ),
         Trend(
-            name="spikes",
-            reason=_spikes,
+            name="spike",
+            reason=_spike,
             remedy="lower train.lr, set train.clip, and look at the rows of that step (long or repeated answers)",
+            same_as=frozenset({"spikes", "max_kl", "dead"}),
+        ),
+        Trend(
+            name="contradicted",
+            reason=_contradicted,
+            remedy="`kto-dist mine` settles such conflicts by majority",
         ),
     )
+    if audited is None:
+        return of_the_run
+    mixed = Trend(
+        name="class_mix",
+        reason=lambda past: _mixed(past, audited),
+        remedy="look at what data.train reads beside the audited files, at rows that were skipped or dropped, and "
+        "audit what is trained on",
+    )
+    return (*of_the_run, mixed)
 
 
 def kept(past: Sequence[Figures]) -> list[Figures]:
@@ -121,15 +153,54 @@ def _saturated(past: Sequence[Figures]) -> str | None:
     return f"{share:.0%} of the rows of the last {STRETCH} steps are saturated: they hardly move the model any more"
 
 
-def _spikes(past: Sequence[Figures]) -> str | None:
-    norms = [figures["grad_norm"] for figures in past[-AFTER:] if "grad_norm" in figures]
-    if len(norms) <= STRETCH:
+def usual_norm(past: Sequence[Figures]) -> float | None:
+    """The median gradient norm of the newest steps, or of the first ones where that is higher: a model that has learnt
+    most rows has small norms, next to which an ordinary one looks like a jump. None where steps are few, or it is 0."""
+    norms = [figures["grad_norm"] for figures in past if "grad_norm" in figures]
+    if len(norms) < STRETCH:
         return None
-    *before, now = norms
-    usual = sorted(before)[len(before) // 2]
-    if usual <= 0 or not now > SPIKE * usual:
+    return max(median(norms[:STRETCH]), median(norms[-AFTER:])) or None
+
+
+def _spike(past: Sequence[Figures]) -> str | None:
+    """Told when it is over: one that stays is another rule's."""
+    if len(past) < 3 or (usual := usual_norm(past[:-2])) is None:
         return None
-    return f"the gradient norm jumped to {now:.3g}, from {usual:.3g} as its median of {len(before)} steps"
+    jumped, now = (figures.get("grad_norm", 0.0) for figures in past[-2:])
+    if not jumped > SPIKE * usual >= now:
+        return None
+    return f"the gradient norm jumped to {jumped:.3g} and came back to {now:.3g}, its median being {usual:.3g}"
+
+
+def _contradicted(past: Sequence[Figures]) -> str | None:
+    newest = past[-STRETCH:]
+    rows, loss = _sums(newest, "rows/contradicted", "loss/contradicted")
+    all_rows, all_loss = _sums(newest, "rows/all", "loss")
+    if len(newest) < STRETCH or all_loss <= 0 or loss <= CONTRADICTED * all_loss:
+        return None
+    return (
+        f"rows that have a twin with the other label are {rows / all_rows:.0%} of the rows and have "
+        f"{loss / all_loss:.0%} of the loss of the last {STRETCH} steps: the model is pulled both ways"
+    )
+
+
+def _mixed(past: Sequence[Figures], audited: float) -> str | None:
+    rows, up = _sums(past, "rows/all", "rows/all")[0], _sums(past, "rows/desirable", "rows/desirable")[0]
+    if len(past) < STRETCH or not rows:
+        return None
+    apart = up / rows - audited
+    if abs(apart) <= max(MIXED, _SURE * (audited * (1 - audited) / rows) ** 0.5):
+        return None
+    return (
+        f"{up / rows:.0%} of the rows of {len(past)} steps are desirable, and the audit of the data says "
+        f"{audited:.0%}: what is trained on is not what was audited"
+    )
+
+
+def _sums(past: Sequence[Figures], rows: str, mean: str) -> tuple[float, float]:
+    """Rows, and the sum over them of what the steps have as a mean."""
+    counted = [figures for figures in past if rows in figures]
+    return sum(figures[rows] for figures in counted), sum(figures[rows] * figures.get(mean, 0.0) for figures in counted)
 
 
 def _ends(past: Sequence[Figures], name: str) -> tuple[float | None, float | None]:
@@ -138,6 +209,22 @@ def _ends(past: Sequence[Figures], name: str) -> tuple[float | None, float | Non
     if len(values) < STRETCH:
         return None, None
     return sum(values[:STRETCH]) / STRETCH, sum(values[-STRETCH:]) / STRETCH
+
+
+def drifted(lengths: Sequence[float]) -> str | None:
+    """Of answers to the same prompts: their mean tokens at each evaluation so far, the first being the start's.
+
+    Two evaluations in a row, so that no single draw decides.
+    """
+    if len(lengths) < 3 or lengths[0] <= 0:
+        return None
+    changes = [length / lengths[0] - 1 for length in lengths[-2:]]
+    if not (min(changes) > DRIFTED or max(changes) < -DRIFTED):
+        return None
+    return (
+        f"sampled answers are {abs(changes[-1]):.0%} {'longer' if changes[-1] > 0 else 'shorter'} than before training "
+        f"({lengths[-1]:.0f} tokens, {lengths[0]:.0f} before)"
+    )
 
 
 OwnRule = Callable[[dict[str, float], list[dict[str, float]]], Any]

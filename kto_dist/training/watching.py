@@ -1,0 +1,50 @@
+"""What a loop asks after each step: the rules of health, and which rows a figure came from that is no number."""
+
+from dataclasses import replace
+
+from kto_dist.base import agree, comm, disks
+from kto_dist.base.console import Console
+from kto_dist.data.audited import desirable_share
+from kto_dist.record.run_folder import read_lines
+from kto_dist.training.figures import is_sound
+from kto_dist.training.health import Advice, Monitor
+from kto_dist.training.prepare import PreparedTraining
+from kto_dist.training.run import Run
+from kto_dist.training.step import StepResult
+from kto_dist.training.suspects import note, suspects
+from kto_dist.training.trends import Figures, kept
+
+
+class Watching:
+    """The rules of one run, with what they need beside its metrics."""
+
+    def __init__(self, prepared: PreparedTraining, run: Run, console: Console) -> None:
+        """Collective. Raises `UserError` where a rule of the user's own cannot be had."""
+        self._prepared, self._run, self._console = prepared, run, console
+        takes_all = prepared.objective.loss.takes == "all"
+        past, said, audited = comm.broadcast(
+            (
+                kept(run.lines()),
+                {line["rule"] for line in read_lines(run.folder.health)},
+                desirable_share(run.audits) if takes_all else None,
+            )
+        )
+        self.monitor = Monitor(prepared.config.health, past=past, said=said, audited=audited)
+
+    def after(self, result: StepResult, figures: Figures) -> list[Advice]:
+        """Collective. What the rules say of the step, once it was told everywhere. Raises `UserError`."""
+        advice = self.monitor.check(result.step, figures)
+        if not is_sound(figures):
+            advice = [self._with_rows(item, result) if item.rule == "finite" else item for item in advice]
+        self._run.advise(result.step, advice, self._console)
+        return advice
+
+    def _with_rows(self, advice: Advice, result: StepResult) -> Advice:
+        found = suspects(result, self._prepared)
+
+        def written() -> str:
+            with disks.refusals(f"the rows of step {result.step}", "train.output", self._run.folder.path):
+                return note(found, result, self._prepared, self._run.folder)
+
+        rows = agree.on_main(written)
+        return replace(advice, message=f"{advice.message}. {rows}")
