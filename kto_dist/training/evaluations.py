@@ -24,6 +24,7 @@ from kto_dist.training.best import Best, weights_of
 from kto_dist.training.run import Run
 from kto_dist.training.samples import Samples
 from kto_dist.training.stepper import HeldOut, Stepper
+from kto_dist.training.watching import Watching
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Evaluations:
     stepper: Stepper
     run: Run
     console: Console
+    watching: Watching
     best: Best | None = field(init=False)
     """None where `checkpoint.best` is."""
     last: dict[str, Any] | None = field(default=None, init=False)
@@ -72,6 +74,7 @@ class Evaluations:
         if line is not None and self.best is not None:
             self.best.note(step, line.get("of_part", line))
         self.samples.at(step)
+        self.watching.answered(step, self.samples.lines)
         return line
 
     def _look(self, step: int, *, whole: bool) -> dict[str, Any] | None:

@@ -122,7 +122,7 @@ def _train(
     first = done = run.state.step
     last, tokens = run.last_line(), 0
     console.phase("training")
-    evaluations = Evaluations(stepper, run, console)
+    evaluations = Evaluations(stepper, run, console, watching)
     before = evaluations.at(0) if first == 0 else evaluations.first()
     with (
         sigterm_noted() as terminated,

@@ -1,6 +1,8 @@
 """What a loop asks after each step: the rules of health, and which rows a figure came from that is no number."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kto_dist.base import agree, comm, disks
 from kto_dist.base.console import Console
@@ -38,6 +40,12 @@ class Watching:
             advice = [self._with_rows(item, result) if item.rule == "finite" else item for item in advice]
         self._run.advise(result.step, advice, self._console)
         return advice
+
+    def answered(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Collective. `lines`: of answers.jsonl so far, on rank 0. Raises `UserError`."""
+        tokens = [[answer["tokens"] for answer in line["answers"]] for line in lines]
+        lengths = comm.broadcast([sum(each) / len(each) for each in tokens if each])
+        self._run.advise(step, self.monitor.answered(step, lengths), self._console)
 
     def _with_rows(self, advice: Advice, result: StepResult) -> Advice:
         found = suspects(result, self._prepared)
