@@ -118,7 +118,14 @@ def reference_logps(reference, examples):
     return RefLogps(examples, prompts, completions, np.array(values))
 
 
-def through_the_trainer(models, examples, *, loss, packed, tokens, class_weights, beta, step=0, kl_pairs=None, **more):
+def through_the_trainer(models, examples, **options):
+    """The step's metrics, the gradients, its rows and its KL pairs."""
+    result, policy, rows, pairs = run_one(models, examples, **options)
+    return metrics.step_metrics(result.sums, result.kl), policy.gradients(), rows, pairs
+
+
+def run_one(models, examples, *, loss, packed, tokens, class_weights, beta, step=0, kl_pairs=None, **more):
+    """The step's result, the policy, its rows and its KL pairs; `more` of the objective."""
     policy = PlainPolicy(models[0])
     plan = Plan(
         seed=3,
@@ -149,7 +156,7 @@ def through_the_trainer(models, examples, *, loss, packed, tokens, class_weights
     result = run_step(step_work(prepared, refs, step, prepared.cutting), policy, prepared.objective, lr=1e-3)
     rows = step_rows(plan, step)
     pairs = list(zip(*step_kl_pairs(plan, step, rows, examples.prompt_group), strict=True))
-    return metrics.step_metrics(result.sums, result.kl), policy.gradients(), rows, pairs
+    return result, policy, rows, pairs
 
 
 def relative_error(found, wanted):

@@ -19,7 +19,7 @@ from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.objective import metrics
 from kto_dist.objective.losses import LOSSES
-from kto_dist.objective.objective import Objective, labels_of, loss_and_rows, table_of
+from kto_dist.objective.objective import Objective, batch_loss, labels_of, table_of
 
 BETA = 0.3
 TOLERANCE = 1e-4
@@ -72,9 +72,9 @@ def ours(policy, reference, examples, units, loss, tokens=80, **settings):
     found = torch.zeros(rows.size, 2, dtype=torch.float64)
     z0 = torch.zeros((), dtype=torch.float64)
     for batch in microbatches(examples, rows, rows, cutting, rank=0, ranks=1, unit=units.shape[1]):
-        part, own = loss_and_rows(model, batch, labels, z0, objective)
-        (part / rows.size).backward()
-        found[batch.position] = own
+        own = batch_loss(model, batch, labels, z0, objective)
+        (own.loss / rows.size).backward()
+        found[batch.position] = own.rows
     losses, logps = found.unbind(1)
     table = table_of(objective, labels, logps, z0, torch.from_numpy(examples.completion_lengths[rows]), losses)
     # what an evaluation makes of the log-probs alone is the same

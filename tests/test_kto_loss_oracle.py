@@ -17,7 +17,7 @@ from kto_dist.data.batch import Cutting, microbatches
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.objective import metrics
 from kto_dist.objective.losses import LOSSES as TABLE
-from kto_dist.objective.objective import Labels, Objective, kl_sums, loss_and_rows
+from kto_dist.objective.objective import Labels, Objective, batch_loss, survey
 
 STEPS = (0, 3)  # one whose kl_raw is clamped and one whose is not
 LOSSES = ("kto", "apo_zero_unpaired")
@@ -223,19 +223,19 @@ def ours_on_trls_rows(policy, reference, rows, loss):
         for batch in pairs:
             labels = Labels(ref_logps=zeros, sign=zeros + 1, weight=zeros + 1)
             with torch.no_grad():
-                found[batch.position] = loss_and_rows(other, batch, labels, zeros[0], objective)[1][:, 1]
+                found[batch.position] = batch_loss(other, batch, labels, zeros[0], objective).rows[:, 1]
         return found
 
     kl = torch.zeros(2, dtype=torch.float64)
     if loss == "kto":
         kl_batches = batches(own, np.roll(own, 1))
-        kl = kl_sums(model, kl_batches, reference_of(kl_batches), objective)
+        kl, _ = survey(model, kl_batches, reference_of(kl_batches), [], objective)
     sign = torch.from_numpy(np.where(examples.desirable, 1.0, -1.0))
     main = batches(own, own)
     labels = Labels(ref_logps=reference_of(main), sign=sign, weight=torch.where(sign > 0, 1.3, 0.7).double())
     total = 0.0
     for batch in main:
-        part, _ = loss_and_rows(model, batch, labels, metrics.clamp_kl(kl), objective)
+        part = batch_loss(model, batch, labels, metrics.clamp_kl(kl), objective).loss
         (part / size).backward()
         total += float(part.detach()) / size
     gradients = {name: parameter.grad for name, parameter in model.lm.named_parameters()}

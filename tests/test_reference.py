@@ -148,6 +148,7 @@ NOT_POLICY = {
     "objective__kl_pairs_per_step",
     "train__global_batch",
 }
+NOT_POLICY |= {"objective__router_loss"}  # of mixtures of experts alone: tests/test_router.py
 NOT_POLICY |= {"objective__pairs", "objective__label_smoothing"}  # of dpo alone: tests/test_dpo.py
 NOT_POLICY |= {"model__kernels"}  # the reference follows it, so that step 0 holds: tests/test_layer_kernels.py
 NOT_POLICY |= {

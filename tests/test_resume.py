@@ -51,6 +51,7 @@ OTHER = {
     "objective.undesirable_weight": 1.5,
     "objective.kl_pairs_per_step": 4,
     "objective.sft_weight": 0.5,
+    "objective.router_loss": 0.5,
     "reference.device": "cpu",
     "reference.dtype": "bf16",
     "reference.attention": "eager",
@@ -138,6 +139,8 @@ def test_a_changed_setting_is_refused_said_or_set_aside_as_decided(tmp_path, tin
 
     def state_of(config: Config, heldout: str | None = None) -> State:
         named = {"data": "rows", "policy": "weights", "reference": None, "dtype": torch.float32}
+        asked = config.objective.router_loss
+        named["router_loss"] = 0.0 if asked == "auto" else asked
         identity = resume.identity(config, zero_stage=config.deepspeed.zero_stage, **named)
         settings = resume.settings_of(config, steps=5, heldout=heldout)
         return State(step=3, world_size=1, zero_stage=2, identity=identity, mlflow_run=None, settings=settings)

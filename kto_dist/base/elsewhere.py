@@ -40,6 +40,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "kto_rejected_weight": ("objective.undesirable_weight",),
     "pref_ftx": ("objective.sft_weight",),
     "rpo_alpha": ("objective.sft_weight",),
+    "router_aux_loss_coef": ("objective.router_loss",),
+    "moe_aux_loss_coef": ("objective.router_loss",),
     # the models
     "model_name_or_path": ("model.path",),
     "base_model": ("model.path",),

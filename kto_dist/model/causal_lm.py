@@ -21,6 +21,7 @@ from kto_dist.data.batch import MicroBatch
 from kto_dist.model.attention import ATTENTIONS
 from kto_dist.model.cpu_layers import quicken
 from kto_dist.model.lora_layers import quicken_adapter
+from kto_dist.model.router import Router
 
 Head = Callable[[Tensor, Tensor, Tensor | None], Any]
 # (N, H) hidden states of completion rows, (V, H) weight, (V,) bias or None -> tensors
@@ -118,8 +119,12 @@ class ScoringModel(nn.Module):
         longest: int,
         gather: Tensor | None = None,  # (N,) rows of the flattened hidden states
         head: Head | None = None,
+        router: Router | None = None,
     ) -> Any:
-        """Without a head: the model's own logits (R, T, V), for checks; without positions the family counts its own."""
+        """Without a head: the model's own logits (R, T, V), for checks; without positions the family counts its own.
+
+        With `router`: what the head returns, and what that makes of the routers' logits.
+        """
         tokens: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -139,9 +144,18 @@ class ScoringModel(nn.Module):
             tokens |= {name: functional.pad(tokens[name], (0, more)) for name in _PADDED}
         if head is None:
             return self.lm(**tokens).logits[:, :width]
-        hidden = getattr(self.lm, self._decoder)(**tokens)[0][:, :width]
+        decoder = getattr(self.lm, self._decoder)
+        found = decoder(**tokens) if router is None else decoder(**tokens, output_router_logits=True)
+        hidden = found[0][:, :width]
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, gather)
-        return self.lm.get_output_embeddings()(rows, head=head)
+        result = self.lm.get_output_embeddings()(rows, head=head)
+        if router is None:
+            return result
+        is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not len(rows):  # a micro-batch without sequences
+            is_token = torch.zeros_like(input_ids)
+        is_token = functional.pad(is_token, (0, tokens["input_ids"].shape[1] - width))
+        return result, router(found.router_logits, is_token.reshape(-1) > 0)
 
 
 def _decoder_of(lm: PreTrainedModel) -> str:
@@ -160,8 +174,9 @@ Forward = Callable[..., Any]
 # a ScoringModel, or an engine around one
 
 
-def score(forward: Forward, batch: MicroBatch, head: Head) -> Any:
+def score(forward: Forward, batch: MicroBatch, head: Head, router: Router | None = None) -> Any:
     """Runs the model on a micro-batch that lies on the model's device."""
+    more = {} if router is None else {"router": router}
     return forward(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -170,6 +185,7 @@ def score(forward: Forward, batch: MicroBatch, head: Head) -> Any:
         longest=batch.longest,
         gather=batch.gather,
         head=head,
+        **more,
     )
 
 
@@ -181,6 +197,13 @@ def completion_logps(
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(S,) fp64: the log-prob of every completion of a micro-batch. `budget`: bytes of logits at a time."""
+    return score(forward, batch, logps_head(batch, transform, budget, logits_dtype))
+
+
+def logps_head(
+    batch: MicroBatch, transform: LogitTransform, budget: int | None, logits_dtype: torch.dtype | None = None
+) -> Head:
+    """Of hidden states the log-prob of every completion, (S,) fp64."""
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logps = token_logps(
@@ -188,4 +211,4 @@ def completion_logps(
         )
         return sequence_logps(logps, batch.lengths)
 
-    return score(forward, batch, head)
+    return head

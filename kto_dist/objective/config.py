@@ -38,6 +38,11 @@ class ObjectiveConfig(Section):
     sft_weight: NonNegativeFloat = Field(
         0.0, description="adds so many times the mean over thumbs-up rows of -log-prob a token"
     )
+    router_loss: Literal["auto"] | NonNegativeFloat = Field(
+        "auto",
+        description="mixtures of experts: adds so many times the loss that keeps experts evenly loaded; auto: as the"
+        " model's config says (router_aux_loss_coef), and 0 where its family has no such loss",
+    )
 
     @model_validator(mode="after")
     def _settings_are_used(self) -> "ObjectiveConfig":

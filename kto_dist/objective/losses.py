@@ -33,7 +33,8 @@ class Loss:
         return self.start is None
 
 
-_CLASSES = frozenset({"desirable_weight", "undesirable_weight"})
+_EVERY = frozenset({"router_loss"})  # it is the model's, whatever the loss
+_CLASSES = _EVERY | {"desirable_weight", "undesirable_weight"}
 
 LOSSES = {
     loss.name: loss
@@ -63,7 +64,7 @@ LOSSES = {
             unit=2,
             has_z0=False,
             start=0.6931471805599453,  # ln 2
-            settings=frozenset({"beta", "pairs", "label_smoothing", "sft_weight"}),
+            settings=_EVERY | {"beta", "pairs", "label_smoothing", "sft_weight"},
         ),
         Loss(
             name="sft",
@@ -72,7 +73,7 @@ LOSSES = {
             unit=1,
             has_z0=False,
             start=None,
-            settings=frozenset(),
+            settings=_EVERY,
         ),
     )
 }

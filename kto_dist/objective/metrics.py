@@ -6,7 +6,8 @@
 3. `step_metrics`   the only division. A class without rows is absent from the result.
 4. `pair_metrics`   means over pairs, from the table of a loss on pairs
 5. `source_metrics` the same by source of the data, from the table
-6. `part_metrics`   the same of some of the rows, from the table.
+6. `part_metrics`   the same of some of the rows, from the table
+7. `router_metrics` of a mixture of experts, how evenly they are loaded
 
 A row whose label is a probability p counts to the desirable ones by p and to the others by 1 - p, in every quantity.
 """
@@ -152,6 +153,13 @@ def _means(sums: Sequence[float], name: str) -> dict[str, float]:  # (Q,) of the
         f"rewards/{name}": total["reward"] / total["rows"],
         f"rows/{name}": total["rows"],
     }
+
+
+def router_metrics(loss: float, counts: Tensor) -> dict[str, float]:  # (L, E) routings, on the CPU
+    """The loss that balances experts, without its coefficient, and of each router how much more than an even share its
+    busiest expert has: 1 where all have the same."""
+    busiest = counts.shape[1] * counts.max(1).values / counts.sum(1).clamp(min=1)
+    return {"router/loss": loss} | {f"router/max_load/{number}": value for number, value in enumerate(busiest.tolist())}
 
 
 def clamp_kl(kl: Tensor) -> Tensor:  # (2,) sum and count -> () fp64

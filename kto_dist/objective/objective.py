@@ -16,8 +16,9 @@ from torch import Tensor
 
 from kto_dist.data.batch import MicroBatch
 from kto_dist.data.examples import Examples
-from kto_dist.model.causal_lm import Forward, completion_logps, score
+from kto_dist.model.causal_lm import Forward, logps_head, score
 from kto_dist.model.profile import part
+from kto_dist.model.router import Routing, counting, weighing
 from kto_dist.objective import metrics
 from kto_dist.objective.losses import Loss
 
@@ -43,6 +44,8 @@ class Objective(Goal):
     """Memory that the LM head's logits may take at a time; None: by the device."""
     logits_dtype: torch.dtype | None
     """None: fp32 where the device's matmul gives it."""
+    routing: Routing | None = None
+    """Of a mixture of experts whose load is balanced; None: there is nothing to add."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,25 +114,54 @@ def labels_of(
 
 
 @torch.no_grad()
-def kl_sums(forward: Forward, batches: Iterable[MicroBatch], ref_logps: Tensor, objective: Objective) -> Tensor:
-    """(2,) fp64: sum and count of log pi - log pi_ref over this rank's KL pairs. `ref_logps` (K,) of all pairs."""
-    total = torch.zeros(2, dtype=torch.float64, device=ref_logps.device)
-    for batch in batches:
-        batch = batch.to(ref_logps.device)
-        logps = completion_logps(forward, batch, objective.transform, objective.logits_bytes, objective.logits_dtype)
-        total[0] += (logps - ref_logps[batch.position]).sum()
+def survey(
+    forward: Forward,
+    kl_batches: Iterable[MicroBatch],
+    kl_refs: Tensor,  # (K,) of all KL pairs
+    batches: Iterable[MicroBatch],  # of the rows, which are run where there are no KL pairs to count experts' load on
+    objective: Objective,
+) -> tuple[Tensor, Tensor | None]:
+    """What the whole step depends on, this rank's share: sum and count of log pi - log pi_ref over its KL pairs, (2,)
+    fp64; and with a mixture of experts the routings of its tokens, (L, E) fp64."""
+    total = torch.zeros(2, dtype=torch.float64, device=kl_refs.device)
+    count = None if objective.routing is None else counting(objective.routing.top_k)
+    counts = None
+    for batch in kl_batches:
+        batch = batch.to(kl_refs.device)
+        head = logps_head(batch, objective.transform, objective.logits_bytes, objective.logits_dtype)
+        logps = score(forward, batch, head, count)
+        if count is not None:
+            logps, own = logps
+            counts = own if counts is None else counts + own
+        total[0] += (logps - kl_refs[batch.position]).sum()
         total[1] += logps.numel()
-    return total
+    for batch in batches if count is not None and counts is None else ():
+        _, own = score(forward, batch.to(kl_refs.device), lambda hidden, weight, bias: hidden.new_zeros(()), count)
+        counts = own if counts is None else counts + own
+    return total, counts
 
 
-def loss_and_rows(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLoss:
+    """What one micro-batch of S sequences adds to a step."""
+
+    loss: Tensor
+    """() sum of weighted losses: divide the sum over all micro-batches by the rows of the step"""
+    rows: Tensor
+    """(S, 2) fp64 loss and log-prob of each, without gradient"""
+    router: Tensor | None
+    """() sum over routers and tokens of load times probability (`router.weighing`)"""
+
+
+def batch_loss(
     forward: Forward,
     batch: MicroBatch,  # on the device
     labels: Labels,
     z0: Tensor,  # () fp64
     objective: Objective,
-) -> tuple[Tensor, Tensor]:  # () sum of weighted losses; (S, 2) fp64 loss and log-prob of each, without gradient
-    """One micro-batch's share of the step's loss: divide the sum over all of them by the rows of the step."""
+    load: Tensor | None = None,  # (E,) of a mixture of experts; None: even
+) -> BatchLoss:
+    """Forward and head of a micro-batch, with the gradient to come."""
     ref_logps, sign, weight = (getattr(labels, name)[batch.position] for name in ("ref_logps", "sign", "weight"))
     nll_weight, other_weight = (
         None if values is None else values[batch.position] for values in (labels.sft, labels.other)
@@ -163,8 +195,13 @@ def loss_and_rows(
         # plain tensors: ZeRO-3 hooks into whatever a module returns
         return result.loss, result.logps, result.losses
 
-    loss, logps, losses = score(forward, batch, head)
-    return loss, torch.stack([losses.detach(), logps.detach()], dim=1).double()
+    router = None
+    if objective.routing is None:
+        loss, logps, losses = score(forward, batch, head)
+    else:
+        (loss, logps, losses), router = score(forward, batch, head, weighing(load))
+    rows = torch.stack([losses.detach(), logps.detach()], dim=1).double()
+    return BatchLoss(loss=loss, rows=rows, router=router)
 
 
 def table_of(

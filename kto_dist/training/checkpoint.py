@@ -126,7 +126,7 @@ def _current(identity: dict[str, Any]) -> dict[str, Any]:
     older = {key: value for key, value in identity.items() if key.startswith("kto.")}
     if not older:
         return identity
-    defaults = ObjectiveConfig().model_dump(mode="json")
+    defaults = ObjectiveConfig().model_dump(mode="json", exclude={"router_loss"})
     noted = {key.replace("kto.", "objective.", 1): value for key, value in older.items()}
     return {
         **{key: value for key, value in identity.items() if key not in older},

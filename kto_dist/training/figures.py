@@ -25,6 +25,7 @@ def step_figures(
         "epoch": result.step / steps_per_epoch,
         **metrics.step_metrics(result.sums, result.kl),
         **(metrics.pair_metrics(result.table) if unit > 1 else {}),
+        **({} if (routed := result.routed) is None else metrics.router_metrics(routed.loss, routed.counts)),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "tokens": result.tokens,
@@ -34,6 +35,8 @@ def step_figures(
     rows = int(work.answers.sum())
     flops = cost.forward(work.lengths, rows) + cost.backward(work.lengths, rows)
     flops += cost.forward(work.kl_lengths, int(work.kl_answers.sum()))
+    if routed is not None and not work.kl_lengths.size:  # the load of experts was counted on the rows themselves
+        flops += cost.forward(work.lengths, 0)
     if (rate := peak()) is not None:
         figures["mfu"] = flops / seconds / (rate * comm.world_size())
     return figures

@@ -26,7 +26,15 @@ from kto_dist.model.adapters import Adapter, Rehearsed, pick_adapter, rehearse
 from kto_dist.model.attention import pick_attention, pick_packing, switch_length
 from kto_dist.model.causal_lm import logit_transform, pick_dtype, pick_logits
 from kto_dist.model.kernels import pick_kernels
-from kto_dist.model.loading import check_context, load_config, load_tokenizer, model_class, pick_quantization
+from kto_dist.model.loading import (
+    check_context,
+    load_config,
+    load_tokenizer,
+    model_class,
+    own_config,
+    pick_quantization,
+)
+from kto_dist.model.router import Routing, routing_of
 from kto_dist.model.weights import Weights, check_weights
 from kto_dist.objective.losses import LOSSES, Loss
 from kto_dist.objective.objective import Objective
@@ -227,11 +235,24 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
             transform=transform,
             logits_bytes=None if config.train.logits_mebibytes is None else config.train.logits_mebibytes * 2**20,
             logits_dtype=logits_dtype,
+            routing=_routing(config, prepared.model_config, console),
         ),
         adapter=adapter,
         weights=weights,
         source=source,
     )
+
+
+def _routing(config: Config, model_config: PretrainedConfig, console: Console) -> Routing | None:
+    """Collective. What balances the experts of the policy, which is said. Raises `UserError`."""
+    setting, kind = config.objective.router_loss, model_class(model_config)
+    found = agree.together(lambda: routing_of(setting, own_config(model_config), kind))
+    loss = LOSSES[config.objective.loss]
+    if found is not None:
+        extra = f"; {loss.name} has no KL pairs to count their load on, so each step takes a forward more"
+        more = "" if loss.has_z0 else extra
+        console.say(f"experts are balanced by {found.coefficient:g} times their router's loss{more}")
+    return found
 
 
 def _vocabulary(model_config: PretrainedConfig) -> int:

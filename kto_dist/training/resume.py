@@ -26,7 +26,7 @@ REFUSED = frozenset(
         f"objective.{name}"
         for name in ("loss", "beta", "desirable_weight", "undesirable_weight", "kl_pairs_per_step", "pairs")
     }
-    | {"objective.label_smoothing", "objective.sft_weight"}
+    | {"objective.label_smoothing", "objective.sft_weight", "objective.router_loss"}
     | {f"adapter.{name}" for name in ("type", "rank", "alpha", "targets")}
     | {"model.quantization"}
 )
@@ -76,11 +76,13 @@ def identity(
     reference: str | None,
     zero_stage: int,
     dtype: torch.dtype,
+    router_loss: float,
     adapter: Adapter | None = None,
     start: str | None = None,
 ) -> dict[str, Any]:
     """`data`, `policy` and `reference`: fingerprints of the tokenised rows, of the starting weights, and of the
     reference's where it is another model. `adapter`, and `start`, the fingerprint of its first values: what is trained.
+    `router_loss`: the coefficient that is used, 0 without experts.
 
     The ZeRO stage leaves the trajectory alone, but another stage cannot read the optimizer's states.
     """
@@ -98,6 +100,7 @@ def identity(
         **({} if adapter is None else {f"adapter.{name}": value for name, value in adapter.to_dict().items()}),
         "adapter.start": start,
         **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
+        "objective.router_loss": router_loss,
     }
 
 
@@ -121,12 +124,14 @@ def check_same_run(found: State, now: State, output: str) -> None:
             "version of kto_dist wrote it, which noted those of reference.path alone. Go on with that version, give "
             "another train.output, or delete the folder's checkpoints"
         )
+    # an older version had no router's loss
+    noted = {"objective.router_loss": 0.0} | found.identity
     differing = [
-        f"{key} was {found.identity.get(key)!r} and is {value!r}"
+        f"{key} was {noted.get(key)!r} and is {value!r}"
         for key, value in now.identity.items()
-        if found.identity.get(key) != value
+        if noted.get(key) != value
         # an older version did not note what `auto` meant
-        and not (key == "train.dtype" and found.identity.get(key) == "auto")
+        and not (key == "train.dtype" and noted.get(key) == "auto")
     ]
     if differing:
         raise UserError(

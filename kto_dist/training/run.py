@@ -181,6 +181,7 @@ def start_run(
         dtype=prepared.dtype,
         adapter=prepared.adapter,
         start=_adapters_start(prepared),
+        router_loss=0.0 if prepared.objective.routing is None else prepared.objective.routing.coefficient,
     )
     now = state = checkpoint.State(
         step=0,

@@ -2,7 +2,8 @@
 
 1. `step_work`   which rows and KL pairs the step takes, cut into this rank's micro-batches, with their reference
                  log-probs: a function of its arguments alone, so that a thread can make the next step's ahead
-2. survey        all KL forwards of all ranks, one reduction, one clamp: z0 is a constant from here on
+2. survey        all KL forwards of all ranks, one reduction, one clamp: z0 is a constant from here on, and so is the
+                 load of a mixture's experts
 3. descend       forward, fused head and backward of every micro-batch, then one update
 4. `StepResult`  read back from the device once
 """
@@ -21,8 +22,9 @@ from kto_dist.data.batch import Cutting, MicroBatch, microbatches, pair_lengths,
 from kto_dist.model.causal_lm import Forward
 from kto_dist.model.memory import attempt, is_out_of_memory
 from kto_dist.model.profile import part
+from kto_dist.model.router import load_of
 from kto_dist.objective import metrics
-from kto_dist.objective.objective import Labels, Objective, kl_sums, labels_of, loss_and_rows, tables_of
+from kto_dist.objective.objective import Labels, Objective, batch_loss, labels_of, survey, tables_of
 from kto_dist.reference.pairs import RefLogps
 from kto_dist.training.prepare import PreparedTraining
 
@@ -100,6 +102,18 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     learning_rate: float
+    routed: "Routed | None" = None
+    """Of a mixture of experts whose load is balanced."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routed:
+    """How a step's tokens were divided among experts."""
+
+    loss: float
+    """The loss that balances them, without its coefficient."""
+    counts: Tensor
+    """(L, E) fp64 on the CPU: routings to each expert by each router, where they were counted."""
 
 
 class Engine(Protocol):
@@ -142,26 +156,29 @@ def run_step(
     Raises `OutOfMemory` on all ranks where one of them ran out of it and the step can be done again.
     """
     device = comm.device()
-    kl = comm.sum_(
-        attempt(lambda: _survey(work, policy, objective, device), "the KL forwards", again=not policy.waits_in_forward),
-        comm.DATA,
+    kl, counts = attempt(
+        lambda: _survey(work, policy, objective, device), "the KL forwards", again=not policy.waits_in_forward
     )
+    kl = comm.sum_(kl, comm.DATA)
+    counts = comm.sum_(counts, comm.DATA) if counts is not None and counts.numel() else None
     z0 = metrics.clamp_kl(kl)
-    found = comm.sum_(
-        attempt(
-            lambda: _descend(work, policy, objective, z0, device),
-            "the forwards and backwards",
-            again=not policy.waits_in_backward,
-        ),
-        comm.DATA,
+    found, router = attempt(
+        lambda: _descend(work, policy, objective, z0, counts, device),
+        "the forwards and backwards",
+        again=not policy.waits_in_backward,
     )
+    found = comm.sum_(found, comm.DATA)
     if start is not None:
         start.check(work, objective, *found.cpu().unbind(1))
     norm = torch.as_tensor(_update(policy, lr), dtype=torch.float64)
+    parts = [found.flatten(), kl, norm.to(device).reshape(1)]
+    if counts is not None:
+        parts += [comm.sum_(router, comm.DATA).reshape(1), counts.flatten()]
     # the step's one wait for the device
-    *values, kl_sum, kl_count, grad_norm = torch.cat([found.flatten(), kl, norm.to(device).reshape(1)]).tolist()
-    losses, logps = torch.tensor(values, dtype=torch.float64).reshape(-1, 2).unbind(1)
-    kl = torch.tensor([kl_sum, kl_count], dtype=torch.float64)
+    read = torch.cat(parts).cpu()
+    read, (kl_sum, kl_count, grad_norm), more = read.tensor_split((found.numel(), found.numel() + 3))
+    losses, logps = read.reshape(-1, 2).unbind(1)
+    kl = torch.stack([kl_sum, kl_count])
     tokens = torch.from_numpy(work.answers)
     rounding = 0.0 if start is None else start.limit
     tables = tables_of(objective, work.labels, logps, metrics.clamp_kl(kl), tokens, losses, rounding)
@@ -172,31 +189,50 @@ def run_step(
         sums=tables.sum(1),
         kl=kl,
         tokens=int(work.lengths.sum()),
-        grad_norm=grad_norm,
+        grad_norm=float(grad_norm),
         learning_rate=lr,
+        routed=None if counts is None else Routed(loss=float(more[0]), counts=more[1:].reshape(counts.shape)),
     )
 
 
-def _survey(work: StepWork, policy: Engine, objective: Objective, device: torch.device) -> Tensor:
-    """(2,) sum and count over this rank's KL pairs: z0 belongs to the whole step, so this comes first."""
-    if not len(work.kl_refs):
-        return torch.zeros(2, dtype=torch.float64, device=device)
+def _survey(work: StepWork, policy: Engine, objective: Objective, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(2,) sum and count over this rank's KL pairs: z0 belongs to the whole step, so this comes first. And (L, E)
+    routings of a mixture of experts."""
     with part("KL forwards"):
-        return kl_sums(policy.forward, work.kl_batches, work.kl_refs.to(device), objective)
+        return survey(policy.forward, work.kl_batches, work.kl_refs.to(device), work.batches, objective)
 
 
-def _descend(work: StepWork, policy: Engine, objective: Objective, z0: Tensor, device: torch.device) -> Tensor:
-    """(B, 2) loss and log-prob of this rank's rows, 0 elsewhere; the gradients wait in the engine for the update."""
+def _descend(
+    work: StepWork,
+    policy: Engine,
+    objective: Objective,
+    z0: Tensor,
+    counts: Tensor | None,  # (L, E) routings of the whole step
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """(B, 2) loss and log-prob of this rank's rows, 0 elsewhere, and () its share of the loss that balances experts;
+    the gradients wait in the engine for the update."""
     labels = work.labels.to(device)
     found = torch.zeros(work.rows.size, 2, dtype=torch.float64, device=device)
+    router = torch.zeros((), dtype=torch.float64, device=device)
+    load, each = None, 0.0
+    if objective.routing is not None and counts is not None:
+        load = load_of(counts, objective.routing.top_k)
+        routers, experts = counts.shape
+        each = experts / (routers * int(work.lengths.sum()))
     for number, batch in enumerate(work.batches):
         batch = batch.to(device)
         with part("forwards"):
-            loss, rows = loss_and_rows(policy.forward, batch, labels, z0, objective)
+            own = batch_loss(policy.forward, batch, labels, z0, objective, load)
+        loss = own.loss / work.rows.size
+        if objective.routing is not None and own.router is not None and load is not None:
+            share = own.router * each
+            loss = loss + objective.routing.coefficient * share
+            router += share.detach()
         with part("backwards"):
-            policy.backward(loss / work.rows.size, last=number == len(work.batches) - 1)
-        found.index_copy_(0, batch.position, rows)
-    return found
+            policy.backward(loss, last=number == len(work.batches) - 1)
+        found.index_copy_(0, batch.position, own.rows)
+    return found, router
 
 
 def _update(policy: Engine, lr: float) -> Tensor | float:

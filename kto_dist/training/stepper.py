@@ -19,7 +19,7 @@ from kto_dist.model.engines import Policy
 from kto_dist.model.footprint import Sharding, tokens_that_fit
 from kto_dist.model.memory import Memory, NeedsRestart, attempt
 from kto_dist.model.options import zero_stage
-from kto_dist.objective.objective import labels_of, loss_and_rows
+from kto_dist.objective.objective import batch_loss, labels_of
 from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.reference.pairs import RefLogps
 from kto_dist.training.prepare import PreparedTraining
@@ -116,7 +116,8 @@ class Stepper:
             reserved = torch.empty(self.policy.bytes_to_come(), dtype=torch.uint8, device=device)
             batch = collate(pairs, np.arange(rows.size), packed=cutting.packed).to(device)
             z0 = torch.zeros((), dtype=torch.float64, device=device)
-            loss, _ = loss_and_rows(self.policy.forward, batch, labels.to(device), z0, prepared.objective)
+            own = batch_loss(self.policy.forward, batch, labels.to(device), z0, prepared.objective)
+            loss = own.loss if own.router is None else own.loss + own.router
             # a gradient of 0 leaves no trace in the step's sums
             self.policy.backward(loss * 0.0, last=False)
             del reserved
