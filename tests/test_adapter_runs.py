@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from mlflow import MlflowClient
 from peft import PeftModel
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -277,6 +278,16 @@ def test_offloaded_weights_and_optimizer_states_train_the_same_adapter(tmp_path,
     config = lora_config(tmp_path, tiny_model, tiny_log, deepspeed__zero_stage=3, **offloaded)
     run_ranks(train_all, 2, [config])
     assert_same_trajectory(trajectories[PLAIN["lora"]], config)
+
+
+@pytest.mark.parametrize("merged", (False, True))
+def test_mlflow_gets_the_adapter_and_the_merged_model_where_there_is_one(tmp_path, tiny_model, tiny_log, merged):
+    asked = {"tracking__enabled": True, "tracking__log_model": True, "adapter__merged": merged, "train__max_steps": 1}
+    ((summary,),) = run_ranks(train_all, 1, [lora_config(tmp_path, tiny_model, tiny_log, **asked)])
+    client, run = MlflowClient(summary["mlflow"]["uri"]), summary["mlflow"]["run_id"]
+    files = {Path(file.path).name for file in client.list_artifacts(run, "adapter")}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+    assert len(client.get_run(run).outputs.model_outputs) == merged
 
 
 def test_what_is_registered_has_to_be_a_whole_model(tmp_path, tiny_model, tiny_log):

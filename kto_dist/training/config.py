@@ -29,7 +29,7 @@ from kto_dist.record.config import TrackingConfig
 from kto_dist.reference.config import ReferenceConfig
 
 ADAPTER_LR = 1e-4
-"""Of an adapter, whose few weights have to move further: by measurement, docs/adapters.md."""
+"""Of an adapter, whose few weights have to move further; see docs/adapters.md."""
 
 
 class TrainConfig(Section):
