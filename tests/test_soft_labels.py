@@ -22,6 +22,7 @@ from thumbs_logs import GOOD, read, write
 from tiny import thumbs, tiny_llama, write_jsonl
 from tiny_runs import TIMED, metrics_of, tiny_config, train_all, weights_of
 
+from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.evaluation.figures import Evaluated, figures_of, findings
@@ -29,7 +30,8 @@ from kto_dist.evaluation.heldout import evaluate_rows
 from kto_dist.feedback import mine
 from kto_dist.objective.losses import LOSSES
 from kto_dist.objective.objective import Goal, labels_of
-from kto_dist.training.prepare import class_weights
+from kto_dist.training.prepare import class_weights, counts, prepare
+from kto_dist.training.preview import preview
 from kto_dist.training.usable import usable_pairs
 
 WEIGHTS = (0.7, 1.3)
@@ -245,6 +247,25 @@ def test_a_fraction_is_an_error_that_names_the_setting_where_it_is_off(tmp_path,
 def test_two_label_columns_that_differ_are_refused(tmp_path):
     with pytest.raises(UserError, match="say different things"):
         read(write(tmp_path / "log.jsonl", GOOD | {"label": 0.7, "preference": 0.6}), soft=True)
+
+
+def test_what_is_read_is_said_and_told_apart_from_other_probabilities(tmp_path, tiny_model):
+    rows = [GOOD | {"prompt": f"{n}", "label": label} for n, label in enumerate((0.9, 0.8, 1, 0.2))]
+
+    def prepared(name, rows):
+        log = write(tmp_path / f"{name}.jsonl", *rows)
+        return prepare(tiny_config(tmp_path, tiny_model, log, data__soft_labels=True), Console())
+
+    found = prepared("log", rows)
+    assert (found.train.report.soft, found.train.report.expected) == (3, pytest.approx(2.9))
+    assert counts(found.train) == {
+        "rows": 4, "desirable": 3, "undesirable": 1, "soft": 3, "expected_desirable": pytest.approx(2.9)
+    }  # fmt: skip
+    assert "3 labels are probabilities, by which 2.9 of 4 rows" in "\n".join(found.train.report.lines())
+    said = "\n".join(preview(found, (0.5, 2.0)))
+    assert "desirable by 0.9, weight 1 (times 1.85 of its class)" in said and "desirable by 0.2," in said
+    other = prepared("other", [*rows[:3], rows[3] | {"label": 0.24}])
+    assert other.train.fingerprint != found.train.fingerprint
 
 
 # ---- who takes them ----
