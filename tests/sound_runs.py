@@ -21,6 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "kto-small-batches": {"train__lr": 2e-4, "train__global_batch": 8},
     "kto-constant-rate": {"train__lr": 2e-4, "train__schedule": "constant", "objective__beta": 0.3},
     "apo": {"train__lr": 3e-4, "objective__loss": "apo_zero_unpaired"},
+    "dpo": {"train__lr": 3e-4, "objective__loss": "dpo"},
 }
 """Name -> settings; 60 % of the rows are liked, and a few contradict each other."""
 

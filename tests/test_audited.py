@@ -91,7 +91,7 @@ def test_files_of_one_folder_share_its_audit_and_warn_once(tmp_path):
 
 
 def test_the_class_mix_is_that_of_the_audited_rows_that_are_trained_on(tmp_path):
-    counts = {"train": {"up": 60, "down": 40}, "dataset": {"up": 90, "down": 60}}
+    counts = {"train": {"up": 60, "down": 40}, "dataset": {"up": 90, "down": 110}}
     files = [dataset(tmp_path / "a"), dataset(tmp_path / "b"), dataset(tmp_path / "c")]
     describe(files[0], balance=counts)
     describe(files[1], balance={"train": {"up": 0, "down": 100}})
@@ -101,7 +101,7 @@ def test_the_class_mix_is_that_of_the_audited_rows_that_are_trained_on(tmp_path)
     assert desirable_share(found[2:]) is None and desirable_share([]) is None
     apart = dataset(tmp_path / "a", "heldout.parquet", rows=2)
     describe(files[0], apart, balance=counts)
-    assert desirable_share(find_audits([str(tmp_path / "a")], lambda line: None)) == 90 / 150
+    assert desirable_share(find_audits([str(tmp_path / "a")], lambda line: None)) == 90 / 200
 
 
 def test_audits_of_several_folders_are_kept_apart(tmp_path):
