@@ -17,7 +17,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.cluster import page
 from kto_dist.cluster.hardware import GPUS, Cluster, calibrated, cluster_of
 from kto_dist.cluster.measure import STEPS, measure
-from kto_dist.cluster.plan import plan, ready_config, shape_for
+from kto_dist.cluster.plan import method_of, plan, ready_config, shape_for
 from kto_dist.cluster.predict import Prediction, Way, predict, predict_reference
 from kto_dist.cluster.workload import of_means, of_rows, step_load
 from kto_dist.commands.cli import main
@@ -194,6 +194,27 @@ def test_the_best_way_is_a_config_that_loads(tmp_path):
     assert (read.deepspeed.zero_stage, read.train.tokens_per_microbatch) == (way.zero_stage, way.tokens)
     assert read.model.gradient_checkpointing == way.checkpointing and read.train.global_batch == 512
     assert (read.deepspeed.offload_optimizer == "cpu") == way.offload_optimizer
+
+
+def test_an_adapters_plan_is_a_config_that_trains_one_at_its_own_rate():
+    config = config_of()
+    made = plan(
+        config,
+        shape_for(outline("8b"), "lora", 8),
+        of_means(config, 1000, 200, 300),
+        cluster_of("H100", 1),
+        method="lora",
+    )
+    ready = ready_config(config, made, rank=8)
+    own = Config.build({"model": {"path": "m"}, "data": {"train": "t"}, "adapter": {"type": "lora"}})
+    assert (ready.adapter.type, ready.adapter.rank, ready.train.lr) == ("lora", 8, own.train.lr)
+    assert ready.train.lr != config.train.lr
+    given = config_of(adapter__type="dora", adapter__rank=4, train__lr=1e-5)
+    assert method_of(given) == "lora" and method_of(config) == "full"
+    kept = ready_config(given, made, rank=8)
+    assert (kept.adapter.type, kept.adapter.rank, kept.train.lr) == ("dora", 4, 1e-5)
+    whole = plan(given, shape_of(outline("1.2b")), of_means(given, 1000, 200, 300), cluster_of("H100", 8))
+    assert ready_config(given, whole, rank=8).adapter.type == "none"
 
 
 def test_what_fits_nowhere_is_said_with_the_least_that_it_takes():

@@ -160,17 +160,26 @@ def ready_config(config: Config, plan: Plan, *, rank: int) -> Config:
         },
         "reference": {"zero_stage": 3 if plan.reference.sharded else 0, "offload": "none"},
     }
-    if plan.method != "full":
-        if "adapter" not in type(config).model_fields or plan.method == "qlora":
-            raise UserError(
-                f"--method {plan.method} can be planned, and this version of kto_dist cannot train it: use --method "
-                "full for a config to run"
-            )
-        changes["adapter"] = {"type": "lora", "rank": rank}
+    if plan.method == "qlora":
+        raise UserError(
+            "--method qlora can be planned, and this version of kto_dist cannot train it: use --method lora or full "
+            "for a config to run"
+        )
     tree = config.model_dump(mode="json", by_alias=True)
+    if plan.method == "full":
+        tree["adapter"] = {"type": "none"}
+    elif config.adapter.type == "none":
+        changes["adapter"] = {"type": "lora", "rank": rank}
+        if "lr" not in config.train.model_fields_set:  # an adapter has a default of its own
+            del tree["train"]["lr"]
     for section, values in changes.items():
         tree[section] = {**tree.get(section, {}), **values}
     return type(config).build(tree)
+
+
+def method_of(config: Config) -> Method:
+    """What a config trains."""
+    return "full" if config.adapter.type == "none" else "lora"
 
 
 def room(plan: Plan) -> float:

@@ -28,11 +28,9 @@ if TYPE_CHECKING:
 @click.option(
     "--method",
     type=click.Choice(["full", "lora", "qlora"]),
-    default="full",
-    show_default=True,
-    help="What is trained: all weights, or an adapter beside them; with qlora they lie in 4 bits.",
+    help="What is trained: all weights, or an adapter beside them; with qlora they lie in 4 bits. Default: as CONFIG.",
 )
-@click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of an adapter.")
+@click.option("--rank", type=click.IntRange(min=1), help="Of an adapter. Default: as CONFIG, or 16.")
 @click.option("--rows", type=click.IntRange(min=1), help="Plan without the data: so many rows of these mean lengths.")
 @click.option("--prompt-tokens", type=click.FloatRange(min=1), help="With --rows: the mean length of a prompt.")
 @click.option("--completion-tokens", type=click.FloatRange(min=1), help="With --rows: of a completion.")
@@ -70,27 +68,28 @@ def _plan(
     host_memory: float,
     price: float | None,
     method: Any,
-    rank: int,
+    rank: int | None,
     measure: bool,
     as_json: Path | None,
     write: Path | None,
     **lengths: Any,
 ) -> None:
     from kto_dist.cluster import hardware, page
+    from kto_dist.cluster.plan import method_of, ready_config, shape_for
     from kto_dist.cluster.plan import plan as planned
-    from kto_dist.cluster.plan import ready_config, shape_for
     from kto_dist.commands.entry import quiet
     from kto_dist.model.footprint import without_contents
     from kto_dist.model.loading import load_config
 
     quiet()
+    method, rank = method or method_of(settings), rank or settings.adapter.rank or 16
     cluster = hardware.cluster_of(gpu, gpus, per_node, host_memory * 2**30)
     model = settings.model
     found = load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code)
     lm = without_contents(found, trust_remote_code=model.trust_remote_code)
     workload = _workload(settings, **lengths)
     if measure:
-        factor = _measured(config, overrides, settings, shape_for(lm, "full", rank), workload)
+        factor = _measured(config, overrides, settings, shape_for(lm, method_of(settings), rank), workload)
         cluster = hardware.calibrated(cluster, factor)
     made = planned(
         settings,
