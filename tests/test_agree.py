@@ -76,9 +76,8 @@ def _hosts():
 
 def test_ranks_that_differ_are_named_with_their_values_and_the_remedy():
     said = run_ranks(_differing, 3)
-    assert (
-        said == ["the model differs between hosts (rank 0: a, rank 2: b), and every host must have the same: copy"] * 3
-    )
+    told = "(ranks 0, 1: a, rank 2: b)"
+    assert said == [f"the model differs between hosts {told}, and every host must have the same: copy"] * 3
 
 
 def _differing():

@@ -1,6 +1,7 @@
 """Processes meet where a launcher says so, and a single one alone."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,3 +29,45 @@ def test_a_process_that_a_single_one_starts_is_alone_as_well(alone):
     assert os.environ["WORLD_SIZE"] == "1"
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "1 7\n"), done.stderr
+
+
+def _meets(rank: int, size: int, port: int, seconds: float) -> subprocess.Popen[str]:
+    program = (
+        "import sys; from datetime import timedelta; from kto_dist.base.meeting import meet; "
+        "from kto_dist.base.errors import UserError\n"
+        "try: meet(int(sys.argv[1]), int(sys.argv[2]), timedelta(seconds=float(sys.argv[3]))); print('met')\n"
+        "except UserError as mistake: print(mistake)"
+    )
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "KTO_DIST_HOST": f"node-{rank}"}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(rank), str(size), str(seconds)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_rank_that_does_not_come_is_named(port):
+    ranks = [_meets(rank, 3, port, 20) for rank in (0, 2)]
+    said = [rank.communicate()[0] for rank in ranks]
+    for words in said:
+        assert "1 of 3 ranks have not come within 20 s: 1." in words and "There are those of node-0, node-2" in words
+
+
+def test_hosts_that_count_other_ranks_are_named(port):
+    ranks = [_meets(0, 3, port, 60), _meets(1, 2, port, 60)]
+    said = [rank.communicate()[0] for rank in ranks]
+    for words in said:
+        assert "the job has 3 ranks by rank 0 on node-0, and 2 by rank 1 on node-1 (WORLD_SIZE)" in words
+
+
+def test_a_first_rank_that_cannot_be_reached_is_named(port):
+    (said, _) = _meets(1, 2, port, 2).communicate()
+    assert f"rank 1 on node-1 does not reach rank 0 at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}" in said

@@ -101,6 +101,9 @@ OTHER = {
     "judge.max_tokens": 7,
     "judge.parallel": 7,
     "judge.key": "OTHER_KEY",
+    "cluster.timeout": 60.0,
+    "cluster.grace": 60.0,
+    "cluster.min_nodes": 2,
 }
 """Another valid value of each setting that can change alone."""
 NOT_ALONE = {

@@ -5,12 +5,13 @@ All of these are collective: every rank calls them, in the same order.
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from kto_dist.base import comm
+from kto_dist.base import comm, hosts
 from kto_dist.base.errors import UserError
+from kto_dist.base.hosts import Host
 
 T = TypeVar("T")
 
@@ -48,9 +49,38 @@ def same_everywhere(value: T, what: str, remedy: str) -> T:
     values = comm.gather(value)
     if all(other == values[0] for other in values):
         return value
-    first = {text: rank for rank, text in reversed([(rank, str(other)) for rank, other in enumerate(values)])}
-    listed = ", ".join(f"rank {rank}: {text}" for text, rank in sorted(first.items(), key=lambda item: item[1]))
+    listed = _by_value([str(other) for other in values], hosts.by_rank())
     raise UserError(f"{what} differs between hosts ({listed}), and every host must have the same: {remedy}")
+
+
+def facts(known: Mapping[str, Mapping[str, str]]) -> None:
+    """Collective. Raises `UserError`, on every rank, where ranks know different values of anything.
+
+    `known`: by what is to be done where it differs, the facts by name. The message has a line for each that differs.
+    """
+    everyone = comm.gather({remedy: dict(part) for remedy, part in known.items()})
+    if all(other == everyone[0] for other in everyone):
+        return
+    by_rank = hosts.by_rank()
+    lines: list[str] = []
+    for remedy in dict.fromkeys(remedy for other in everyone for remedy in other):
+        parts = [other.get(remedy, {}) for other in everyone]
+        names = dict.fromkeys(name for part in parts for name in part)
+        differing = [name for name in names if len({part.get(name) for part in parts}) > 1]
+        lines += [f"  {name}: {_by_value([part.get(name, 'none') for part in parts], by_rank)}" for name in differing]
+        lines += [f"  -> {remedy}"] if differing else []
+    raise UserError("\n".join(["hosts disagree, and every host must have the same:", *lines]))
+
+
+def _by_value(values: list[str], by_rank: list[Host]) -> str:
+    """Which ranks have which: `node-a (ranks 0 to 7): 1e-06, node-b (rank 8): 2e-06`."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return ", ".join(
+        f"{hosts.named(those, by_rank)}: {value if len(value) <= 200 else value[:200] + '...'}"
+        for value, those in ranks.items()
+    )
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -91,6 +121,7 @@ class _Outcome(Generic[T]):
     """The failure was a `UserError`."""
     of_disk: bool = False
     """The failure was an `OSError`."""
+    host: Host = field(default_factory=hosts.own)
 
     @classmethod
     def of(cls, results: list[T], failed: BaseException | None) -> "_Outcome[T]":
@@ -104,15 +135,24 @@ def _all_succeed(own: _Outcome[T], failed: BaseException | None) -> list[_Outcom
     Of mistakes every rank raises the same one, the first; else each that failed raises its own.
     """
     outcomes = comm.gather(own)
-    mistakes = [outcome.failure for outcome in outcomes if outcome.is_mistake]
+    mistakes = [outcome.failure for outcome in outcomes if outcome.is_mistake and outcome.failure is not None]
     if mistakes:
-        raise UserError(mistakes[0]) from failed
+        raise UserError(_where(mistakes[0], outcomes)) from failed
     if failed is not None:
         raise failed
     for outcome in outcomes:
         if outcome.failure is not None:
             raise OthersFailed(outcome.failure, of_disk=outcome.of_disk)
     return outcomes
+
+
+def _where(mistake: str, outcomes: "list[_Outcome[T]]") -> str:
+    """The mistake, and of several hosts those that have it, unless all have."""
+    by_rank = [outcome.host for outcome in outcomes]
+    those = [rank for rank, outcome in enumerate(outcomes) if outcome.failure == mistake]
+    if {by_rank[rank].head for rank in those} == {host.head for host in by_rank}:
+        return mistake
+    return f"on {hosts.named(those, by_rank)}: {mistake}"
 
 
 def _while_others_wait(work: Callable[[], T] | None) -> list[_Outcome[T]]:

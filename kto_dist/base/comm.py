@@ -16,9 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch does not re-export it
 
+from kto_dist.base import doing
+from kto_dist.base.meeting import meet
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
+"""Until a run has said another one: `set_timeout`."""
 
 NO_PORT = "0"
 """`MASTER_PORT` of a single process: it has nobody to meet, so that it opens no port which another could take."""
@@ -59,7 +63,8 @@ def init() -> None:
     if alone:
         dist.init_process_group(backend, timeout=TIMEOUT, store=HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=TIMEOUT, store=meet(own, ranks, TIMEOUT), rank=own, world_size=ranks)
 
 
 def _keep_large_blocks() -> None:
@@ -71,6 +76,32 @@ def _keep_large_blocks() -> None:
         mallopt(mmap_threshold, 2**30)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 2**26)
+
+
+def set_timeout(seconds: float) -> None:
+    """How long ranks wait for each other in a collective: in the groups that there are now, and in those to come of
+    which `apply_timeout` is told."""
+    _patience.seconds = seconds
+    apply_timeout()
+
+
+def timeout() -> float:
+    return _patience.seconds
+
+
+def apply_timeout() -> None:
+    """After somebody has made groups: DeepSpeed's would wait torch's half an hour, whatever ours do."""
+    if world_size() == 1:
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=_patience.seconds), group)
+
+
+class _Patience:
+    seconds = TIMEOUT.total_seconds()
+
+
+_patience = _Patience()
 
 
 def shutdown() -> None:
@@ -107,12 +138,14 @@ def is_main() -> bool:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier(device_ids=[local_rank()] if torch.cuda.is_available() else None)
+        doing.count()
 
 
 def sum_(values: Tensor, group: Group) -> Tensor:
     """Sum over the group's ranks, in place; the tensor lives on the CPU or the device."""
     if size(group) > 1:
         dist.all_reduce(values)
+        doing.count()
     return values
 
 
@@ -120,6 +153,7 @@ def min_(values: Tensor, group: Group) -> Tensor:
     """Minimum over the group's ranks, in place."""
     if size(group) > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        doing.count()
     return values
 
 
@@ -133,7 +167,16 @@ def broadcast(value: T) -> T:
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        doing.count()
     return box[0]
+
+
+def from_(source: int, values: Tensor) -> Tensor:
+    """The values of one rank, on the CPU, in place of those of the others."""
+    if world_size() > 1:
+        dist.broadcast(values, source)
+        doing.count()
+    return values
 
 
 def gather(value: T) -> list[T]:
@@ -141,4 +184,5 @@ def gather(value: T) -> list[T]:
     boxes = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(boxes, value)
+        doing.count()
     return boxes

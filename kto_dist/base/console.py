@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kto_dist.base import comm
+from kto_dist.base import comm, doing
 from kto_dist.base.secrets import masked
 
 SECONDS_BETWEEN_LINES = 10
@@ -41,6 +41,7 @@ class Console:
         """Ends the phase before, and starts `name` (again, if it has been one before)."""
         self.end()
         self._phase, self._started = name, self._clock()
+        doing.enter(name)
 
     def end(self) -> None:
         if self._phase is not None:

@@ -10,6 +10,8 @@ DONE, FAILED, MISTAKE, TERMINATED = 0, 1, 2, 143
 
 # Of the environment: the file that rank 0 makes at the end of a job, and the process (as JSON) that ranks die with.
 DONE_MARK, LAUNCHER = "KTO_DIST_DONE_MARK", "KTO_DIST_LAUNCHER"
+# The words of the command (as JSON), where they hold a password: a command line can be read by everybody.
+WORDS = "KTO_DIST_WORDS"
 
 
 class Stopped(RuntimeError):

@@ -11,6 +11,14 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+HOST = "KTO_DIST_HOST"
+"""Of the environment: what the launcher calls this host."""
+
+
+def host() -> str:
+    """What this machine is called: by the launcher, else by itself."""
+    return os.environ.get(HOST) or platform.node() or "an unnamed host"
+
 
 def whereabouts(pid: int | None = None) -> dict[str, str | int]:
     """What tells a process of this machine (by default this one) from every other one."""

@@ -4,6 +4,9 @@ A rank that calls `Restarts.now` says so in a store that every rank looks at fro
 itself by the same command (`exec`), with some environment variables changed. No launcher notices: the processes stay.
 `Restarts.end` goes the same way: every rank ends with the status of the one that failed.
 
+The same threads watch over the job: each rank says once a second where it stands, rank 0 looks whether all do, and
+the others whether rank 0 answers. One that is silent, or that the others wait for, ends the job by name.
+
 Only a process that runs nothing but the job may do this: `Restarts` are made by the command, never by `train`.
 """
 
@@ -11,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -22,11 +26,15 @@ from typing import Any, NoReturn
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not re-export it
 
-from kto_dist.base import comm
+from kto_dist.base import comm, hosts, watch
+from kto_dist.base.doing import Observer
+from kto_dist.base.exits import FAILED
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_HEAR = 5.0
 """That others get to look, before a rank that has failed leaves."""
+SECONDS_OF_SILENCE = 5.0
+"""After which a rank is gone, where a collective has just failed."""
 SECONDS_TO_JOIN = 2.0
 """Within which ranks that meet the same error come to tell it."""
 ORDER = "KTO_DIST_RESTART"
@@ -72,6 +80,8 @@ class Restarts:
         """Collective."""
         self._heard, self._leaving = threading.Event(), threading.Event()
         self._store: TCPStore | None = None
+        self._over = False
+        self._hosts = hosts.by_rank()
         if comm.size(comm.WORLD) == 1:
             return
         host, port = os.environ["MASTER_ADDR"], comm.broadcast(_free_port())
@@ -79,7 +89,13 @@ class Restarts:
         self._store = TCPStore(host, port, is_master=comm.is_main(), wait_for_workers=False, timeout=wait)
         # of its own for the thread: a client answers one question at a time
         ears = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
+        self._observer, self._beats = Observer(), 0
+        self._answered = time.monotonic()
+        self._beat(ears)
+        comm.barrier()  # all have a beat from now on
         threading.Thread(target=self._listen, args=(ears,), daemon=True, name="restarts").start()
+        if not comm.is_main():
+            threading.Thread(target=self._mind_rank_0, daemon=True, name="rank 0").start()
 
     def now(self, order: Order) -> NoReturn:
         """Replaces every rank's process."""
@@ -102,6 +118,38 @@ class Restarts:
                     return
                 time.sleep(0.05)
 
+    def cause(self, failure: Exception) -> str | None:
+        """Of a collective that has failed: whose fault it is, as far as one can see. None where it is another failure,
+        or nobody's."""
+        if self._store is None or not watch.is_of_collective(failure):
+            return None
+        with contextlib.suppress(ValueError):  # not in the main thread
+            # the launcher is about to end the ranks that are left: not before they have said why
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            before = self._all_beats(self._store)
+            time.sleep(SECONDS_OF_SILENCE)
+            after = self._all_beats(self._store)
+        except RuntimeError:
+            return f"{hosts.named([0], self._hosts)} has ended, or is cut off: all others need it"
+        silent = [
+            SECONDS_OF_SILENCE if old.number == new.number else 0.0 for old, new in zip(before, after, strict=True)
+        ]
+        waited = comm.timeout() if watch.is_timeout(failure) else 0.0
+        if not any(silent) and not waited:
+            return None
+        return watch.verdict(after, silent, self._hosts, SECONDS_OF_SILENCE, waited)
+
+    def say_cause(self, text: str) -> None:
+        """Once a host."""
+        assert self._store is not None
+        self._leaving.set()
+        with contextlib.suppress(RuntimeError):
+            if self._store.add(f"cause on {self._hosts[comm.rank()].head}", 1) == 1:
+                print(f"error: {text}", file=sys.stderr, flush=True)
+            return
+        self._say_for_host(text)
+
     def speaker(self, text: str) -> str | None:
         """What this rank, which has met an error, is to say ahead of its words: nothing where all ranks have come with
         the same ones, else its number. None where another rank of its host says them."""
@@ -109,6 +157,7 @@ class Restarts:
         if self._store is None:
             return ""
         self._leaving.set()  # nobody ends it in mid-word
+        own = f"{hosts.named([comm.rank()], self._hosts)}: "
         key = hashlib.sha256(text.encode()).hexdigest()
         deadline = time.monotonic() + SECONDS_TO_JOIN
         try:
@@ -118,10 +167,10 @@ class Restarts:
                 time.sleep(0.05)
                 came = self._store.add(key, 0)
         except RuntimeError:  # rank 0 has gone
-            return f"rank {comm.rank()}: "
+            return own
         if not first:
             return None
-        return "" if came >= ranks else f"rank {comm.rank()}: "
+        return "" if came >= ranks else own
 
     def end(self, status: int) -> None:
         """Ends the other ranks, wherever they wait; returns when they have heard of it, or after some seconds."""
@@ -139,9 +188,56 @@ class Restarts:
         assert self._store is not None
         self._store.compare_set(_ORDER, "", json.dumps(order))
 
+    def _beat(self, ears: TCPStore) -> None:
+        self._beats += 1
+        ears.set(f"beat {comm.rank()}", watch.Beat(number=self._beats, place=self._observer.place()).text())
+        self._answered = time.monotonic()
+
+    def _all_beats(self, store: TCPStore) -> list[watch.Beat]:
+        names = [f"beat {rank}" for rank in range(comm.size(comm.WORLD))]
+        return [watch.Beat.of(text.decode()) for text in store.multi_get(names)]
+
+    def _watch(self, ears: TCPStore) -> Iterator[str | None]:
+        """On rank 0, a look at a time: what is wrong."""
+        heard: dict[int, tuple[int, float]] = {}
+        while True:
+            beats, now = self._all_beats(ears), time.monotonic()
+            for rank, beat in enumerate(beats):
+                if rank not in heard or heard[rank][0] != beat.number:
+                    heard[rank] = beat.number, now
+            silent = [now - heard[rank][1] for rank in range(len(beats))]
+            yield watch.verdict(beats, silent, self._hosts, watch.limit(comm.timeout()))
+
+    def _mind_rank_0(self) -> None:
+        """On the others: it answers, or this process ends."""
+        while time.monotonic() - self._answered < watch.limit(comm.timeout()):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            if self._leaving.is_set() or self._over:
+                return
+        _say_last_words(failed=True)
+        self._say_for_host(self._rank_0_is_gone(time.monotonic() - self._answered))
+        os._exit(FAILED)
+
+    def _rank_0_is_gone(self, seconds: float) -> str:
+        return (
+            f"{hosts.named([0], self._hosts)}: nothing was heard for {seconds:.0f} s: killed, stopped or cut off. All "
+            "others wait for it"
+        )
+
+    def _say_for_host(self, text: str) -> None:
+        """Without the store: the first rank of each host that is left says it."""
+        first = 1 if self._hosts[comm.rank()].head == 0 else 0
+        if comm.local_rank() == first:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+
     def _listen(self, ears: TCPStore) -> None:
+        wrong = self._watch(ears) if comm.is_main() else None
         try:
             while not ears.check([_ORDER]):
+                self._beat(ears)
+                if wrong is not None and (text := next(wrong)) is not None and not self._leaving.is_set():
+                    print(f"error: {text}. The job ends (cluster.timeout)", file=sys.stderr, flush=True)
+                    ears.compare_set(_ORDER, "", json.dumps({"status": FAILED}))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             order = json.loads(ears.get(_ORDER))
             self._heard.set()
@@ -151,6 +247,7 @@ class Restarts:
             while comm.is_main() and ears.add(_READ, 0) < comm.size(comm.WORLD) and time.monotonic() < deadline:
                 time.sleep(0.05)
         except RuntimeError:  # rank 0 has ended, and its store with it
+            self._over = True
             return
         if comm.is_main() and "status" in order:
             time.sleep(0.5)  # the one that has failed is about to see that all have read

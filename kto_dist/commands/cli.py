@@ -19,15 +19,30 @@ from kto_dist.base.config import flatten, keys, resolve, sections
 from kto_dist.base.errors import UserError
 from kto_dist.base.secrets import masked
 from kto_dist.commands.chat import chat
+from kto_dist.commands.launch import launch
 from kto_dist.commands.plan import plan
 from kto_dist.commands.settings import settings_page
 from kto_dist.commands.store import store
+from kto_dist.commands.track import track
 from kto_dist.commands.words import options
 from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.model.config import check_model_path
 from kto_dist.training.config import Config
 
-EXAMPLES = ("demo", "one-gpu", "cluster", "compare", "mine")
+EXAMPLES = {
+    "demo": "demo.yaml",
+    "one-gpu": "one-gpu.yaml",
+    "cluster": "cluster.yaml",
+    "8b-4-nodes": "8b-4-nodes.yaml",
+    "70b": "70b.yaml",
+    "offload": "offload.yaml",
+    "hpz": "hpz.json",
+    "slurm": "slurm.sh",
+    "kubernetes": "kubernetes.yaml",
+    "compare": "compare.yaml",
+    "mine": "mine.yaml",
+}
+"""What `init` prints, and the file that it comes from."""
 STATUS = "Exit status: 0 on success, 2 on a mistake that you can fix, 143 after a SIGTERM, 1 on a failure."
 
 
@@ -65,21 +80,22 @@ def main() -> None:
     """Align a language model from thumbs-up/thumbs-down feedback (KTO), on one machine or a cluster.
 
     CONFIG is a YAML file; `kto-dist init` prints one to start from. SECTION.KEY=VALUE overrides come last and win, as
-    in `train.lr=1e-6`. `kto-dist config CONFIG` shows every setting. On several hosts use the deepspeed launcher
-    itself: `deepspeed --hostfile H --module kto_dist.commands.train CONFIG`.
+    in `train.lr=1e-6`. `kto-dist config CONFIG` shows every setting. On several hosts: `kto-dist launch CONFIG
+    --hostfile H`, or the deepspeed launcher itself, `deepspeed --hostfile H --module kto_dist.commands.train CONFIG`.
     """
 
 
 @main.command(short_help="Print a config to start from.")
-@click.argument("example", type=click.Choice(EXAMPLES), default=EXAMPLES[0])
+@click.argument("example", type=click.Choice(list(EXAMPLES)), default="demo")
 def init(example: str) -> None:
     """Print a config to start from: `kto-dist init one-gpu > config.yaml`.
 
     demo (the default): a small model, some minutes on a laptop. one-gpu: one to three billion parameters on one large
-    GPU. cluster: eight billion on nodes of eight GPUs. compare: several losses on the same rows.
+    GPU. cluster: eight billion on nodes of eight GPUs; 8b-4-nodes, 70b and offload: other shapes, and hpz: DeepSpeed's
+    options for several nodes. slurm, kubernetes: what those start a run with. compare: several losses on the same rows.
     mine: a log of feedback, for `audit` and `mine`.
     """
-    file = importlib.resources.files("kto_dist.commands") / "examples" / f"{example}.yaml"
+    file = importlib.resources.files("kto_dist.commands") / "examples" / EXAMPLES[example]
     click.echo(file.read_text(encoding="utf-8"), nl=False)
 
 
@@ -291,7 +307,8 @@ def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | Non
     output = Path(settings.train.output)
     # a reference pass has no folder of its own, and leaves none
     folder = output if job == "train" else output.absolute().parent
-    raise SystemExit(launcher.run(job, [str(config), *overrides], ranks, folder=folder))
+    grace = settings.cluster.grace
+    raise SystemExit(launcher.run(job, [str(config), *overrides], ranks, folder=folder, grace=grace))
 
 
 @main.command(short_help="Look at a raw log of feedback, and make nothing.")
@@ -385,8 +402,10 @@ def merge_adapter(adapter: Path, output: Path | None, **settings: Any) -> None:
 
 
 main.add_command(chat)
+main.add_command(launch)
 main.add_command(store)
 main.add_command(plan)
+main.add_command(track)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import NoReturn
 from kto_dist.base import comm, processes, restart
 from kto_dist.base.agree import OthersFailed
 from kto_dist.base.errors import UserError
-from kto_dist.base.exits import DONE, DONE_MARK, FAILED, LAUNCHER, MISTAKE, Stopped, leave
+from kto_dist.base.exits import DONE, DONE_MARK, FAILED, LAUNCHER, MISTAKE, WORDS, Stopped, leave
 from kto_dist.base.secrets import masked
 from kto_dist.commands.words import request
 from kto_dist.training.config import Config
@@ -64,12 +64,18 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     # DeepSpeed's launcher adds --local_rank=N; the environment says the same
     job, *words = [word for word in arguments if not word.startswith("--local_rank")]
+    words = json.loads(os.environ[WORDS])[1:] if WORDS in os.environ else words
     if job == WORKER:
         comm.stay_alone()
     else:
         _stay_with_launcher()
     try:
-        comm.init()
+        try:
+            comm.init()
+        except UserError as mistake:
+            if comm.local_rank() == 0:
+                print(f"error: {mistake}", file=sys.stderr, flush=True)
+            return MISTAKE
         restarts, again = restart.Restarts(), restart.order()
         if again is not None:
             words = [*words, f"{again.setting}={again.tokens}"]
@@ -87,6 +93,10 @@ def main(
             return _failed(restarts, f"error: {masked(str(mistake))}", MISTAKE)
         except Exception as failure:
             _hold(restarts, failure)
+            if (cause := restarts.cause(failure)) is not None:
+                restarts.say_cause(cause)
+                restarts.end(FAILED)
+                return FAILED
             return _failed(restarts, masked(traceback.format_exc()), FAILED)
     finally:
         comm.shutdown()

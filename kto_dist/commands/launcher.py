@@ -39,16 +39,23 @@ Start = Callable[..., subprocess.Popen[bytes]]
 
 
 def run(
-    job: str, arguments: list[str], ranks: int | None = None, *, folder: Path, start: Start = subprocess.Popen
+    job: str,
+    arguments: list[str],
+    ranks: int | None = None,
+    *,
+    folder: Path,
+    grace: float = GRACE_SECONDS,
+    start: Start = subprocess.Popen,
 ) -> int:
     """Runs a job of `kto_dist.commands.entry` on every rank. Returns the exit status, 128 + n after signal n.
 
     `ranks`: processes; None is one a GPU, or without GPUs one a core up to two. `folder`: the run's own, where rank 0
-    leaves a mark at the end; cleaners of temporary folders don't come there. `start`: makes the launcher's process.
+    leaves a mark at the end; cleaners of temporary folders don't come there. `grace`: seconds that ranks have to save
+    and end after a signal. `start`: makes the launcher's process.
     """
     mark = folder.absolute() / f"{DONE}{uuid.uuid4().hex}"
     environment = dict(os.environ) | {DONE_MARK: str(mark), LAUNCHER: json.dumps(whereabouts())}
-    status = _run(job, arguments, ranks, environment, start)
+    status = _run(job, arguments, ranks, environment, grace, start)
     if not mark.exists():
         if status == 0:
             print(f"error: the ranks ended without finishing {job}", file=sys.stderr, flush=True)
@@ -57,7 +64,9 @@ def run(
     return status
 
 
-def _run(job: str, arguments: list[str], ranks: int | None, environment: dict[str, str], start: Start) -> int:
+def _run(
+    job: str, arguments: list[str], ranks: int | None, environment: dict[str, str], grace: float, start: Start
+) -> int:
     if not torch.cuda.is_available():
         # without GPUs: one a core, but two at the most, since more ranks only split the same cores
         ranks = ranks or min(2, os.cpu_count() or 1)
@@ -86,7 +95,7 @@ def _run(job: str, arguments: list[str], ranks: int | None, environment: dict[st
     previous = {number: signal.signal(number, forward) for number in stops}
     try:
         status = child.wait()
-        _wait_for_group(child.pid, GRACE_SECONDS if received else 30)
+        _wait_for_group(child.pid, grace if received else 30)
     finally:
         _signal_group(child.pid, signal.SIGKILL)
         for number, handler in previous.items():

@@ -149,6 +149,7 @@ class Policy:
             config=options,
             dist_init_required=False,
         )
+        comm.apply_timeout()
         self.forward = self.engine
         # on a GPU, where it would save less, it has not been tried
         alone_on_a_cpu = comm.world_size() == 1 and comm.device().type == "cpu"
@@ -207,11 +208,14 @@ class Policy:
         self.engine.step()
         return self.engine.get_global_grad_norm() if norm is None else norm
 
-    def save(self, folder: Path, tag: str) -> None:
+    def save(self, folder: Path, tag: str, *, first: bool) -> None:
         """Collective. Writes `folder/tag`; does not touch DeepSpeed's `latest`, which is not written atomically.
 
-        Raises on all ranks where one could not write.
+        `first`: of the ranks that see this folder. It writes what all have alike, which DeepSpeed leaves to rank 0,
+        whose folder other hosts may not see. Raises on all ranks where one could not write.
         """
+        if self._stage < 3:
+            self.engine.save_non_zero_checkpoint = first
         with writes_noted(self.engine) as failures:
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=self.adapted)
 
@@ -339,6 +343,7 @@ class Reference:
         self._engine = None
         if placement.sharded:
             self._engine, *_ = deepspeed.initialize(model=self.model, config=options, dist_init_required=False)
+            comm.apply_timeout()
             self._engine.eval()
         else:
             self.model.to(device)

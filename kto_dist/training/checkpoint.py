@@ -6,7 +6,7 @@
 A checkpoint is written below a hidden name, flushed to disk, and renamed when every rank is done, so one that a crash
 cut short is never seen. One that is found is read whole and compared with its manifest; where a byte is another one,
 the checkpoint before it counts. On hosts without a shared file system each keeps its own part, and the newest step that
-all of them have is resumed.
+all of them have is resumed; a host that has none, where others do, is named.
 """
 
 import json
@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kto_dist.base import agree, comm, disks
+from kto_dist.base import agree, comm, disks, hosts
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import TEMPORARY, flush, write_whole
 from kto_dist.model import engine_files
 from kto_dist.model.engines import Policy
 from kto_dist.objective.config import ObjectiveConfig
-from kto_dist.training import manifest, random_states
+from kto_dist.training import manifest, random_states, scattered
 
 STATE = "state.json"
 NO_ADAPTER: dict[str, Any] = {
@@ -76,14 +76,17 @@ def save(policy: Policy, output: str | Path, state: State, keep: int, best: int 
         shutil.rmtree(root / name, ignore_errors=True)
         os.replace(partial, root / name)
         flush(root)
-        for old in _names(root)[keep:]:
+        # what lies beyond was passed over, as damaged or not on all hosts, and is done anew
+        beyond = [old for old in _names(root) if old > name]
+        known = [old for old in _names(root) if old <= name]
+        for old in [*beyond, *known[keep:]]:
             if best is None or old != name_of(best):
                 shutil.rmtree(root / old)
 
     with disks.refusals(f"the checkpoint of step {state.step}", "train.output", root):
         agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         agree.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
-        policy.save(root, partial.name)
+        policy.save(root, partial.name, first=manifest.neighbours(root)[0] == comm.rank())
         agree.side_by_side(lambda: random_states.save(partial / f"rng-rank-{comm.rank()}.safetensors"))
         agree.once_per_host(describe)
         comm.barrier()
@@ -93,16 +96,44 @@ def save(policy: Policy, output: str | Path, state: State, keep: int, best: int 
 
 
 def find(output: str | Path, warn: Callable[[str], None]) -> Path | None:
-    """Collective. The newest checkpoint that is whole on every host, to the last byte."""
+    """Collective. The newest checkpoint that is whole on every host, to the last byte.
+
+    Raises `UserError` where hosts have checkpoints, and none in common.
+    """
     root = folder(output)
-    seen = [set(names) for names in comm.gather(_names(root) if comm.local_rank() == 0 else None) if names is not None]
-    for name in sorted(set.intersection(*seen), reverse=True):
+    everyone = comm.gather(_names(root) if comm.local_rank() == 0 else None)
+    seen = {rank: set(names) for rank, names in enumerate(everyone) if names is not None}
+    common, newest = set.intersection(*seen.values()), max(set.union(*seen.values()), default=None)
+    lack = [rank for rank, names in seen.items() if newest is not None and newest not in names]
+    if lack:
+        by_rank = hosts.by_rank()
+        _refuse_lost({rank: names for rank, names in seen.items()}, common, by_rank, output)
+        warn(
+            f"checkpoint {root / str(newest)} is not on {hosts.named(lack, by_rank)}, and is passed over: the newest "
+            "that all hosts have counts"
+        )
+    for name in sorted(common, reverse=True):
         wrong = damage(root / name)
         if not wrong:
             return root / name
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         warn(f"checkpoint {root / name} is damaged: {wrong[0]}{more}; it is passed over")
     return None
+
+
+def _refuse_lost(seen: dict[int, set[str]], common: set[str], by_rank: list[hosts.Host], output: str | Path) -> None:
+    """Raises `UserError` where some hosts have checkpoints, and none that all have."""
+    if common:
+        return
+    have = ", ".join(
+        f"{hosts.named([rank], by_rank)}: {', '.join(sorted(names))}" for rank, names in seen.items() if names
+    )
+    empty = [rank for rank, names in seen.items() if not names]
+    lost = f"{hosts.named(empty, by_rank)} has none" if empty else "they have none in common"
+    raise UserError(
+        f"train.output ({output}) has checkpoints on some hosts, each its own part ({have}), and {lost}: "
+        "bring back the folder of that host or its disk, or delete the folder on every host to start from the beginning"
+    )
 
 
 def damage(checkpoint: Path) -> list[str]:
@@ -155,23 +186,39 @@ def to_universal(checkpoint: Path, found: State) -> Path | None:
     if found.world_size == comm.world_size() or found.zero_stage == 0:
         return None
     target = checkpoint.with_name(f".universal-{checkpoint.name}")
+    whole = checkpoint.with_name(f".whole-{checkpoint.name}")
+    apart = len(manifest.neighbours(checkpoint.parent)) < comm.world_size()
 
     def convert() -> None:
         shutil.rmtree(target, ignore_errors=True)
-        if wrong := engine_files.recut(checkpoint, target):
+        source = whole if apart else checkpoint
+        gone = [rank for rank in range(found.world_size) if not (source / f"rng-rank-{rank}.safetensors").exists()]
+        if gone:
+            raise UserError(
+                f"{checkpoint} was written by {found.world_size} ranks, and the parts of ranks "
+                f"{', '.join(map(str, gone))} lie on none of this job's hosts: start on all of the hosts that wrote "
+                "it, or copy its files here"
+            )
+        if wrong := engine_files.recut(source, target):
             raise UserError(
                 f"{checkpoint} was written by {found.world_size} ranks and could not be re-cut for "
                 f"{comm.world_size()}: {wrong}; resume with {found.world_size} ranks"
             )
 
+    if apart:
+        scattered.bring_together(checkpoint, whole)
     agree.on_main(convert)
+    if apart:
+        agree.once_per_host(lambda: shutil.rmtree(whole, ignore_errors=True))
+        scattered.hand_out(target)
     return target
 
 
 def clear(output: str | Path) -> None:
     """Rank 0, of a folder that no run is at work in. Removes what killed runs have left half-written."""
     root = Path(output)
-    for path in [*root.glob(".partial-*"), *folder(root).glob(".partial-*"), *folder(root).glob(".universal-*")]:
+    leftovers = (".partial-*", ".universal-*", ".whole-*")
+    for path in [*root.glob(".partial-*"), *(path for name in leftovers for path in folder(root).glob(name))]:
         shutil.rmtree(path, ignore_errors=True)
     for path in [*root.glob(".*"), *folder(root).glob(".*")]:
         if TEMPORARY.fullmatch(path.name) or path.name.startswith((".done-", ".seen-")):

@@ -121,6 +121,27 @@ def _with_own_rate(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "train": {"lr": ADAPTER_LR, **train}} if isinstance(train, dict) else values
 
 
+class ClusterConfig(Section):
+    """Several ranks, on one host or many: how long they wait, and what they are given."""
+
+    timeout: PositiveFloat = Field(
+        600.0, description="seconds after which a rank that is silent, or holds the others up, ends the job by name"
+    )
+    grace: PositiveFloat = Field(
+        600.0,
+        description="seconds between SIGTERM and the end: for the step that is being done, and for its checkpoint",
+    )
+    min_nodes: Positive | None = Field(
+        None, description="fewest hosts that `kto-dist launch` starts again with where one is lost; null: all of them"
+    )
+
+    @model_validator(mode="after")
+    def _timeout_is_none_of_haste(self) -> "ClusterConfig":
+        if self.timeout < 5:
+            raise ValueError(f"timeout ({self.timeout}) must be at least 5 seconds: ranks are seldom at one place")
+        return self
+
+
 class Config(Section):
     """One training run. `Config.load` reads it from YAML; `Config(**sections)` builds it in Python."""
 
@@ -137,6 +158,7 @@ class Config(Section):
     answers: AnswersConfig = AnswersConfig()
     judge: JudgeConfig = JudgeConfig()
     health: HealthConfig = HealthConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     RENAMED: ClassVar[dict[str, str]] = {"kto": "objective"}
 

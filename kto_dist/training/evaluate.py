@@ -30,6 +30,7 @@ from kto_dist.record.environment import environment_tags
 from kto_dist.reference.logps import ReferenceLogps, score_reference
 from kto_dist.reference.pairs import evaluation_pairs
 from kto_dist.reference.setup import find_reference
+from kto_dist.training.agreement import begin_together
 from kto_dist.training.answered import Answered, Model, answered
 from kto_dist.training.config import Config
 from kto_dist.training.judged import Judged, Request, resolve
@@ -45,6 +46,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     console = Console()
     judged = agree.together(lambda: resolve(request))
     config = judged.config
+    begin_together("evaluate", config, words={name: str(value) for name, value in asdict(request).items()})
     examples = _rows(judged, console)
 
     # a judge that cannot be had is told before long work; rank 0 asks it

@@ -21,6 +21,7 @@ from kto_dist.model.memory import NeedsRestart
 from kto_dist.record.run_folder import read_lines
 from kto_dist.training import checkpoint
 from kto_dist.training.best import Best, weights_of
+from kto_dist.training.figures import due
 from kto_dist.training.run import Run
 from kto_dist.training.samples import Samples
 from kto_dist.training.stepper import HeldOut, Stepper
@@ -87,6 +88,19 @@ class Evaluations:
         line = None if found is None else self._note(step, found)
         self.console.phase("training")
         return line
+
+    def begin(self, step: int) -> dict[str, Any] | None:
+        """Collective. The figures of the run's first evaluation, made now where it begins.
+
+        The evaluation after `step` is made up for, where a signal has left no time for it.
+        """
+        if step == 0:
+            return self.at(0)
+        config, plan = self.stepper.prepared.config, self.stepper.prepared.plan
+        noted = comm.broadcast([line["step"] for line in read_lines(self.run.folder.heldout)])
+        if due(config.evaluate.every_steps, step) and step < plan.steps and noted and step not in noted:
+            self.at(step)
+        return self.first()
 
     def first(self) -> dict[str, Any] | None:
         """Of a run that goes on: the figures of its first evaluation."""

@@ -69,6 +69,17 @@ def long_way(steps: int, seconds_a_step: float) -> str | None:
     return f"at {seconds_a_step:.3g} s a step the {steps:,} steps that are left take {duration(steps * seconds_a_step)}"
 
 
+def beyond_grace(step: float, checkpoint: float, grace: float) -> str | None:
+    """What is said where a step and its checkpoint take more seconds than there are after SIGTERM."""
+    if step + checkpoint <= grace:
+        return None
+    return (
+        f"a step takes {step:.3g} s and its checkpoint {checkpoint:.3g} s, more than cluster.grace ({grace:g} s): "
+        "after a SIGTERM the run may be killed before they are done, and goes on from the checkpoint before. Raise it, "
+        "where the scheduler gives that time, or lower train.global_batch"
+    )
+
+
 def duration(seconds: float) -> str:
     for unit, length in (("years", 365.25 * 86400), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * length:

@@ -31,11 +31,12 @@ from kto_dist.record.tracker import Status
 from kto_dist.reference.logps import ReferenceLogps, score_reference
 from kto_dist.reference.record import PassRecord
 from kto_dist.training import checkpoint
+from kto_dist.training.agreement import begin_together
 from kto_dist.training.ahead import ahead
 from kto_dist.training.best import Best
 from kto_dist.training.config import Config
 from kto_dist.training.evaluations import Evaluations
-from kto_dist.training.figures import FEW, due, is_sound, line_of, long_way, part_figures, step_figures
+from kto_dist.training.figures import FEW, beyond_grace, due, is_sound, line_of, long_way, part_figures, step_figures
 from kto_dist.training.finish import Outcome, finish, report_so_far
 from kto_dist.training.heavy import heavy_rows, warning
 from kto_dist.training.prepare import PreparedTraining, find, prepare_training, wanted
@@ -57,6 +58,7 @@ def train(config: Config, watch: Watch | None = None) -> dict[str, Any]:
     Raises `UserError` for what the user can fix, `Stopped` when a signal or a health rule ended the run.
     """
     comm.init()
+    begin_together("train", config)
     if config.train.deterministic:
         make_deterministic()
     goodbye = Goodbye()
@@ -123,7 +125,7 @@ def _train(
     last, tokens = run.last_line(), 0
     console.phase("training")
     evaluations = Evaluations(stepper, run, console, watching)
-    before = evaluations.at(0) if first == 0 else evaluations.first()
+    before = evaluations.begin(first)
     with (
         sigterm_noted() as terminated,
         console.steps("training", first, plan.steps) as show,
@@ -144,14 +146,15 @@ def _train(
 
             stopping = [item for item in watching.after(result, last) if item.stop]
             signalled = comm.any_(terminated())
-            if due(config.evaluate.every_steps, done) and done < plan.steps:
+            # with the time that a signal leaves the step is saved: the same command evaluates it
+            if due(config.evaluate.every_steps, done) and done < plan.steps and not signalled:
                 evaluations.at(done)
                 started = time.monotonic()
             saving = due(config.checkpoint.every_steps, done) or evaluations.wants_checkpoint(done)
             saving = saving or done == plan.steps or signalled or bool(stopping)
             # a broken step must not push a sound checkpoint out
             if saving and is_sound(last):
-                _save(policy, prepared, run, console, done, evaluations.best)
+                _save(policy, prepared, run, console, done, evaluations.best, last["seconds"])
                 started = time.monotonic()
             if signalled or (done == plan.steps and comm.any_(terminated())):
                 raise Stopped(run.stopped_by_signal(done, plan.steps), TERMINATED)
@@ -208,17 +211,29 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> tupl
     )
     if run.found:
         checkpoint.load(policy, run.found, universal)
-        if universal and comm.is_main():
+        if universal and comm.local_rank() == 0:
             shutil.rmtree(universal, ignore_errors=True)  # the next start clears what is left
     run.mlflow_run = comm.broadcast(run.tracker.run_id)
     return policy, rounding
 
 
-def _save(policy: Policy, prepared: PreparedTraining, run: Run, console: Console, step: int, best: Best | None) -> None:
+def _save(
+    policy: Policy,
+    prepared: PreparedTraining,
+    run: Run,
+    console: Console,
+    step: int,
+    best: Best | None,
+    seconds: float,  # that the step took
+) -> None:
     """Collective."""
     console.phase("checkpoint")
+    started, first = time.monotonic(), run.saved == 0
     state = replace(run.now, step=step, mlflow_run=run.mlflow_run)
     kept = None if best is None else best.step
     checkpoint.save(policy, run.folder.path, state, prepared.config.checkpoint.keep, kept)
     run.saved = step
+    long = beyond_grace(seconds, time.monotonic() - started, prepared.config.cluster.grace)
+    if first and long is not None:
+        console.warn(long)
     console.phase("training")

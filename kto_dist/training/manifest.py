@@ -37,7 +37,7 @@ class Entry:
 
 def write(folder: Path) -> None:
     """Collective. All files are there by now; they are flushed to the disk, and listed. Raises `OSError`."""
-    group = _neighbours(folder.parent)
+    group = neighbours(folder.parent)
 
     def entry(name: str) -> tuple[str, Entry]:
         flush(folder / name)
@@ -58,7 +58,7 @@ def write(folder: Path) -> None:
 
 def damage(folder: Path) -> list[str]:
     """Collective. What is not as the manifest says, the same list on every rank; empty where all is well."""
-    group = _neighbours(folder.parent)
+    group = neighbours(folder.parent)
     entries = read(folder)
 
     def look() -> list[str]:
@@ -109,7 +109,7 @@ def _each(names: list[str], work: Callable[[str], T]) -> list[T]:
         return list(pool.map(work, names))
 
 
-def _neighbours(root: Path) -> list[int]:
+def neighbours(root: Path) -> list[int]:
     """Collective. The ranks that see the same files as this one: those of its host, and others on a shared disk."""
     token = comm.broadcast(f".seen-{uuid.uuid4().hex}")
     if comm.is_main():

@@ -18,6 +18,7 @@ from kto_dist.reference.progress import Progress, Watch
 from kto_dist.reference.record import PassRecord
 from kto_dist.reference.scoring import Outcome
 from kto_dist.reference.worker import Working
+from kto_dist.training.agreement import begin_together
 from kto_dist.training.config import Config
 from kto_dist.training.prepare import find, prepare, wanted
 
@@ -25,6 +26,7 @@ from kto_dist.training.prepare import find, prepare, wanted
 def precompute(config: Config, watch: Watch | None = None) -> Outcome:
     """Collective. `watch` is called on every rank after each micro-batch. Raises `UserError`."""
     comm.init()
+    begin_together("precompute", config)
     console = Console()
     prepared = prepare(config, console)
     setup, fingerprint = find(prepared, console)

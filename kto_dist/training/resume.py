@@ -61,7 +61,7 @@ ASIDE = frozenset(
     | {f"tracking.{name}" for name in ("enabled", "uri", "experiment", "report", "run_name", "log_model")}
     | {"tracking.register_as", "adapter.merged"}
     | {f"judge.{name}" for name in ("by", "function", "command", "base_url", "model", "key", "instructions")}
-    | {"judge.max_tokens", "judge.parallel"}
+    | {"judge.max_tokens", "judge.parallel", "cluster.timeout", "cluster.grace", "cluster.min_nodes"}
     | {f"answers.{name}" for name in ("while_training", "in_evaluate", "max_tokens", "temperature", "top_p", "batch")}
     | {f"answers.{name}" for name in ("cache", "model_url", "model_name", "reference_url", "reference_name", "key")}
 )
