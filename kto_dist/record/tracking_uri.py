@@ -44,6 +44,14 @@ def check(uri: str) -> None:
         socket.create_connection((url.hostname, url.port or _DEFAULT_PORTS[scheme]), timeout=5).close()
 
 
+def is_elsewhere(uri: str) -> bool:
+    """Whether a server has it, which may be away for a while; a file that cannot be used now can't be later."""
+    url = urlsplit(uri)
+    scheme = url.scheme.partition("+")[0]
+    served = scheme in ("http", "https") or (scheme in _DEFAULT_PORTS and bool(url.hostname))
+    return served or uri.startswith("databricks")
+
+
 @contextmanager
 def alone(uri: str) -> Iterator[None]:
     """One process at a time: MLflow fails where two create the tables of the same new SQLite file."""

@@ -95,7 +95,7 @@ def finish(
         "memory": outcome.memory,
         "seconds": console.seconds,
         "export": str(run.folder.export),
-        "mlflow": {"uri": run.tracker.uri, "run_id": run.mlflow_run},
+        "mlflow": {"uri": run.tracker.uri, "run_id": run.tracker.run_id or run.mlflow_run},
     }
     policy.close()
     with disks.refusals("the export", "train.output", run.folder.path):

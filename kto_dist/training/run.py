@@ -255,6 +255,9 @@ def open_run(prepared: PreparedTraining, run: Run, console: Console) -> Tracker:
         },
         default_uri=f"sqlite:///{output.resolve().parent / 'mlflow.db'}",
         warn=console.warn,
+        keep_in=output,
+        step=run.state.step,
+        same=not resume.changes(run.state, run.now),
     )
     for name, examples in (("training", prepared.train), ("heldout", prepared.heldout)):
         if examples is not None:
