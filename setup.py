@@ -6,5 +6,5 @@ setup(
     packages=[*find_packages(include=["kto_dist", "kto_dist.*"]), "kto_kernels"],
     # a package called `kernels` would hide the one of that name on PyPI, which transformers imports
     package_dir={"kto_kernels": "kernels/kto_kernels"},
-    package_data={"": ["py.typed", "*.j2", "*.yaml", "examples/*.yaml", "presets/*.yaml"]},
+    package_data={"": ["py.typed", "*.j2", "*.yaml", "examples/*", "presets/*.yaml"]},
 )

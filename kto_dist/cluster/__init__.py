@@ -1,4 +1,4 @@
-"""Sizing before renting: what a run takes of a cluster that is not there yet. Everything here is computed.
+"""A cluster: what a run takes of it, what is looked at before a job, who starts it, watches it and starts it again.
 
-May import: `training` and what it may import. Open first: `plan.py`.
+May import: `training` and what it may import. Open first: `launch.py`, or `plan.py` for sizing before renting.
 """

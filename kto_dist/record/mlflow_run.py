@@ -138,9 +138,7 @@ class MlflowRun(Tracker):
 
     def tag(self, tags: dict[str, str]) -> None:
         """Queues tags; the same thread sends them."""
-        self._spool.add(
-            {"kind": "tags", "tags": {name: masked(value)[:_TAG_LENGTH] for name, value in tags.items()}}
-        )
+        self._spool.add({"kind": "tags", "tags": {name: masked(value)[:_TAG_LENGTH] for name, value in tags.items()}})
 
     def log_dataset(
         self,

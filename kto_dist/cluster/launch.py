@@ -1,0 +1,190 @@
+"""One job on several hosts: started, stopped as a whole, watched, and started again.
+
+In:  the hosts, and what every rank is to run. Out: the exit status, as of a job on one host: 0, 2 for a mistake, 143
+after SIGTERM, else a failure.
+
+1. an agent on every host (`agent.py`), over ssh, starts its ranks; what it is to do travels by standard input
+2. SIGTERM, SIGINT and SIGHUP go to every rank, which saves and ends, within `cluster.grace`
+3. a host whose agent fails ends the job on the others; so does this process, however it ends
+4. a failure that is no mistake starts the job again, from its newest checkpoint, on the hosts that still answer
+"""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from kto_dist.base.exits import DONE, FAILED, MISTAKE, TERMINATED
+from kto_dist.cluster.agent import ENTRY, Job, worst
+from kto_dist.cluster.hostfile import Node
+from kto_dist.cluster.remote import Reach
+
+_LOST = 255
+"""How ssh ends where there is no connection, or none any more."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
+_SECONDS_TO_END = 20.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What is run, and where."""
+
+    nodes: tuple[Node, ...]
+    reach: Reach
+    words: tuple[str, ...]
+    """Of the command that every rank runs: the job, the config, overrides."""
+    environment: dict[str, str]
+    folder: str
+    port: int
+    """Free on the first host."""
+    grace: float
+    """Seconds."""
+    timeout: float
+    """Seconds that ranks of other hosts have to see that one is lost."""
+    module: str = ENTRY
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a job has."""
+
+    status: int
+    lost: tuple[str, ...] = ()
+    """Hosts whose connection was."""
+    stopped: bool = False
+    """By a signal to this process."""
+
+
+Again = Callable[[Plan], "Plan | None"]
+"""A look at the hosts: the plan for those that are left; None where they are too few."""
+
+
+def jobs_of(plan: Plan) -> list[Job]:
+    """One a host; ranks are numbered host by host."""
+    size, first, jobs = sum(node.slots for node in plan.nodes), 0, []
+    for node in plan.nodes:
+        jobs.append(
+            Job(
+                module=plan.module,
+                words=list(plan.words),
+                folder=plan.folder,
+                environment=plan.environment,
+                host=node.address,
+                first=first,
+                slots=node.slots,
+                size=size,
+                address=plan.nodes[0].address,
+                port=plan.port,
+                grace=plan.grace,
+            )
+        )
+        first += node.slots
+    return jobs
+
+
+def launch(plan: Plan, *, restarts: int, again: Again, pause: float = _FIRST_PAUSE) -> int:
+    """Runs the job, and starts it again up to `restarts` times. Returns the exit status."""
+    done = 0
+    while True:
+        ended = run(plan)
+        if ended.stopped or ended.status in (DONE, MISTAKE, TERMINATED) or done == restarts:
+            return ended.status
+        done += 1
+        lost = f" ({', '.join(ended.lost)} lost)" if ended.lost else ""
+        _say(f"the job failed with status {ended.status}{lost}: start {done} of {restarts} in {pause:.0f} s")
+        time.sleep(pause)
+        pause = min(_LONGEST_PAUSE, 2 * pause)
+        found = again(plan)
+        if found is None:
+            return ended.status
+        # a run that was to begin anew, or to insist on a checkpoint, has begun by now
+        resume = "checkpoint.resume=auto"
+        plan = replace(found, words=found.words if resume in found.words else (*found.words, resume))
+
+
+def run(plan: Plan) -> Ended:
+    """Once."""
+    agents = [_Agent(plan.reach, node, job) for node, job in zip(plan.nodes, jobs_of(plan), strict=True)]
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        for agent in agents:
+            agent.tell("stop")
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        _wait(agents, plan, received)
+    finally:
+        for agent in agents:
+            agent.end()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    lost = tuple(agent.node.name for agent in agents if agent.status == _LOST)
+    for name in lost:
+        _say(f"error: {name} is lost: its connection has ended, or was never made")
+    if received:
+        return Ended(128 + received[0], lost, stopped=True)
+    return Ended(FAILED if lost else worst([agent.status for agent in agents]), lost)
+
+
+class _Agent:
+    """That of one host, at the other end of a pipe."""
+
+    def __init__(self, reach: Reach, node: Node, job: Job) -> None:
+        self.node = node
+        self._process = reach.start(node, "kto_dist.cluster.agent")
+        self.tell(job.text())
+
+    def tell(self, line: str) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None
+        with contextlib.suppress(OSError, ValueError):  # it has ended
+            pipe.write(line + "\n")
+            pipe.flush()
+
+    @property
+    def status(self) -> int:
+        """-1 while it is at work."""
+        found = self._process.poll()
+        return -1 if found is None else found if found >= 0 else 128 - found
+
+    def end(self) -> None:
+        """By force, if it has not ended yet."""
+        if self.status == -1:
+            self._process.kill()
+            self._process.wait()
+        pipe = self._process.stdin
+        assert pipe is not None
+        with contextlib.suppress(OSError, ValueError):
+            pipe.close()
+
+
+def _wait(agents: Sequence[_Agent], plan: Plan, received: list[int]) -> None:
+    """Until all have ended, or those that are left have had time enough to."""
+    failed: float | None = None
+    stopped: float | None = None
+    while any(agent.status == -1 for agent in agents):
+        now = time.monotonic()
+        if failed is None and any(agent.status > 0 for agent in agents):
+            failed = now
+        if stopped is None and received:
+            stopped = now
+        late = (failed is not None and now - failed > plan.timeout) or (
+            stopped is not None and now - stopped > plan.grace + _SECONDS_TO_END
+        )
+        if late:
+            for agent in agents:
+                agent.tell("kill")
+            deadline = time.monotonic() + _SECONDS_TO_END
+            while any(agent.status == -1 for agent in agents) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            return
+        time.sleep(0.1)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

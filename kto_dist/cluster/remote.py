@@ -1,0 +1,78 @@
+"""A program on another host, or on this one: over ssh, or directly.
+
+What it is to be told travels by standard input; its command line is the same for everybody to see.
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kto_dist.cluster.hostfile import Node
+
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15", "-T")
+_HERE = {"localhost", "127.0.0.1", "::1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How hosts are reached."""
+
+    ssh: tuple[str, ...] = SSH
+    """The command ahead of a host's name."""
+    folder: str = ""
+    """The working directory on every host; empty: this one's."""
+
+    def command(self, node: Node, module: str) -> list[str]:
+        """That runs a module of this package on a host, with this Python at the same path."""
+        python = [sys.executable, "-u", "-m", module]
+        if is_here(node):
+            return python
+        folder = shlex.quote(self.folder or os.getcwd())
+        # `exec`: the shell must not stay between, where it would outlive what it has started
+        return [*self.ssh, node.name, f"cd {folder} && exec env {_path()}{shlex.join(python)}"]
+
+    def start(self, node: Node, module: str, *, quiet: bool = False) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self.command(node, module),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if quiet else None,
+            stderr=subprocess.PIPE if quiet else None,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ask(self, nodes: Sequence[Node], module: str, questions: Sequence[str], seconds: float) -> list["Answer"]:
+        """All at once: each is told its question, and says what it has to."""
+        started = [self.start(node, module, quiet=True) for node in nodes]
+        answers = []
+        for process, question in zip(started, questions, strict=True):
+            try:
+                said, complaint = process.communicate(question + "\n", timeout=seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said, complaint = process.communicate()
+                complaint = f"no answer within {seconds:.0f} s. {complaint}"
+            answers.append(Answer(process.returncode, said, complaint.strip()))
+        return answers
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    said: str
+    complaint: str
+
+
+def is_here(node: Node) -> bool:
+    own = platform.node()
+    return node.address in _HERE | {own, own.partition(".")[0]}
+
+
+def _path() -> str:
+    """Where Python looks for this package, if not in its own environment: no secret, and needed from the start."""
+    path = os.environ.get("PYTHONPATH")
+    return f"PYTHONPATH={shlex.quote(path)} " if path else ""

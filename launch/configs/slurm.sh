@@ -1,0 +1,1 @@
+../../kto_dist/commands/examples/slurm.sh
