@@ -14,6 +14,7 @@ from types import FrameType
 _OURS = str(Path(__file__).resolve().parents[1])
 # a rank that has failed is there as well, and waits for the end
 _WAITS = ("/torch/distributed/", "/deepspeed/comm/", "/kto_dist/base/comm.py", "/kto_dist/base/restart.py")
+_LONGEST_LOOK = 5.0
 _DEPTH = 8
 """Innermost frames that are searched for a collective."""
 
@@ -46,23 +47,35 @@ class Place:
     """Seconds since it was last seen to move."""
 
 
+class Clock:
+    """Seconds between looks that follow each other; those in which this process was itself stopped hardly count."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def passed(self) -> float:
+        before, self._last = self._last, time.monotonic()
+        return min(self._last - before, _LONGEST_LOOK)
+
+
 class Observer:
     """Looks at the main thread from another one."""
 
     def __init__(self) -> None:
         self._mark: tuple[object, ...] = ()
-        self._since = time.monotonic()
+        self._clock, self._still = Clock(), 0.0
 
     def place(self) -> Place:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         mark = (_Now.count, _Now.phase, None if frame is None else (id(frame), frame.f_lasti))
-        if mark != self._mark:
-            self._mark, self._since = mark, time.monotonic()
+        passed = self._clock.passed()
+        self._still = self._still + passed if mark == self._mark else 0.0
+        self._mark = mark
         return Place(
             phase=_Now.phase,
             at=_place_of(frame),
             waits=_waits(frame),
-            still=time.monotonic() - self._since,
+            still=self._still,
         )
 
 

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not re-export it
 
 from kto_dist.base import comm, hosts, watch
-from kto_dist.base.doing import Observer
+from kto_dist.base.doing import Clock, Observer
 from kto_dist.base.exits import FAILED
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -90,7 +90,6 @@ class Restarts:
         # of its own for the thread: a client answers one question at a time
         ears = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
         self._observer, self._beats = Observer(), 0
-        self._answered = time.monotonic()
         self._beat(ears)
         comm.barrier()  # all have a beat from now on
         threading.Thread(target=self._listen, args=(ears,), daemon=True, name="restarts").start()
@@ -189,9 +188,8 @@ class Restarts:
         self._store.compare_set(_ORDER, "", json.dumps(order))
 
     def _beat(self, ears: TCPStore) -> None:
-        self._beats += 1
         ears.set(f"beat {comm.rank()}", watch.Beat(number=self._beats, place=self._observer.place()).text())
-        self._answered = time.monotonic()
+        self._beats += 1  # rank 0 has answered
 
     def _all_beats(self, store: TCPStore) -> list[watch.Beat]:
         names = [f"beat {rank}" for rank in range(comm.size(comm.WORLD))]
@@ -199,30 +197,35 @@ class Restarts:
 
     def _watch(self, ears: TCPStore) -> Iterator[str | None]:
         """On rank 0, a look at a time: what is wrong."""
-        heard: dict[int, tuple[int, float]] = {}
+        heard: list[int] = []
+        silent = [0.0] * comm.size(comm.WORLD)
+        clock = Clock()
         while True:
-            beats, now = self._all_beats(ears), time.monotonic()
-            for rank, beat in enumerate(beats):
-                if rank not in heard or heard[rank][0] != beat.number:
-                    heard[rank] = beat.number, now
-            silent = [now - heard[rank][1] for rank in range(len(beats))]
+            beats, passed = self._all_beats(ears), clock.passed()
+            numbers = [beat.number for beat in beats]
+            if heard:
+                silent = [
+                    age + passed if old == new else 0.0 for age, old, new in zip(silent, heard, numbers, strict=True)
+                ]
+            heard = numbers
             yield watch.verdict(beats, silent, self._hosts, watch.limit(comm.timeout()))
 
     def _mind_rank_0(self) -> None:
         """On the others: it answers, or this process ends."""
-        while time.monotonic() - self._answered < watch.limit(comm.timeout()):
+        seen, silent, clock = self._beats, 0.0, Clock()
+        while silent < watch.limit(comm.timeout()):
             time.sleep(SECONDS_BETWEEN_LOOKS)
             if self._leaving.is_set() or self._over:
                 return
+            passed = clock.passed()
+            silent = silent + passed if self._beats == seen else 0.0
+            seen = self._beats
         _say_last_words(failed=True)
-        self._say_for_host(self._rank_0_is_gone(time.monotonic() - self._answered))
-        os._exit(FAILED)
-
-    def _rank_0_is_gone(self, seconds: float) -> str:
-        return (
-            f"{hosts.named([0], self._hosts)}: nothing was heard for {seconds:.0f} s: killed, stopped or cut off. All "
+        self._say_for_host(
+            f"{hosts.named([0], self._hosts)}: nothing was heard for {silent:.0f} s: killed, stopped or cut off. All "
             "others wait for it"
         )
+        os._exit(FAILED)
 
     def _say_for_host(self, text: str) -> None:
         """Without the store: the first rank of each host that is left says it."""

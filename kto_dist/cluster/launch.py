@@ -169,7 +169,8 @@ def _wait(agents: Sequence[_Agent], plan: Plan, received: list[int]) -> None:
     stopped: float | None = None
     while any(agent.status == -1 for agent in agents):
         now = time.monotonic()
-        if failed is None and any(agent.status > 0 for agent in agents):
+        # ranks of other hosts may end before rank 0, which has more to write, but not long after it
+        if failed is None and (agents[0].status == 0 or any(agent.status > 0 for agent in agents)):
             failed = now
         if stopped is None and received:
             stopped = now

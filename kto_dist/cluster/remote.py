@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,10 +49,10 @@ class Reach:
     def ask(self, nodes: Sequence[Node], module: str, questions: Sequence[str], seconds: float) -> list["Answer"]:
         """All at once: each is told its question, and says what it has to."""
         started = [self.start(node, module, quiet=True) for node in nodes]
-        answers = []
+        answers, deadline = [], time.monotonic() + seconds
         for process, question in zip(started, questions, strict=True):
             try:
-                said, complaint = process.communicate(question + "\n", timeout=seconds)
+                said, complaint = process.communicate(question + "\n", timeout=max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 said, complaint = process.communicate()
