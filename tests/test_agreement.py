@@ -36,13 +36,14 @@ def test_a_host_with_other_settings_is_refused_with_every_difference_and_nothing
 ):
     same = tiny_config(tmp_path, tiny_model, tiny_log)
     other = tiny_config(tmp_path, tiny_model, tiny_log, train__lr=2e-3, objective__beta=0.2, train__max_steps=4)
+    rate = ["  train.lr: node-a (rank 0): 0.001, node-b (rank 1): 0.002"] if job == "train" else []
     said = run_ranks(_refused, 2, job, [same, other])
     assert said[0] == said[1]
     assert said[0].splitlines() == [
         "hosts disagree, and every host must have the same:",
         "  objective.beta: node-a (rank 0): 0.1, node-b (rank 1): 0.2",
         "  train.max_steps: node-a (rank 0): 5, node-b (rank 1): 4",
-        "  train.lr: node-a (rank 0): 0.001, node-b (rank 1): 0.002",
+        *rate,
         "  -> start the same command with the same config file on each of them",
     ]
     assert list(tmp_path.iterdir()) == []
@@ -64,7 +65,14 @@ def _refused_in_folders(folder: Path, config: Config) -> str:
 
 def test_a_host_may_have_its_own_cores_and_disks(tmp_path, tiny_model, tiny_log):
     configs = [
-        tiny_config(tmp_path, tiny_model, tiny_log, data__workers=workers, data__cache=f"cache-{workers}")
+        tiny_config(
+            tmp_path,
+            tiny_model,
+            tiny_log,
+            data__workers=workers,
+            data__cache=f"cache-{workers}",
+            train__output=f"{workers}",
+        )
         for workers in (1, 2)
     ]
     assert run_ranks(_agree, 2, configs) == [None, None]
@@ -82,7 +90,8 @@ def test_every_kind_of_fact_is_compared(tmp_path, tiny_model, tiny_log):
         assert software[f"version of {name}"][0].isdigit(), name
     assert len(software["source of kto_dist"]) == 16
     assert agreement.device() == "cpu"
-    assert agreement.settings_of(config)["train.lr"] == "0.001"
+    assert agreement.settings_of("train", config)["train.lr"] == "0.001"
+    assert "train.lr" not in agreement.settings_of("precompute", config)
 
 
 def test_facts_that_only_one_host_has_differ_and_passwords_are_not_said():

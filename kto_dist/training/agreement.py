@@ -19,8 +19,14 @@ from kto_dist.base.secrets import masked
 from kto_dist.base.source import source_digest
 from kto_dist.training.config import Config
 
-OWN = frozenset({"data.workers", "data.cache", "deepspeed.nvme_path", "reference.nvme_path"})
-"""Settings that each host may have for itself: its cores, and its own disks."""
+OWN = frozenset(
+    {"data.workers", "data.cache", "deepspeed.nvme_path", "reference.nvme_path", "train.output", "reference.store"}
+    | {"model.path", "reference.path", "data.train", "data.heldout", "deepspeed.config"}
+)
+"""Settings that each host may have for itself: its cores, where it writes, and where it finds what is compared by its
+content: weights, tokens and files."""
+PLAN = frozenset({"train.seed", "train.global_batch", "train.epochs", "train.max_steps"})
+"""Of `train`, what a reference pass asks for as well."""
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "triton", "peft", "flash_attn", "liger_kernel")
 """Libraries that change numbers or files; of those that a host lacks, so must the others."""
 
@@ -40,7 +46,7 @@ def begin_together(job: str, config: Config, *, words: dict[str, str] | None = N
             "start the same command with the same config file on each of them": {
                 "the command": job,
                 **(words or {}),
-                **settings_of(config),
+                **settings_of(job, config),
             },
             "copy the same files to each of them": files_of(config),
             "install the same packages on each of them, as in constraints.txt": software(),
@@ -49,13 +55,18 @@ def begin_together(job: str, config: Config, *, words: dict[str, str] | None = N
     )
 
 
-def settings_of(config: Config) -> dict[str, str]:
-    """By `section.key`, without passwords."""
-    return {
+def settings_of(job: str, config: Config) -> dict[str, str]:
+    """By `section.key`, without passwords. A reference pass, which may have hosts of its own, asks nothing of what the
+    policy alone uses."""
+    found = {
         f"{section}.{key}": masked(value if isinstance(value, str) else json.dumps(value, sort_keys=True))
         for section, key, value in flatten(config)
         if f"{section}.{key}" not in OWN
     }
+    if job != "precompute":
+        return found
+    asked = ("data.", "model.trust", "objective.", "reference.", "cluster.")
+    return {name: value for name, value in found.items() if name.startswith(asked) or name in PLAN}
 
 
 def files_of(config: Config) -> dict[str, str]:
