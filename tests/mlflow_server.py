@@ -69,9 +69,21 @@ class Server:
         """Again at the same port, if it was stopped."""
         from werkzeug.serving import make_server
 
+        while not self._port_is_free():  # of connections that are being closed
+            time.sleep(0.02)
         self._listening = make_server("127.0.0.1", self._port, self, threaded=True)
         self.uri = f"http://127.0.0.1:{self._port}"
         threading.Thread(target=self._listening.serve_forever, daemon=True).start()
+
+    def _port_is_free(self) -> bool:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self._port))
+                probe.listen()
+            except OSError:
+                return False
+        return True
 
     def stop(self) -> None:
         """Nobody listens any more."""

@@ -50,7 +50,10 @@ class Tracked:
             train={"output": str(self.folder)},
             tracking={"uri": server.uri, "experiment": experiment},
         )
-        self.client = MlflowClient(server.uri)
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.server.uri)
 
     def start(self, **more: Any) -> Tracker:
         settings = {"run_id": None, "tags": {}, "default_uri": "unused", "retry": 0.1, **more}

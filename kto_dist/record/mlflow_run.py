@@ -66,7 +66,7 @@ def open_run(
             check(uri)
             run.send_first()
     except ERRORS as error:
-        if isinstance(error, Unusable) or not is_elsewhere(uri):
+        if isinstance(error, Unusable | ImportError) or not is_elsewhere(uri):
             raise Unusable(reason(error)) from error
         run.away(error)
     run.start()

@@ -80,7 +80,8 @@ class Spool:
                 self._sent, self._waiting, self._count = [], list(ended), 0
                 self.key, self.run_id, self.status = uuid.uuid4().hex, None, None
             else:
-                self._sent = [op for op in self._sent if _steps_from(op, step) and (same or op["step"] == step)]
+                # all of it: the next checkpoint that a run goes on from may be an older one
+                self._sent = [op for op in self._sent if same or not _made_anew(op, step)]
                 self._waiting = [op for op in self._waiting if not _made_anew(op, step)]
                 self._count = len(self._sent)
                 self._again = {
@@ -91,6 +92,7 @@ class Spool:
                 }
             if self._folder is not None and (self._sent or self._waiting or self._folder.exists()):
                 self._try(self._rewrite)
+            self._sent = []  # they lie in the file
 
     def add(self, operation: Operation) -> None:
         """At the end. Points that MLflow has, or is going to have, are left out."""
