@@ -18,6 +18,7 @@ from kto_dist.commands.cli import main
 from kto_dist.record.spool import Spool
 from kto_dist.record.tracker import Tracker
 from kto_dist.training.config import Config
+from kto_dist.training.lock import RunLock
 
 NEVER = 1e6
 
@@ -238,3 +239,14 @@ def test_a_folder_that_was_not_tracked_is_a_mistake(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["track", str(tmp_path)])
     assert done.exit_code == 2 and "holds nothing for MLflow" in done.output
     assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == "[]"
+
+
+def test_a_run_that_is_at_work_tells_mlflow_itself(tmp_path: Path) -> None:
+    Spool(tmp_path).add({"kind": "metrics", "step": 1, "time": 0, "values": {"loss": 1.0}})
+    lock = RunLock(tmp_path, "a job")
+    lock.take()
+    try:
+        done = CliRunner().invoke(main, ["track", str(tmp_path), "--uri", "http://127.0.0.1:1"])
+    finally:
+        lock.release()
+    assert done.exit_code == 2 and "another run" in done.output and len(Spool(tmp_path).waiting) == 1
