@@ -142,6 +142,7 @@ class Restarts:
     def say_cause(self, text: str) -> None:
         """Once a host."""
         assert self._store is not None
+        self.hold()  # rank 0 may have said it
         self._leaving.set()
         with contextlib.suppress(RuntimeError):
             if self._store.add(f"cause on {self._hosts[comm.rank()].head}", 1) == 1:

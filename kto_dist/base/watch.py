@@ -26,6 +26,10 @@ _OF_COLLECTIVES = (
 )
 
 
+_A_FEW_BEATS = 4.0
+"""Seconds without one, which a busy machine seldom has."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beat:
     """Of one rank."""
@@ -58,16 +62,15 @@ def verdict(
     """What is wrong, if anything is."""
     silent = [rank for rank, age in enumerate(silent_for) if age >= seconds]
     if silent:
-        age = max(silent_for[rank] for rank in silent)
-        return (
-            f"{hosts.named(silent, by_rank)}: nothing was heard for {age:.0f} s: killed, stopped or cut off. "
-            f"{_last(silent, beats, by_rank)}"
-        )
+        return _silence(silent, silent_for, beats, by_rank)
     waiting = [rank for rank, beat in enumerate(beats) if beat.place.waits]
     longest = waited or max((beats[rank].place.still for rank in waiting), default=0.0)
     if waited is None and longest < seconds:
         return None
     busy = [rank for rank in range(len(beats)) if rank not in waiting]
+    quiet = [rank for rank in busy if silent_for[rank] >= min(seconds, _A_FEW_BEATS)]
+    if quiet:
+        return _silence(quiet, silent_for, beats, by_rank)
     if busy:
         return (
             f"{hosts.named(busy, by_rank)}: the other ranks have waited {longest:.0f} s. {_last(busy, beats, by_rank)}"
@@ -75,6 +78,14 @@ def verdict(
     return (
         f"all ranks have waited {longest:.0f} s for each other, in collectives that do not belong together, or over a "
         f"connection that is lost. {_last(waiting, beats, by_rank)}"
+    )
+
+
+def _silence(ranks: Sequence[int], ages: Sequence[float], beats: Sequence[Beat], by_rank: Sequence[Host]) -> str:
+    age = max(ages[rank] for rank in ranks)
+    return (
+        f"{hosts.named(ranks, by_rank)}: nothing was heard for {age:.0f} s: killed, stopped or cut off. "
+        f"{_last(ranks, beats, by_rank)}"
     )
 
 
