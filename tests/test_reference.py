@@ -139,6 +139,9 @@ POLICY = {
     "health__max_kl": 1.0,
     "health__patience": 1,
     "health__on_trouble": "warn",
+    "cluster__timeout": 60.0,
+    "cluster__grace": 60.0,
+    "cluster__min_nodes": 2,
 }
 # These are about rows and pairs, about where MLflow is, or (loss: tested above) leave pairs out.
 NOT_POLICY = {
