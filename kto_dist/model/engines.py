@@ -208,13 +208,14 @@ class Policy:
         self.engine.step()
         return self.engine.get_global_grad_norm() if norm is None else norm
 
-    def save(self, folder: Path, tag: str, *, first: bool) -> None:
+    def save(self, folder: Path, tag: str, *, first: bool | None) -> None:
         """Collective. Writes `folder/tag`; does not touch DeepSpeed's `latest`, which is not written atomically.
 
-        `first`: of the ranks that see this folder. It writes what all have alike, which DeepSpeed leaves to rank 0,
-        whose folder other hosts may not see. Raises on all ranks where one could not write.
+        `first`: of the ranks that see this folder. It writes the weights that all have alike, which DeepSpeed leaves to
+        rank 0, whose folder other hosts may not see; None with ZeRO-3, where each has its share.
+        Raises on all ranks where one could not write.
         """
-        if self._stage < 3:
+        if first is not None:
             self.engine.save_non_zero_checkpoint = first
         with writes_noted(self.engine) as failures:
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=self.adapted)

@@ -86,7 +86,8 @@ def save(policy: Policy, output: str | Path, state: State, keep: int, best: int 
     with disks.refusals(f"the checkpoint of step {state.step}", "train.output", root):
         agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         agree.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
-        policy.save(root, partial.name, first=manifest.neighbours(root)[0] == comm.rank())
+        first = manifest.neighbours(root)[0] == comm.rank()
+        policy.save(root, partial.name, first=None if state.zero_stage == 3 else first)
         agree.side_by_side(lambda: random_states.save(partial / f"rng-rank-{comm.rank()}.safetensors"))
         agree.once_per_host(describe)
         comm.barrier()
