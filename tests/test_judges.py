@@ -210,10 +210,11 @@ def test_equal_answers_are_ties_and_nobody_is_asked():
 
 
 def test_a_verdict_that_was_not_given_counts_for_neither():
-    judge = Fixed(lambda one: None if one.first == "ours" else "first")
+    judge = Fixed(lambda one: None if one.first == "ours" else "second")
     found = contest(judge, pairs(10))
     assert found.to_dict()["without_verdict"] == 10
-    assert values(found)["win_rate"] == 0 and "flips" not in values(found)
+    # what there is of verdicts goes to ours
+    assert values(found)["win_rate"] == 1 and "flips" not in values(found)
 
 
 def test_what_length_alone_wins_is_gone_at_equal_length():

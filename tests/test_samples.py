@@ -14,6 +14,8 @@ from kto_dist.record.report import write_report
 from kto_dist.record.verdict import shortened
 from kto_dist.training import samples
 from kto_dist.training.config import Config
+from kto_dist.training.evaluate import evaluate
+from kto_dist.training.judged import Request
 from kto_dist.training.samples import table_of
 
 ASKED = {
@@ -64,6 +66,22 @@ def test_whole_and_sharded_weights_answer_alike_on_any_number_of_ranks(tmp_path,
     whole, sharded = map(answers_of, configs)
     assert whole == sharded
     assert [line["step"] for line in whole] == [0, 2, 4] and all(one["answer"] for one in whole[0]["answers"])
+
+
+def trained_and_evaluated(config: Config) -> dict[str, Any]:
+    train_all([config])
+    return evaluate(Request(target=config.train.output, overrides=("answers.in_evaluate=3",)))
+
+
+def test_an_exported_adapter_answers_as_the_policy_did(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, **ASKED, adapter__type="lora", train__lr=0.02)
+    found = run_ranks(trained_and_evaluated, 1, config)[0]
+    first, *_, last = answers_of(config)
+    samples = found["answers"]["samples"]
+    for name, line in (("model", last), ("reference", first)):
+        said = {one["prompt"]: one["answer"] for one in line["answers"]}
+        assert {one["prompt"]: one[name] for one in samples} == said, name
+    assert first["answers"] != last["answers"]
 
 
 def test_a_run_that_goes_on_keeps_its_first_answers(tmp_path, tiny_model, tiny_log):
