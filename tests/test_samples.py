@@ -132,6 +132,22 @@ def test_the_report_shows_first_answers_beside_those_of_the_exported_weights(tmp
     assert ">best<" in page and ">last<" not in page
 
 
+def test_the_report_shows_what_an_evaluation_found_of_the_models_own_answers(tmp_path):
+    sure = {"value": 0.61, "low": 0.52, "high": 0.7, "method": "bootstrap", "prompts": 60}
+    answers = {
+        "prompts": 60,
+        "figures": {"words/model": 3.5, "identical": sure},
+        "judged": {"reference": {"judge": "<wish>", "figures": {"win_rate": sure}}},
+        "on_policy": {},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps({"answers": answers}))
+    page = write_report(tmp_path).read_text()
+    assert "60 held-out prompts answered" in page and "0.52 to 0.70" in page
+    assert "judged by &lt;wish&gt; in both orders" in page and "in nats" not in page
+    (tmp_path / "evaluation.json").write_text("{")
+    assert "Its own answers" not in write_report(tmp_path).read_text()
+
+
 def test_only_a_great_change_of_length_is_worth_watching():
     first, second = line(0, "x" * 10)["answers"], line(1, "y" * 12)["answers"]
     assert shortened((first, second)) == [] and shortened(([], second)) == []

@@ -104,7 +104,7 @@ class Chat:
         else:
             prompt = (*self.turns[side], {"role": "user", "content": text})
             answer = ({"role": "assistant", "content": "x"},)
-        row = Row(prompt=prompt, completion=answer, desirable=True, weight=1.0, source="what was typed")
+        row = Row(prompt=prompt, completion=answer, desirable=True, weight=1.0, source="what was typed:1")
         batch = self._encoder([row])[0][0].batch
         if not batch.num_rows:
             raise UserError("what was typed makes no token: type something else")

@@ -68,6 +68,8 @@ class Source:
     trust_remote_code: bool = False
     adapter: str | None = None
     """The folder of one that the model has."""
+    quantization: str = "none"
+    """How its weights are packed in memory."""
     name: str = "the model"
     """In messages."""
 
@@ -90,13 +92,13 @@ def load_whole(source: Source, dtype: torch.dtype, device: torch.device) -> PreT
         attention=_plain(Place(config=config, device=device, dtype=dtype)),
         config=config,
         trust_remote_code=source.trust_remote_code,
+        quantization=source.quantization,
     )
     if source.adapter is not None:
         put_in(lm, from_folder(f"{source.name}'s adapter", Path(source.adapter)))
     lm.requires_grad_(False)
-    # `to` of transformers has a type of its own
-    moved: Any = lm
-    moved.to(device)
+    # transformers' own `to` refuses packed weights
+    torch.nn.Module.to(lm, device)
     return lm
 
 

@@ -1,6 +1,7 @@
 """A run's folder -> one self-contained page that says how the run went, and its plots as files.
 
-In:  `config.yaml`, `metrics.jsonl`, `heldout.jsonl`, `answers.jsonl`, `summary.json`; any may be missing, or cut off.
+In:  `config.yaml`, `metrics.jsonl`, `heldout.jsonl`, `answers.jsonl`, `summary.json` and `evaluation.json`; any may
+     be missing, or cut off.
 Out: `plots/*.png` (light) and `report.html` with every plot inside it, in a light and a dark rendering.
 
 It reads files only, so that a report can be made of a run that still goes, was killed, or ran elsewhere.
@@ -19,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kto_dist.base.files import write_whole
 from kto_dist.base.secrets import masked
+from kto_dist.record.answered import tables_of
 from kto_dist.record.cost import again, cost_of
 from kto_dist.record.plots import PLOTS, Record, curve, is_finite, render
 from kto_dist.record.run_folder import read_lines
@@ -62,6 +64,7 @@ def write_report(run: str | Path) -> Path:
             slices=_slices(after),
             health=[(line, _place(line, metrics)) for line in health],
             samples=_samples(summary, answers),
+            answered=tables_of(read_json(run / "evaluation.json")),
             cost=cost_of(metrics, summary),
             again=again(run, summary),
             sections=_sections(summary),

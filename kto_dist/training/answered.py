@@ -180,6 +180,7 @@ def _made(
             gguf_file=setup.gguf_file,
             trust_remote_code=setup.trust_remote_code,
             adapter=None if setup.adapter is None else str(setup.adapter),
+            quantization=setup.quantization,
         )
         lm = agree.together(lambda: load_whole(source, setup.dtype, setup.device))
         rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
@@ -288,6 +289,7 @@ def _logps(config: Config, setup: ReferenceSetup, examples: Examples, console: C
         prompt_limit=longest - 1,
         console=console,
         adapter=setup.adapter,
+        role=setup.role,
     )
     rows = np.arange(len(examples))
     pairs = PairList(title="drawn answers", examples=examples, prompts=rows, completions=rows)

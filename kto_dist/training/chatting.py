@@ -37,7 +37,13 @@ def chat_with(
         check_model_path(name, named.path)
         sides.append(
             Source(
-                path=named.path, gguf_file=named.gguf_file, trust_remote_code=trusted, adapter=named.adapter, name=name
+                path=named.path,
+                gguf_file=named.gguf_file,
+                trust_remote_code=trusted,
+                adapter=named.adapter,
+                # the weights that an adapter was trained beside, and those that it is compared with
+                quantization="none" if config is None or trained.adapter is None else config.model.quantization,
+                name=name,
             )
         )
     return open_chat(
