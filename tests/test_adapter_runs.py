@@ -273,9 +273,9 @@ def test_an_adapter_is_merged_from_a_run_or_a_folder(tmp_path, tiny_model, tiny_
     assert result.exit_code == 2 and "holds no adapter: it needs adapter_config.json" in result.output
 
 
-def test_offloaded_weights_and_optimizer_states_train_the_same_adapter(tmp_path, trajectories, tiny_model, tiny_log):
-    offloaded = {"deepspeed__offload_parameters": "cpu", "deepspeed__offload_optimizer": "cpu"}
-    config = lora_config(tmp_path, tiny_model, tiny_log, deepspeed__zero_stage=3, **offloaded)
+def test_offloaded_weights_train_the_same_adapter(tmp_path, trajectories, tiny_model, tiny_log):
+    offloaded = {"deepspeed__zero_stage": 3, "deepspeed__offload_parameters": "cpu"}
+    config = lora_config(tmp_path, tiny_model, tiny_log, **offloaded)
     run_ranks(train_all, 2, [config])
     assert_same_trajectory(trajectories[PLAIN["lora"]], config)
 
