@@ -23,7 +23,7 @@ from kto_dist.cluster.workload import of_means, of_rows, step_load
 from kto_dist.commands.cli import main
 from kto_dist.data.batch import Cutting, microbatches, step_rows
 from kto_dist.model.footprint import Shape, budget, held, shape_of, tokens_that_fit, with_adapter
-from kto_dist.training.config import Config
+from kto_dist.training.config import ADAPTER_LR, Config
 from kto_dist.training.prepare import prepare
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -226,7 +226,7 @@ def test_what_fits_nowhere_is_said_with_the_least_that_it_takes():
         ready_config(config, made, rank=16)
 
 
-def test_a_method_that_cannot_be_trained_gives_no_config():
+def test_a_plan_of_packed_weights_is_a_config_of_an_adapter_beside_them():
     config = config_of()
     made = plan(
         config,
@@ -236,8 +236,9 @@ def test_a_method_that_cannot_be_trained_gives_no_config():
         method="qlora",
     )
     assert made.best is not None and {way.way.zero_stage for way in made.ways} == {1, 2}
-    with pytest.raises(UserError, match="--method qlora can be planned, and this version"):
-        ready_config(config, made, rank=16)
+    ready = ready_config(config, made, rank=8)
+    assert (ready.model.quantization, ready.adapter.type, ready.adapter.rank) == ("nf4", "lora", 8)
+    assert ready.reference.zero_stage == 0 and ready.train.lr == ADAPTER_LR
 
 
 def test_the_planner_and_the_run_start_from_one_estimate():

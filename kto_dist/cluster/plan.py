@@ -161,10 +161,9 @@ def ready_config(config: Config, plan: Plan, *, rank: int) -> Config:
         "reference": {"zero_stage": 3 if plan.reference.sharded else 0, "offload": "none"},
     }
     if plan.method == "qlora":
-        raise UserError(
-            "--method qlora can be planned, and this version of kto_dist cannot train it: use --method lora or full "
-            "for a config to run"
-        )
+        # the packed model is the reference, and a whole copy of it lies on every device
+        changes["model"]["quantization"] = "nf4"
+        changes["reference"]["zero_stage"] = 0
     tree = config.model_dump(mode="json", by_alias=True)
     if plan.method == "full":
         tree["adapter"] = {"type": "none"}
