@@ -101,7 +101,7 @@ def plain_pytorch(
     logits = transform((logits if bias is None else logits + bias).float())
     logps = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0].double()
     summed = torch.stack([part.sum() for part in logps.split(lengths.tolist())])
-    losses = kto_loss(summed, ref_logps, sign, **terms)
+    losses = kto_loss(summed, ref_logps, sign, lengths=lengths, **terms)
     return HeadOutput(
         kind=LOSSES["kto"],
         loss=(row_weight * losses).sum(),

@@ -95,7 +95,8 @@ def relative_error(found, wanted):
 # ---- TRL ----
 
 
-def test_trl_has_the_same_loss_gradients_and_rewards_on_the_same_pairs(tmp_path):
+@pytest.mark.parametrize(("loss", "theirs_is"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_trl_has_the_same_loss_gradients_and_rewards_on_the_same_pairs(tmp_path, loss, theirs_is):
     pytest.importorskip("trl")
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -116,6 +117,7 @@ def test_trl_has_the_same_loss_gradients_and_rewards_on_the_same_pairs(tmp_path)
         report_to=[],
         max_length=None,
         beta=BETA,
+        loss_type=[theirs_is],
     )
     trainer = DPOTrainer(
         model=copy.deepcopy(policy),
@@ -134,7 +136,7 @@ def test_trl_has_the_same_loss_gradients_and_rewards_on_the_same_pairs(tmp_path)
         for row in tokenised
         for side in ("chosen", "rejected")
     ]
-    figures, gradients = ours(policy, reference, examples_of(rows), np.arange(2 * len(pairs)).reshape(-1, 2), "dpo")
+    figures, gradients = ours(policy, reference, examples_of(rows), np.arange(2 * len(pairs)).reshape(-1, 2), loss)
     assert figures["loss"] == pytest.approx(wanted.item(), rel=1e-5)
     assert relative_error(gradients, {name: p.grad for name, p in trainer.model.named_parameters()}) < 1e-5
     theirs = {name: np.mean(values) for name, values in trainer._metrics["train"].items()}
@@ -203,6 +205,24 @@ def test_dpo_is_its_formula_with_a_pairs_weight_the_smaller_of_its_rows(case, sm
     wanted, gradients_by_hand = by_hand(policy, reference, rows, value)
     settings = {"label_smoothing": smoothing, "sft_weight": sft_weight, "tokens": tokens}
     figures, gradients = ours(policy, reference, examples_of(rows), np.arange(8).reshape(-1, 2), "dpo", **settings)
+    assert figures["loss"] == pytest.approx(wanted, rel=1e-12)
+    assert relative_error(gradients, gradients_by_hand) < 1e-11
+
+
+@pytest.mark.parametrize("tokens", (60, 1000))
+@pytest.mark.parametrize("sft_weight", (0.0, 0.7))
+def test_ipo_is_its_formula_over_means_a_token(case, sft_weight, tokens):
+    policy, reference, rows = case
+
+    def value(ratios, logps, lengths, weights):
+        means = ratios / lengths
+        off = means[0::2] - means[1::2] - 1 / (2 * BETA)
+        good = nll_a_token(logps, lengths, weights)[0::2].mean()
+        return (torch.minimum(weights[0::2], weights[1::2]) * off**2).mean() + sft_weight * good
+
+    wanted, gradients_by_hand = by_hand(policy, reference, rows, value)
+    settings = {"sft_weight": sft_weight, "tokens": tokens}
+    figures, gradients = ours(policy, reference, examples_of(rows), np.arange(8).reshape(-1, 2), "ipo", **settings)
     assert figures["loss"] == pytest.approx(wanted, rel=1e-12)
     assert relative_error(gradients, gradients_by_hand) < 1e-11
 
@@ -295,6 +315,16 @@ def test_dpo_starts_at_ln_2_has_no_kl_and_its_rows_are_in_the_store_already(runs
     assert after["accuracy/pairs"] > 0.5
     assert "loss" in after["intervals"]
     assert after["loss"] < summary["heldout"]["before"]["loss"]
+
+
+def test_ipo_starts_at_a_quarter_of_one_over_beta_squared_and_falls(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, objective__loss="ipo", objective__beta=0.5, data__heldout=0.25)
+    run_ranks(train_all, 1, [config])
+    lines, summary = metrics_of(config), summary_of(config)
+    assert lines[0]["loss"] == pytest.approx(1.0, rel=1e-6)
+    assert lines[-1]["rewards/margins"] > 0
+    assert summary["heldout"]["before"]["loss"] == pytest.approx(1.0, rel=1e-6)
+    assert summary["heldout"]["after"]["accuracy/pairs"] > 0.5
 
 
 def test_sft_learns_from_good_rows_alone_and_is_asked_about_all(tmp_path, tiny_model, tiny_log):

@@ -260,6 +260,18 @@ def test_dpo_is_minus_the_log_sigmoid_of_the_pairs_difference_for_both_of_a_pair
     assert found.tolist() == pytest.approx(wanted, rel=1e-12)
 
 
+def test_ipo_is_the_square_of_what_the_pairs_difference_of_means_lacks_to_its_target():
+    ratios, tokens, beta = [3.0, -8.0, -2.0, 5.0], torch.tensor([2, 4, 1, 10]), 0.25
+    found = _loss(ratios, [1.0, -1.0, -1.0, 1.0], beta=beta, loss="ipo", lengths=tokens)
+    wanted = [(difference - 2.0) ** 2 for difference in (1.5 + 2.0, 1.5 + 2.0, 0.5 + 2.0, 0.5 + 2.0)]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_loss_of_means_needs_the_number_of_tokens():
+    with pytest.raises(ValueError, match="'ipo'.*means over a completion's tokens: give their number as lengths"):
+        _loss([3.0, -8.0], [1.0, -1.0], loss="ipo")
+
+
 def test_sft_is_minus_the_log_prob_whatever_the_reference_and_beta():
     found = kto_loss(torch.tensor([-3.0]), torch.tensor([-5.0]), torch.ones(1), z0=torch.ones(()), beta=0.7, loss="sft")
     assert found.tolist() == [3.0]
@@ -279,7 +291,11 @@ def test_the_slope_of_a_loss_is_what_autograd_finds(loss, margin, beta):
     at = torch.tensor(margin, dtype=torch.float64, requires_grad=True)
     value = curve.value(at, beta)
     value.backward()
-    torch.testing.assert_close(curve.slope(value.detach(), beta), -at.grad, rtol=1e-9, atol=1e-16)
+    found = curve.slope(at.detach(), value.detach(), beta)
+    torch.testing.assert_close(found, -at.grad, rtol=1e-9, atol=1e-16)
+    at_one = curve.value(at.detach(), 1.0)
+    steep = curve.slope(at.detach(), at_one, 1.0).abs()
+    torch.testing.assert_close(curve.steepness(at_one), steep, rtol=1e-7, atol=1e-12)
 
 
 def test_no_gradient_flows_into_z0():

@@ -4,7 +4,8 @@ In:  hidden states of the completion rows, the head's weight, the targets, and w
 Out: `HeadOutput`: the weighted loss, differentiable in hidden, weight and bias, and each sequence's log-prob.
 
 Every token of a sequence shares one coefficient, the loss's slope at the sequence's log-prob, and z0 is known before.
-(For a loss on pairs the two sequences of a pair share it, up to its sign; a chunk then holds whole pairs.)
+(For a loss on pairs the two sequences of a pair share it, up to its sign, or to its sign over the number of tokens; a
+chunk then holds whole pairs.)
 So a chunk's logits become their own gradient while they are at hand:
 
 1. logits = h W^T, for as many rows as the budget allows, cut between sequences where they fit   (matmul 1)
@@ -82,8 +83,8 @@ def kto_head(
 ) -> HeadOutput:
     """Same value as `kto_kernels.reference.kto_head`; `kto` is Eq. 7 and 8 of arXiv 2402.01306.
 
-    A loss on pairs (`dpo`) takes the two sequences of a pair one after the other. Each carries the pair's loss, so that
-    for every loss the result over the number of sequences is the mean over rows, or over pairs.
+    A loss on pairs (`dpo`, `ipo`) takes the two sequences of a pair one after the other. Each carries the pair's loss,
+    so that for every loss the result over the number of sequences is the mean over rows, or over pairs.
 
     A label that is a probability p has two losses: give the likelier sign, p (or 1 - p) of its class's weight as
     `row_weight`, and the rest, of the other class's, as `other_weight`. Only for losses on single sequences.

@@ -46,12 +46,16 @@ def kto_loss(
     z0: Tensor,  # () the step's KL estimate, clamped at 0; no gradient flows into it
     beta: float | Tensor,
     loss: str = "kto",
+    lengths: Tensor | None = None,  # (S,) tokens of each completion, for a loss of means over them (`ipo`)
 ) -> Tensor:  # (S,) fp64, unweighted
     """`kto`: 1 - v of each sequence, where v = sigmoid(beta * d * (r - z0)) and r = logps - ref_logps.
 
     The others of the table, with their sources: `losses.LOSSES`. Where several sequences make a unit, as the two of a
     pair, each carries the unit's loss: the mean over sequences is the mean over units.
-    Raises `ValueError` for another `loss`, and for sequences that make no whole units.
+    Raises `ValueError` for another `loss`, for sequences that make no whole units, and without `lengths` that it needs.
     """
     row = pick_loss(loss, logps.numel())
-    return row.by_sequence(row.of(logps, ref_logps, sign, z0, beta))
+    if row.averaged and lengths is None:
+        raise ValueError(f"loss ({loss!r}) is of means over a completion's tokens: give their number as lengths")
+    directions = sign.double() if lengths is None else row.directions(sign, lengths.to(sign.device))
+    return row.by_sequence(row.curve.value(row.margins(logps, ref_logps, directions, z0), beta))

@@ -4,10 +4,11 @@ A unit is the sequences that share one coefficient: one for losses on single com
 d = sign, +1 for what is to become more likely and -1 for what is to become less,
 
     margin = sum over the unit's sequences of d * (logp - ref_logp - z0)
-    dloss/dlogp = -slope(loss, beta) * d
+    dloss/dlogp = -slope * d
 
-so the gradients of a unit's sequences differ in sign alone, and a head that knows the margin knows them all. z0 and
-ref_logp are 0 for losses without them. A new loss is a row here; a new curve is a branch in `triton_sequences` as well.
+so the gradients of a unit's sequences differ in d alone, and a head that knows the margin knows them all. z0 and
+ref_logp are 0 for losses without them; d is the sign over the sequence's tokens where the margin is one of means. A new
+loss is a row here; a new curve is a branch in `triton_sequences` as well.
 """
 
 from collections.abc import Callable
@@ -27,25 +28,37 @@ class Curve:
     name: str
     value: Callable[[Tensor, float | Tensor], Tensor]
     """(margin, beta) -> loss"""
-    slope: Callable[[Tensor, float | Tensor], Tensor]
-    """(loss, beta) -> minus its derivative in the margin"""
+    slope: Callable[[Tensor, Tensor, float | Tensor], Tensor]
+    """(margin, loss, beta) -> minus its derivative in the margin"""
+    steepness: Callable[[Tensor], Tensor]
+    """(loss) -> how large the slope is at beta 1"""
 
 
 # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where the sigmoid is near 1; likewise -log sigmoid(x)
 _SIGMOID = Curve(
     name="sigmoid",
     value=lambda margin, beta: torch.sigmoid(-beta * margin),
-    slope=lambda loss, beta: beta * loss * (1 - loss),
+    slope=lambda margin, loss, beta: beta * loss * (1 - loss),
+    steepness=lambda loss: loss * (1 - loss),
 )
 _LOGISTIC = Curve(
     name="logistic",
     value=lambda margin, beta: -torch.nn.functional.logsigmoid(beta * margin),
-    slope=lambda loss, beta: beta * -torch.expm1(-loss),
+    slope=lambda margin, loss, beta: beta * -torch.expm1(-loss),
+    steepness=lambda loss: -torch.expm1(-loss),
 )
 _LINEAR = Curve(
     name="linear",
     value=lambda margin, beta: -margin,
-    slope=lambda loss, beta: torch.ones_like(loss),
+    slope=lambda margin, loss, beta: torch.ones_like(loss),
+    steepness=torch.ones_like,
+)
+# a target that the margin is to reach, and to stay at
+_SQUARED = Curve(
+    name="squared",
+    value=lambda margin, beta: (margin - 0.5 / beta).square(),
+    slope=lambda margin, loss, beta: 1.0 / beta - 2.0 * margin,
+    steepness=lambda loss: 2.0 * loss.sqrt(),
 )
 
 
@@ -59,25 +72,30 @@ class Loss:
     has_z0: bool
     has_reference: bool
     curve: Curve
+    averaged: bool = False
+    """whether the margin is one of means over a sequence's tokens"""
 
     def saturated(self, losses: Tensor) -> Tensor:  # (S,) -> (S,) bool
         """Sequences for which the curve is so flat that they hardly move the policy any more."""
-        return self.curve.slope(losses, 1.0) < SATURATED_SLOPE
+        return self.curve.steepness(losses) < SATURATED_SLOPE
 
-    def of(
+    def directions(self, sign: Tensor, lengths: Tensor) -> Tensor:  # (S,), (S,) -> (S,) fp64
+        """d of each sequence; one without tokens has nothing to average."""
+        return sign.double() / lengths.clamp(min=1) if self.averaged else sign.double()
+
+    def margins(
         self,
         logps: Tensor,  # (S,)
         ref_logps: Tensor,  # (S,)
-        sign: Tensor,  # (S,)
+        directions: Tensor,  # (S,) fp64
         z0: Tensor,  # ()
-        beta: float | Tensor,
     ) -> Tensor:  # (S / unit,) fp64, of each unit
         margin = logps.double()
         if self.has_reference:
             margin = margin - ref_logps.double()
         if self.has_z0:
             margin = margin - z0.detach().double()
-        return self.curve.value(self.by_unit(sign.double() * margin), beta)
+        return self.by_unit(directions * margin)
 
     def by_unit(self, values: Tensor) -> Tensor:  # (S,) -> (S / unit,), sums
         return values if self.unit == 1 else values.view(-1, self.unit).sum(1)
@@ -95,6 +113,8 @@ LOSSES = {
         Loss(name="apo_zero_unpaired", unit=1, has_z0=False, has_reference=True, curve=_SIGMOID),
         # Eq. 7 of arXiv 2305.18290
         Loss(name="dpo", unit=2, has_z0=False, has_reference=True, curve=_LOGISTIC),
+        # Eq. 17 of arXiv 2310.12036, beta its tau; of means over tokens, as its authors confirmed to TRL
+        Loss(name="ipo", unit=2, has_z0=False, has_reference=True, curve=_SQUARED, averaged=True),
         # -logp, for sequences of sign +1; beta plays no part
         Loss(name="sft", unit=1, has_z0=False, has_reference=False, curve=_LINEAR),
     )

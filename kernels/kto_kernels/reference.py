@@ -50,7 +50,7 @@ def kto_head(
     entropy: bool = False,
 ) -> HeadOutput:
     logps = sequence_logps(token_logps(hidden, weight, target, bias=bias, transform=transform), lengths)
-    losses = kto_loss(logps, ref_logps, sign, z0=z0, beta=beta, loss=loss)
+    losses = kto_loss(logps, ref_logps, sign, z0=z0, beta=beta, loss=loss, lengths=lengths)
     entropies = None
     if entropy:
         logps_of_all = _logits(hidden, weight, bias, transform).log_softmax(-1)

@@ -21,7 +21,7 @@ class Terms:
     ref_logps: Tensor
     """(S,)"""
     sign: Tensor
-    """(S,) +1 or -1"""
+    """(S,) +1 or -1; once prepared the d of `losses`, which may be that over the sequence's tokens"""
     row_weight: Tensor
     """(S,)"""
     z0: Tensor
@@ -38,13 +38,17 @@ class Terms:
             # contiguous: the kernel reads the next sequence's from the next place
             return tensor.detach().to(device, torch.float64, non_blocking=True).contiguous()
 
+        lengths = torch.tensor(sizes, dtype=torch.int64)
         starts = torch.zeros(len(sizes) + 1, dtype=torch.int64)
-        torch.cumsum(torch.tensor(sizes, dtype=torch.int64), 0, out=starts[1:])
+        torch.cumsum(lengths, 0, out=starts[1:])
+        sign = wide(self.sign)
+        if self.loss.averaged:
+            sign = self.loss.directions(sign, lengths.to(device, non_blocking=True))
         return Sequences(
             terms=Terms(
                 loss=self.loss,
                 ref_logps=wide(self.ref_logps),
-                sign=wide(self.sign),
+                sign=sign,
                 row_weight=wide(self.row_weight),
                 z0=wide(self.z0),
                 beta=wide(self.beta),
@@ -74,7 +78,7 @@ class Sequences:
     losses: Tensor
     """(S,) likewise, unweighted"""
     slopes: Tensor
-    """(S,) likewise: weight times minus dloss/dmargin of the unit; times its sign it is the factor of d(-logp)"""
+    """(S,) likewise: weight times minus dloss/dmargin of the unit; times its d it is the factor of d(-logp)"""
     others: Tensor | None
     """(S,) likewise, the loss with the other sign, where that has a weight"""
 
@@ -85,13 +89,13 @@ class Sequences:
         return value if self.terms.nll_weight is None else value - (self.terms.nll_weight * self.logps).sum()
 
     def piece_slope(self, first: int) -> Tensor:  # ()
-        """Of the unit that begins with sequence `first`: times its sign it is the factor of d(-logp).
+        """Of the unit that begins with sequence `first`: times its d it is the factor of d(-logp).
 
         That of -logp itself is in it where the unit is one sequence; the two of a pair may differ in it.
         """
         if self.terms.nll_weight is None or self.terms.loss.unit > 1:
             return self.slopes[first]
-        return self.slopes[first] + self.terms.nll_weight[first] * self.terms.sign[first]
+        return self.slopes[first] + self.terms.nll_weight[first] / self.terms.sign[first]
 
     def piece_factor(self, rows: slice, scale: Tensor | None, dtype: torch.dtype) -> Tensor:  # (n,)
         """What is known of the factor of these rows' G before their unit is complete; the rest is `piece_slope`."""
@@ -144,13 +148,14 @@ def sequence_pass(
     lengths = sequences.starts[first : last + 1].diff()
     rows = slice(int(sequences.starts[first]), int(sequences.starts[last]))
     logps = sequence_logps(token_logps[rows], lengths)
-    losses = terms.loss.of(logps, terms.ref_logps[own], terms.sign[own], terms.z0, terms.beta)
-    slopes = terms.loss.by_unit(terms.row_weight[own]) * terms.loss.curve.slope(losses, terms.beta)
+    margins = terms.loss.margins(logps, terms.ref_logps[own], terms.sign[own], terms.z0)
+    losses = terms.loss.curve.value(margins, terms.beta)
+    slopes = terms.loss.by_unit(terms.row_weight[own]) * terms.loss.curve.slope(margins, losses, terms.beta)
     if terms.other_weight is not None:  # of units of one sequence
         assert sequences.others is not None
-        others = terms.loss.of(logps, terms.ref_logps[own], -terms.sign[own], terms.z0, terms.beta)
+        others = terms.loss.curve.value(-margins, terms.beta)
         # its slope pulls the other way
-        slopes = slopes - terms.other_weight[own] * terms.loss.curve.slope(others, terms.beta)
+        slopes = slopes - terms.other_weight[own] * terms.loss.curve.slope(-margins, others, terms.beta)
         sequences.others[own] = others
     losses, slopes = terms.loss.by_sequence(losses), terms.loss.by_sequence(slopes)
     sequences.logps[own], sequences.losses[own], sequences.slopes[own] = logps, losses, slopes

@@ -22,6 +22,10 @@ def _value_and_slope(margin, beta, CURVE: tl.constexpr):
         log1p = tl.where(small, t, tl.log(rounded) * t / tl.where(small, 1.0, rounded - 1.0))
         value = tl.maximum(-margin * beta, 0.0) + log1p
         slope = beta * tl.where(margin > 0, t, 1.0) / rounded
+    elif CURVE == "squared":
+        off = margin - 0.5 / beta
+        value = off * off
+        slope = -2.0 * off
     else:
         tl.static_assert(CURVE == "linear")
         value = -margin

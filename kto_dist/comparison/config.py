@@ -8,7 +8,7 @@ from kto_dist.base.config import Positive, PositiveFloat, Section
 from kto_dist.objective.losses import LOSSES
 from kto_dist.training.config import Config
 
-Method = Literal["sft", "kto", "apo_zero_unpaired", "dpo"]
+Method = Literal["sft", "kto", "apo_zero_unpaired", "dpo", "ipo"]
 
 
 class CompareConfig(Section):

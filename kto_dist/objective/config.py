@@ -12,10 +12,11 @@ from kto_dist.objective.losses import LOSSES
 class ObjectiveConfig(Section):
     """What is minimised. A setting that the loss does not use is an error."""
 
-    loss: Literal["kto", "apo_zero_unpaired", "dpo", "sft"] = Field(
+    loss: Literal["kto", "apo_zero_unpaired", "dpo", "ipo", "sft"] = Field(
         "kto",
         description="kto: Eq. 7 and 8 of arXiv 2402.01306; apo_zero_unpaired: without z0, so without KL pairs; dpo: on"
-        " pairs of a good and a bad answer to one prompt; sft: on the thumbs-up rows alone",
+        " pairs of a good and a bad answer to one prompt; ipo: likewise, towards a margin of 1 / (2 beta) nats a token;"
+        " sft: on the thumbs-up rows alone",
     )
     beta: PositiveFloat = Field(0.1, description="how strongly a log-ratio counts; the KTO paper uses 0.05 to 0.5")
     desirable_weight: Literal["auto"] | NonNegativeFloat = Field(
@@ -29,8 +30,9 @@ class ObjectiveConfig(Section):
     )
     pairs: Rule = Field(
         "all",
-        description="dpo: which of a prompt's good and bad answers make a pair: each with each; one each, so that no"
-        " answer is in two pairs; or the best with the worst, by the rows' weights. Pairs of the data stay as they are",
+        description="dpo and ipo: which of a prompt's good and bad answers make a pair: each with each; one each, so"
+        " that no answer is in two pairs; or the best with the worst, by the rows' weights. Pairs of the"
+        " data stay as they are",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.0, description="dpo: the chance that a pair is the other way round"

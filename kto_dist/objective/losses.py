@@ -3,6 +3,7 @@
 The formulas are in the table of kto_kernels (`losses.py`, with their sources), under the same names.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +23,9 @@ class Loss:
     """Rows that share one coefficient in the head: 1, or 2 for the rows of a pair."""
     has_z0: bool
     """Whether z0 enters it: then every step has KL pairs, and a global batch needs two rows."""
-    start: float | None
-    """Its value at step 0, where the policy is the reference, for a row of weight 1; None: minus the log-prob."""
+    start: Callable[[float], float] | None
+    """beta -> its value at step 0, where the policy is the reference, for a row of weight 1; None: minus the
+    log-prob."""
     settings: frozenset[str]
     """Of the `objective` section, those that it uses."""
 
@@ -45,7 +47,7 @@ LOSSES = {
             takes="all",
             unit=1,
             has_z0=True,
-            start=0.5,
+            start=lambda beta: 0.5,
             settings=_CLASSES | {"beta", "kl_pairs_per_step", "sft_weight"},
         ),
         Loss(
@@ -54,7 +56,7 @@ LOSSES = {
             takes="all",
             unit=1,
             has_z0=False,
-            start=0.5,
+            start=lambda beta: 0.5,
             settings=_CLASSES | {"beta", "sft_weight"},
         ),
         Loss(
@@ -63,8 +65,17 @@ LOSSES = {
             takes="pairs",
             unit=2,
             has_z0=False,
-            start=0.6931471805599453,  # ln 2
+            start=lambda beta: 0.6931471805599453,  # ln 2
             settings=_EVERY | {"beta", "pairs", "label_smoothing", "sft_weight"},
+        ),
+        Loss(
+            name="ipo",
+            title="Identity Preference Optimization (arXiv 2310.12036)",
+            takes="pairs",
+            unit=2,
+            has_z0=False,
+            start=lambda beta: 0.25 / beta**2,
+            settings=_EVERY | {"beta", "pairs", "sft_weight"},
         ),
         Loss(
             name="sft",

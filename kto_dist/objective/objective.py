@@ -217,7 +217,7 @@ def table_of(
     `metrics.row_table`. Where labels are probabilities, the share of each row that belongs to its sign."""
     kind, beta = KERNELS[goal.loss.name], goal.beta
     if losses is None:
-        losses = kto_loss(logps, labels.ref_logps, labels.sign, z0=z0, beta=beta, loss=kind.name)
+        losses = kto_loss(logps, labels.ref_logps, labels.sign, z0=z0, beta=beta, loss=kind.name, lengths=tokens)
     saturated = kind.saturated(losses)
     if goal.label_smoothing:
         margin = kind.by_sequence(kind.by_unit(labels.sign * (logps - labels.ref_logps)))

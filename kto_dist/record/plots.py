@@ -214,9 +214,9 @@ PLOTS = (
     Plot(
         name="loss",
         title="Loss per class",
-        how_to_read="Each class starts at half its weight (ln 2 for dpo), because the policy starts as the reference. "
-        "Below that, the model moved the way the thumbs point. One class falling while the other rises means that the "
-        "model trades one for the other: look at the rewards, then at the class weights.",
+        how_to_read="Each class starts at half its weight (ln 2 for dpo, 1 / (2 beta)² for ipo), because the policy "
+        "starts as the reference. Below that, the model moved the way the thumbs point. One class falling while the "
+        "other rises means that the model trades one for the other: look at the rewards, then at the class weights.",
         draw=_classes("loss", "loss", "loss"),
     ),
     Plot(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from kto_kernels import LOSSES as KERNELS
 from torch import Tensor
 
 from kto_dist.base.errors import UserError
@@ -82,15 +83,16 @@ class StartCheck:
         return CAP[torch.bfloat16 if "bfloat16" in self.policy_dtype + self.reference_dtype else torch.float32]
 
     def _check_losses(self, work: StepWork, objective: Objective, losses: Tensor) -> None:
-        tokens = torch.from_numpy(work.answers).clamp(min=1)
-        # what a row may be off by, where it, the others of its unit and the KL pairs are
-        off = self._cap * tokens.double().sqrt().reshape(-1, objective.loss.unit).sum(1)
+        tokens, kind = torch.from_numpy(work.answers).clamp(min=1), KERNELS[objective.loss.name]
+        # what a unit's margin may be off by, where its rows and the KL pairs are
+        directions = kind.directions(torch.ones(len(tokens)), tokens)
+        off = self._cap * kind.by_unit(directions * tokens.double().sqrt())
         if objective.loss.has_z0 and work.kl_answers.size:
             off = off + self._cap * float(np.sqrt(work.kl_answers.max()))
-        slope = 1.0 if objective.loss.per_token else objective.beta
-        room = (slope * off).repeat_interleave(objective.loss.unit) + 1e-9
-        refs, value = work.labels.ref_logps, objective.loss.start
-        wanted = -refs if value is None else torch.full_like(refs, value)
+        at, below, above = (kind.curve.value(margin, objective.beta) for margin in (0 * off, -off, off))
+        room = kind.by_sequence(torch.maximum((below - at).abs(), (above - at).abs())) + 1e-9
+        refs, start = work.labels.ref_logps, objective.loss.start
+        wanted = -refs if start is None else torch.full_like(refs, start(objective.beta))
         assert ((losses - wanted).abs() <= room).all(), "the loss at step 0 is not what the table of losses says"
 
     def _cause(self, row: int, together: float, stored: float, root: Tensor) -> str:
