@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from ranks import run_ranks
-from tiny_runs import tiny_config, train_all
+from tiny_runs import metrics_of, tiny_config, train_all
 
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
@@ -52,7 +52,7 @@ def compared(tmp_path_factory, tiny_model, tiny_log):
 
 
 def test_each_method_has_its_best_run_and_its_differences_to_kto(compared):
-    _, found = compared
+    config, found = compared
     assert [row.method for row in found.rows] == ["start", "sft", "kto", "dpo"]
     assert len(found.tried) == 6
     for method in ("sft", "kto", "dpo"):
@@ -62,11 +62,20 @@ def test_each_method_has_its_best_run_and_its_differences_to_kto(compared):
     start, sft, kto, dpo = found.rows
     assert start.figures["auc"] == start.figures["accuracy/pairs"] == 0.5
     assert start.figures["rewards/margin"] == 0
+    assert [len(row.curve) for row in found.rows] == [0, 0, 4, 4]  # sft takes good answers alone
+    line = metrics_of(chosen_run(config, found, "dpo"))[2]
+    assert dpo.curve[2] == (3, pytest.approx(line["rewards/margin"] / 0.1))
     assert not kto.against
     for row in (sft, dpo):
         for name, interval in row.against.items():
             assert interval.value == pytest.approx(row.figures[name] - kto.figures[name])
     assert "accuracy/pairs" in dpo.against
+
+
+def chosen_run(config, found, method):
+    (name,) = (row.name for row in found.rows if row.method == method)
+    (run,) = (run for run in planned(config) if run.name == name)
+    return run.config
 
 
 def test_over_all_runs_each_pair_is_scored_once(compared):
@@ -85,7 +94,7 @@ def test_over_all_runs_each_pair_is_scored_once(compared):
 def test_what_is_told_has_every_method_and_no_text_that_could_be_a_script(compared):
     config, _ = compared
     page = (Path(config.train.output) / "comparison.html").read_text()
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 8
     for name in ("sft", "kto", "dpo", "start", "Differences to kto", "kto-dist train "):
         assert name in page
     assert "<script" not in page

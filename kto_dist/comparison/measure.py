@@ -20,6 +20,7 @@ from kto_dist.comparison.plan import Planned
 from kto_dist.evaluation import kept
 from kto_dist.evaluation.figures import Evaluated, compare, findings
 from kto_dist.evaluation.intervals import Interval
+from kto_dist.record.run_folder import read_lines
 
 SHOWN = ("auc", "accuracy/pairs", "rewards/margin", "rewards/desirable", "rewards/undesirable")
 """The figures that are compared; a set of rows may have no pairs."""
@@ -74,6 +75,8 @@ class Row:
     """Spearman's correlation of log-ratio and length of the answer: what is learned of length, in kind."""
     bands: list[dict[str, float]]
     """By length of the answer: tokens, log-ratio of good and of bad answers."""
+    curve: list[tuple[int, float]]
+    """(step, margin in nats) of the steps that took good and bad answers."""
     cost: Cost | None
 
 
@@ -190,6 +193,7 @@ def _row(method: str, run: Planned | None, rows: Evaluated, against: Evaluated, 
         against={} if rows is against else {n: i for n, i in compare(rows, against).items() if n in SHOWN},
         length=correlation,
         bands=_bands(rows),
+        curve=[] if run is None else _curve(run),
         cost=cost,
     )
 
@@ -207,6 +211,11 @@ def _bands(rows: Evaluated) -> list[dict[str, float]]:
                 band[name] = float(ratio[here].mean())
         found.append(band)
     return found
+
+
+def _curve(run: Planned) -> list[tuple[int, float]]:
+    name, beta = "rewards/margin", run.config.objective.beta
+    return [(int(line["step"]), line[name] / beta) for line in read_lines(run.folder.metrics) if name in line]
 
 
 def _cost(run: Planned) -> Cost:

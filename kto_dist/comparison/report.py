@@ -5,7 +5,7 @@ The page is comparison.html.j2, autoescaped; its plots come in a light and a dar
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -157,17 +157,36 @@ def _rewards(axes: Axes, outcome: Outcome, theme: Theme) -> None:
     finish(axes, theme, "", xlabel="log-ratio to the start, nats", whole_numbers=False)
 
 
-def _lengths(axes: Axes, outcome: Outcome, theme: Theme) -> None:
-    marks = ("o", "s", "^", "D", "v")
+_MARKS = ("o", "s", "^", "D", "v")
+_COLOURS = ("desirable", "undesirable", "all", "plain")
+
+
+def _trained(outcome: Outcome) -> Iterator[tuple[Row, str, str]]:
+    """Each method with its marker and the role of its colour, the same in every plot."""
     for number, row in enumerate(row for row in outcome.rows if row.cost is not None):
+        yield row, _MARKS[number % len(_MARKS)], _COLOURS[number % len(_COLOURS)]
+
+
+def _while_training(axes: Axes, outcome: Outcome, theme: Theme) -> None:
+    for row, mark, colour in _trained(outcome):
+        if row.curve:
+            steps, margins = zip(*row.curve, strict=True)
+            every = max(1, len(steps) // 8)
+            axes.plot(steps, margins, marker=mark, markevery=every, color=theme.colours[colour], label=row.method)
+    axes.axhline(0, color=theme.ink, linewidth=0.8)
+    finish(axes, theme, "good minus bad, nats")
+
+
+def _lengths(axes: Axes, outcome: Outcome, theme: Theme) -> None:
+    for row, mark, colour in _trained(outcome):
         for name, style in (("desirable", "-"), ("undesirable", "--")):
             points = [(band["tokens"], band[name]) for band in row.bands if name in band]
             axes.plot(
                 [tokens for tokens, _ in points],
                 [ratio for _, ratio in points],
                 style,
-                marker=marks[number % len(marks)],
-                color=theme.colours[("desirable", "undesirable", "all", "plain")[number % 4]],
+                marker=mark,
+                color=theme.colours[colour],
                 label=row.method if style == "-" else None,
             )
     axes.axhline(0, color=theme.ink, linewidth=0.8)
@@ -185,6 +204,12 @@ _PLOTS: tuple[tuple[str, str, Draw], ...] = (
         "What became likelier",
         "Good answers should move right of bad ones. Where both fall, the model has left these answers for others.",
         _rewards,
+    ),
+    (
+        "Rewards while training",
+        "Mean log-ratio of a step's good answers minus that of its bad ones; SFT takes no bad ones. A curve that still "
+        "climbs at its end has not learned all it could; steps differ by their rows.",
+        _while_training,
     ),
     (
         "Rewards by length",
