@@ -73,6 +73,42 @@ def test_a_run_is_evaluated_as_it_was_at_its_end_and_against_another_model(tmp_p
     assert difference["low"] < difference["value"] < difference["high"]
 
 
+def each_trained_and_evaluated(configs: list[Config]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [(summary, evaluate(Request(target=summary["output"]))) for summary in map(_with_output, configs)]
+
+
+def _with_output(config: Config) -> dict[str, Any]:
+    return train_all([config])[0] | {"output": config.train.output}
+
+
+def test_runs_of_losses_on_pairs_and_on_good_rows_are_evaluated_as_they_were_at_their_ends(
+    tmp_path, tiny_model, tiny_log
+):
+    configs = [
+        tiny_config(
+            tmp_path,
+            tiny_model,
+            tiny_log,
+            data__heldout=0.3,
+            train__lr=3e-3,
+            objective__loss=loss,
+            train__output=str(tmp_path / loss),
+            **settings,
+        )
+        for loss, settings in (("dpo", {"objective__label_smoothing": 0.1, "objective__sft_weight": 0.3}), ("sft", {}))
+    ]
+    ((dpo, sft),) = run_ranks(each_trained_and_evaluated, 1, configs)
+    for summary, found in (dpo, sft):
+        after = summary["heldout"]["after"]
+        figures = {name: value for name, value in found["heldout"].items() if isinstance(value, float)}
+        assert figures.keys() == {name for name, value in after.items() if isinstance(value, float)}
+        assert figures == pytest.approx({name: after[name] for name in figures}, abs=1e-4)
+        assert found["heldout"]["intervals"].keys() == after["intervals"].keys()
+        # every row is asked about, whichever the loss takes, and each once: neither loss has KL pairs
+        assert figures["rows/all"] == found["data"]["rows"] == found["model"]["scored"]
+    assert "accuracy/pairs" in dpo[1]["heldout"]["intervals"] and "accuracy/pairs" not in sft[1]["heldout"]
+
+
 def test_what_was_scored_once_is_not_scored_again(tmp_path, tiny_model):
     """Two folders with the same weights are one model to the store."""
     log = write_jsonl(tmp_path / "rows.jsonl", thumbs(30, 10))
