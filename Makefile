@@ -8,13 +8,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles its CPU optimizer on first use: keep what it builds with the environment it is built for.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo compare test soak faults bench zoo gpu figures lint docs setup clean
+.PHONY: demo compare evidence test soak faults bench zoo gpu figures lint docs setup clean
 demo: setup
 	$(BIN)/python launch/demo/run.py
 
 # SFT, KTO, KTO without z0 and DPO on the demo's thumbs: launch/demo/compare.yaml has the grid
 compare: setup
 	$(BIN)/python launch/demo/compare.py
+
+# 24 short runs after `make demo`, about an hour on two cores; a second start goes on
+evidence: setup
+	$(BIN)/python benchmarks/evidence.py --json benchmarks/results/cpu-evidence.json --work runs/evidence
+	$(BIN)/python benchmarks/figures.py
 
 test: setup lint
 	$(BIN)/python -m pytest -m "not soak"

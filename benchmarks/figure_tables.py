@@ -2,41 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import evidence_tables
 import random_model
 import records
 from scaling_table import curves, scaling
+from table_parts import Content, about, counted, table
 from trainers import NAMES
 from zoo_table import zoo, zoo_short
 
 GIB = 2**30
-Content = dict[str, Any]
-PACKAGES = {"torch": "torch", "transformers": "transformers", "trl": "TRL", "liger-kernel": "Liger", "duckdb": "DuckDB"}
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
-def about(content: Content, *more: str) -> str:
-    """Where, when and with what."""
-    found = content["versions"]
-    names = {
-        "torch": "torch",
-        "transformers": "transformers",
-        "trl": "TRL",
-        "liger-kernel": "Liger",
-        "duckdb": "DuckDB",
-    }
-    versions = [f"{title} {found[name].partition('+')[0]}" for name, title in names.items() if name in found]
-    parts = [content["device"], *more, *versions, content["date"]]
-    return "*" + "; ".join(part for part in parts if part) + ".*"
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def span(values: list[float], digits: int = 2) -> str:
@@ -409,4 +384,5 @@ KINDS: dict[str, Callable[..., str]] = {
     "scaling-curves": curves,
     "zoo": zoo,
     "zoo-short": zoo_short,
+    **evidence_tables.KINDS,
 }

@@ -51,7 +51,7 @@ def write_rows(log: str, job: Job, folder: Path) -> Workload:
         tokens = every.prompt(row).tolist() + every.completion(row).tolist()
         # the store scores equal pairs once, which would count as speed here
         if len(tokens) <= job.max_length and tuple(tokens) not in seen:
-            prompt, completion = _as_text(tokenizer, *every.original(row))
+            prompt, completion = as_text(tokenizer, *every.original(row))
             if tokenizer(prompt + completion)["input_ids"] == tokens:
                 seen.add(tuple(tokens))
                 rows.append((row, prompt, completion))
@@ -117,7 +117,7 @@ def _count(chosen: Any, order: np.ndarray, job: Job) -> Workload:
     )
 
 
-def _as_text(tokenizer: Any, prompt: Any, completion: Any) -> tuple[str, str]:
+def as_text(tokenizer: Any, prompt: Any, completion: Any) -> tuple[str, str]:
     """A row as TRL takes it without a template of its own: that would train on what follows the final EOS as well."""
     if isinstance(prompt, str):
         return prompt, completion + tokenizer.eos_token
