@@ -6,6 +6,7 @@ from pathlib import Path
 import evidence_tables
 import random_model
 import records
+from compare_table import compare
 from scaling_table import curves, scaling
 from table_parts import Content, about, counted, table
 from trainers import NAMES
@@ -384,5 +385,6 @@ KINDS: dict[str, Callable[..., str]] = {
     "scaling-curves": curves,
     "zoo": zoo,
     "zoo-short": zoo_short,
+    "compare": compare,
     **evidence_tables.KINDS,
 }

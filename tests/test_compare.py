@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import compare as result_file
+import compare_table
 import numpy as np
 import pytest
 import yaml
@@ -100,6 +102,19 @@ def test_what_is_told_has_every_method_and_no_text_that_could_be_a_script(compar
     assert "<script" not in page
     facts = json.loads((Path(config.train.output) / "comparison.json").read_text())
     assert facts["against"] == "kto"
+
+
+def test_the_documents_table_has_every_method_and_its_difference_to_kto(compared):
+    config, found = compared
+    content = result_file.content_of(Path(config.train.output), 90.0, "beside a test")
+    text = compare_table.compare(content)
+    for row in found.rows:
+        auc = row.intervals.get("auc")
+        wanted = f"{row.figures['auc']:.3f}" + (f" ({auc.low:.3f} to {auc.high:.3f})" if auc else "")
+        assert f"| {row.method} | {'' if row.lr is None else f'{row.lr:g}'} | {wanted} |" in text
+    assert text.count(" − kto* |") == 2
+    assert "6 runs of 4 steps of 16 rows: learning rates 0.0001 and 0.003, beta 0.1" in text
+    assert f"2 minutes (one rank, beside a test); {found.scored:,} log-probs" in text
 
 
 def test_mlflow_has_one_parent_and_the_runs_below_it(compared):
