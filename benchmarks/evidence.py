@@ -3,7 +3,7 @@
     make demo && python benchmarks/evidence.py --json benchmarks/results/cpu-evidence.json
 
 In:  the demo's model and log. Out: a table, and with `--json` a file for docs/evidence.md. RUNS are short ones of a few
-steps; each is a process of its own (`evidence_runs.py`) and is written as it ends, so that a killed benchmark goes on.
+steps, made by a process a trainer (`evidence_runs.py`); each is written as it ends, so that a killed benchmark goes on.
 
 1. rows        for each run, from the log's answers (`evidence_rows.py`)
 2. runs        trained, and measured alike on held-out rows that the wish itself has labelled
@@ -24,7 +24,7 @@ import click
 import evidence_rows as rows
 import numpy as np
 import records
-from evidence_runs import Job
+from evidence_runs import DONE, Job
 from rich.console import Console
 from rich.table import Table
 
@@ -264,8 +264,39 @@ class Settings:
     dtype: str
 
 
-def run(name: str, seed: int, settings: Settings, model: str, log: str, work: Path) -> dict[str, Any]:
-    """Raises `ClickException` where it fails."""
+class Worker:
+    """A process that makes one run after the other: what it imports, it imports once."""
+
+    def __init__(self, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        script = str(Path(__file__).with_name("evidence_runs.py"))
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def run(self, job: Path, result: Path) -> dict[str, Any]:
+        """Raises `ClickException` where it fails."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([str(job), str(result)]) + "\n")
+        self._process.stdin.flush()
+        if not any(line.strip() == DONE for line in self._process.stdout):
+            said = self._log.read_text(encoding="utf-8", errors="replace")
+            raise click.ClickException(f"{job} ended with status {self._process.wait()}:\n{said[-3000:]}")
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def run(
+    name: str, seed: int, settings: Settings, model: str, log: str, work: Path, workers: dict[str, Worker]
+) -> dict[str, Any]:
+    """`workers`: trainer -> its process, which is started when it is first needed. Raises `ClickException`."""
     arm = RUNS[name]
     folder = work / f"{name}-{seed}".replace(" ", "-").replace(",", "")
     train, heldout = rows.split(rows.read(Path(log)), settings.heldout_prompts)
@@ -290,12 +321,9 @@ def run(name: str, seed: int, settings: Settings, model: str, log: str, work: Pa
     )
     given, taken = folder / "job.json", folder / "result.json"
     records.write_json(given, asdict(job))
-    script = str(Path(__file__).with_name("evidence_runs.py"))
-    done = subprocess.run([sys.executable, script, str(given), str(taken)], capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(f"{name}, seed {seed}, ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    found = json.loads(taken.read_text(encoding="utf-8"))
-    del found["job"]
+    if arm.trainer not in workers:
+        workers[arm.trainer] = Worker(work / f"{arm.trainer}.log")
+    found = workers[arm.trainer].run(given, taken)
     labels = rows.mined_rows(file) if file.suffix == ".parquet" else rows.read(file)
     good = sum(bool(row["label"]) for row in labels) / len(labels)
     return {
@@ -328,11 +356,11 @@ def heldout_of(held: Mapping[str, str]) -> Heldout:
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True, help="Hugging Face folder (see `make demo`)")
 @click.option("--log", default="launch/demo/thumbs.jsonl", show_default=True, help="answers and thumbs")
-@click.option("--steps", default=24, show_default=True, help="updates of a run")
+@click.option("--steps", default=12, show_default=True, help="updates of a run")
 @click.option("--global-batch", default=8, show_default=True, help="rows of an update")
-@click.option("--lr", default=2e-5, show_default=True, help="constant learning rate")
+@click.option("--lr", default=3e-5, show_default=True, help="constant learning rate")
 @click.option("--beta", default=0.2, show_default=True)
-@click.option("--heldout-prompts", default=50, show_default=True, help="prompts that no run trains on")
+@click.option("--heldout-prompts", default=40, show_default=True, help="prompts that no run trains on")
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp32"]))
 @click.option("--most", default=None, type=int, help="end after so many runs; the same command goes on")
 @click.option("--arm", "arms", multiple=True, type=click.Choice(list(RUNS)), help="these alone")
@@ -348,11 +376,11 @@ def main(
     content = started(file, asdict(settings))
     done = {(run["arm"], run["seed"]) for run in content["runs"]}
     todo = [run for run in names() if run not in done and (not arms or run[0] in arms)]
-    console = Console(highlight=False)
+    console, workers, where = Console(highlight=False), dict[str, Worker](), str(Path(model).resolve())
     with tempfile.TemporaryDirectory(prefix="kto-evidence-") as folder:
         for name, seed in todo[:most]:
             begun = time.monotonic()
-            one = run(name, seed, settings, str(Path(model).resolve()), log, (work or Path(folder)).resolve())
+            one = run(name, seed, settings, where, log, (work or Path(folder)).resolve(), workers)
             held = one.pop("heldout")
             assert content["heldout"] in (None, held), "other held-out rows"
             content["heldout"] = held
@@ -360,6 +388,8 @@ def main(
             content["results"] = results_of(content["runs"], heldout_of(held))
             records.write_json(file, content)
             console.print(f"{name}, seed {seed}: {time.monotonic() - begun:.0f} s")
+        for worker in workers.values():
+            worker.end()
     show(content, console)
 
 

@@ -1,6 +1,6 @@
-"""One run of `evidence.py`, in a process of its own: train, then score the held-out rows under start and result.
+"""The runs of `evidence.py`, one after the other: train, then score the held-out rows under start and result.
 
-    python benchmarks/evidence_runs.py JOB.json RESULT.json
+    python benchmarks/evidence_runs.py      a line of JSON [JOB.json, RESULT.json] a run comes in, DONE a line goes out
 
 Whoever trained, the measure is one: what `kto-dist evaluate` does with a model, which is to score it as a reference is
 scored. TRL gets the rows of kto_dist's steps in their order, a micro-batch a step, so that its z0 is of the same rows.
@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -208,15 +208,24 @@ def log_ratios(job: Job, model: str) -> dict[str, Any]:
 TRAINERS = {"kto_dist": by_kto_dist, "trl": by_trl}
 
 
+DONE = "the run is done"
+
+
 def main() -> None:
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    for line in sys.stdin:
+        given, taken = map(Path, json.loads(line))
+        one(Job(**json.loads(given.read_text(encoding="utf-8"))), taken)
+        print(f"\n{DONE}", flush=True)
+
+
+def one(job: Job, result: Path) -> None:
     started = time.monotonic()
     found = TRAINERS[job.trainer](job)
     trained = time.monotonic() - started
     found |= log_ratios(job, found.pop("model"))
     shutil.rmtree(job.folder)
     found["seconds"] = {"training": trained, "all": time.monotonic() - started}
-    records.write_json(Path(sys.argv[2]), found | {"job": asdict(job)})
+    records.write_json(result, found)
 
 
 if __name__ == "__main__":
