@@ -52,6 +52,8 @@ def _question(content: Content, question: Question, more: dict[str, dict[str, st
             signed = (form.replace("{:.", "{:+.") for _, form in FIGURES.values())
             cells = [_cell(line, name, form) for name, form in zip(FIGURES, signed, strict=True)]
             rows.append([f"*{titles[first]}* − *{titles[second]}*", *("" for _ in more), "", *cells])
+    if not rows:
+        return "*None of these runs has been made yet.*"
     return table(["", *more, "AUC by seed", *(title for title, _ in FIGURES.values())], rows)
 
 

@@ -22,6 +22,7 @@ from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.comparison.measure import choose, halves
 from kto_dist.comparison.plan import planned
 from kto_dist.evaluation import kept
+from kto_dist.evaluation.config import JudgeConfig
 
 
 def comparison(folder, model, log, **changes):
@@ -49,6 +50,9 @@ def compared(tmp_path_factory, tiny_model, tiny_log):
         compare__lr=[1e-4, 3e-3],
         tracking__enabled=True,
         tracking__uri=f"sqlite:///{folder / 'mlflow.db'}",
+        answers__in_evaluate=3,
+        answers__max_tokens=12,
+        answers__cache=str(folder / "answers"),
     )
     return config, compare(config, in_this_process, Console())
 
@@ -112,7 +116,7 @@ def test_the_documents_table_has_every_method_and_its_difference_to_kto(compared
         auc = row.intervals.get("auc")
         wanted = f"{row.figures['auc']:.3f}" + (f" ({auc.low:.3f} to {auc.high:.3f})" if auc else "")
         assert f"| {row.method} | {'' if row.lr is None else f'{row.lr:g}'} | {wanted} |" in text
-    assert text.count(" − kto* |") == 2
+    assert text.count(" − kto* |") == 3
     assert "6 runs of 4 steps of 16 rows: learning rates 0.0001 and 0.003, beta 0.1" in text
     assert f"2 minutes (one rank, beside a test); {found.scored:,} log-probs" in text
 
@@ -136,6 +140,31 @@ def test_what_is_done_is_not_run_again_and_another_comparison_in_its_place_is_re
     other = config.model_copy(update={"objective": config.objective.model_copy(update={"sft_weight": 0.5})})
     with pytest.raises(UserError, match=r"kto-lr0.0001-beta0.1 holds a finished run with other settings"):
         compare(other, lambda run: pytest.fail("runs again"), Console())
+
+
+def test_a_judge_says_how_each_methods_new_answers_to_reported_prompts_fare_and_nothing_runs_again(compared, tmp_path):
+    config, found = compared
+    (tmp_path / "wish.py").write_text("def short(prompt, answer):\n    return -len(answer)\n")
+    judge = JudgeConfig(by="function", function=f"{tmp_path / 'wish.py'}:short")
+    said = []
+    console = Console()
+    console.say = said.append
+    again = compare(config.model_copy(update={"judge": judge}), lambda run: pytest.fail("runs again"), console)
+    assert again.rows == found.rows
+    facts = json.loads((Path(config.train.output) / "comparison.json").read_text())["answers"]
+    assert facts["prompts"] == 3 <= found.prompts[1]
+    judged = {method: set(own) for method, own in facts["judged"].items()}
+    assert judged == {"sft": {"start", "kto"}, "kto": {"start"}, "dpo": {"start", "kto"}}
+    for method, rivals in facts["judged"].items():
+        for other, contest in rivals.items():
+            wins = [
+                1.0 if len(own[method]) < len(own[other]) else 0.5 * (len(own[method]) == len(own[other]))
+                for own in facts["samples"]
+            ]
+            assert contest["figures"]["win_rate"]["value"] == pytest.approx(np.mean(wins)), (method, other)
+    page = (Path(config.train.output) / "comparison.html").read_text()
+    assert "New answers" in page and page.count("data:image/png;base64,") == 10
+    assert any(line.startswith("new answers to 3 of the reported prompts") for line in said)
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_status(tmp_path, tiny_model, tiny_log):

@@ -11,23 +11,25 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from kto_dist.base.config import to_yaml
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
 from kto_dist.base.secrets import masked
+from kto_dist.comparison.answers import Answered, answered
 from kto_dist.comparison.config import ComparisonConfig
-from kto_dist.comparison.measure import Outcome, outcome
+from kto_dist.comparison.measure import START, Outcome, halves, outcome
 from kto_dist.comparison.plan import Planned, planned, write
-from kto_dist.comparison.report import lines_of, page_of
+from kto_dist.comparison.report import answer_lines, lines_of, page_of
 from kto_dist.data import tokenise
 from kto_dist.data.examples import load
 from kto_dist.data.preference import preferences
+from kto_dist.evaluation.generate import Source
+from kto_dist.evaluation.judges import judge_of
 from kto_dist.model.loading import load_tokenizer
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
+from kto_dist.training.judged import model_of
 
 RunOne = Callable[[Planned], int]
 """Runs `kto-dist train` on a run's config; returns the exit status."""
@@ -42,6 +44,7 @@ def commands_of(config: ComparisonConfig) -> list[str]:
 
 def compare(config: ComparisonConfig, run_one: RunOne, console: Console) -> Outcome | int:
     """The outcome, or the exit status of the first run that failed. Raises `UserError`."""
+    judge = judge_of(config.judge)  # one that cannot be had is told before long work
     commands = commands_of(config)
     runs = planned(config)
     for number, run in enumerate(runs, start=1):
@@ -54,31 +57,67 @@ def compare(config: ComparisonConfig, run_one: RunOne, console: Console) -> Outc
             return status
         if not run.is_done:
             raise UserError(f"{run.folder.path} has no held-out rows: give data.heldout rows of both classes")
-    found = outcome(runs, _pairs(config), config.compare.choose_by)
-    _tell(config, found, runs, commands, console)
+    own = config.model
+    tokenizer = load_tokenizer(own.path, own.gguf_file, trust_remote_code=own.trust_remote_code)
+    apart = tokenise.prepare(config.data, tokenizer)[1]
+    assert apart is not None
+    heldout = load(apart)
+    # every good and bad answer to one prompt, whatever pairs were trained on
+    found = outcome(runs, preferences(heldout, "all").pairs, config.compare.choose_by)
+    answers = None
+    if judge is not None and config.answers.in_evaluate:
+        reported, against = ~halves(heldout.prompt_group), found.against
+        answers = answered(
+            config, _sources(config, runs, found), heldout, reported, tokenizer, judge, START, against, console
+        )
+    _tell(config, found, answers, runs, commands, console)
     return found
 
 
-def _pairs(config: ComparisonConfig) -> np.ndarray:
-    """Good and bad answers to one prompt among the held-out rows: every one, whatever pairs were trained on."""
-    tokenizer = load_tokenizer(config.model.path, config.model.gguf_file)
-    apart = tokenise.prepare(config.data, tokenizer)[1]
-    assert apart is not None
-    return preferences(load(apart), "all").pairs
+def _sources(config: ComparisonConfig, runs: list[Planned], found: Outcome) -> dict[str, Source]:
+    """The start, and each method's chosen run."""
+    own = config.model
+    folders = {run.name: str(run.folder.path) for run in runs}
+    trust = own.trust_remote_code
+    start = {
+        START: Source(path=own.path, gguf_file=own.gguf_file, trust_remote_code=trust, adapter=config.adapter.start)
+    }
+    models = {row.method: model_of(folders[row.name]) for row in found.rows if row.name in folders}
+    return start | {
+        method: Source(
+            path=model.path, gguf_file=model.gguf_file, trust_remote_code=trust, adapter=model.adapter, name=method
+        )
+        for method, model in models.items()
+    }
 
 
-def _tell(config: ComparisonConfig, found: Outcome, runs: list[Planned], commands: list[str], console: Console) -> None:
+def _tell(
+    config: ComparisonConfig,
+    found: Outcome,
+    answers: Answered | None,
+    runs: list[Planned],
+    commands: list[str],
+    console: Console,
+) -> None:
     folder = Path(config.train.output)
     page, facts = folder / "comparison.html", folder / "comparison.json"
-    write_whole(page, page_of(found, folder.resolve().name, commands, masked(to_yaml(config))))
-    write_whole(facts, json.dumps(found.to_dict(), indent=1).encode())
-    _track(config, found, runs, [page, facts], console)
-    for line in lines_of(found):
+    write_whole(page, page_of(found, answers, folder.resolve().name, commands, masked(to_yaml(config))))
+    told = found.to_dict() | {"answers": None if answers is None else answers.to_dict()}
+    write_whole(facts, json.dumps(told, indent=1).encode())
+    _track(config, found, answers, runs, [page, facts], console)
+    for line in [*lines_of(found), *([] if answers is None else answer_lines(answers))]:
         console.say(line)
     console.say(f"report: {page}")
 
 
-def _track(config: ComparisonConfig, found: Outcome, runs: list[Planned], files: list[Path], console: Console) -> None:
+def _track(
+    config: ComparisonConfig,
+    found: Outcome,
+    answers: Answered | None,
+    runs: list[Planned],
+    files: list[Path],
+    console: Console,
+) -> None:
     """A parent run, and each run below it."""
     folder = Path(config.train.output).resolve()
     tracker = tracking.start(
@@ -94,6 +133,10 @@ def _track(config: ComparisonConfig, found: Outcome, runs: list[Planned], files:
     )
     for row in found.rows:
         tracker.log(0, {f"{name}/{row.method}": value for name, value in row.figures.items()})
+    for method, rivals in ({} if answers is None else answers.contests).items():
+        for other, contest in rivals.items():
+            if (won := contest.figures().get("win_rate")) is not None:
+                tracker.log(0, {f"win_rate/{method}/{other}": won.value})
     for path in files:
         tracker.log_artifact(path)
     ids = [json.loads(run.folder.summary.read_text(encoding="utf-8"))["mlflow"]["run_id"] for run in runs]

@@ -62,7 +62,8 @@ def planned(config: ComparisonConfig) -> list[Planned]:
 
 def _planned(config: ComparisonConfig, method: str, lr: float, beta: float | None) -> Planned:
     name = f"{method}-lr{lr:g}" + ("" if beta is None else f"-beta{beta:g}")
-    tree = config.model_dump(mode="json", by_alias=True, exclude={"compare"})
+    # the judge is the comparison's own: with another one nothing is run again
+    tree = config.model_dump(mode="json", by_alias=True, exclude={"compare", "judge"})
     tree["objective"] = _objective(config.objective, method, beta)
     tree["train"] |= {"lr": lr, "output": str(Path(config.train.output) / name)}
     # the parent is registered by nobody, and children have names of their own

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kto_dist.comparison.answers import Answered
 from kto_dist.comparison.measure import Outcome, Row
 from kto_dist.evaluation.intervals import Interval
 from kto_dist.record import report
@@ -35,7 +36,7 @@ MEANINGS = {
 }
 
 
-def page_of(outcome: Outcome, name: str, commands: list[str], config: str) -> bytes:
+def page_of(outcome: Outcome, answers: Answered | None, name: str, commands: list[str], config: str) -> bytes:
     folders = [Path(__file__).parent, Path(report.__file__).parent]
     environment = Environment(
         loader=FileSystemLoader(folders),
@@ -51,7 +52,11 @@ def page_of(outcome: Outcome, name: str, commands: list[str], config: str) -> by
         outcome=outcome,
         titles=TITLES,
         meanings=MEANINGS,
-        plots=[_plot(title, text, draw, outcome) for title, text, draw in _PLOTS],
+        answers=answers,
+        answer_rows=[] if answers is None else list(_answer_rows(answers)),
+        answer_head=[] if answers is None else _answer_head(answers),
+        answer_meanings=ANSWER_MEANINGS,
+        plots=_plots(outcome, answers),
         commands=commands,
         config=config,
     )
@@ -77,18 +82,65 @@ def lines_of(outcome: Outcome) -> list[str]:
         for row in outcome.rows
         if row.against
     ]
-    widths = [max(len(line[place]) for line in [head, *rows, *apart]) for place in range(len(head))]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in [head, *rows, *apart]
-    ]
     return [
         f"{outcome.heldout:,} held-out rows of {outcome.prompts[1]:,} prompts, {outcome.pairs:,} pairs among them",
         f"lr and beta chosen by {outcome.choose_by} on {outcome.prompts[0]:,} other prompts, among "
         f"{len(outcome.tried)} runs",
-        *table,
+        *_aligned([head, *rows, *apart]),
         *(f"{title}: {meaning}" for title, meaning in MEANINGS.items()),
     ]
+
+
+ANSWER_MEANINGS = {
+    "wins": "share of prompts at which the judge prefers this method's answer, both orders, a tie counting half",
+    "at equal length": "the same for answers of equal length, by a logistic curve over the difference",
+    "flips": "share of pairs whose winner changes with the order in which the judge sees them",
+    "repeated": "share of an answer's runs of words that it has said before",
+}
+
+
+def _answer_head(answers: Answered) -> list[str]:
+    rivals = list(dict.fromkeys(other for own in answers.contests.values() for other in own))
+    return ["words", "finished", "repeated", *(f"{what} {other}" for other in rivals for what in _AGAINST)]
+
+
+_AGAINST = {"wins against": "win_rate", "at equal length, against": "win_rate/equal_length", "flips against": "flips"}
+
+
+def _answer_rows(answers: Answered) -> Iterator[tuple[str, list[str]]]:
+    """(method, cells)"""
+    rivals = list(dict.fromkeys(other for own in answers.contests.values() for other in own))
+    for method, figures in answers.figures.items():
+        cells = [_sure(figures.get(name)) for name in ("words", "finished", "repeated")]
+        for other in rivals:
+            contest = answers.contests.get(method, {}).get(other)
+            of_both = {} if contest is None else contest.figures()
+            cells += [_sure(of_both.get(name)) for name in _AGAINST.values()]
+        yield method, cells
+
+
+def _sure(figure: Interval | float | None) -> str:
+    if figure is None:
+        return "–"
+    if isinstance(figure, Interval):
+        return f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
+    return f"{figure:.3g}"
+
+
+def answer_lines(answers: Answered) -> list[str]:
+    """As text: the judge's table."""
+    lines = [["method", *_answer_head(answers)], *([method, *cells] for method, cells in _answer_rows(answers))]
+    return [
+        "",
+        f"new answers to {len(answers.prompts):,} of the reported prompts; judge: {answers.judge}",
+        *_aligned(lines),
+        *(f"{title}: {meaning}" for title, meaning in ANSWER_MEANINGS.items()),
+    ]
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def _figure(row: Row, name: str) -> str:
@@ -110,14 +162,22 @@ def _range(interval: Interval, form: str) -> str:
 Draw = Callable[[Axes, Outcome, Theme], None]
 
 
-def _plot(title: str, text: str, draw: Draw, outcome: Outcome) -> dict[str, str]:
-    light, dark = (_drawn(draw, outcome, theme) for theme in (LIGHT, DARK))
+def _plots(outcome: Outcome, answers: Answered | None) -> list[dict[str, str]]:
+    found = [_plot(title, text, lambda axes, theme: draw(axes, outcome, theme)) for title, text, draw in _PLOTS]  # noqa: B023
+    if answers is not None:
+        title, text = _WORDS
+        found.append(_plot(title, text, lambda axes, theme: _words(axes, answers, theme)))
+    return found
+
+
+def _plot(title: str, text: str, draw: Callable[[Axes, Theme], None]) -> dict[str, str]:
+    light, dark = (_drawn(draw, theme) for theme in (LIGHT, DARK))
     return {"title": title, "text": text, "light": light, "dark": dark}
 
 
-def _drawn(draw: Draw, outcome: Outcome, theme: Theme) -> str:
+def _drawn(draw: Callable[[Axes, Theme], None], theme: Theme) -> str:
     figure = Figure(figsize=(5.6, 3.5), dpi=160, layout="constrained", facecolor=theme.paper)
-    draw(figure.subplots(), outcome, theme)
+    draw(figure.subplots(), theme)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -193,6 +253,23 @@ def _lengths(axes: Axes, outcome: Outcome, theme: Theme) -> None:
     finish(axes, theme, "log-ratio, nats", xlabel="tokens of the answer", whole_numbers=False)
 
 
+def _words(axes: Axes, answers: Answered, theme: Theme) -> None:
+    """Of new answers, by method: one mark an answer, and their mean."""
+    names = list(answers.answers)
+    for place, name in enumerate(names):
+        words = [len(text.split()) for text in answers.answers[name]]
+        axes.plot(words, [place] * len(words), "|", color=theme.colours["plain"], alpha=0.6, markersize=12)
+        axes.plot([sum(words) / max(1, len(words))], [place], "o", color=theme.colours["desirable"])
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    finish(axes, theme, "", xlabel="words of a new answer")
+
+
+_WORDS = (
+    "Length of new answers",
+    "A stroke an answer, a dot their mean. Methods that win by writing more, or less, are told from others by the win "
+    "rate at equal length.",
+)
 _PLOTS: tuple[tuple[str, str, Draw], ...] = (
     (
         "Good told from bad",
