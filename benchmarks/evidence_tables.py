@@ -86,7 +86,7 @@ def _weights(content: Content, question: Question) -> dict[str, str]:
 
 
 def _z0(content: Content, question: Question) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {"steps with z0 at 0": {}, "s a step": {}}
+    found: dict[str, dict[str, str]] = {"steps with z0 at 0": {}}
     for arm in question.arms.values():
         if own := _runs(content, arm):
             steps = [numbers(run.get("kl_raw", run.get("kl", ""))) for run in own]
@@ -94,7 +94,6 @@ def _z0(content: Content, question: Question) -> dict[str, dict[str, str]]:
                 found["steps with z0 at 0"][arm] = f"{_mean([float((of_run <= 0).mean()) for of_run in steps]):.0%}"
             else:
                 found["steps with z0 at 0"][arm] = "has none"
-            found["s a step"][arm] = f"{_mean([run['step_seconds'] for run in own]):.1f}"
     return found
 
 
@@ -127,9 +126,7 @@ def z0(content: Content) -> str:
 
 def peer(content: Content) -> str:
     question = _one("peer")
-    more = _z0(content, question)
-    del more["s a step"]
-    return _question(content, question, more)
+    return _question(content, question, _z0(content, question))
 
 
 def runs(content: Content) -> str:
