@@ -128,9 +128,9 @@ def test_the_kernels_table_of_losses_says_the_same(loss):
     assert (row.unit, row.has_z0) == (known.unit, known.has_z0)
     zeros = torch.zeros(known.unit)
     sign = torch.tensor([1.0, -1.0])[: known.unit]
-    start = kto_loss(zeros, zeros, sign, z0=torch.zeros(()), beta=0.3, loss=loss)
+    start = kto_loss(zeros, zeros, sign, z0=torch.zeros(()), beta=0.3, loss=loss, lengths=torch.ones(known.unit))
     # without a start of its own: minus the log-prob
-    assert start.tolist() == pytest.approx([0.0 if known.start is None else known.start] * known.unit)
+    assert start.tolist() == pytest.approx([0.0 if known.start is None else known.start(0.3)] * known.unit)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
