@@ -113,7 +113,7 @@ class SwappingEngine:
     def use_node_local_storage(self) -> bool:
         return False
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
         if self.zero_nvme_offload_optimizer():
             shutil.copytree(self.optimizer.optimizer_swapper.swap_folder, Path(folder) / tag / str(comm.rank()))
         comm.barrier()
@@ -121,6 +121,7 @@ class SwappingEngine:
 
 def _saved(output: Path, swapped: Path) -> str:
     policy = Policy.__new__(Policy)
+    policy.adapted = False
     policy.engine = SwappingEngine(swapped / str(comm.rank()))
     state = checkpoint.State(step=2, world_size=2, zero_stage=3, identity={}, mlflow_run=None)
     try:
