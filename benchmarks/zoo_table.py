@@ -2,8 +2,8 @@
 
 from typing import Any
 
-LIMIT = {"fp32": 2e-3, "bf16": 0.5}
-"""Nats over the root of the tokens, of what counts as right: the checks of a run have the same."""
+LIMIT = {"fp32": 2e-3, "bf16": 0.2}
+"""Nats over the root of the tokens, of what counts as right: the checks of a run have the same floor."""
 GROUPS = ("works", "refused", "fails", "wrong")
 
 Line = dict[str, Any]

@@ -90,6 +90,7 @@ def test_a_family_that_cannot_pack_gets_neither_varlen_nor_packing_by_itself(nam
         ("gpt_oss", {}, "hands its attention to no other function"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "attention is not causal"),
         ("opt", {}, "opt counts positions along the row"),
+        ("trocr", {}, "trocr counts positions along the row"),
         ("nemotron", {}, "nemotron hands no keyword arguments"),
         ("phimoe", {"sliding_window": 4}, "phimoe tells its window to a mask alone"),
         ("bloom", {}, "hands its attention"),

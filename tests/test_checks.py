@@ -11,7 +11,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.data.batch import collate, cut
 from kto_dist.model.attention import switch_length
 from kto_dist.model.causal_lm import ScoringModel
-from kto_dist.model.checks import Rounding, check_scoring, first_layers, rounding_of, thinned
+from kto_dist.model.checks import Observed, Rounding, check_scoring, first_layers, leaks, rounding_of, thinned
 from kto_dist.training.start import StartCheck
 
 CPU = torch.device("cpu")
@@ -29,9 +29,10 @@ def test_sound_families_pass_packed_in_every_dtype(name, dtype):
     assert rounding.spread < rounding.limit <= 0.25
 
 
+@DTYPES
 @pytest.mark.parametrize("name", UNPACKABLE)
-def test_packing_is_refused_where_sequences_would_see_each_other(name):
-    model = ScoringModel(tiny(UNPACKABLE[name]))
+def test_packing_is_refused_where_sequences_would_see_each_other(name, dtype):
+    model = ScoringModel(tiny(UNPACKABLE[name]).to(dtype))
     check(model, packed=False)
     with pytest.raises(UserError, match="train.packing"):
         check(model, packed=True)
@@ -174,6 +175,16 @@ def test_an_expert_that_rounding_chose_has_more_room_and_nothing_has_more_than_t
     assert rounding_of(dense, 0.0).limit == rounding_of(experts, 0.0).limit == 0.2
     assert rounding_of(dense, 9.0).limit == 0.25 and rounding_of(experts, 9.0).limit == 0.5
     assert rounding_of(experts, 0.0).jumps and not rounding_of(dense, 0.0).jumps
+
+
+@DTYPES
+def test_what_a_neighbour_moves_is_found_however_much_room_rounding_has(dtype):
+    """As in trocr, whose positions run on: in bf16 the limits of both were widened together once, and it passed."""
+    rounding = rounding_of(ScoringModel(tiny(FAMILIES["llama"]).to(dtype)), 9.0)
+    none, apart = Observed(apart=0.0, moved=0.0), rounding.limit / 3
+    assert leaks(Observed(apart=apart, moved=0.00128), rounding, none)
+    assert not leaks(Observed(apart=apart, moved=0.0), rounding, none)
+    assert leaks(Observed(apart=rounding.limit * 1.01, moved=0.0), rounding, none)
 
 
 def start(alone, *, limit=0.1, jumps=False, reference="bfloat16", from_store=0, packed=True):

@@ -98,7 +98,7 @@ CHOSEN = ("index_topk", "indexer_budget", "index_topk_blocks", "keep_window_size
 # What no config and no class says of a family in transformers 5.23; each was seen (tests/test_attention.py).
 _ALONG_THE_ROW = (
     *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "opt", "pegasus"),
-    *("plbart", "prophetnet", "xglm"),
+    *("plbart", "prophetnet", "trocr", "xglm"),
 )
 _UNPACKABLE = {family: f"{family} counts positions along the row" for family in _ALONG_THE_ROW}
 _LOST_ON_THE_WAY = {

@@ -182,7 +182,7 @@ def sharing_is_exact(
     off = float(((by_itself - alone).abs() / counted(pairs[1:]).sqrt()).max())
     # not even a spread of 1 would explain more
     explained = off <= rounding_of(model, 1.0).limit
-    return explained and not leaks(seen, rounding, Observed(apart=0.0, moved=0.0), model.lm.config)
+    return explained and not leaks(seen, rounding, Observed(apart=0.0, moved=0.0))
 
 
 def _in_a_tree(trial: Trial, pairs: Sequence[Pair]) -> Tensor:  # (S,)
