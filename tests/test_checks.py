@@ -12,6 +12,7 @@ from kto_dist.data.batch import collate, cut
 from kto_dist.model.attention import switch_length
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.model.checks import Observed, Rounding, check_scoring, first_layers, leaks, rounding_of, thinned
+from kto_dist.objective.losses import LOSSES
 from kto_dist.training.start import StartCheck
 
 CPU = torch.device("cpu")
@@ -210,9 +211,8 @@ def ask(check, off, *, others=(0.0, 0.0, 0.0)):
         labels=SimpleNamespace(ref_logps=refs),
         kl_answers=np.zeros(0),
     )
-    loss = SimpleNamespace(unit=1, has_z0=False, per_token=False, start=0.5)
     losses = torch.full((len(moved),), 0.5, dtype=torch.float64)
-    check.check(work, SimpleNamespace(loss=loss, beta=0.1), losses, refs + moved)
+    check.check(work, SimpleNamespace(loss=LOSSES["apo_zero_unpaired"], beta=0.1), losses, refs + moved)
 
 
 def test_a_start_within_rounding_passes_and_beyond_it_does_not():
@@ -235,6 +235,17 @@ def test_a_row_that_rounds_like_the_others_passes_and_one_that_sees_its_neighbou
     # where the others hardly round, so much is no rounding
     with pytest.raises(UserError, match=r"1 of 16 rows differ, the worst by 0.132 nats"):
         ask(start([-7.0, -7.0], limit=0.1), 2 * 0.132, others=rounded(0.005))
+
+
+def test_a_row_that_policy_and_reference_round_to_different_sides_passes():
+    """The third row's reference says -7; by itself the policy gives it a value between that and what it gave beside
+    others."""
+    ask(start([-6.8], limit=0.2), 2 * 0.217, others=rounded(0.03))
+    for alone in (-7.0, -6.566):
+        with pytest.raises(UserError, match=r"1 of 16 rows differ, the worst by 0.217 nats"):
+            ask(start([alone, alone], limit=0.2), 2 * 0.217, others=rounded(0.03))
+    with pytest.raises(UserError, match=r"2 of 16 rows differ"):
+        ask(start([-6.8, -6.8], limit=0.2), 2 * 0.217, others=[2 * 0.21, *rounded(0.03, 14)])
 
 
 def test_a_row_whose_rounding_chose_other_experts_may_jump_to_the_cap():

@@ -49,16 +49,21 @@ class StartCheck:
         off = (logps - work.labels.ref_logps).abs() / root
         mean, limit = float(off.square().mean().sqrt()), self.row_limit(off)
         worst = int(off.nan_to_num(torch.inf).argmax())
-        if float(off[worst]) <= limit and mean <= self.limit:
-            return
         alone = not float(off[worst]) <= limit
+        if not alone and mean <= self.limit:
+            return
+        row, together, stored = int(work.rows[worst]), float(logps[worst]), float(work.labels.ref_logps[worst])
         beyond = int((~(off <= (limit if alone else self.limit))).sum())
+        once = float(self.alone(row))
+        # both sides round: by itself the row lies between the two then, and is far from neither
+        between = max(abs(once - together), abs(once - stored)) <= limit * float(root[worst])
+        if between and alone and beyond == 1 and mean <= self.limit and float(off[worst]) <= self._cap:
+            return
         raise UserError(
             f"before the first update the policy must equal its reference, but the log-probs of {beyond} of {len(off)} "
             f"rows differ, the worst by {float(off[worst]):.3g} nats per square root of its tokens (limit "
             f"{limit:.2g}, of all rows' root mean square {self.limit:.2g}: policy in {self.policy_dtype}, reference in "
-            f"{self.reference_dtype}). "
-            + self._cause(int(work.rows[worst]), float(logps[worst]), float(work.labels.ref_logps[worst]), root[worst])
+            f"{self.reference_dtype}). " + self._cause(row, once, stored, root[worst])
         )
 
     def row_limit(self, off: Tensor) -> float:  # (B,) nats per square root of each row's tokens
@@ -70,7 +75,9 @@ class StartCheck:
         thousands. The limit of the checks of leaks is the floor: few or short rows tell little of a spread.
 
         SmolLM2-135M in bf16 has a deviation of 0.04, and its worst of 16 and of 32 rows were 0.13 and 0.10 off, so the
-        floor of 0.2 holds there, and 0.3 in one row is found (docs/notes.md). With experts a single row may jump.
+        floor of 0.2 holds there, and 0.3 in one row is found (docs/notes.md). With experts a single row may jump. One
+        row beyond the limit is scored by itself once more: where policy and reference round to different sides, each by
+        less than the limit, it is sound (0.217 was seen of 8 tokens).
         """
         if self.rounding.jumps:
             return self._cap
@@ -95,9 +102,9 @@ class StartCheck:
         wanted = -refs if start is None else torch.full_like(refs, start(objective.beta))
         assert ((losses - wanted).abs() <= room).all(), "the loss at step 0 is not what the table of losses says"
 
-    def _cause(self, row: int, together: float, stored: float, root: Tensor) -> str:
-        """Collective. What the worst row does when it is scored again, twice and by itself."""
-        once, twice = (float(self.alone(row)) for _ in range(2))
+    def _cause(self, row: int, once: float, stored: float, root: Tensor) -> str:
+        """Collective. What the worst row does when it is scored again by itself, where it was `once`."""
+        twice = float(self.alone(row))
         if not abs(once - twice) <= self.limit * float(root):
             return "Scored twice it has two log-probs: the policy is random, with dropout or noise left on"
         if abs(once - stored) <= self.limit * float(root):
