@@ -13,6 +13,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.model.adapter_files import named_in_files
 from kto_dist.model.adapters import Adapter, from_folder, merge_in, pick_adapter, put_in, rehearse
 from kto_dist.model.config import AdapterConfig
+from kto_dist.model.lora_layers import quicken_adapter
 from kto_dist.store.fingerprint import adapter_digest
 from kto_dist.training.config import ADAPTER_LR, Config, TrainConfig
 
@@ -73,6 +74,19 @@ def test_the_adapter_alone_has_gradients_and_the_head_none():
     own = {name for name, p in lm.named_parameters() if p.grad is not None}
     assert own == {name for name, p in lm.named_parameters() if p.requires_grad}
     assert own and all(".lora_" in name for name in own) and not any("lm_head" in name for name in own)
+
+
+def test_a_layer_as_one_node_of_autograd_has_pefts_values_and_gradients(tmp_path):
+    folder, found = saved_by_peft(tmp_path / "adapter"), []
+    for quick in (False, True):
+        lm = tiny_llama().double()
+        put_in(lm, from_folder("the adapter", folder))
+        if quick:
+            quicken_adapter(lm)
+        loss = logits(lm).square().mean()
+        loss.backward()
+        found.append({"loss": loss, **{name: p.grad for name, p in lm.named_parameters() if p.grad is not None}})
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("settings", ({}, {"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}))
