@@ -113,7 +113,8 @@ def test_a_checkpoint_that_calls_the_losss_section_kto_is_gone_on_from(tmp_path,
     identity |= {f"kto.{name}": state["identity"][f"objective.{name}"] for name in older}
     (folder / "state.json").write_text(json.dumps({**state, "identity": identity}))
     found = checkpoint.read_state(folder)
-    assert found.identity == state["identity"]
+    # what came later than the section's name is known where a run is compared
+    assert found.identity == {k: v for k, v in state["identity"].items() if k != "objective.router_loss"}
     resume.check_same_run(found, checkpoint.State(**state), config.train.output)
 
 
