@@ -51,13 +51,13 @@ WRONG = [
     (["train.lr=fast"], ["train.lr", "'fast'", "valid number", "peak learning rate"]),
     (["objective.beta=0"], ["objective.beta", "0", "greater than 0", "log-ratio"]),
     (["objective.beta=-0.1"], ["objective.beta", "-0.1", "greater than 0", "log-ratio"]),
-    (["objective.loss=dpo2"], ["objective.loss", "'dpo2'", "'kto', 'apo_zero_unpaired', 'dpo' or 'sft'"]),
+    (["objective.loss=dpo2"], ["objective.loss", "'dpo2'", "'kto', 'apo_zero_unpaired', 'dpo', 'ipo' or 'sft'"]),
     (
         ["objective.loss=dpo", "objective.desirable_weight=2", "objective.kl_pairs_per_step=4"],
         ["loss dpo does not use desirable_weight (2.0) and kl_pairs_per_step (4)", "leave them out", "label_smoothing"],
     ),
     (["objective.pairs=one"], ["loss kto does not use pairs (one)", "leave it out", "it uses beta"]),
-    (["objective.loss=sft", "objective.beta=0.2"], ["loss sft does not use beta (0.2)", "no other setting"]),
+    (["objective.loss=sft", "objective.beta=0.2"], ["loss sft does not use beta (0.2)", "it uses router_loss"]),
     (["objective.loss=dpo", "train.global_batch=7"], ["train.global_batch (7)", "even", "a pair", "never cut"]),
     (
         ["objective.loss=dpo", "train.tokens_per_microbatch=2047"],
