@@ -167,7 +167,7 @@ def test_a_run_under_the_launcher_leaves_everything_that_it_promises_and_nothing
     output = tmp_path / "run"
     expected = {
         "config.yaml", "metrics.jsonl", "heldout.jsonl", "heldout-rows.npz", "export", "summary.json", "report.html",
-        "plots",
+        "plots", ".mlflow",
     }  # fmt: skip
     assert {path.name for path in output.iterdir()} == expected
     AutoModelForCausalLM.from_pretrained(output / "export")
