@@ -154,8 +154,8 @@ class Stepper:
 
         def evaluated(cutting: Cutting) -> HeldOut:
             again = not self.policy.waits_in_forward
-            own = under(self.policy.forward, heldout, objective, cutting, again=again)
-            model = Remembering(refs if is_reference else own)
+            forward = self.policy.forward
+            model = Remembering(refs if is_reference else under(forward, heldout, objective, cutting, again=again))
             if not whole and part is not None:
                 return HeldOut(whole=None, part=of(model, part))
             rows = of(model, None)
