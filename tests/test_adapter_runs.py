@@ -130,7 +130,12 @@ def test_a_sweep_over_adapters_scores_nothing_again(tmp_path, tiny_model, tiny_l
 
 @pytest.mark.parametrize(
     ("world", "stage", "dtype", "kind"),
-    [(1, 0, "fp32", "lora"), (2, 2, "fp32", "dora"), (2, 3, "fp32", "lora"), (2, 2, "bf16", "lora")],
+    [
+        pytest.param(1, 0, "fp32", "lora", marks=pytest.mark.soak),
+        (2, 2, "fp32", "dora"),
+        (2, 3, "fp32", "lora"),
+        pytest.param(2, 2, "bf16", "lora", marks=pytest.mark.soak),
+    ],
 )
 def test_a_resumed_run_of_an_adapter_equals_the_uninterrupted_one_bit_for_bit(
     tmp_path, tiny_log, world, stage, dtype, kind
@@ -165,7 +170,7 @@ def test_a_resumed_run_of_an_adapter_equals_the_uninterrupted_one_bit_for_bit(
         assert torch.equal(values_of(broken)[name], tensor), name
 
 
-@pytest.mark.parametrize("stage", (2, 3))
+@pytest.mark.parametrize("stage", (pytest.param(2, marks=pytest.mark.soak), 3))
 def test_a_run_of_an_adapter_goes_on_with_another_number_of_ranks(tmp_path, tiny_model, tiny_log, stage):
     shared = {"train__max_steps": 6, "deepspeed__zero_stage": stage}
     whole = lora_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"), **shared)
@@ -183,7 +188,15 @@ def _trained_and_evaluated(config: Config) -> tuple[dict[str, Any], dict[str, An
     return train(config), evaluate(Request(target=config.train.output))
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (0, "fp32"),
+        pytest.param(2, "bf16", marks=pytest.mark.soak),
+        pytest.param(3, "fp32", marks=pytest.mark.soak),
+        (3, "bf16"),
+    ],
+)
 def test_the_export_of_every_stage_loads_in_peft_and_is_the_policy(tmp_path, tiny_log, stage, dtype):
     model = save_tiny(tmp_path / "model", tie_word_embeddings=stage == 2)
     config = lora_config(
@@ -280,7 +293,7 @@ def test_offloaded_weights_train_the_same_adapter(tmp_path, trajectories, tiny_m
     assert_same_trajectory(trajectories[PLAIN["lora"]], config)
 
 
-@pytest.mark.parametrize("merged", (False, True))
+@pytest.mark.parametrize("merged", (pytest.param(False, marks=pytest.mark.soak), True))
 def test_mlflow_gets_the_adapter_and_the_merged_model_where_there_is_one(tmp_path, tiny_model, tiny_log, merged):
     asked = {"tracking__enabled": True, "tracking__log_model": True, "adapter__merged": merged, "train__max_steps": 1}
     ((summary,),) = run_ranks(train_all, 1, [lora_config(tmp_path, tiny_model, tiny_log, **asked)])

@@ -107,7 +107,7 @@ run_and_leave(["train", *[word for word in sys.argv[1:-1] if not word.startswith
 """
 
 
-@pytest.mark.parametrize("stage", (2, 3))
+@pytest.mark.parametrize("stage", (pytest.param(2, marks=pytest.mark.soak), 3))
 def test_where_ranks_wait_for_each_other_the_run_starts_itself_again_with_half_the_tokens(
     tmp_path, tiny_model, tiny_log, stage
 ):

@@ -60,7 +60,7 @@ def _resumed(folder: Path, config: Config) -> list[bool]:
     return [torch.equal(again[name], tensor) for name, tensor in whole.items()]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.soak), 2, 3])
 def test_every_stage_goes_on_from_the_parts_of_its_hosts_to_the_bit(tmp_path, tiny_model, tiny_log, stage):
     same, nothing = run_ranks(
         _resumed, 2, tmp_path, local_config(tiny_model, tiny_log, deepspeed__zero_stage=stage, train__max_steps=4)
@@ -83,7 +83,7 @@ def _trained_and_lost(folder: Path, config: Config, loses: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("loses", ["node-a", "node-b"])
+@pytest.mark.parametrize("loses", [pytest.param("node-a", marks=pytest.mark.soak), "node-b"])
 def test_a_host_whose_disk_is_lost_is_named_and_nothing_begins_anew(tmp_path, tiny_model, tiny_log, loses):
     said, _ = run_ranks(_trained_and_lost, 2, tmp_path, local_config(tiny_model, tiny_log, train__max_steps=4), loses)
     rank, other = ("0", "node-b (rank 1)") if loses == "node-a" else ("1", "node-a (rank 0)")
