@@ -86,7 +86,7 @@ def checkpoints_of(config: Config) -> list[str]:
     return sorted(path.name for path in (Path(config.train.output) / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("stage", (2, 3))
+@pytest.mark.parametrize("stage", (pytest.param(2, marks=pytest.mark.soak), 3))
 def test_the_best_is_exported_though_the_run_went_on(tmp_path, tiny_model, tiny_log, stage):
     """It is the model of a run that ended there, bit for bit, and its figures are those that are told."""
     config = tiny_config(tmp_path, tiny_model, tiny_log, **WORSE, deepspeed__zero_stage=stage)

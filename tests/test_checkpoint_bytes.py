@@ -162,7 +162,7 @@ class Bomb:
         return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.parametrize("world", (2, 1))
+@pytest.mark.parametrize("world", (2, pytest.param(1, marks=pytest.mark.soak)))
 @pytest.mark.parametrize("kind", ("mp_rank", "optim_states"))
 def test_code_in_a_checkpoint_does_not_run(copy, tmp_path, kind, world):
     """Also where a checkpoint is cut anew, for one rank in place of two."""

@@ -123,18 +123,20 @@ def test_a_missing_config_is_a_mistake(tmp_path):
     ("changes", "rows", "message"),
     [
         ({}, '{"prompt": "a", "completion": "b", "label": "maybe"}', "label"),
-        (
+        pytest.param(
             {"data__max_length": 512, "reference__tokens_per_batch": 512, "train__tokens_per_microbatch": 512},
             None,
             "data.max_length (512) must be at most the model's context of 256 tokens",
+            marks=pytest.mark.soak,
         ),
         ({"model__path": "/nowhere/model"}, None, "model.path (/nowhere/model) does not exist: check the path"),
-        ({"data__train": "/nowhere/log.jsonl"}, None, "/nowhere/log.jsonl"),
+        pytest.param({"data__train": "/nowhere/log.jsonl"}, None, "/nowhere/log.jsonl", marks=pytest.mark.soak),
         ({}, '{"prompt": "a", "completion": "b", "label": true}', "not one undesirable among them"),
-        (
+        pytest.param(
             {},
             '{"prompt": "a", "completion": "b", "label": true}\n{"prompt": "a", "completion": "c", "label": false}',
             "one and the same prompt",
+            marks=pytest.mark.soak,
         ),
     ],
 )

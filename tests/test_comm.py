@@ -54,6 +54,7 @@ def port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.soak
 def test_a_rank_that_does_not_come_is_named(port):
     ranks = [_meets(rank, 3, port, 20) for rank in (0, 2)]
     said = [rank.communicate()[0] for rank in ranks]

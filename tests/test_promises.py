@@ -172,7 +172,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tiny_m
         assert torch.equal(weights_of(broken)[name], tensor), name
 
 
-@pytest.mark.parametrize("stage", (2, 3))
+@pytest.mark.parametrize("stage", (pytest.param(2, marks=pytest.mark.soak), 3))
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, tiny_model, tiny_log, stage):
     shared = {"train__max_steps": 6, "deepspeed__zero_stage": stage}
     whole = tiny_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"), **shared)

@@ -34,7 +34,9 @@ def _memory_of_second_pass(warm_up: Config, config: Config) -> dict[str, int]:
     return _seen_around_a_pass(config, lambda: psutil.Process().memory_info().rss)
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (3, "none"), (3, "cpu")])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, "none"), pytest.param(3, "none", marks=pytest.mark.soak), (3, "cpu")]
+)
 def test_the_reference_leaves_memory_when_it_has_scored(tmp_path, tiny_log, stage, offload):
     # 380 MB of weights: large against the tens of MB by which an allocator's leftovers differ from pass to pass
     model = save_tiny(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=6)

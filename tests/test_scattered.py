@@ -128,6 +128,7 @@ def _more_ranks(folder: Path, config: Config, ranks_each: int) -> list[str]:
     return sorted(path.name for path in checkpoint.folder(config.train.output).glob(".*"))
 
 
+@pytest.mark.soak
 def test_another_number_of_ranks_goes_on_from_the_parts_of_all_hosts(tmp_path, tiny_model, tiny_log):
     config = local_config(tiny_model, tiny_log, deepspeed__zero_stage=2, train__max_steps=4)
     run = tmp_path / "node-a" / "run"

@@ -100,7 +100,7 @@ def said(folder: Path, rank: int) -> str:
         ("killed", "node-1 (rank 1): nothing was heard for"),
         pytest.param("stopped", "node-1 (rank 1): nothing was heard for", marks=pytest.mark.soak),
         pytest.param("first stopped", "node-0 (rank 0): nothing was heard for", marks=pytest.mark.soak),
-        ("hung", "node-1 (rank 1): the other ranks have waited"),
+        pytest.param("hung", "node-1 (rank 1): the other ranks have waited", marks=pytest.mark.soak),
     ],
 )
 def test_a_rank_that_is_lost_ends_the_job_and_is_named(tmp_path, role, words):
