@@ -241,7 +241,7 @@ def test_the_export_of_every_stage_loads_in_peft_and_is_the_policy(tmp_path, tin
         assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", ("lora", "dora"))
+@pytest.mark.parametrize("kind", ("lora", pytest.param("dora", marks=pytest.mark.soak)))
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 def test_an_adapter_to_start_from_is_a_part_of_the_reference(tmp_path, tiny_model, tiny_log, kind, dtype):
     shared = {"adapter__type": kind, "train__dtype": dtype, "reference__dtype": dtype}

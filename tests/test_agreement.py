@@ -30,7 +30,7 @@ def _refused(job: str, configs: list[Config]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("job", ["train", "precompute"])
+@pytest.mark.parametrize("job", ["train", pytest.param("precompute", marks=pytest.mark.soak)])
 def test_a_host_with_other_settings_is_refused_with_every_difference_and_nothing_is_made(
     tmp_path, tiny_model, tiny_log, job
 ):

@@ -50,7 +50,14 @@ def test_linear_layers_but_the_head_lie_in_4_bits_of_the_dtype_that_is_computed_
 
 
 @needs_package
-@pytest.mark.parametrize(("world", "stage", "dtype"), [(1, 0, "fp32"), (2, 1, "fp32"), (2, 2, "bf16")])
+@pytest.mark.parametrize(
+    ("world", "stage", "dtype"),
+    [
+        pytest.param(1, 0, "fp32", marks=pytest.mark.soak),
+        pytest.param(2, 1, "fp32", marks=pytest.mark.soak),
+        (2, 2, "bf16"),
+    ],
+)
 def test_the_packed_model_is_the_reference_and_an_adapter_learns_beside_it(
     tmp_path, model, tiny_log, world, stage, dtype
 ):

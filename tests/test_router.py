@@ -196,7 +196,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("loss", ("kto", "apo_zero_unpaired"))
+@pytest.mark.parametrize("loss", ("kto", pytest.param("apo_zero_unpaired", marks=pytest.mark.soak)))
 def test_the_batch_decides_and_not_the_cluster(tmp_path, saved, tiny_log, loss):
     settings = {"train__max_steps": 3, "objective__loss": loss}
     configs = {
