@@ -6,6 +6,7 @@ from pathlib import Path
 import evidence_tables
 import random_model
 import records
+from adapter_rate_table import adapter_rate
 from compare_table import compare
 from scaling_table import curves, scaling
 from table_parts import Content, about, counted, table
@@ -386,5 +387,6 @@ KINDS: dict[str, Callable[..., str]] = {
     "zoo": zoo,
     "zoo-short": zoo_short,
     "compare": compare,
+    "adapter-rate": adapter_rate,
     **evidence_tables.KINDS,
 }
