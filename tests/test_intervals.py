@@ -91,6 +91,13 @@ def test_two_models_with_the_same_verdicts_may_differ_on_rows_to_come():
     assert found.method == "wilson" and found.value == 0 and found.high == -found.low == wilson(0.0, 80)[1]
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_lies_within_its_interval_to_the_last_bit(share):
+    for rows in range(1, 200):
+        low, high = wilson(share, rows)
+        assert low <= share <= high, rows
+
+
 def test_wilson_of_few_prompts_counts_prompts_where_their_rows_agree():
     verdicts = np.random.default_rng(5).random(30) < 0.6
     found = intervals({"share": mean(np.repeat(verdicts, 5), share=True)}, np.repeat(np.arange(30), 5))["share"]

@@ -200,7 +200,8 @@ def wilson(share: float, rows: float) -> tuple[float, float]:
     z = float(norm.ppf((1 + CONFIDENCE) / 2))
     middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
     half = z / (1 + z**2 / rows) * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
-    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+    # rounding alone would put the end of 27 of 27 below 1
+    return float(max(0.0, min(share, middle - half))), float(min(1.0, max(share, middle + half)))
 
 
 def _interval(figure: Figure, value: float, drawn: np.ndarray, member: np.ndarray) -> Interval | None:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import traceback
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -99,7 +101,7 @@ def finish(
     }
     policy.close()
     with disks.refusals("the export", "train.output", run.folder.path):
-        agree.on_main(lambda: None if weights is None else _write(weights, prepared, run, summary, goodbye))
+        agree.on_main(lambda: None if weights is None else _write(weights, prepared, run, summary, goodbye, console))
     if prepared.config.checkpoint.every_steps is None:  # there are those alone that this process was to go on from
         agree.once_per_host(lambda: shutil.rmtree(checkpoint.folder(run.folder.path), ignore_errors=True))
     say_outcome(summary, run.folder.path, console)
@@ -111,12 +113,26 @@ def report_so_far(prepared: PreparedTraining, run: Run, console: Console) -> Non
     if not (prepared.config.tracking.report and comm.is_main()):
         return
     try:
-        run.tracker.log_artifact(report.write_report(run.folder.path))
-        for path in (run.folder.health, run.folder.bad_rows):
+        for path in (*_pages(run.folder, console), run.folder.health, run.folder.bad_rows):
             if path.exists():
                 run.tracker.log_artifact(path)
     except OSError as error:
         console.warn(f"the report of the stopped run cannot be written: {error}")
+
+
+def _pages(folder: RunFolder, console: Console) -> list[Path]:
+    """The report and its plots. Raises `OSError` alone: a page that cannot be drawn takes no trained model with it."""
+    try:
+        return [report.write_report(folder.path), folder.path / "plots"]
+    except OSError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        console.warn(
+            f"there is no report: drawing it ended with {type(error).__name__}: {error} (the lines above say where). "
+            f"All else of the run is whole; `kto-dist report {folder.path}` tries it again"
+        )
+        return []
 
 
 def _write(
@@ -125,6 +141,7 @@ def _write(
     run: Run,
     summary: dict[str, Any],
     goodbye: Goodbye,
+    console: Console,
 ) -> None:
     """Rank 0."""
     folder, tracking = run.folder, prepared.config.tracking
@@ -137,7 +154,7 @@ def _write(
     run.tracker.tag(run.health_tags())
     files = [path for path in (folder.config, folder.summary, folder.health, folder.bad_rows) if path.exists()]
     if tracking.report:
-        files += [report.write_report(folder.path), folder.path / "plots"]
+        files += _pages(folder, console)
     for path in files:
         run.tracker.log_artifact(path)
     if prepared.adapter is not None and tracking.log_model:
