@@ -90,6 +90,10 @@ def measure_plan(rows: int) -> dict[str, float]:
         rows_read=rows,
         skipped={},
         skipped_examples=[],
+        unused={},
+        notes={},
+        first={},
+        sources=[],
         shortened_headers=0,
         desirable=none,
         undesirable=none,
@@ -191,6 +195,9 @@ def main(
         raise click.UsageError(f"--rows ({rows}) must be a multiple of 4: KL pairs are drawn in four steps")
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="kto-reference-") as folder:
+        plan = measure_plan(plan_rows) if plan_rows else None
+        (Path(folder) / "store").mkdir()
+        store = measure_store(store_pairs, f"{folder}/store") if store_pairs else None
         job = Job(
             name="kto_dist",
             model=str(Path(model).resolve()),
@@ -215,10 +222,6 @@ def main(
                 runs[name].append(start(job_of(name, job))["reference"])
                 rate = work.reference_pairs / runs[name][-1]["seconds"]
                 console.print(f"run {repeat + 1} of {repeats}, {NAMES[name]}: {rate:.1f} pairs/s")
-        plan = measure_plan(plan_rows) if plan_rows else None
-        (Path(folder) / "store").mkdir()
-        store = measure_store(store_pairs, f"{folder}/store") if store_pairs else None
-
     lines = compared(runs, work.reference_pairs, work.reference_tokens, console)
     for title, figures in (("finding pairs", plan), ("store", store)):
         if figures:

@@ -10,6 +10,7 @@ from pathlib import Path
 import gpu
 import pytest
 import random_model
+from reference import measure_plan
 from step_profile import Span, class_of, gaps, of_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -152,3 +153,10 @@ def test_random_rows_keep_to_the_lengths_they_were_asked_for(tmp_path, lengths):
     # rows that are too long are drawn again, which takes from the longer of the two
     assert 0.7 * wanted.prompt < words[200][0] < 1.2 * wanted.prompt
     assert max(sum(pair) for pair in words) < 1024 and len(rows) == 400
+
+
+def test_a_plans_pairs_are_found_and_counted():
+    measured = measure_plan(640)
+    # an epoch of 20 steps: each row with its own completion, and with another's
+    assert measured["rows"] == 640 and 640 < measured["pairs"] <= 2 * 640
+    assert measured["find_seconds"] > 0 and measured["hash_seconds"] > 0
