@@ -22,7 +22,7 @@ evidence: setup
 	$(BIN)/python benchmarks/figures.py
 
 test: setup lint
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
 
 soak: setup
 	$(BIN)/python -m pytest -m soak
