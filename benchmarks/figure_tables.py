@@ -7,6 +7,7 @@ import evidence_tables
 import random_model
 import records
 from adapter_rate_table import adapter_rate
+from cluster_table import cluster_faults
 from compare_table import compare
 from scaling_table import curves, scaling
 from table_parts import Content, about, counted, table
@@ -388,5 +389,6 @@ KINDS: dict[str, Callable[..., str]] = {
     "zoo-short": zoo_short,
     "compare": compare,
     "adapter-rate": adapter_rate,
+    "cluster-faults": cluster_faults,
     **evidence_tables.KINDS,
 }

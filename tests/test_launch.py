@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from kto_dist.cluster.hostfile import Node, read
 from kto_dist.cluster.launch import Ended, Plan, jobs_of, run
 from kto_dist.cluster.launch import launch as supervise
 from kto_dist.cluster.probe import Facts, Question, look
-from kto_dist.cluster.remote import Reach
+from kto_dist.cluster.remote import Reach, ssh_within
 from kto_dist.commands.cli import main
 
 PROGRAM = """
@@ -145,14 +147,15 @@ def test_statuses_of_several_processes_are_one():
     assert worst([0, -9]) == 137
 
 
-def _launcher(folder: Path, todo: dict[str, object], **more: object) -> "subprocess.Popen[str]":
-    """In a process of its own, to be signalled."""
+def _launcher(folder: Path, todo: dict[str, object], ignores: int | None = None) -> "subprocess.Popen[str]":
+    """In a process of its own, to be signalled; it was started to ignore one of the signals."""
     code = (
         "import sys; sys.path[:0] = sys.argv[3:]; from test_launch import plan_of, run; from pathlib import Path; "
         "import json; sys.exit(run(plan_of(Path(sys.argv[1]), json.loads(sys.argv[2]))).status)"
     )
     command = [sys.executable, "-c", code, str(folder), json.dumps(todo), str(Path(__file__).parent)]
-    return subprocess.Popen(command, env=environment())
+    ignore = None if ignores is None else lambda: signal.signal(ignores, signal.SIG_IGN)
+    return subprocess.Popen(command, env=environment(), preexec_fn=ignore)
 
 
 def test_sigterm_to_the_launcher_reaches_every_rank_and_is_its_status(cluster):
@@ -162,6 +165,17 @@ def test_sigterm_to_the_launcher_reaches_every_rank_and_is_its_status(cluster):
     job.terminate()
     assert job.wait(60) == 143
     assert all((cluster / f"stopped-{rank}").exists() for rank in range(2))
+
+
+def test_a_launcher_under_nohup_goes_on_when_its_terminal_goes(cluster):
+    job = _launcher(cluster, {"0": "wait", "1": "wait"}, ignores=signal.SIGHUP)
+    wait_for(lambda: all((cluster / f"rank-{rank}").exists() for rank in range(2)))
+    time.sleep(0.3)
+    job.send_signal(signal.SIGHUP)
+    time.sleep(1.0)
+    assert job.poll() is None and not list(cluster.glob("stopped-*"))
+    job.terminate()
+    assert job.wait(60) == 143 and len(list(cluster.glob("stopped-*"))) == 2
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_along(cluster):
@@ -181,6 +195,19 @@ def test_a_host_that_is_not_reached_is_named(cluster, capfd):
     assert "127.0.0.3 is lost" in capfd.readouterr().err
 
 
+def test_a_host_that_does_not_answer_when_it_is_to_end_is_given_up_and_named(cluster, capfd):
+    (cluster / "mute-127.0.0.3").touch()
+    assert run(plan_of(cluster, {"0": 1}, timeout=1.0)) == Ended(1, ("127.0.0.3",))
+    assert "127.0.0.3 is lost: it does not answer" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("timeout", [5, 30, 600, 1e6])
+def test_ssh_takes_a_host_for_lost_before_the_ranks_have_waited_too_long(timeout):
+    options = dict(word.split("=") for word in ssh_within(timeout) if "=" in word)
+    seconds = int(options["ServerAliveInterval"]) * (int(options["ServerAliveCountMax"]) + 1)
+    assert 0 < seconds <= timeout and seconds <= 60
+
+
 def test_a_failure_starts_the_job_again_and_a_mistake_does_not(cluster):
     plan = plan_of(cluster, {"0": [1, 1, 0], "1": [1, 1, 0]})
     assert supervise(plan, restarts=2, again=lambda plan: plan, pause=0.01) == 0
@@ -196,6 +223,20 @@ def test_starts_are_counted_and_mistakes_and_stops_end_the_job(cluster):
         plan = plan_of(cluster, {}, words=words)
         assert supervise(plan, restarts=1, again=lambda plan: plan, pause=0.01) == status
         assert len(list(folder.glob("start-0-*"))) == starts
+
+
+def test_hosts_that_are_away_are_asked_again_and_join_when_they_are_back(cluster):
+    """The second start finds too few of them, the third one all but one, the fourth all."""
+    plan, asked = plan_of(cluster, {"0": [1, 1, 0], "1": [1, 0]}), []
+
+    def again(plan: Plan) -> Plan | None:
+        asked.append(len(plan.nodes))
+        return {1: None, 2: replace(plan, nodes=plan.nodes[:1])}.get(len(asked), plan)
+
+    assert supervise(plan, restarts=3, again=again, pause=0.01) == 0
+    assert asked == [2, 2, 2]
+    assert len(list(cluster.glob("start-0-*"))) == 3 and len(list(cluster.glob("start-1-*"))) == 2
+    assert supervise(plan_of(cluster, {"0": 1}), restarts=2, again=lambda plan: None, pause=0.01) == 1
 
 
 CONFIG = """

@@ -14,13 +14,17 @@ with open({folder!r} + "/asked", "a") as file:
 if os.path.exists({folder!r} + "/down-" + host):
     sys.stderr.write("ssh: connect to host " + host + " port 22: Connection refused\\n")
     sys.exit(255)
+if os.path.exists({folder!r} + "/mute-" + host):
+    import time
+    time.sleep(600)
 kept = {{name: os.environ[name] for name in ("HOME", "PATH", "TMPDIR") if name in os.environ}}
 os.execve("/bin/sh", ["sh", "-c", command], kept)
 """
 
 
 def fake_ssh(folder: Path) -> Path:
-    """Hosts with a file `down-NAME` in the folder are not reached; `asked` has what went over the command line."""
+    """Hosts with a file `down-NAME` in the folder are not reached, those with `mute-NAME` say nothing; `asked` has what
+    went over the command line."""
     program = folder / "ssh"
     program.write_text(SSH.format(python=sys.executable, folder=str(folder)))
     program.chmod(program.stat().st_mode | stat.S_IXUSR)

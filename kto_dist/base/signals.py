@@ -1,10 +1,32 @@
-"""SIGTERM: taken note of while a step runs, or acted on at once after some last words."""
+"""SIGTERM: taken note of while a step runs, or acted on at once after some last words; and what launchers pass on."""
 
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """A signal has come, and what was being done is left undone: the same command does it again."""
+
+
+@contextmanager
+def stops_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, signals that are to stop this process are the handler's; those stay ignored that it was started to ignore
+    (`nohup`)."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    taken = [number for number, old in before.items() if old is not signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
 from kto_dist.base.errors import UserError
-from kto_dist.base.exits import DONE, FAILED, LAUNCHER, MISTAKE, TERMINATED, WORDS
+from kto_dist.base.exits import DONE, FAILED, LAUNCHER, MISTAKE, TERMINATED, WORDS, leave
 from kto_dist.base.processes import HOST, host, whereabouts
 from kto_dist.base.secrets import masked
 from kto_dist.training.config import Config
@@ -223,4 +223,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))  # not through the interpreter's end: a thread of it still reads from standard input

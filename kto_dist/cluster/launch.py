@@ -5,26 +5,35 @@ after SIGTERM, else a failure.
 
 1. an agent on every host (`agent.py`), over ssh, starts its ranks; what it is to do travels by standard input
 2. SIGTERM, SIGINT and SIGHUP go to every rank, which saves and ends, within `cluster.grace`
-3. a host whose agent fails ends the job on the others; so does this process, however it ends
+3. a host whose agent fails ends the job on the others; so does this process, however it ends. One that does not answer
+   is given up, and named
 4. a failure that is no mistake starts the job again, from its newest checkpoint, on the hosts that still answer
 """
 
 import contextlib
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kto_dist.base.exits import DONE, FAILED, MISTAKE, TERMINATED
+from kto_dist.base.signals import stops_to
 from kto_dist.cluster.agent import ENTRY, Job, worst
 from kto_dist.cluster.hostfile import Node
 from kto_dist.cluster.remote import Reach
 
 _LOST = 255
 """How ssh ends where there is no connection, or none any more."""
+_KILLED = 128
+"""From here on a status is a signal's: that rank has told nobody."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
+_SECONDS_TO_FOLLOW = 15.0
+"""That other hosts have to end, once ranks of one have ended by themselves: those have told the others, who are stopped
+or cut off if they go on."""
 _SECONDS_TO_END = 20.0
+"""Beyond what ranks have to save."""
+_SECONDS_TO_KILL = 5.0
+"""That an agent which can be reached takes to end its ranks by force."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +61,13 @@ class Ended:
 
     status: int
     lost: tuple[str, ...] = ()
-    """Hosts whose connection was."""
+    """Hosts whose connection was, or that did not answer when they were to end."""
     stopped: bool = False
     """By a signal to this process."""
 
 
 Again = Callable[[Plan], "Plan | None"]
-"""A look at the hosts: the plan for those that are left; None where they are too few."""
+"""A look at all hosts: the plan for those that answer; None where they are too few, or not ready."""
 
 
 def jobs_of(plan: Plan) -> list[Job]:
@@ -86,22 +95,21 @@ def jobs_of(plan: Plan) -> list[Job]:
 
 def launch(plan: Plan, *, restarts: int, again: Again, pause: float = _FIRST_PAUSE) -> int:
     """Runs the job, and starts it again up to `restarts` times. Returns the exit status."""
-    done = 0
-    while True:
-        ended = run(plan)
-        if ended.stopped or ended.status in (DONE, MISTAKE, TERMINATED) or done == restarts:
-            return ended.status
-        done += 1
+    ended, first = run(plan), plan
+    for done in range(1, restarts + 1):
+        if ended.stopped or ended.status in (DONE, MISTAKE, TERMINATED):
+            break
         lost = f" ({', '.join(ended.lost)} lost)" if ended.lost else ""
         _say(f"the job failed with status {ended.status}{lost}: start {done} of {restarts} in {pause:.0f} s")
         time.sleep(pause)
         pause = min(_LONGEST_PAUSE, 2 * pause)
-        found = again(plan)
-        if found is None:
-            return ended.status
+        found = again(first)  # with hosts that were left out before, and are back
+        if found is None:  # a host that boots answers later
+            continue
         # a run that was to begin anew, or to insist on a checkpoint, has begun by now
         resume = "checkpoint.resume=auto"
-        plan = replace(found, words=found.words if resume in found.words else (*found.words, resume))
+        ended = run(replace(found, words=found.words if resume in found.words else (*found.words, resume)))
+    return ended.status
 
 
 def run(plan: Plan) -> Ended:
@@ -114,18 +122,20 @@ def run(plan: Plan) -> Ended:
         for agent in agents:
             agent.tell("stop")
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        _wait(agents, plan, received)
-    finally:
-        for agent in agents:
-            agent.end()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    lost = tuple(agent.node.name for agent in agents if agent.status == _LOST)
-    for name in lost:
+    silent: list[str] = []
+    with stops_to(stop):
+        try:
+            _wait(agents, plan, received)
+        finally:
+            silent += [agent.node.name for agent in agents if agent.status == -1]
+            for agent in agents:
+                agent.end()
+    broken = [agent.node.name for agent in agents if agent.status == _LOST]
+    for name in broken:
         _say(f"error: {name} is lost: its connection has ended, or was never made")
+    for name in silent:
+        _say(f"error: {name} is lost: it does not answer, and was to end")
+    lost = (*broken, *silent)
     if received:
         return Ended(128 + received[0], lost, stopped=True)
     return Ended(FAILED if lost else worst([agent.status for agent in agents]), lost)
@@ -174,13 +184,15 @@ def _wait(agents: Sequence[_Agent], plan: Plan, received: list[int]) -> None:
             failed = now
         if stopped is None and received:
             stopped = now
-        late = (failed is not None and now - failed > plan.timeout) or (
+        told = any(0 < agent.status < _KILLED for agent in agents)
+        patience = min(plan.timeout, _SECONDS_TO_FOLLOW) if told else plan.timeout
+        late = (failed is not None and now - failed > patience) or (
             stopped is not None and now - stopped > plan.grace + _SECONDS_TO_END
         )
         if late:
             for agent in agents:
                 agent.tell("kill")
-            deadline = time.monotonic() + _SECONDS_TO_END
+            deadline = time.monotonic() + _SECONDS_TO_KILL
             while any(agent.status == -1 for agent in agents) and time.monotonic() < deadline:
                 time.sleep(0.2)
             return

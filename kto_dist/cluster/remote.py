@@ -14,8 +14,16 @@ from dataclasses import dataclass
 
 from kto_dist.cluster.hostfile import Node
 
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15", "-T")
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-T")
+_ASKS = 3
+"""Questions of ssh to a silent host, before it takes it for lost."""
 _HERE = {"localhost", "127.0.0.1", "::1"}
+
+
+def ssh_within(seconds: float) -> tuple[str, ...]:
+    """`SSH`, which takes a silent host for lost before ranks that wait so long for each other do."""
+    between = max(1, min(15, int(seconds / (2 * _ASKS))))
+    return (*SSH, "-o", f"ServerAliveInterval={between}", "-o", f"ServerAliveCountMax={_ASKS}")
 
 
 @dataclass(frozen=True, slots=True)

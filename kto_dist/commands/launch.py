@@ -15,7 +15,7 @@ from kto_dist.cluster.environment import forwarded, shown
 from kto_dist.cluster.hostfile import Node, read
 from kto_dist.cluster.launch import Plan, jobs_of, run
 from kto_dist.cluster.launch import launch as supervise
-from kto_dist.cluster.remote import SSH, Reach
+from kto_dist.cluster.remote import SSH, Reach, ssh_within
 from kto_dist.training.config import Config
 
 ALLREDUCE = "kto_dist.cluster.allreduce"
@@ -33,7 +33,12 @@ ALLREDUCE = "kto_dist.cluster.allreduce"
     "--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="Starts after a failure."
 )
 @click.option("--env", "more", multiple=True, metavar="NAME", help="Another environment variable that goes along.")
-@click.option("--ssh", default=shlex.join(SSH), show_default=True, metavar="COMMAND", help="How hosts are reached.")
+@click.option(
+    "--ssh",
+    show_default=shlex.join(SSH),
+    metavar="COMMAND",
+    help="How hosts are reached. By default with keep-alives that fit cluster.timeout.",
+)
 @click.option("--preflight/--no-preflight", "looks", default=True, help="Whether hosts are looked at first.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
@@ -43,7 +48,7 @@ def launch(
     dry_run: bool,
     max_restarts: int,
     more: tuple[str, ...],
-    ssh: str,
+    ssh: str | None,
     looks: bool,
     config: Path,
     overrides: tuple[str, ...],
@@ -58,7 +63,7 @@ def launch(
     still answer, if they are cluster.min_nodes at least. SIGTERM saves and ends it, within cluster.grace seconds.
     """
     settings = Config.load(config, overrides)  # a mistake shows at once, not once the ranks have started
-    reach = Reach(tuple(shlex.split(ssh)))
+    reach = Reach(ssh_within(settings.cluster.timeout) if ssh is None else tuple(shlex.split(ssh)))
     plan = Plan(
         nodes=tuple(read(hostfile) if hostfile is not None else [_this_host()]),
         reach=reach,

@@ -26,6 +26,7 @@ import torch
 from kto_dist.base import comm
 from kto_dist.base.exits import DONE_MARK, LAUNCHER
 from kto_dist.base.processes import whereabouts
+from kto_dist.base.signals import stops_to
 
 # A rank finishes its step and saves a checkpoint before it ends.
 GRACE_SECONDS = 600
@@ -91,15 +92,12 @@ def _run(
         if not ranks_now:  # they have not started yet
             _signal_group(child.pid, signal.SIGTERM)
 
-    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    previous = {number: signal.signal(number, forward) for number in stops}
-    try:
-        status = child.wait()
-        _wait_for_group(child.pid, grace if received else 30)
-    finally:
-        _signal_group(child.pid, signal.SIGKILL)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with stops_to(forward):
+        try:
+            status = child.wait()
+            _wait_for_group(child.pid, grace if received else 30)
+        finally:
+            _signal_group(child.pid, signal.SIGKILL)
     if received:
         return 128 + received[0]
     return status if status >= 0 else 128 - status
