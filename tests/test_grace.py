@@ -3,13 +3,17 @@
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 from tiny_runs import tiny_config, train_all
 
+from kto_dist.base import comm, doing
 from kto_dist.base.exits import Stopped
+from kto_dist.training import checkpoint
 from kto_dist.training.config import Config
 from kto_dist.training.figures import beyond_grace
 from kto_dist.training.loop import train
@@ -39,6 +43,48 @@ def test_an_evaluation_waits_for_the_resume_where_a_signal_has_come(tmp_path, ti
     whole = tiny_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"), **settings)
     assert run_ranks(_signalled_after, 1, config, 2) == [[0]]
     run_ranks(train_all, 1, [config, whole])
+    assert evaluated(config) == [0, 2, 4, 5]
+    assert (tmp_path / "run" / "heldout.jsonl").read_text() == (tmp_path / "whole" / "heldout.jsonl").read_text()
+
+
+def _signalled_while(config: Config, phase: str, rank: int) -> None:
+    """SIGTERM to one rank in the midst of a phase that follows step 2."""
+
+    def wait_and_signal() -> None:
+        observer, metrics = doing.Observer(), Path(config.train.output) / "metrics.jsonl"
+        while observer.place().phase != phase or not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+            time.sleep(1e-4)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if comm.rank() == rank:
+        threading.Thread(target=wait_and_signal, daemon=True).start()
+    with pytest.raises(Stopped, match="after step 2 of 5"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("phase", "ranks", "stage", "steps"),
+    [
+        ("evaluation", 2, 2, [0]),
+        pytest.param("evaluation", 2, 3, [0], marks=pytest.mark.soak),
+        pytest.param("answers", 1, 2, [0, 2], marks=pytest.mark.soak),
+        pytest.param("answers", 2, 3, [0, 2], marks=pytest.mark.soak),
+    ],
+)
+def test_a_signal_breaks_off_what_the_resume_can_make_up_for(
+    tmp_path, tiny_model, tiny_log, phase, ranks, stage, steps
+):
+    settings = {
+        "data__heldout": 0.5, "evaluate__every_steps": 2, "train__tokens_per_microbatch": 96,
+        "deepspeed__zero_stage": stage, "answers__while_training": 2 if phase == "answers" else 0,
+        "answers__max_tokens": 150,
+    }  # fmt: skip
+    config = tiny_config(tmp_path, tiny_model, tiny_log, **settings)
+    whole = tiny_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / "whole"), **settings)
+    run_ranks(_signalled_while, ranks, config, phase, ranks - 1)
+    assert evaluated(config) == steps
+    assert [path.name for path in checkpoint.folder(config.train.output).iterdir()] == ["step-00000002"]
+    run_ranks(train_all, ranks, [config, whole])
     assert evaluated(config) == [0, 2, 4, 5]
     assert (tmp_path / "run" / "heldout.jsonl").read_text() == (tmp_path / "whole" / "heldout.jsonl").read_text()
 

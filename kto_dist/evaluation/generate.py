@@ -27,10 +27,13 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from kto_dist.base import comm
+from kto_dist.base.signals import Interrupted
 from kto_dist.data.batch import Cutting, collate
 from kto_dist.data.template import look_at
 from kto_dist.model.adapters import from_folder, put_in
@@ -164,15 +167,23 @@ class _Chosen(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(lm: PreTrainedModel, prompts: Sequence[np.ndarray], decoding: Decoding, *, batch: int) -> list[Generated]:
-    """Of a model whose weights are whole. Leaves it as it was."""
+def generate(
+    lm: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    decoding: Decoding,
+    *,
+    batch: int,
+    stop: Callable[[], bool] | None = None,
+) -> list[Generated]:
+    """Of a model whose weights are whole. Leaves it as it was. Raises `Interrupted` where `stop`, which is asked after
+    each token, says so."""
     found: list[Generated] = [Generated(ids=(), finished=False)] * len(prompts)
     room = [_room(lm, prompt, decoding) for prompt in prompts]
     with _answering(lm):
         for places in _batches([len(prompt) for prompt in prompts], room, batch, padded=_can_pad(lm)):
             chosen = [prompts[place] for place in places]
             # more than the shortest room would leave the model's positions
-            tokens = _generated(lm, chosen, decoding, room[places[0]])
+            tokens = _generated(lm, chosen, decoding, room[places[0]], stop=stop)
             for place, ids in zip(places, tokens, strict=True):
                 found[place] = _ended(ids[: room[place]], decoding)
     return found
@@ -186,6 +197,16 @@ def stream(lm: PreTrainedModel, prompt: np.ndarray, decoding: Decoding, tell: Ca
         return Generated(ids=(), finished=False)
     with _answering(lm):
         return _ended(_generated(lm, [prompt], decoding, room, _Told(tell))[0], decoding)
+
+
+class _Asked(StoppingCriteria):
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self._stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        if self._stop():
+            raise Interrupted
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Told(BaseStreamer):
@@ -208,6 +229,7 @@ def _generated(
     decoding: Decoding,
     tokens: int,
     streamer: BaseStreamer | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[list[int]]:
     width, device = max(map(len, prompts)), lm.device
     ids = torch.full((len(prompts), width), decoding.stops[0] if decoding.stops else 0, dtype=torch.int64)
@@ -231,15 +253,23 @@ def _generated(
         generation_config=settings,
         logits_processor=processors,
         streamer=streamer,
+        stopping_criteria=None if stop is None else StoppingCriteriaList([_Asked(stop)]),
     )
     return [row.tolist() for row in made[:, width:].cpu()]
 
 
 @torch.no_grad()
 def extend(
-    forward: Forward, model: ScoringModel, prompts: Sequence[np.ndarray], decoding: Decoding, cutting: Cutting
+    forward: Forward,
+    model: ScoringModel,
+    prompts: Sequence[np.ndarray],
+    decoding: Decoding,
+    cutting: Cutting,
+    *,
+    stop: Callable[[], bool] | None = None,
 ) -> list[Generated]:
     """Collective. Of a model whose weights are sharded: every rank runs the same forwards, and rank 0's tokens count.
+    Raises `Interrupted` on all ranks where `stop`, which is asked before each token, is true on one.
 
     No keys and values are kept, so that a token costs a forward of all before it: for few prompts, and short answers.
     """
@@ -254,6 +284,8 @@ def extend(
         return len(made[place]) < rooms[place] and not (made[place] and made[place][-1] in decoding.stops)
 
     while places := [place for place in range(len(prompts)) if is_open(place)]:
+        if stop is not None and comm.any_(stop()):
+            raise Interrupted
         drawn, tokens = draws.next(places), []
         rows = [np.concatenate([prompts[place], np.array(made[place], np.int64)]) for place in places]
         # a forward keeps the position before each token of a completion: one token, whatever it is, follows

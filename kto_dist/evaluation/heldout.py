@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kto_dist.base import comm
+from kto_dist.base.signals import Interrupted
 from kto_dist.data.batch import Cutting, heldout_pairs, microbatches
 from kto_dist.data.examples import Examples
 from kto_dist.evaluation.figures import Evaluated
@@ -109,13 +110,28 @@ def _whatever_the_loss(
     return torch.stack([as_class(False), as_class(True)])
 
 
-def under(forward: Forward, examples: Examples, objective: Objective, cutting: Cutting, *, again: bool = True) -> Logps:
+def under(
+    forward: Forward,
+    examples: Examples,
+    objective: Objective,
+    cutting: Cutting,
+    *,
+    again: bool = True,
+    stop: Callable[[], bool] | None = None,
+) -> Logps:
     """The policy's log-probs as it is, divided among the ranks; what it returns is collective.
 
     It raises `OutOfMemory` on all ranks where one of them ran out of it, unless `again` is false: where ranks wait for
-    each other in a forward.
+    each other in a forward. `stop`: is asked before each forward, and where it is true on one rank, all of them raise
+    `Interrupted`.
     """
     device = comm.device()
+
+    def stopped() -> bool:
+        if stop is None:
+            return False
+        # a rank that waits for nobody may stop before the others
+        return stop() if again else comm.any_(stop())
 
     @torch.no_grad()
     def logps(prompts: np.ndarray, completions: np.ndarray) -> np.ndarray:
@@ -125,6 +141,8 @@ def under(forward: Forward, examples: Examples, objective: Objective, cutting: C
                 examples, prompts, completions, cutting, rank=comm.rank(comm.DATA), ranks=comm.size(comm.DATA)
             )
             for batch in parts:
+                if stopped():
+                    break
                 batch = batch.to(device)
                 values = completion_logps(
                     forward, batch, objective.transform, objective.logits_bytes, objective.logits_dtype
@@ -132,6 +150,9 @@ def under(forward: Forward, examples: Examples, objective: Objective, cutting: C
                 found.index_copy_(0, batch.position, values)
             return found
 
-        return comm.sum_(attempt(own, "the evaluation's forwards", again=again), comm.DATA).cpu().numpy()
+        found = attempt(own, "the evaluation's forwards", again=again)
+        if stop is not None and comm.any_(stop()):
+            raise Interrupted
+        return comm.sum_(found, comm.DATA).cpu().numpy()
 
     return logps

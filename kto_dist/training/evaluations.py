@@ -5,6 +5,7 @@ The first, the last, and that of the weights which are exported look at all rows
 which the best one is chosen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,19 +70,22 @@ class Evaluations:
         """Whether the policy after `step` updates is the best so far, or the last one."""
         return self.best is not None and (self.best.step == step or self.best.exhausted)
 
-    def at(self, step: int) -> dict[str, Any] | None:
-        """Collective. The held-out figures after `step` updates, on rank 0 with intervals; None without such rows."""
-        line = self._look(step, whole=step in (0, self.stepper.prepared.plan.steps))
+    def at(self, step: int, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
+        """Collective. The held-out figures after `step` updates, on rank 0 with intervals; None without such rows.
+
+        Raises `Interrupted` where `stop` becomes true on a rank: then nothing is noted.
+        """
+        line = self._look(step, whole=step in (0, self.stepper.prepared.plan.steps), stop=stop)
         if line is not None and self.best is not None:
             self.best.note(step, line.get("of_part", line))
-        self.samples.at(step)
+        self.samples.at(step, stop)
         self.watching.answered(step, self.samples.lines)
         return line
 
-    def _look(self, step: int, *, whole: bool) -> dict[str, Any] | None:
+    def _look(self, step: int, *, whole: bool, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
         self.console.phase("evaluation")
         try:
-            found = self.stepper.evaluate(step, whole=whole)
+            found = self.stepper.evaluate(step, whole=whole, stop=stop)
         except NeedsRestart as failure:
             failure.step = step
             raise

@@ -12,6 +12,7 @@ Run it under the `deepspeed` launcher (`--module kto_dist.commands.train`), by `
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from kto_dist.base import agree, comm, restart
 from kto_dist.base.console import Console
 from kto_dist.base.exits import FAILED, TERMINATED, Stopped
-from kto_dist.base.signals import before_sigterm, sigterm_noted
+from kto_dist.base.signals import Interrupted, before_sigterm, sigterm_noted
 from kto_dist.data.audited import describes_all, find_audits
 from kto_dist.model import ops
 from kto_dist.model.checks import Rounding, check_scoring
@@ -148,8 +149,9 @@ def _train(
             signalled = comm.any_(terminated())
             # with the time that a signal leaves the step is saved: the same command evaluates it
             if due(config.evaluate.every_steps, done) and done < plan.steps and not signalled:
-                evaluations.at(done)
-                started = time.monotonic()
+                with suppress(Interrupted):
+                    evaluations.at(done, terminated)
+                signalled, started = comm.any_(terminated()), time.monotonic()
             saving = due(config.checkpoint.every_steps, done) or evaluations.wants_checkpoint(done)
             saving = saving or done == plan.steps or signalled or bool(stopping)
             # a broken step must not push a sound checkpoint out

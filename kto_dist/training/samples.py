@@ -7,6 +7,7 @@ Whole weights: the ranks divide the prompts among them. ZeRO-3: all of them run 
 values kept, so that a token takes a forward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from kto_dist.base import comm
 from kto_dist.base.console import Console
+from kto_dist.base.signals import Interrupted
 from kto_dist.data.examples import Examples
 from kto_dist.evaluation.answers import Answer, in_words, pick_prompts, repeated
 from kto_dist.evaluation.generate import Decoding, Generated, extend, generate, stops_of
@@ -46,22 +48,29 @@ class Samples:
         self.rows = np.zeros(0, np.int64) if heldout is None else pick_prompts(heldout, wanted, config.train.seed)
         self.lines = read_lines(self.run.folder.answers) if comm.is_main() else []
 
-    def at(self, step: int) -> None:
-        """Collective. Answers after `step` updates. A family that cannot generate is told of once."""
+    def at(self, step: int, stop: Callable[[], bool] | None = None) -> None:
+        """Collective. Answers after `step` updates. A family that cannot generate is told of once.
+
+        Where `stop` becomes true on a rank this step has none: they are no part of what a run comes to.
+        """
         if not self.rows.size:
             return
         heldout = self.stepper.prepared.heldout
         assert heldout is not None
         self.console.phase("answers")
-        answers = self._answers(heldout)
-        self.console.phase("training")
+        try:
+            answers = self._answers(heldout, stop)
+        except Interrupted:
+            return
+        finally:
+            self.console.phase("training")
         if answers is None:
             self.rows = self.rows[:0]
         else:
             self._tell(step, [heldout.prompt_text(int(row)) for row in self.rows], answers)
 
-    def _answers(self, heldout: Examples) -> list[Answer] | None:
-        """Collective."""
+    def _answers(self, heldout: Examples, stop: Callable[[], bool] | None) -> list[Answer] | None:
+        """Collective. Raises `Interrupted`."""
         prepared, policy = self.stepper.prepared, self.stepper.policy
         section = prepared.config.answers
         decoding = Decoding(
@@ -74,25 +83,31 @@ class Samples:
         prompts = [heldout.prompt(int(row)) for row in self.rows]
         if policy.waits_in_forward:
             made: list[Generated] | None = extend(
-                policy.forward, policy.model, prompts, decoding, self.stepper.memory.cutting
+                policy.forward, policy.model, prompts, decoding, self.stepper.memory.cutting, stop=stop
             )
         else:
-            made = self._divided(prompts, decoding)
+            made = self._divided(prompts, decoding, stop)
         return None if made is None else in_words(prepared.tokenizer, made)
 
-    def _divided(self, prompts: list[np.ndarray], decoding: Decoding) -> list[Generated] | None:
-        """Collective. Each rank answers its share; None, and told, where one of them could not."""
+    def _divided(
+        self, prompts: list[np.ndarray], decoding: Decoding, stop: Callable[[], bool] | None
+    ) -> list[Generated] | None:
+        """Collective. Each rank answers its share; None, and told, where one could not. Raises `Interrupted`."""
         lm, batch = self.stepper.policy.model.lm, self.stepper.prepared.config.answers.batch
         rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
         own: list[Generated] = []
-        why = None
+        why, interrupted = None, False
         try:
-            own = generate(lm, prompts[rank::ranks], decoding, batch=batch)
+            own = generate(lm, prompts[rank::ranks], decoding, batch=batch, stop=stop)
+        except Interrupted:
+            interrupted = True
         except _FAILURES as error:
             why = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
             error.__traceback__ = None  # its frames hold what there was no room for
         if why is not None:
             release()
+        if comm.any_(interrupted):
+            raise Interrupted
         shares = comm.gather((own, why))
         failures = [failure for _, failure in shares if failure is not None]
         if failures:

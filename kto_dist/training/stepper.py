@@ -1,5 +1,6 @@
 """Steps within the memory that there is: the largest micro-batch is tried first, and where it fails half of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -125,10 +126,10 @@ class Stepper:
 
         return attempt(once, "the largest micro-batch", again=not self.policy.waits_in_backward)
 
-    def evaluate(self, step: int, *, whole: bool = True) -> HeldOut | None:
+    def evaluate(self, step: int, *, whole: bool = True, stop: Callable[[], bool] | None = None) -> HeldOut | None:
         """Collective. Held-out rows under the policy as it is, after `step` updates; None without such rows.
 
-        `whole`: all of them, where `evaluate.tokens` may leave a part.
+        `whole`: all of them, where `evaluate.tokens` may leave a part. Raises `Interrupted` where `stop` says so.
         """
         prepared, refs = self.prepared, self.refs.heldout
         heldout, objective, part = prepared.heldout, prepared.objective, self.part
@@ -155,7 +156,8 @@ class Stepper:
         def evaluated(cutting: Cutting) -> HeldOut:
             again = not self.policy.waits_in_forward
             forward = self.policy.forward
-            model = Remembering(refs if is_reference else under(forward, heldout, objective, cutting, again=again))
+            scored = under(forward, heldout, objective, cutting, again=again, stop=stop)
+            model = Remembering(refs if is_reference else scored)
             if not whole and part is not None:
                 return HeldOut(whole=None, part=of(model, part))
             rows = of(model, None)
