@@ -283,6 +283,11 @@ def test_a_host_that_lacks_something_is_named_with_the_setting(cluster, config):
     assert done.exit_code == 2 and f"127.0.0.2: model.path: {cluster}/none is not there" in done.output
 
 
+def test_an_ssh_that_is_not_there_is_named(cluster, config):
+    done = CliRunner().invoke(main, command(cluster, config, "--dry-run", "--ssh", str(cluster / "no-ssh")))
+    assert done.exit_code == 2 and "no-ssh, by which 127.0.0.2 is reached, cannot be started" in done.output
+
+
 def facts(**more: object) -> Facts:
     content = {
         "python": "3.11.2",
@@ -341,9 +346,11 @@ def test_what_may_go_wrong_is_said(change, words):
 
 def test_a_host_leaves_nothing_behind_and_sees_the_mark_of_a_shared_folder(tmp_path):
     (tmp_path / "mark").touch()
-    found = look(Question(name="a", written={"train.output": str(tmp_path / "not" / "yet")}, mark="mark"))
-    assert found.problems == {} and found.sees == {"train.output": False} and found.port > 0
-    assert look(Question(name="a", written={"x": str(tmp_path)}, mark="mark")).sees == {"x": True}
+    written = {"train.output": str(tmp_path / "not" / "yet"), "x": str(tmp_path)}
+    marks = {"train.output": str(tmp_path / "away"), "x": str(tmp_path / "mark")}
+    found = look(Question(name="a", written=written, marks=marks))
+    assert found.problems == {} and found.sees == {"train.output": False, "x": True} and found.port > 0
+    assert look(Question(name="a", written=written)).sees == {"train.output": False, "x": False}
     assert [path.name for path in tmp_path.iterdir()] == ["mark"]
     assert look(Question(name="a", written={"x": "/proc/nowhere"})).problems["x"].startswith("/proc/nowhere cannot be")
 

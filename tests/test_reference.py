@@ -133,6 +133,7 @@ POLICY = {
     "tracking__register_as": "other",
     "checkpoint__every_steps": 1,
     "checkpoint__keep": 1,
+    "checkpoint__background": True,
     "checkpoint__resume": False,
     "evaluate__every_steps": 1,
     "evaluate__tokens": 500,

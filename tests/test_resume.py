@@ -65,6 +65,7 @@ OTHER = {
     "reference.logits_dtype": "fp32",
     "checkpoint.every_steps": 2,
     "checkpoint.keep": 5,
+    "checkpoint.background": True,
     "evaluate.every_steps": 2,
     "evaluate.tokens": 500,
     "health.max_kl": None,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kto_dist.cluster.hostfile import Node
-from kto_dist.cluster.probe import Facts, Question
+from kto_dist.cluster.probe import Facts, Question, existing
 from kto_dist.cluster.remote import Answer, Reach
 from kto_dist.training.config import Config
 
@@ -71,9 +71,12 @@ def look(config: Config, nodes: Sequence[Node], reach: Reach) -> Report:
     """Asks all hosts at once."""
     folders = written(config)
     mark = f".kto-dist-{uuid.uuid4().hex}"
-    made = [Path(folder) / mark for folder in folders.values() if _touched(Path(folder) / mark)]
+    marks = {setting: existing(Path(folder)) / mark for setting, folder in folders.items()}
+    marks = {setting: path for setting, path in marks.items() if _touched(path)}
+    told = {setting: str(path) for setting, path in marks.items()}
     questions = [
-        Question(name=node.name, written=folders, read=read(config), head=nodes[0].address, mark=mark) for node in nodes
+        Question(name=node.name, written=folders, read=read(config), head=nodes[0].address, marks=told)
+        for node in nodes
     ]
     try:
         started = time.time()
@@ -85,15 +88,14 @@ def look(config: Config, nodes: Sequence[Node], reach: Reach) -> Report:
         )
         seconds = time.time() - started
     finally:
-        for path in made:
+        for path in set(marks.values()):
             with contextlib.suppress(OSError):
                 path.unlink()
     found, wrong = _facts(nodes, answers)
     unreachable = [node.name for node in nodes if node.name not in found]
     if not found:
         return Report(lines=[], wrong=wrong, doubts=[], environment={}, port=0, unreachable=unreachable)
-    marked = {setting for setting, folder in folders.items() if Path(folder) / mark in made}
-    more, doubts = judge(nodes, found, seconds, marked)
+    more, doubts = judge(nodes, found, seconds, set(marks))
     head = found.get(nodes[0].name)
     return Report(
         lines=[_line(node, found[node.name]) for node in nodes if node.name in found],

@@ -35,8 +35,8 @@ class Question:
     """Files and folders that it reads, by setting."""
     head: str = ""
     """The address of rank 0's host."""
-    mark: str = ""
-    """The name of a file that the launching host has made in each written folder."""
+    marks: dict[str, str] = field(default_factory=dict)
+    """Files that the launching host has made in written folders, or where these are going to be, by setting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ def look(question: Question) -> Facts:
     sees: dict[str, bool] = {}
     for setting, name in question.written.items():
         folder = Path(name)
-        sees[setting] = bool(question.mark) and (folder / question.mark).exists()
+        sees[setting] = setting in question.marks and Path(question.marks[setting]).exists()
         if problem := _unwritable(folder):
             problems[setting] = problem
         disks[setting] = _free(folder)
@@ -118,7 +118,8 @@ def _gpus() -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
+    """It, or what there is of it."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -127,14 +128,14 @@ def _existing(folder: Path) -> Path:
 
 def _free(folder: Path) -> float:
     try:
-        return shutil.disk_usage(_existing(folder)).free / 2**30
+        return shutil.disk_usage(existing(folder)).free / 2**30
     except OSError:
         return 0.0
 
 
 def _unwritable(folder: Path) -> str | None:
     """Tried in what there is of it."""
-    trial = _existing(folder) / f".kto-dist-{uuid.uuid4().hex}"
+    trial = existing(folder) / f".kto-dist-{uuid.uuid4().hex}"
     try:
         trial.write_bytes(b"x")
         found = trial.read_bytes()

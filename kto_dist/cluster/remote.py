@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kto_dist.base.errors import UserError
 from kto_dist.cluster.hostfile import Node
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-T")
@@ -45,14 +46,21 @@ class Reach:
         return [*self.ssh, node.name, f"cd {folder} && exec env {_path()}{shlex.join(python)}"]
 
     def start(self, node: Node, module: str, *, quiet: bool = False) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            self.command(node, module),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if quiet else None,
-            stderr=subprocess.PIPE if quiet else None,
-            text=True,
-            start_new_session=True,
-        )
+        """Raises `UserError` where there is no ssh here."""
+        try:
+            return subprocess.Popen(
+                self.command(node, module),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if quiet else None,
+                stderr=subprocess.PIPE if quiet else None,
+                text=True,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UserError(
+                f"{self.ssh[0]}, by which {node.name} is reached, cannot be started ({error}): install openssh-client, "
+                "or name another command by --ssh"
+            ) from None
 
     def ask(self, nodes: Sequence[Node], module: str, questions: Sequence[str], seconds: float) -> list["Answer"]:
         """All at once: each is told its question, and says what it has to."""

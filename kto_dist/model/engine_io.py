@@ -4,21 +4,35 @@ Its `save_checkpoint` and `load_checkpoint` work through files between collectiv
 the others waiting. Here a rank only notes what fails, or is asked for its files alone; then all ranks meet, and hear of
 it. Of an engine and nothing else: deepspeed is not imported here.
 
-1. `writes_noted`                   inside, a save's writes fail in silence, and the failures are the caller's to raise
+1. `writes_noted`                   inside, a save's writes fail in silence, and the failures are the caller's to raise;
+                                    or they are put off, and stay in memory as they were at this moment
 2. `copy_swapped`                   the part of a save that copies what an optimizer has swapped to disk
 3. `gathers_put_off`, `gather`      inside the one, a load asks nothing of other ranks; the other makes up for it
 """
 
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
+@dataclass(frozen=True, slots=True)
+class PutOff:
+    """A file that has still to be written."""
+
+    path: Path
+    content: memoryview
+
+
 @contextmanager
-def writes_noted(engine: Any) -> Iterator[list[Exception]]:
+def writes_noted(engine: Any, put_off: list[PutOff] | None = None) -> Iterator[list[Exception]]:
     """Inside, a write of DeepSpeed's that fails is noted and not raised, and what is swapped to disk is not copied.
+
+    With `put_off` its files come there, and not to the disk. One that memory has no room for is written at once, as all
+    are where `deepspeed.config` names a writer of its own.
 
     The scripts that it copies beside checkpoints stay away: `kto-dist export` does what they do, and rank 0 would write
     them past the one place where writes can be noted.
@@ -35,7 +49,22 @@ def writes_noted(engine: Any) -> Iterator[list[Exception]]:
         return try_it
 
     writer = engine.checkpoint_engine
-    writer.save, writer.makedirs = guarded(writer.save), guarded(writer.makedirs)
+    write = writer.save
+    if type(writer).__name__ != "TorchCheckpointEngine":
+        put_off = None
+
+    def save(state_dict: Any, path: Any) -> None:
+        if put_off is None:
+            return write(state_dict, path)
+        content = io.BytesIO()
+        try:
+            write(state_dict, content)
+        except MemoryError:
+            content.close()
+            return write(state_dict, path)
+        put_off.append(PutOff(Path(path), content.getbuffer()))
+
+    writer.save, writer.makedirs = guarded(save), guarded(writer.makedirs)
     engine._copy_recovery_script = lambda folder: None
     engine.zero_nvme_offload_optimizer = lambda: False
     try:

@@ -26,7 +26,7 @@ from kto_dist.base import agree, comm
 from kto_dist.model.adapters import Adapter, put_in
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
-from kto_dist.model.engine_io import copy_swapped, gather, gathers_put_off, writes_noted
+from kto_dist.model.engine_io import PutOff, copy_swapped, gather, gathers_put_off, writes_noted
 from kto_dist.model.loading import load_model, refuse_packed, set_modes
 from kto_dist.model.options import claim_swap_folders, deepspeed_options, offload_options, release_swap_folder
 from kto_dist.model.trial import check_runs
@@ -208,16 +208,17 @@ class Policy:
         self.engine.step()
         return self.engine.get_global_grad_norm() if norm is None else norm
 
-    def save(self, folder: Path, tag: str, *, first: bool | None) -> None:
+    def save(self, folder: Path, tag: str, *, first: bool | None, put_off: list[PutOff] | None = None) -> None:
         """Collective. Writes `folder/tag`; does not touch DeepSpeed's `latest`, which is not written atomically.
 
         `first`: of the ranks that see this folder. It writes the weights that all have alike, which DeepSpeed leaves to
-        rank 0, whose folder other hosts may not see; None with ZeRO-3, where each has its share.
+        rank 0, whose folder other hosts may not see; None with ZeRO-3, where each has its share. `put_off`: where this
+        rank's files come in place of the disk.
         Raises on all ranks where one could not write.
         """
         if first is not None:
             self.engine.save_non_zero_checkpoint = first
-        with writes_noted(self.engine) as failures:
+        with writes_noted(self.engine, put_off) as failures:
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=self.adapted)
 
         def finish() -> None:

@@ -4,15 +4,19 @@
                                           which lists every file with its checksum
 
 A checkpoint is written below a hidden name, flushed to disk, and renamed when every rank is done, so one that a crash
-cut short is never seen. One that is found is read whole and compared with its manifest; where a byte is another one,
-the checkpoint before it counts. On hosts without a shared file system each keeps its own part, and the newest step that
-all of them have is resumed; a host that has none, where others do, is named.
+cut short is never seen; nor is one that a thread still writes while training goes on. One that is found is read whole
+and compared with its manifest; where a byte is another one, the checkpoint before it counts. On hosts without a shared
+file system each keeps its own part, and the newest step that all of them have is resumed; a host that has none, where
+others do, is named.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from kto_dist.base import agree, comm, disks, hosts
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import TEMPORARY, flush, write_whole
 from kto_dist.model import engine_files
+from kto_dist.model.engine_io import PutOff
 from kto_dist.model.engines import Policy
 from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.training import manifest, random_states, scattered
@@ -57,43 +62,104 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(policy: Policy, output: str | Path, state: State, keep: int, best: int | None = None) -> Path:
-    """Collective. Returns the finished checkpoint's folder; beside the `keep` newest, that of step `best` stays.
+class Saving:
+    """A checkpoint on its way to the disk."""
 
-    Raises `UserError` where a disk does not take it.
-    """
-    name = name_of(state.step)
-    root = folder(output)
-    partial = root / f".partial-{name}"
+    def __init__(
+        self,
+        policy: Policy,
+        output: str | Path,
+        state: State,
+        keep: int,
+        best: int | None = None,
+        *,
+        background: bool = False,
+    ):
+        """Collective. Beside the `keep` newest checkpoints, that of step `best` is going to stay.
 
-    def describe() -> None:
-        if not (partial / STATE).exists():
-            write_whole(partial / STATE, json.dumps(asdict(state), indent=1).encode())
+        `background`: this rank's part is copied to memory, and a thread writes it, so that the policy may go on at
+        once. Raises `UserError` where a disk does not take it.
+        """
+        self.step, self._keep, self._best = state.step, keep, best
+        self._root = folder(output)
+        self._name = name_of(state.step)
+        self._partial = self._root / f".partial-{self._name}"
+        self._written: dict[str, manifest.Entry] = {}
+        self._failed: Exception | None = None
+        put_off: list[PutOff] = []
+        partial = self._partial
 
-    def finish() -> None:
-        if not partial.exists():  # another host of a shared file system has done it
+        def describe() -> None:
+            if not (partial / STATE).exists():
+                write_whole(partial / STATE, json.dumps(asdict(state), indent=1).encode())
+
+        with self._refusals():
+            agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            agree.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
+            first = manifest.neighbours(self._root)[0] == comm.rank()
+            first_of = None if state.zero_stage == 3 else first
+            policy.save(self._root, partial.name, first=first_of, put_off=put_off if background else None)
+            agree.side_by_side(lambda: random_states.save(partial / f"rng-rank-{comm.rank()}.safetensors"))
+            agree.once_per_host(describe)
+        self._thread = threading.Thread(target=self._write, args=(put_off,), daemon=True, name="checkpoint")
+        self._thread.start()
+
+    def is_written(self) -> bool:
+        """Collective. Whether all ranks have, so that `commit` waits for none."""
+        return not comm.any_(self._thread.is_alive())
+
+    def commit(self) -> Path:
+        """Collective. Waits for what is still to be written; returns the finished checkpoint's folder.
+
+        Until then there is none: a run that is killed goes on from the one before. Raises `UserError` where a disk does
+        not take it.
+        """
+        with self._refusals():
+            made = agree.side_by_side(self._wait)
+            manifest.write(self._partial, made)
+            agree.once_per_host(self._finish)
+        return self._root / self._name
+
+    def _refusals(self) -> AbstractContextManager[None]:
+        return disks.refusals(f"the checkpoint of step {self.step}", "train.output", self._root)
+
+    def _write(self, files: list[PutOff]) -> None:
+        try:
+            while files:
+                file = files.pop()  # its memory is free again when it is written
+                with file.path.open("wb") as disk:
+                    disk.write(file.content)
+                    disk.flush()
+                    os.fsync(disk.fileno())
+                entry = manifest.Entry(size=len(file.content), sha256=hashlib.sha256(file.content).hexdigest())
+                self._written[str(file.path.relative_to(self._partial))] = entry
+        except Exception as error:  # raised on all ranks by `commit`
+            self._failed = error
+
+    def _wait(self) -> dict[str, manifest.Entry]:
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed
+        return self._written
+
+    def _finish(self) -> None:
+        root, name = self._root, self._name
+        if not self._partial.exists():  # another host of a shared file system has done it
             return
         shutil.rmtree(root / name, ignore_errors=True)
-        os.replace(partial, root / name)
+        os.replace(self._partial, root / name)
         flush(root)
         # what lies beyond was passed over, as damaged or not on all hosts, and is done anew
         beyond = [old for old in _names(root) if old > name]
         known = [old for old in _names(root) if old <= name]
-        for old in [*beyond, *known[keep:]]:
-            if best is None or old != name_of(best):
+        for old in [*beyond, *known[self._keep :]]:
+            if self._best is None or old != name_of(self._best):
                 shutil.rmtree(root / old)
 
-    with disks.refusals(f"the checkpoint of step {state.step}", "train.output", root):
-        agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-        agree.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
-        first = manifest.neighbours(root)[0] == comm.rank()
-        policy.save(root, partial.name, first=None if state.zero_stage == 3 else first)
-        agree.side_by_side(lambda: random_states.save(partial / f"rng-rank-{comm.rank()}.safetensors"))
-        agree.once_per_host(describe)
-        comm.barrier()
-        manifest.write(partial)
-        agree.once_per_host(finish)
-    return root / name
+
+def save(policy: Policy, output: str | Path, state: State, keep: int, best: int | None = None) -> Path:
+    """Collective. `Saving`, at once."""
+    return Saving(policy, output, state, keep, best).commit()
 
 
 def find(output: str | Path, warn: Callable[[str], None]) -> Path | None:

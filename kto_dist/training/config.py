@@ -85,6 +85,11 @@ class CheckpointConfig(Section):
         "export is done",
     )
     keep: Positive = Field(2, description="newest checkpoints that stay on disk")
+    background: bool = Field(
+        False,
+        description="whether training goes on while a checkpoint is written: until then each rank keeps a copy of its "
+        "part in host memory",
+    )
     best: Text | None = Field(
         None,
         description="held-out figure, as heldout/auc: the best evaluation's checkpoint stays beside the newest and is"

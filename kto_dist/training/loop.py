@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,16 @@ from kto_dist.reference.record import PassRecord
 from kto_dist.training import checkpoint
 from kto_dist.training.agreement import begin_together
 from kto_dist.training.ahead import ahead
-from kto_dist.training.best import Best
 from kto_dist.training.config import Config
 from kto_dist.training.evaluations import Evaluations
-from kto_dist.training.figures import FEW, beyond_grace, due, is_sound, line_of, long_way, part_figures, step_figures
+from kto_dist.training.figures import FEW, due, is_sound, line_of, long_way, part_figures, step_figures
 from kto_dist.training.finish import Outcome, finish, report_so_far
 from kto_dist.training.heavy import heavy_rows, warning
 from kto_dist.training.prepare import PreparedTraining, find, prepare_training, wanted
 from kto_dist.training.preview import preview
 from kto_dist.training.profile import profiled
 from kto_dist.training.run import Goodbye, Run, alone_in, find_checkpoint, open_run, start_run
+from kto_dist.training.saves import Saves
 from kto_dist.training.step import StepResult
 from kto_dist.training.stepper import Stepper
 from kto_dist.training.trends import own_rules
@@ -125,7 +124,7 @@ def _train(
     first = done = run.state.step
     last, tokens = run.last_line(), 0
     console.phase("training")
-    evaluations = Evaluations(stepper, run, console, watching)
+    evaluations, saves = Evaluations(stepper, run, console, watching), Saves(policy, prepared, run, console)
     before = evaluations.begin(first)
     with (
         sigterm_noted() as terminated,
@@ -153,11 +152,12 @@ def _train(
                     evaluations.at(done, terminated)
                 signalled, started = comm.any_(terminated()), time.monotonic()
             saving = due(config.checkpoint.every_steps, done) or evaluations.wants_checkpoint(done)
-            saving = saving or done == plan.steps or signalled or bool(stopping)
+            at_once = done == plan.steps or signalled or bool(stopping)
             # a broken step must not push a sound checkpoint out
-            if saving and is_sound(last):
-                _save(policy, prepared, run, console, done, evaluations.best, last["seconds"])
+            if (saving or at_once) and is_sound(last):
+                saves.save(done, evaluations.best, last["seconds"], at_once=at_once)
                 started = time.monotonic()
+            saves.finish() if at_once else saves.look()
             if signalled or (done == plan.steps and comm.any_(terminated())):
                 raise Stopped(run.stopped_by_signal(done, plan.steps), TERMINATED)
             if stopping:
@@ -166,6 +166,7 @@ def _train(
                 console.warn(long)
             if evaluations.ended:
                 break
+        saves.finish()
 
     goodbye.where = "after the last step; the same command evaluates and exports the model of its checkpoint"
     if done == plan.steps:
@@ -217,25 +218,3 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> tupl
             shutil.rmtree(universal, ignore_errors=True)  # the next start clears what is left
     run.mlflow_run = comm.broadcast(run.tracker.run_id)
     return policy, rounding
-
-
-def _save(
-    policy: Policy,
-    prepared: PreparedTraining,
-    run: Run,
-    console: Console,
-    step: int,
-    best: Best | None,
-    seconds: float,  # that the step took
-) -> None:
-    """Collective."""
-    console.phase("checkpoint")
-    started, first = time.monotonic(), run.saved == 0
-    state = replace(run.now, step=step, mlflow_run=run.mlflow_run)
-    kept = None if best is None else best.step
-    checkpoint.save(policy, run.folder.path, state, prepared.config.checkpoint.keep, kept)
-    run.saved = step
-    long = beyond_grace(seconds, time.monotonic() - started, prepared.config.cluster.grace)
-    if first and long is not None:
-        console.warn(long)
-    console.phase("training")

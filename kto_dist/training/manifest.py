@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,19 +35,25 @@ class Entry:
     sha256: str
 
 
-def write(folder: Path) -> None:
-    """Collective. All files are there by now; they are flushed to the disk, and listed. Raises `OSError`."""
+def write(folder: Path, made: Sequence[Mapping[str, Entry]] = ()) -> None:
+    """Collective. All files are there by now; they are flushed to the disk, and listed. Raises `OSError`.
+
+    `made`: by rank, the entries of files that it has flushed itself.
+    """
     group = neighbours(folder.parent)
 
     def entry(name: str) -> tuple[str, Entry]:
         flush(folder / name)
         return name, Entry(size=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
 
-    def entries_of_share() -> list[tuple[str, Entry]]:
-        return _each(_share({name: (folder / name).stat().st_size for name in _files(folder)}, group), entry)
+    entries = {name: found for rank in group if made for name, found in made[rank].items()}
 
-    made = agree.side_by_side(entries_of_share)
-    entries = {name: found for rank in group for name, found in made[rank]}
+    def entries_of_share() -> list[tuple[str, Entry]]:
+        left = {name: (folder / name).stat().st_size for name in _files(folder) if name not in entries}
+        return _each(_share(left, group), entry)
+
+    others = agree.side_by_side(entries_of_share)
+    entries |= {name: found for rank in group for name, found in others[rank]}
 
     def put_down() -> None:
         if not (folder / NAME).exists():

@@ -57,6 +57,7 @@ APPLIED = frozenset(
 """Applied from the checkpoint on, and said: they change the trajectory, its rounding, or what is written and when."""
 ASIDE = frozenset(
     {"train.output", "train.profile", "data.workers", "data.cache", "reference.store", "checkpoint.resume"}
+    | {"checkpoint.background"}
     | {"reference.nvme_path", "deepspeed.nvme_path", "model.trust_remote_code", "reference.trust_remote_code"}
     | {f"tracking.{name}" for name in ("enabled", "uri", "experiment", "report", "run_name", "log_model")}
     | {"tracking.register_as", "adapter.merged"}
