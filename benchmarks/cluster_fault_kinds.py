@@ -24,7 +24,7 @@ _FILLER = "filler"
 
 
 def nothing(trial: Trial) -> None:
-    """Where a fault needs no mending, or no preparation."""
+    """Where a fault needs no mending."""
 
 
 def usual_disks(nodes: Nodes) -> AbstractContextManager[None]:
@@ -134,7 +134,6 @@ class Kind:
     inject: Callable[[Trial], None]
     names: tuple[str, ...]
     """What has to be said of it, as regular expressions; nothing where nobody is left who could."""
-    before: Callable[[Trial], None] = nothing
     mend: Callable[[Trial], None] = nothing
     """When it is noticed, or the job has ended."""
     itself: bool = False

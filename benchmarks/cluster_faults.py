@@ -206,7 +206,6 @@ def disturbed(kind: "Kind", nodes: Nodes, kept: Path, draw: random.Random) -> Ou
     trial = Trial(nodes=nodes, draw=draw)
     job = trial.start(*(["--max-restarts", "3"] if kind.itself else []))
     trial.wait_for_a_moment()
-    kind.before(trial)
     began, heard = time.monotonic(), len(trial.words())
     done, noticed, back, mended = trial.done(), None, None, False
     kind.inject(trial)

@@ -32,6 +32,8 @@ _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin
 _PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "unshare", "nsenter", "mount")
 _ALL = ("--net", "--mount", "--uts", "--ipc", "--pid")
 _SECONDS_TO_START = 20.0
+_CACHE = "torchinductor_"
+"""How the name of torch's cache begins, which a user's runs share."""
 OWN = ("disk", "scratch", "shm")
 """Folders that every host has for itself."""
 
@@ -232,9 +234,9 @@ class Nodes:
         found = [f"process {process.pid}: {shlex.join(words)}" for process, words, _ in self._processes()]
         for name in self._running:
             own = self.folder / "hosts" / name
-            found += [
-                str(path.relative_to(own.parent)) for part in ("scratch", "shm") for path in (own / part).iterdir()
-            ]
+            for part in ("scratch", "shm"):
+                paths = [path for path in (own / part).iterdir() if not path.name.startswith(_CACHE)]
+                found += [str(path.relative_to(own.parent)) for path in paths]
         return found
 
     def _processes(self) -> list[tuple[psutil.Process, list[str], dict[str, str]]]:

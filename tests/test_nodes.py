@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nodes import Job, Nodes, why_not
+from nodes import NAMES, Job, Nodes, why_not
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_runs import TIMED, metrics_of, tiny_config, train_all, weights_of
@@ -101,15 +101,21 @@ class Hosts:
             assert [path.name for path in self.run(name).rglob(".*") if path.name != ".run.lock"] == []
 
 
-def test_two_hosts_train_to_the_losses_of_one_without_a_shared_disk(nodes, tmp_path, tiny_model, tiny_log):
+@pytest.mark.parametrize("names", [NAMES, pytest.param((*NAMES, "node-c", "node-d"), marks=pytest.mark.soak)])
+def test_hosts_without_a_shared_disk_train_to_the_losses_of_one(tmp_path, tiny_model, tiny_log, names):
     settings = {"checkpoint__every_steps": 2, "deepspeed__zero_stage": 2}
     one = tiny_config(tmp_path / "one", tiny_model, tiny_log, **settings)
-    run_ranks(train_all, 2, [one])
-    hosts = Hosts(nodes, tiny_config(nodes.disk, tiny_model, tiny_log, **settings))
+    run_ranks(train_all, len(names), [one])
+    with Nodes(tmp_path / "nodes", names) as nodes:
+        _trains_as(one, nodes, tiny_config(nodes.disk, tiny_model, tiny_log, **settings))
+
+
+def _trains_as(one: Config, nodes: Nodes, config: Config) -> None:
+    hosts = Hosts(nodes, config)
     job = hosts.start()
     assert job.wait(240) == 0, job.words()
-    assert "node-b: 1 ranks; " in job.words() and "all-reduce of 2 ranks on cpu" in job.words()
-    assert "train.output" in job.words() and "not shared by all hosts" in job.words()
+    assert "node-b: 1 ranks; " in job.words() and f"all-reduce of {len(nodes.names)} ranks on cpu" in job.words()
+    assert "train.output: not shared by all hosts" in job.words()
     found = [line["loss"] for line in read_lines(hosts.run("node-a") / "metrics.jsonl")]
     assert found == pytest.approx([line["loss"] for line in metrics_of(one)], abs=1e-7, rel=0) and len(found) == 5
     assert not (hosts.run("node-b") / "metrics.jsonl").exists()
@@ -175,6 +181,28 @@ def test_a_host_that_is_cut_off_ends_the_job_by_name_on_both_sides(nodes, whole,
     assert job.wait(300) == 0, job.words()
     hosts.is_as(whole)
     hosts.is_tidy()
+
+
+@pytest.mark.soak
+def test_a_job_goes_on_by_itself_on_the_hosts_that_are_left(nodes, whole, tiny_model, tiny_log):
+    """The run's folder is shared here, so that who is left has the whole checkpoint."""
+    shared = nodes.folder / "shared"
+    config = tiny_config(shared, tiny_model, tiny_log, **LONG, cluster__min_nodes=1, deepspeed__zero_stage=2)
+    hosts = Hosts(nodes, config)
+    job = hosts.start("--no-preflight", "--max-restarts", "1")
+    metrics = Path(config.train.output) / "metrics.jsonl"
+    while len(read_lines(metrics)) < EVERY + 2:
+        assert job.runs(), job.words()
+        time.sleep(0.01)
+    nodes.kill("node-b")
+    assert job.wait(300) == 0, job.words()
+    assert "(node-b lost): start 1 of 1" in job.words()
+    lines = metrics_of(config)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in metrics_of(whole)], abs=1e-5)
+    for name, tensor in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(config)[name], tensor, rtol=0, atol=1e-5)
+    assert nodes.left() == []
 
 
 @pytest.mark.soak

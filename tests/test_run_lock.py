@@ -74,7 +74,7 @@ def test_hosts_of_one_run_may_share_the_folder(tmp_path):
 def test_a_run_of_another_machine_counts_while_it_renews_its_lock(tmp_path, age, held):
     """Also where this machine's locks say nothing of that one's."""
     lock = tmp_path / NAME
-    lock.write_text(json.dumps({**whereabouts(), "host": "elsewhere", "job": "theirs"}))
+    lock.write_text(json.dumps({**whereabouts(), "host": "elsewhere", "boot": "another", "job": "theirs"}))
     os.utime(lock, (time.time() - age,) * 2)
     mine = RunLock(tmp_path, "mine")
     if held:
@@ -83,6 +83,28 @@ def test_a_run_of_another_machine_counts_while_it_renews_its_lock(tmp_path, age,
     else:
         mine.take()
         mine.release()
+
+
+@pytest.mark.parametrize(
+    "since", [{"boot": "before"}, {"namespace": "gone"}, {"namespace": "gone", "host": "container"}]
+)
+def test_what_a_machine_or_a_container_held_before_it_was_ended_is_free(tmp_path, since):
+    lock = tmp_path / NAME
+    lock.write_text(json.dumps({**whereabouts(), "job": "theirs", **since}))
+    mine = RunLock(tmp_path, "mine")
+    mine.take()
+    mine.release()
+
+
+def test_another_container_of_this_machine_that_is_at_work_is_seen(tmp_path):
+    job = held_by_another(tmp_path)
+    lock = tmp_path / NAME
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "namespace": "other", "host": "container"}))
+    try:
+        with pytest.raises(UserError, match="another run .* is at work"):
+            RunLock(tmp_path, "mine").take()
+    finally:
+        end(job)
 
 
 @pytest.mark.parametrize("content", (b"", b"{", b"[]", b"\xff", json.dumps({"pid": 1}).encode()))

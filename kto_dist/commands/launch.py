@@ -37,7 +37,7 @@ ALLREDUCE = "kto_dist.cluster.allreduce"
     "--ssh",
     show_default=shlex.join(SSH),
     metavar="COMMAND",
-    help="How hosts are reached. By default with keep-alives that fit cluster.timeout.",
+    help="How hosts are reached. By default with a keep-alive that fits cluster.timeout.",
 )
 @click.option("--preflight/--no-preflight", "looks", default=True, help="Whether hosts are looked at first.")
 @click.argument("config", type=click.Path(path_type=Path))

@@ -2,7 +2,8 @@
 
 The lock is a file that its holder keeps locked (`flock`), and that says who the holder is: process, host and job. Where
 a file system has no such locks, or hosts do not see each other's, what it says decides: a process of this machine is
-looked up, and one of another machine counts while it renews the file.
+looked up, and one of another machine counts while it renews the file. A machine that was switched off, and a container
+that was ended, hold nothing when they are back.
 """
 
 import contextlib
@@ -71,7 +72,7 @@ class RunLock:
             if holder.get("job") == self._job:  # of this run, on a host that shares the folder
                 os.close(descriptor)
                 return
-            if (known and not locked) or _holds(holder, self._path):
+            if (known and not locked) or (not (locked and _is_free_here(holder)) and _holds(holder, self._path)):
                 os.close(descriptor)
                 away = f", or remove {self._path} if that machine is gone" if lives(holder) is None else ""
                 raise UserError(
@@ -132,6 +133,13 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_free_here(holder: dict[str, Any]) -> bool:
+    """Whether the lock that was just taken says that its last holder is gone: one of this kernel, in whatever
+    container, would hold it still, and this machine has been started again since another one of its own."""
+    own = whereabouts()
+    return own["host"] == holder.get("host") or (own["boot"] != "" and own["boot"] == holder.get("boot"))
 
 
 def _holds(holder: dict[str, Any], path: Path) -> bool:
