@@ -16,6 +16,8 @@ from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 
 from kto_dist.data.batch import Cutting, microbatches
 from kto_dist.data.examples import Examples
+from kto_dist.evaluation.figures import figures_of
+from kto_dist.evaluation.heldout import evaluate_rows
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.objective import metrics
 from kto_dist.objective.losses import LOSSES
@@ -254,6 +256,33 @@ def test_an_sft_term_beside_a_loss_on_thumbs_is_a_mean_over_good_rows(case, loss
     figures, gradients = ours(policy, reference, examples_of(rows), np.arange(8)[:, None], loss, sft_weight=0.6)
     assert figures["loss"] == pytest.approx(wanted, rel=1e-12)
     assert relative_error(gradients, gradients_by_hand) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"), [("dpo", {"label_smoothing": 0.1, "sft_weight": 0.7}), ("ipo", {"sft_weight": 0.7})]
+)
+def test_the_held_out_loss_of_pairs_is_the_one_that_is_minimised(case, loss, settings):
+    policy, reference, rows = case
+    examples, units = examples_of(rows), np.arange(8).reshape(-1, 2)
+    figures, _ = ours(policy, reference, examples, units, loss, **settings)
+
+    def under(model):
+        with torch.no_grad():
+            logps = np.array([float(logp(model, prompt, completion)) for prompt, completion, *_ in rows])
+        return lambda prompts, completions: logps[completions]
+
+    found = evaluate_rows(
+        under(policy),
+        under(reference),
+        examples,
+        seed=0,
+        loss=LOSSES[loss],
+        beta=BETA,
+        units=units,
+        class_weights=(1.0, 1.0),
+        **settings,
+    )
+    assert figures_of(found)["loss"] == pytest.approx(figures["loss"], rel=1e-9)
 
 
 # ---- whole runs ----

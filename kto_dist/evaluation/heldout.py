@@ -79,8 +79,13 @@ def evaluate_rows(
         beta=beta,
         counted=counted,
         pairs=units if units is not None and loss.unit > 1 else np.zeros((0, 2), np.int64),
-        pair_losses=of_loss[:: loss.unit, metrics.QUANTITIES.index("loss")] if loss.unit > 1 else torch.zeros(0),
+        pair_losses=_of_units(of_loss, loss.unit) if loss.unit > 1 else torch.zeros(0),
     )
+
+
+def _of_units(table: Tensor, unit: int) -> Tensor:  # (U * unit, Q) -> (U,)
+    """The loss of each unit: what its rows have of it by themselves, as an SFT term, counts as in a step's mean."""
+    return table[:, metrics.QUANTITIES.index("loss")].view(-1, unit).mean(1)
 
 
 def _whatever_the_loss(
