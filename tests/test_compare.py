@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import compare as result_file
 import compare_table
@@ -13,11 +14,12 @@ from mlflow import MlflowClient
 from ranks import run_ranks
 from tiny_runs import metrics_of, tiny_config, train_all
 
+from kto_dist.base.config import to_yaml
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.commands import launcher
 from kto_dist.commands.cli import main
-from kto_dist.comparison.compare import compare
+from kto_dist.comparison.compare import compare, sources_of
 from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.comparison.measure import choose, halves
 from kto_dist.comparison.plan import planned
@@ -165,6 +167,19 @@ def test_a_judge_says_how_each_methods_new_answers_to_reported_prompts_fare_and_
     page = (Path(config.train.output) / "comparison.html").read_text()
     assert "New answers" in page and page.count("data:image/png;base64,") == 10
     assert any(line.startswith("new answers to 3 of the reported prompts") for line in said)
+
+
+def test_models_that_answer_are_packed_as_those_that_were_trained(tmp_path, tiny_model, tiny_log):
+    settings = {"model__quantization": "nf4", "adapter__type": "lora"}
+    config = comparison(tmp_path, tiny_model, tiny_log, **settings, compare__methods=["kto"])
+    (run,) = planned(config)
+    export = run.folder.export
+    export.mkdir(parents=True)
+    (export / "adapter_config.json").write_text("{}")
+    run.folder.config.write_text(to_yaml(run.config))
+    found = sources_of(config, [run], SimpleNamespace(rows=[SimpleNamespace(method="kto", name=run.name)]))
+    assert {name: source.quantization for name, source in found.items()} == {"start": "nf4", "kto": "nf4"}
+    assert (found["kto"].path, found["kto"].adapter) == (str(tiny_model), str(export))
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_status(tmp_path, tiny_model, tiny_log):

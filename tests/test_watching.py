@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ranks import run_ranks
+from tiny import write_jsonl
 from tiny_runs import tiny_config
 
 from kto_dist.base import comm
@@ -41,6 +42,18 @@ def test_answers_that_become_longer_are_told_once_on_all_ranks(tmp_path, tiny_mo
     for told in run_ranks(_drifting, 2, tiny_config(tmp_path, tiny_model, tiny_log)):
         (line,) = told
         assert (line["step"], line["rule"], line["stop"]) == (4, "length", False) and "100% longer" in line["message"]
+
+
+def _audited_of_probabilities(config: Config) -> float | None:
+    Path(config.train.output).mkdir()
+    return watching(config).monitor.audited
+
+
+def test_an_audit_that_counts_rows_says_nothing_of_labels_that_are_probabilities(tmp_path, tiny_model):
+    rows = [{"prompt": f"q{n}", "completion": "a", "label": label} for n, label in enumerate((0.6, 0.6, 0.6, 0.0))]
+    log = write_jsonl(tmp_path / "log.jsonl", rows)
+    config = tiny_config(tmp_path, tiny_model, log, data__soft_labels=True)
+    assert run_ranks(_audited_of_probabilities, 1, config) == [None]
 
 
 def _audited_and_said(config: Config) -> tuple[float | None, float | None, set[str]]:

@@ -129,6 +129,8 @@ def _answers(
     if source.adapter is not None:
         parts = (sha256_once(file) for file in sorted(Path(source.adapter).glob("adapter_*")))
         digest = " ".join((digest, *parts))
+    if source.quantization != "none":
+        digest += f" {source.quantization}"
     dtype = pick_dtype(config.train.dtype, comm.device())
 
     kept = Kept(Path(config.answers.cache), f"{digest} {dtype}")

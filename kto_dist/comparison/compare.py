@@ -9,6 +9,7 @@ elsewhere, by `commands_of`, on whatever sees `train.output` and the store.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from kto_dist.base.config import to_yaml
@@ -68,25 +69,21 @@ def compare(config: ComparisonConfig, run_one: RunOne, console: Console) -> Outc
     if judge is not None and config.answers.in_evaluate:
         reported, against = ~halves(heldout.prompt_group), found.against
         answers = answered(
-            config, _sources(config, runs, found), heldout, reported, tokenizer, judge, START, against, console
+            config, sources_of(config, runs, found), heldout, reported, tokenizer, judge, START, against, console
         )
     _tell(config, found, answers, runs, commands, console)
     return found
 
 
-def _sources(config: ComparisonConfig, runs: list[Planned], found: Outcome) -> dict[str, Source]:
-    """The start, and each method's chosen run."""
+def sources_of(config: ComparisonConfig, runs: list[Planned], found: Outcome) -> dict[str, Source]:
+    """The start, and each method's chosen run, in memory as they were trained."""
     own = config.model
     folders = {run.name: str(run.folder.path) for run in runs}
-    trust = own.trust_remote_code
-    start = {
-        START: Source(path=own.path, gguf_file=own.gguf_file, trust_remote_code=trust, adapter=config.adapter.start)
-    }
+    shared = Source(path=own.path, trust_remote_code=own.trust_remote_code, quantization=own.quantization)
+    start = {START: replace(shared, gguf_file=own.gguf_file, adapter=config.adapter.start)}
     models = {row.method: model_of(folders[row.name]) for row in found.rows if row.name in folders}
     return start | {
-        method: Source(
-            path=model.path, gguf_file=model.gguf_file, trust_remote_code=trust, adapter=model.adapter, name=method
-        )
+        method: replace(shared, path=model.path, gguf_file=model.gguf_file, adapter=model.adapter, name=method)
         for method, model in models.items()
     }
 

@@ -23,12 +23,13 @@ class Watching:
     def __init__(self, prepared: PreparedTraining, run: Run, console: Console) -> None:
         """Collective. Raises `UserError` where a rule of the user's own cannot be had."""
         self._prepared, self._run, self._console = prepared, run, console
-        takes_all = prepared.objective.loss.takes == "all"
+        # an audit counts rows by the likelier label, and a step counts probabilities
+        counts_rows = prepared.objective.loss.takes == "all" and not prepared.train.is_soft
         past, said, audited = comm.broadcast(
             (
                 kept(run.lines()),
                 {line["rule"] for line in read_lines(run.folder.health)},
-                desirable_share(run.audits) if takes_all else None,
+                desirable_share(run.audits) if counts_rows else None,
             )
         )
         self.monitor = Monitor(prepared.config.health, past=past, said=said, audited=audited)
