@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from ranks import run_ranks
+from safetensors.torch import load_file
 from tiny import save_tiny
 from tiny_runs import metrics_of, tiny_config, train_all
 from transformers import AutoModelForCausalLM
@@ -76,6 +77,18 @@ def test_the_packed_model_is_the_reference_and_an_adapter_learns_beside_it(
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(export))
     assert loaded(torch.arange(2, 34).view(2, 16)).logits.isfinite().all()
     assert json.loads((export / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+
+
+@pytest.mark.gpu
+@needs_package
+def test_on_a_gpu_the_packed_model_is_the_reference_and_every_layer_of_the_adapter_learns(tmp_path, model, tiny_log):
+    settings = {**PACKED, "train__dtype": "bf16", "reference__dtype": "bf16"}
+    config = tiny_config(tmp_path, model, tiny_log, **settings)
+    run_ranks(train_all, 1, [config], gpu=True)
+    first, last = metrics_of(config)[0], metrics_of(config)[-1]
+    assert abs(first["kl_raw"]) < 0.5 and last["kl_raw"] != 0
+    values = load_file(Path(config.train.output) / "export" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in values.values())
 
 
 @needs_package

@@ -6,11 +6,11 @@ import inspect
 
 import pytest
 import torch
+from mixtures import MIXTURES, mixture, save_mixture
 from ranks import run_ranks
 from step_cases import MAX_LENGTH, cut_pair, perturbed, relative_error, run_one, some_examples
-from tiny import tiny_tokenizer
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -19,34 +19,8 @@ from kto_dist.model.loading import model_class, own_config
 from kto_dist.model.router import Routing, routing_of
 from kto_dist.objective import metrics
 
-MIXTURES = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 12},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-}
 COEFFICIENT = 0.3
 ROUTING = Routing(coefficient=COEFFICIENT, top_k=2)
-
-
-def mixture(kind, **more):
-    """A tiny one whose routers are far from even."""
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": 258,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    config = AutoConfig.for_model(kind, **{**settings, **MIXTURES[kind], **more})
-    # the other ways of experts know no fp64
-    return AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +164,7 @@ def test_every_family_that_is_taken_has_the_loss_of_the_three_above():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mixtral")
-    mixture("mixtral", router_aux_loss_coef=COEFFICIENT).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_mixture(tmp_path_factory.mktemp("mixtral"), "mixtral", router_aux_loss_coef=COEFFICIENT)
 
 
 @pytest.mark.parametrize("loss", ("kto", pytest.param("apo_zero_unpaired", marks=pytest.mark.soak)))

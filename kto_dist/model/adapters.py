@@ -224,8 +224,9 @@ def _inject(lm: PreTrainedModel, adapter: Adapter, *, without_contents: bool = F
     from peft import inject_adapter_in_model
 
     config = adapter.peft_config()
+    wanted: list[str] = []
     if not isinstance(adapter.targets, str) or adapter.targets == ALL_LINEAR:
-        config.target_modules, config.target_parameters = _placed(lm, adapter)
+        config.target_modules, config.target_parameters, wanted = _placed(lm, adapter)
     asked = bool(config.target_parameters)
     try:
         inject_adapter_in_model(config, lm, adapter_name=NAME, low_cpu_mem_usage=without_contents)
@@ -233,24 +234,30 @@ def _inject(lm: PreTrainedModel, adapter: Adapter, *, without_contents: bool = F
         raise UserError(f"{type(lm).__name__} cannot be adapted: {one_line(error)}") from None
     if hasattr(lm.get_output_embeddings(), "base_layer"):
         raise UserError(f"the adapter's targets ({config.target_modules}) take in the LM head, which stays as it is")
-    # of some families peft takes names of linear layers for those that the experts once had
-    if adapter.start is None and not asked and any(type(part).__name__ == "ParamWrapper" for part in lm.modules()):
+    # of some families peft takes names of linear layers for those that the experts once had, and leaves the layers out
+    unasked = not asked and any(type(part).__name__ == "ParamWrapper" for part in lm.modules())
+    if adapter.start is None and (unasked or not all(hasattr(lm.get_submodule(n), "base_layer") for n in wanted)):
         raise UserError(
             f"peft takes adapter.targets ({adapter.targets}) for the experts of {type(lm).__name__}: name layers that "
             "are no experts' in adapter.targets, as [q_proj, k_proj, v_proj, o_proj]"
         )
 
 
-def _placed(lm: PreTrainedModel, adapter: Adapter) -> tuple[list[str], list[str]]:
-    """What of the targets are layers, and what are parameters, as those of experts. Raises `UserError`."""
+def _placed(lm: PreTrainedModel, adapter: Adapter) -> tuple[list[str], list[str], list[str]]:
+    """What of the targets are layers, and what are parameters, as those of experts; and the names of all these layers.
+    Raises `UserError`."""
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     modules, parameters = dict(lm.named_modules()), dict(lm.named_parameters())
-    layers, apart = [], []
+    layers: list[str] = []
+    apart: list[str] = []
+    found: list[str] = []
     for target in [ALL_LINEAR] if adapter.targets == ALL_LINEAR else adapter.targets:
         if target == ALL_LINEAR:
-            layers += [name for name, part in modules.items() if isinstance(part, _LINEAR) and part is not head]
+            every = [name for name, part in modules.items() if isinstance(part, _LINEAR) and part is not head]
+            layers, found = layers + every, found + every
             continue
-        hit = [part for name, part in modules.items() if name == target or name.endswith(f".{target}")]
+        names = [name for name in modules if name == target or name.endswith(f".{target}")]
+        hit = [modules[name] for name in names]
         if any(part is head for part in hit):
             raise UserError(
                 f"adapter.targets ({target}) is the LM head, which stays as it is: the fused head multiplies by one "
@@ -262,7 +269,8 @@ def _placed(lm: PreTrainedModel, adapter: Adapter) -> tuple[list[str], list[str]
             )
         if hit:
             layers.append(target)
-        elif any(name.endswith(f".{target}") and p.dim() == 3 for name, p in parameters.items()):
+            found += names
+        elif any(name.endswith(f".{target}") and len(_shape(p)) == 3 for name, p in parameters.items()):
             apart.append(target)
         else:
             linear = sorted({name.rpartition(".")[2] for name, part in modules.items() if isinstance(part, _LINEAR)})
@@ -270,7 +278,26 @@ def _placed(lm: PreTrainedModel, adapter: Adapter) -> tuple[list[str], list[str]
                 f"adapter.targets ({target}) is the name of no layer of {type(lm).__name__}: it has "
                 f"{', '.join(linear)}; or use {ALL_LINEAR}"
             )
-    return layers, apart
+    return layers, apart, found
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    """Of all ranks' parts together."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gather_with_experts(lm: PreTrainedModel) -> None:
+    """Before ZeRO-3 takes a model with an adapter: lets it gather adapted experts and their adapters as one.
+
+    For the time of a forward peft's layer puts such a parameter into a module of its own, and it reads the adapter's
+    weights without a forward of theirs: no hook would gather either.
+    """
+    adapted: list[Any] = [part for part in lm.modules() if hasattr(part, "parameter_name")]
+    for part in adapted:
+        part._z3_leaf = True
+    if adapted:
+        # gradients of what is gathered as one are collected when that of its input is there: it has to have one
+        lm.enable_input_require_grads()
 
 
 def _check_fit(folder: Path, own: dict[str, nn.Parameter]) -> dict[str, Tensor]:

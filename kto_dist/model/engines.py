@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kto_dist.base import agree, comm
-from kto_dist.model.adapters import Adapter, put_in
+from kto_dist.model.adapters import Adapter, gather_with_experts, put_in
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
 from kto_dist.model.engine_io import PutOff, copy_swapped, gather, gathers_put_off, writes_noted
@@ -64,13 +64,17 @@ def _sharded_load(options: dict[str, Any], adapter: Adapter | None, **arguments:
     Collective with ZeRO-3, where rank 0 alone reads values: what it finds wrong is raised on every rank.
     """
 
+    sharded = options["zero_optimization"]["stage"] == 3
+
     def load() -> PreTrainedModel:
         lm = load_model(**arguments)
         if adapter is not None:
             put_in(lm, adapter)
+            if sharded:
+                gather_with_experts(lm)
         return lm
 
-    if options["zero_optimization"]["stage"] != 3:
+    if not sharded:
         return load()
     if arguments["gguf_file"]:
         return agree.together(load)

@@ -82,10 +82,11 @@ def _hollow(lm: PreTrainedModel) -> PreTrainedModel:
 
 
 def _sort_targets(file: Path) -> None:
-    """peft writes a set, in whatever order it has."""
+    """peft writes sets, in whatever order they have."""
     found = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(found["target_modules"], list):
-        found["target_modules"] = sorted(found["target_modules"])
+    for name in ("target_modules", "target_parameters"):
+        if isinstance(found[name], list):
+            found[name] = sorted(found[name])
     file.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
 
 
