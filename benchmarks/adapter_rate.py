@@ -76,6 +76,8 @@ def overrides_of(run: Run, settings: dict[str, Any], output: Path) -> list[str]:
         "checkpoint.every_steps=null",
         "evaluate.every_steps=null",
         "answers.while_training=0",
+        # a rate that is too high is a result as well
+        "health.on_trouble=warn",
         "tracking.enabled=false",
         "tracking.report=false",
         *adapter,

@@ -38,7 +38,7 @@ class Job:
     trainer: str
     """kto_dist or trl."""
     dtype: str
-    """bf16 or fp32; the measure is in bf16."""
+    """bf16 or fp32, of the run and of the measure."""
     seed: int
     steps: int
     global_batch: int
@@ -54,7 +54,7 @@ def config_of(job: Job) -> Any:
     return Config.build(
         {
             "model": {"path": job.model},
-            "reference": {"store": job.store, "dtype": "bf16", "tokens_per_batch": 2048},
+            "reference": {"store": job.store, "dtype": job.dtype, "tokens_per_batch": 2048},
             "data": {"train": job.train, "max_length": job.max_length, "cache": job.cache, "workers": 1},
             "objective": {"loss": job.loss, "beta": job.beta, **weights},
             "train": {

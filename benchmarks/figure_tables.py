@@ -11,10 +11,11 @@ from cluster_table import cluster_faults
 from compare_table import compare
 from scaling_table import curves, scaling
 from table_parts import Content, about, counted, table
-from trainers import NAMES
+from trainers import NAMES, title_of
 from zoo_table import zoo, zoo_short
 
 GIB = 2**30
+ADAPTERS = {"lora": "LoRA", "dora": "DoRA"}
 
 
 def span(values: list[float], digits: int = 2) -> str:
@@ -42,7 +43,9 @@ def job_of(settings: Content) -> str:
         else "the demo's rows"
     )
     size = f"{settings['training_tokens'] / settings['training_rows']:.0f} tokens on average"
-    return f"{model}, {settings['dtype']}; {settings['global_batch']} rows a step, {size} ({rows})"
+    kind = settings.get("adapter", "none")
+    adapter = "" if kind == "none" else f", {ADAPTERS[kind]} of rank {settings['rank']} on all layers but the head"
+    return f"{model}, {settings['dtype']}{adapter}; {settings['global_batch']} rows a step, {size} ({rows})"
 
 
 def throughput(*files: Content) -> str:
@@ -52,15 +55,16 @@ def throughput(*files: Content) -> str:
         results = {(line["phase"], line["implementation"]): line for line in content["results"]}
         own = results["training", "kto_dist"]["rows_per_second"]
         rows = []
-        for name, kind in NAMES.items():
+        for name in NAMES:
             line, scored = results.get(("training", name)), results.get(("reference", name))
             if line is None or scored is None:
                 continue
             ratio = "" if name == "kto_dist" else f"{own / line['rows_per_second']:.2f}x"
             power = f"{line['mfu']:.2f}" if "mfu" in line else ""
+            title = title_of(name, settings.get("adapter", "none"))
             rows.append(
                 [
-                    f"**{kind.title}**" if name == "kto_dist" else kind.title,
+                    f"**{title}**" if name == "kto_dist" else title,
                     f"{line['rows_per_second']:.2f}{span(line['runs'])}{mark(line, losses, 'throughput')}",
                     f"{line['tokens_per_second']:,.0f}",
                     f"{line['seconds_per_step']:.2f}",

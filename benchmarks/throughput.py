@@ -31,7 +31,7 @@ import click
 import machine
 import random_model
 import records
-from trainers import NAMES, Job, kto_dist_config
+from trainers import NAMES, Job, kto_dist_config, names_for, title_of
 from workload import Workload, write_rows
 
 
@@ -126,7 +126,7 @@ def _seconds(value: float | list[float]) -> float:
     return sum(value) if isinstance(value, list) else value
 
 
-def show(lines: list[dict[str, Any]]) -> None:
+def show(lines: list[dict[str, Any]], adapter: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -140,7 +140,7 @@ def show(lines: list[dict[str, Any]]) -> None:
         for name, line in of_phase.items():
             ratio = "" if own in (None, line) else f"{own['rows_per_second'] / line['rows_per_second']:.2f} x"
             table.add_row(
-                NAMES[name].title,
+                title_of(name, adapter),
                 f"{line['rows_per_second']:.2f}",
                 f"{min(line['runs']):.2f}-{max(line['runs']):.2f}",
                 f"{line['tokens_per_second']:,.0f}",
@@ -201,11 +201,12 @@ def measure(
             runs.setdefault(name, []).append(found)
             rate = work.training_rows / sum(found["training"]["seconds"])
             losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
-            click.echo(f"run {repeat + 1} of {repeats}, {NAMES[name].title}: {rate:.2f} rows/s, losses {losses}")
+            title = title_of(name, job.adapter)
+            click.echo(f"run {repeat + 1} of {repeats}, {title}: {rate:.2f} rows/s, losses {losses}")
             write(summarise(runs, job, work), _losses(runs), left_out)
     for name, why in left_out.items():
         click.echo(f"left out: {name}: {why.splitlines()[0]}")
-    show(summarise(runs, job, work))
+    show(summarise(runs, job, work), job.adapter)
 
 
 def _losses(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[float]]]:
@@ -242,9 +243,7 @@ def _losses(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[float]
     "names",
     multiple=True,
     type=click.Choice(list(NAMES)),
-    default=("kto_dist", "trl", "bare"),
-    show_default=True,
-    help="give it once for each",
+    help="give it once for each [default: kto_dist, trl, bare; with --adapter trl-bf16 as well]",
 )
 @click.option("--json", "file", default=None, type=click.Path(path_type=Path), help="write the figures to this file")
 def main(
@@ -302,6 +301,7 @@ def main(
             trl_batch=trl_batch or 0,
             trl_reference_batch=trl_batch or 0,
         )
+        names = names or names_for(adapter)
         names = tuple(name for name in names if NAMES[name].weights == "float32" or job.dtype == "bf16")
         work = write_rows(log, job, Path(folder))
         sizes = tuple(int(size) for size in trl_probe.split(","))

@@ -78,6 +78,18 @@ NAMES = {
 }
 
 
+def title_of(name: str, adapter: str = "none") -> str:
+    """Of an implementation. Beside an adapter, which peft keeps in fp32, the other weights need no master copy."""
+    title = NAMES[name].title
+    return title if adapter == "none" else title.replace("no master weights", "base in bf16")
+
+
+def names_for(adapter: str) -> tuple[str, ...]:
+    """Whom to compare, where nobody says. An adapter's base lies in memory in bf16, in TRL too where its user says so:
+    that one has the setting of kto_dist, and the other is TRL's default."""
+    return ("kto_dist", "trl", "bare") if adapter == "none" else ("kto_dist", "trl", "trl-bf16", "bare")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """What one process does; every implementation gets the same but for `trl_*` and `settings`."""

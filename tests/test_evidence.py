@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import asdict
 
 import click
 import evidence
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import records
 from click.testing import CliRunner
+from evidence_runs import Job
 
 from kto_dist.evaluation import kept
 from kto_dist.evaluation.figures import compare, findings
@@ -190,3 +192,44 @@ def test_a_run_that_is_done_is_not_run_again_and_each_is_written_as_it_ends(tmp_
     assert "3 runs are done, 21 are left" in done.output
     other = CliRunner().invoke(evidence.main, [*words, "--lr", "1e-3"])
     assert other.exit_code == 1 and "has runs with another lr" in other.output
+
+
+# ---- the peer ----
+
+
+@pytest.mark.soak
+def test_where_z0_plays_no_part_trl_takes_the_same_steps(tmp_path, tiny_model, tiny_log):
+    lines = tiny_log.read_text().splitlines(keepends=True)
+    train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    train.write_text("".join(lines[:60]))
+    heldout.write_text("".join(lines[60:]))
+    worker, found = evidence.Worker(tmp_path / "worker.log"), {}
+    for trainer in ("kto_dist", "trl"):
+        job = Job(
+            model=str(tiny_model),
+            train=str(train),
+            heldout=str(heldout),
+            folder=str(tmp_path / trainer),
+            store=str(tmp_path / "store"),
+            cache=str(tmp_path / "tokenised"),
+            loss="apo_zero_unpaired",
+            weigh=True,
+            trainer=trainer,
+            dtype="fp32",
+            seed=0,
+            steps=10,
+            global_batch=8,
+            lr=1e-3,
+            beta=0.2,
+            max_length=96,
+        )
+        given, taken = tmp_path / f"{trainer}.json", tmp_path / f"{trainer}-found.json"
+        records.write_json(given, asdict(job))
+        found[trainer] = worker.run(given, taken)
+    worker.end()
+    ours, theirs = found["kto_dist"], found["trl"]
+    assert ours["class_weights"]["desirable"] != ours["class_weights"]["undesirable"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3) and ours["loss"][-1] < 0.8 * ours["loss"][0]
+    ratios = {name: evidence.numbers(run["ratios"]) for name, run in found.items()}
+    assert np.abs(ratios["trl"]).mean() > 1
+    assert np.abs(ratios["kto_dist"] - ratios["trl"]).max() < 0.02 * np.abs(ratios["trl"]).max()

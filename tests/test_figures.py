@@ -7,6 +7,7 @@ import figure_tables
 import figures
 import pytest
 import records
+import trainers
 
 DOCUMENTS = {str(path.relative_to(records.ROOT)): path for path in figures.documents()}
 RESULTS = sorted(figures.RESULTS.glob("*.json"))
@@ -95,6 +96,29 @@ def test_a_run_that_writes_its_result_again_and_again_is_compared_with_the_run_b
     earlier(tmp_path, 20.0)
     feedback(tmp_path, 30.0)
     assert records.losses(feedback(tmp_path, 25.0)) == {("1000",): pytest.approx(0.2)}
+
+
+def test_a_table_of_adapters_says_so_and_who_holds_the_base_in_bf16():
+    assert trainers.names_for("none") == ("kto_dist", "trl", "bare") and "trl-bf16" in trainers.names_for("lora")
+    line = {
+        "rows_per_second": 2.0,
+        "tokens_per_second": 9.0,
+        "seconds_per_step": 1.0,
+        "peak_bytes": 2**30,
+        "runs": [2.0],
+    }
+    results = [
+        line | {"phase": phase, "implementation": name}
+        for phase in ("training", "reference")
+        for name in ("kto_dist", "trl-bf16")
+    ]
+    settings = {"model": "135m", "log": "mixed", "dtype": "bf16", "global_batch": 8, "repeats": 1, "steps": 2}
+    settings |= {"training_tokens": 100, "training_rows": 10}
+    content = records.frame("throughput", settings) | {"results": results}
+    assert "TRL, no master weights" in figure_tables.throughput(content)
+    content["settings"] |= {"adapter": "lora", "rank": 16}
+    text = figure_tables.throughput(content)
+    assert "LoRA of rank 16 on all layers but the head" in text and "| TRL, base in bf16 | 2.00 |" in text
 
 
 def test_losses_of_others_are_not_marked():
