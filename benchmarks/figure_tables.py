@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import evidence_tables
+import fault_kinds
 import random_model
 import records
 from adapter_rate_table import adapter_rate
@@ -357,7 +358,20 @@ def faults(content: Content) -> str:
     rows.append(["**all**", *(str(value) for value in whole.values()), str(most)])
     head = ["fault", "injected", "survived", "of these to the bit", "refused with a sentence", "lost"]
     job = f"{content['settings']['steps']} steps, a checkpoint every {content['settings']['checkpoint_every']}"
-    return f"{about(content, job)}\n\n{table([*head, 'steps done twice', 'most in one run'], rows)}"
+    shown = table([*head, "steps done twice", "most in one run"], rows)
+    return f"{about(content, job)}\n\n{shown}\n\n{_faults_beside(content)}"
+
+
+def _faults_beside(content: Content) -> str:
+    """Which runs were refused, and what was not tried."""
+    told = [f"{line['fault']} ({line['told']})" for line in content["results"] if line["told"]]
+    there = {line["fault"] for line in content["results"]}
+    left = "".join(f"; {kind.name}" for kind in fault_kinds.KINDS if kind.name not in there)
+    return (
+        f"- Refused with a sentence: {', '.join(told) or 'no run'}.\n"
+        "- Not tried here: several hosts; GPUs; a disk that turns read-only while a run has a file open, which the "
+        f"system does not allow{left}."
+    )
 
 
 def faults_short(content: Content) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from kto_dist.base.errors import UserError
 from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.store.shards import KEY, NAME
-from kto_dist.store.store import Store
+from kto_dist.store.store import FORMAT, Store
 
 IDENTITY = Fingerprint(weights="w", config="c", dtype="float32", logits="float32", attention="sdpa")
 OTHER = Fingerprint(weights="w", config="c", dtype="bfloat16", logits="float32", attention="sdpa")
@@ -43,8 +43,16 @@ def shards_of(store: Store) -> list[Path]:
 
 
 def without_checksum(manifest: Path) -> dict[str, Any]:
-    """A manifest's content as another version may write it."""
+    """A manifest's content as older versions wrote it."""
     return {name: value for name, value in json.loads(manifest.read_text()).items() if name != "checksum"}
+
+
+def of_format(manifest: Path, number: int) -> dict[str, Any]:
+    """A manifest's content as another version writes it: later ones have a checksum, the older one knew no facts."""
+    content = {**without_checksum(manifest), "format": number}
+    if number < FORMAT:
+        return {name: content[name] for name in ("format", "fingerprint", *IDENTITY.to_dict())}
+    return {**content, "checksum": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 FILL = [sys.executable, __file__]

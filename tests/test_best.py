@@ -50,6 +50,12 @@ def test_what_has_no_checkpoint_cannot_be_the_best():
     assert (found.step, found.value, found.waited) == (20, 0.7, 1)
 
 
+def test_a_line_of_the_past_without_the_figure_stops_no_run():
+    found = best()
+    found.remember([{"step": 0, "auc": 0.5}, {"step": 10, "aub": 0.9}, {"step": 20, "auc": 0.7}], {10, 20})
+    assert (found.step, found.value, found.waited) == (20, 0.7, 0)
+
+
 def test_a_figure_that_the_rows_do_not_have_is_told():
     with pytest.raises(UserError, match=r"checkpoint.best \(heldout/auc\) has no value on these held-out rows"):
         best().note(10, {"loss": 0.5})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -34,6 +35,24 @@ def trained(tmp_path, tiny_model, tiny_log) -> Config:
 
 def test_only_the_newest_checkpoints_stay(trained):
     assert names(trained) == ["step-00000004", "step-00000005"]
+
+
+def test_a_copy_that_a_user_made_of_a_checkpoint_stays_and_disturbs_nothing(tmp_path, tiny_model, tiny_log, trained):
+    """It was taken for one that lies beyond, and removed."""
+    root = checkpoint.folder(trained.train.output)
+    for name in ("step-00000005.good", "step-00000001-copy", "step-first"):
+        shutil.copytree(root / "step-00000005", root / name)
+    assert checkpoint.steps(trained.train.output) == {4, 5}
+    assert checkpoint.find(trained.train.output, pytest.fail) == root / "step-00000005"
+    longer = tiny_config(tmp_path, tiny_model, tiny_log, checkpoint__every_steps=1, train__max_steps=6)
+    run_ranks(train_all, 1, [longer])
+    own = ["step-00000001-copy", "step-00000005.good", "step-first"]
+    assert names(trained) == sorted([*own, "step-00000005", "step-00000006"])
+    # nor does a run remove it that keeps no checkpoints when it is done
+    (Path(trained.train.output) / "summary.json").unlink()
+    without = {"checkpoint__every_steps": None, "train__max_steps": 7}
+    run_ranks(train_all, 1, [tiny_config(tmp_path, tiny_model, tiny_log, **without)])
+    assert names(trained) == own
 
 
 def test_a_checkpoint_that_was_never_finished_is_not_found(trained):

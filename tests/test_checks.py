@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, UNPACKABLE, from_own_logits, neighbourly, scored, tiny
+from transformers import AutoConfig, LlamaConfig
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import collate, cut
 from kto_dist.model.attention import switch_length
 from kto_dist.model.causal_lm import ScoringModel
-from kto_dist.model.checks import Observed, Rounding, check_scoring, first_layers, leaks, rounding_of, thinned
+from kto_dist.model.checks import Observed, Rounding, check_scoring, chooses, first_layers, leaks, rounding_of, thinned
 from kto_dist.objective.losses import LOSSES
 from kto_dist.training.start import StartCheck
 
@@ -162,13 +163,16 @@ def test_the_first_layers_run_alone_and_all_are_back_afterwards():
 
 
 def test_rows_that_are_looked_at_are_few_and_hold_the_first_and_the_last():
-    pairs = [(np.arange(2), np.arange(500)), (np.arange(1), np.arange(3)), (np.arange(1), np.arange(0))]
-    batch = thinned(collate(pairs, np.arange(3), packed=True))
+    pairs = [(np.arange(2), np.arange(500)), (np.arange(1), np.arange(900, 903)), (np.arange(1), np.arange(0))]
+    whole = collate(pairs, np.arange(3), packed=True)
+    batch = thinned(whole)
     first, second, third = batch.lengths.tolist()
     assert first <= 64 and (second, third) == (3, 0)
     found = batch.target[:first].tolist()
     assert found[:16] == list(range(16)) and found[-16:] == list(range(484, 500)) and found == sorted(set(found))
-    assert batch.target[first:].tolist() == [0, 1, 2] and len(batch.gather) == first + second
+    # rows of a sequence are counted from its own start
+    assert batch.target[first:].tolist() == [900, 901, 902]
+    assert batch.gather.tolist() == [*whole.gather[:500][batch.target[:first]].tolist(), *whole.gather[500:].tolist()]
 
 
 def test_an_expert_that_rounding_chose_has_more_room_and_nothing_has_more_than_the_cap():
@@ -176,6 +180,27 @@ def test_an_expert_that_rounding_chose_has_more_room_and_nothing_has_more_than_t
     assert rounding_of(dense, 0.0).limit == rounding_of(experts, 0.0).limit == 0.2
     assert rounding_of(dense, 9.0).limit == 0.25 and rounding_of(experts, 9.0).limit == 0.5
     assert rounding_of(experts, 0.0).jumps and not rounding_of(dense, 0.0).jumps
+
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+TOKENS = ("index_topk", "indexer_budget", "index_topk_blocks", "keep_window_size")
+
+
+@pytest.mark.parametrize("name", (*EXPERTS, *TOKENS))
+def test_a_model_that_chooses_is_known_by_any_name_that_families_have_for_it(name):
+    config = LlamaConfig()
+    assert not chooses(config)
+    setattr(config, name, 1)
+    assert not chooses(config)
+    setattr(config, name, 2)
+    assert chooses(config)
+
+
+@pytest.mark.parametrize("kind", ("mixtral", "dbrx", "deepseek_v3", "qwen3_moe", "ernie4_5_moe", "llama4"))
+def test_families_with_experts_are_known_as_such_wherever_their_config_counts_them(kind):
+    """dbrx counts them in a config of its own: its rows had the room of a model that chooses nothing."""
+    assert chooses(AutoConfig.for_model(kind))
+    assert not any(chooses(AutoConfig.for_model(other)) for other in ("llama", "gpt2", "gemma3", "qwen2"))
 
 
 @DTYPES

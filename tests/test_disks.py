@@ -54,6 +54,7 @@ def test_a_disk_that_is_full_in_mid_run_is_a_message_with_the_step_and_the_remed
     [
         (OSError(30, "Read-only file system"), "is read-only: make it writable"),
         (OSError(122, "Disk quota exceeded"), "is full: make room"),
+        (OSError(122, "as a library that has words of its own puts it"), "is full: make room"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "is full: make room"),
         (RuntimeError("open file failed with strerror: Read-only file system"), "is read-only"),
         (RuntimeError("another rank failed: [Errno 28] No space left on device"), "is full"),

@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from families import COMMON
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from tiny_runs import tiny_config, train_all, weights_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
@@ -78,6 +86,43 @@ def test_the_export_of_every_stage_loads_in_transformers_with_the_trained_weight
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+ROUTED = {
+    "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", (2, 3))
+def test_a_buffer_that_is_kept_in_fp32_is_so_in_every_export(tmp_path, tiny_log, stage):
+    """The bias that chooses experts: near 8, two of its values are one and the same in bf16."""
+    tokenizer = tiny_tokenizer()
+    settings = {**COMMON, **ROUTED, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **settings), dtype=torch.float32)
+    name, bias = "model.layers.1.mlp.gate.e_score_correction_bias", torch.tensor([8.001, 8.002, 8.003, 8.004])
+    lm.state_dict()[name].copy_(bias)
+    lm.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = tiny_config(
+        tmp_path,
+        tmp_path / "model",
+        tiny_log,
+        deepspeed__zero_stage=stage,
+        train__dtype="bf16",
+        reference__dtype="bf16",
+        train__max_steps=2,
+        checkpoint__every_steps=2,
+    )
+    run_ranks(train_all, 2, [config])
+    again = export_checkpoint(Path(config.train.output), None, tmp_path / "again", Console())
+    ours, theirs = weights_of(config), load_file(again / "model.safetensors")
+    assert torch.equal(ours[name], bias) and ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert theirs[key].dtype == tensor.dtype and torch.equal(theirs[key], tensor), key
+    assert json.loads((again / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(again, dtype="auto").state_dict()[name].dtype == torch.float32
 
 
 def test_all_that_a_run_leaves_in_its_folder_is_in_the_documentation(trained):

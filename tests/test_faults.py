@@ -1,5 +1,6 @@
 """The sweep of faults counts what became of runs, and disturbs as it says."""
 
+import json
 import random
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ import fault_kinds
 import faults
 import figure_tables
 import pytest
+import records
 
 
 def test_every_verdict_is_counted_once_and_what_was_lost_is_named():
@@ -26,6 +28,17 @@ def test_every_verdict_is_counted_once_and_what_was_lost_is_named():
     settings = {"steps": 10, "checkpoint_every": 2}
     said = figure_tables.faults_short({"results": [line, other], "settings": settings})
     assert said.startswith("5 faults of 2 kinds") and "sentence: 1; lost: 1." in said and "At most 5 steps" in said
+
+
+def test_below_the_table_stands_what_was_refused_and_what_was_not_tried():
+    content = json.loads((records.ROOT / "benchmarks" / "results" / "cpu-faults.json").read_text())
+    zero = dict.fromkeys(("injected", "survived", "exact", "told", "lost", "steps_lost", "most_steps_lost"), 1)
+    lines = [{"fault": kind.name, **zero, "told": 0} for kind in fault_kinds.KINDS]
+    whole = figure_tables.faults({**content, "results": lines})
+    assert "\n- Refused with a sentence: no run.\n" in whole and whole.endswith("which the system does not allow.")
+    some = figure_tables.faults({**content, "results": [lines[0] | {"told": 2}, *lines[2:]]})
+    assert f"\n- Refused with a sentence: {lines[0]['fault']} (2).\n" in some
+    assert some.endswith(f"does not allow; {lines[1]['fault']}.")
 
 
 class Played:

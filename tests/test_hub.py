@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import save_tiny
 
 LOAD = """
@@ -46,6 +47,12 @@ def test_a_name_that_cannot_be_reached_is_refused_without_retries(tmp_path):
         "refused: model.path (some/model) is no folder here and not in the cache, and the hub (http://" in done.stdout
     )
     assert "Retry" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ("runs/my model", "model-", "a" * 200))
+def test_a_name_that_no_hub_could_have_is_refused_likewise(tmp_path, name):
+    done = load(tmp_path, LOAD.replace('load_config("some/model")', f"load_config({name!r})"))
+    assert f"refused: model.path ({name}) is no folder here and not in the cache" in done.stdout
 
 
 def test_data_that_is_no_file_and_on_no_hub_is_refused_without_retries(tmp_path):

@@ -1,5 +1,6 @@
 """A start never waits in silence for a compiled op: not for a lock that nobody holds, and not for ever."""
 
+import json
 import os
 import subprocess
 import sys
@@ -94,6 +95,32 @@ def test_a_build_at_work_is_waited_for_and_named(extensions):
     assert len(said) > 3 and builds(extensions) == 1
     holder.wait()
     holder.stdout.close()
+
+
+def test_a_build_at_work_is_seen_through_a_link_and_beside_the_note_of_one_that_ended(extensions, monkeypatch):
+    """Such a note names a process that is gone, and a lock was taken for its."""
+    link = extensions.with_name("link")
+    link.symlink_to(extensions)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(link))
+    compile_ops(["op"], lambda text: None, build=building(extensions))
+    note = extensions / "op" / "built.json"
+    content = json.loads(note.read_text())
+    note.write_text(json.dumps({"by": content["by"] | {"pid": 2**22 + 1}, "for": {}}))
+    lock, said = extensions / "op" / "lock", []
+    with lock.open("w"), pytest.raises(UserError, match="for more than 0 s: end it"):
+        compile_ops(["op"], said.append, build=building(extensions), patience=Patience(between_looks=0.02, bound=0.3))
+    assert lock.exists() and f"process {os.getpid()} compiles DeepSpeed's op" in said[0]
+    # of a build on another machine, which nobody here has open
+    patience = Patience(between_looks=0.02, quiet=600.0, bound=0.3)
+    with pytest.raises(UserError, match="somebody compiles DeepSpeed's op"):
+        compile_ops(["op"], said.append, build=building(extensions), patience=patience)
+    assert lock.exists() and builds(extensions) == 1
+
+
+def test_a_place_that_cannot_be_written_is_told_with_its_setting(extensions):
+    extensions.write_text("a file in place of the folder")
+    with pytest.raises(UserError, match=r"op has no place to be compiled: .*TORCH_EXTENSIONS_DIR.*set the offload"):
+        compile_ops(["op"], print, build=building(extensions))
 
 
 def test_a_build_by_nobody_knows_whom_is_waited_for_while_it_writes_and_not_for_ever(extensions):

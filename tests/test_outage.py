@@ -227,6 +227,36 @@ def test_a_line_that_a_crash_cut_short_costs_no_other(tmp_path: Path) -> None:
     assert [op["step"] for op in Spool(tmp_path).waiting] == [1, 2, 3]
 
 
+DAMAGES = [
+    (b'"kind"', b'"kjnd"'),
+    (b'"metrics"', b'"metrhcs"'),
+    (b'"values"', b'"valuer"'),
+    (b"{", b"\xff"),
+    (None, b"[]"),
+]
+
+
+@pytest.mark.parametrize(("written", "found"), DAMAGES)
+@pytest.mark.parametrize("sent", (0, 2))
+def test_a_damaged_line_costs_itself_alone_and_is_told(
+    tmp_path: Path, written: bytes | None, found: bytes, sent: int
+) -> None:
+    """Every further start of a run once ended with a `KeyError` over it, or lost what stands behind it."""
+    spool = Spool(tmp_path)
+    for step in (1, 2, 3):
+        spool.add({"kind": "metrics", "step": step, "time": 0, "values": {"loss": 0.5}})
+    spool.arrived(sent)
+    file, warnings = tmp_path / ".mlflow" / "spool.jsonl", []
+    lines = file.read_bytes().splitlines()
+    lines[1] = lines[1].replace(written or lines[1], found, 1)
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    again = Spool(tmp_path, warnings.append)
+    again.begin(step=3, same=True)
+    assert [op["step"] for op in again.waiting] == ([3] if sent else [1, 3])
+    assert warnings == [f"1 lines of {file} could not be read: what they say, MLflow may lack"]
+    assert [op["step"] for op in Spool(tmp_path, pytest.fail).waiting] == ([3] if sent else [1, 3])
+
+
 def test_a_folder_that_takes_nothing_more_costs_a_warning_and_not_the_points(tmp_path: Path) -> None:
     warnings: list[str] = []
     (tmp_path / ".mlflow").write_text("in the way")

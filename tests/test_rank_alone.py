@@ -1,5 +1,6 @@
 """What fails on one rank alone ends all of them with one sentence, also where no command watches over the ranks."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
 from ranks import run_ranks
-from tiny_runs import tiny_config
+from tiny_runs import metrics_of, tiny_config, train_all
 
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
@@ -97,6 +98,19 @@ def test_a_checkpoint_that_one_rank_cannot_read_ends_all_ranks_with_one_sentence
     folder = Path(config.train.output) / "checkpoints" / "step-00000002"
     assert first.startswith(f"the checkpoint {folder} cannot be read: [Errno 5] Input/output error") and name in first
     assert "check the disk" in first and second == first
+
+
+def test_ranks_that_read_their_checkpoint_in_turn_hear_of_the_one_that_cannot(tmp_path, tiny_model, tiny_log):
+    """DeepSpeed lets each wait for the word of the one before it."""
+    options = tmp_path / "options.json"
+    options.write_text(json.dumps({"zero_optimization": {"pipeline_loading_checkpoint": True}}))
+    settings = {"deepspeed__zero_stage": 3, "checkpoint__every_steps": 2, "train__max_steps": 4}
+    config = tiny_config(tmp_path, tiny_model, tiny_log, deepspeed__config=str(options), **settings)
+    run_ranks(_stopped_after, 2, config, 3)
+    first, second = run_ranks(_unreadable, 2, config, 0, "optim_states", timeout=SECONDS)
+    assert "cannot be read: [Errno 5] Input/output error" in first and second == first
+    run_ranks(train_all, 2, [config])
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3, 4]
 
 
 class SwappingEngine:

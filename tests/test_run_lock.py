@@ -1,9 +1,12 @@
 """Two runs never share a folder, wherever they run, and a dead one holds nothing."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from tiny_runs import tiny_config, train_all
 
 from kto_dist.base.errors import UserError
 from kto_dist.base.processes import whereabouts
-from kto_dist.training.lock import ABANDONED_AFTER, NAME, RunLock
+from kto_dist.training.lock import ABANDONED_AFTER, NAME, Patience, RunLock
 
 HOLD = """
 import sys, time
@@ -70,19 +73,72 @@ def test_hosts_of_one_run_may_share_the_folder(tmp_path):
     assert (tmp_path / NAME).exists()
 
 
-@pytest.mark.parametrize(("age", "held"), [(0.0, True), (ABANDONED_AFTER + 60, False)])
-def test_a_run_of_another_machine_counts_while_it_renews_its_lock(tmp_path, age, held):
-    """Also where this machine's locks say nothing of that one's."""
-    lock = tmp_path / NAME
+def of_another_machine(folder: Path, age: float) -> Path:
+    """A lock that was renewed so many seconds ago."""
+    lock = folder / NAME
     lock.write_text(json.dumps({**whereabouts(), "host": "elsewhere", "boot": "another", "job": "theirs"}))
     os.utime(lock, (time.time() - age,) * 2)
-    mine = RunLock(tmp_path, "mine")
-    if held:
+    return lock
+
+
+def test_a_run_of_another_machine_counts_while_it_renews_its_lock(tmp_path):
+    """Also where this machine's locks say nothing of that one's."""
+    lock, over = of_another_machine(tmp_path, age=30.0), threading.Event()
+
+    def renew() -> None:
+        while not over.wait(0.1):
+            os.utime(lock)
+
+    thread, said = threading.Thread(target=renew), []
+    thread.start()
+    try:
+        mine = RunLock(tmp_path, "mine", said.append, Patience(silence=60.0, between_looks=0.01))
         with pytest.raises(UserError, match=r"on elsewhere\).*or remove .*run.lock if that machine is gone"):
             mine.take()
-    else:
+    finally:
+        over.set()
+        thread.join()
+    assert len(said) == 1 and "waiting 60 s for a sign of life" in said[0] and "on elsewhere" in said[0]
+    assert json.loads(lock.read_text())["job"] == "theirs"
+
+
+@pytest.mark.parametrize(("age", "words"), [(0.0, 1), (ABANDONED_AFTER + 60, 0)], ids=("fresh", "old"))
+def test_a_machine_that_was_lost_holds_nothing(tmp_path, age, words):
+    """A container that is killed leaves a fresh lock, and its scheduler starts the job again at once, elsewhere: an
+    error of the user's would end all further starts."""
+    of_another_machine(tmp_path, age)
+    said: list[str] = []
+    mine = RunLock(tmp_path, "mine", said.append, Patience(silence=0.3, between_looks=0.01))
+    started = time.monotonic()
+    mine.take()
+    assert time.monotonic() - started > 0.3 * words and len(said) == words
+    assert json.loads((tmp_path / NAME).read_text())["job"] == "mine"
+    mine.release()
+
+
+def test_of_two_that_start_at_once_without_locks_the_last_to_write_has_the_folder(tmp_path, monkeypatch):
+    """As on a network disk without `flock`; whoever gives way leaves the other's lock where it is."""
+
+    def no_locks(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    elsewhere = {"host": "elsewhere", "boot": "another"}
+    lock, theirs = tmp_path / NAME, json.dumps({**whereabouts(), **elsewhere, "job": "theirs"})
+
+    def write_too() -> None:
+        while not lock.exists() or "mine" not in lock.read_text():
+            time.sleep(0.01)
+        lock.write_text(theirs)
+
+    other = threading.Thread(target=write_too)
+    other.start()
+    mine = RunLock(tmp_path, "mine")
+    with pytest.raises(UserError, match=r"on elsewhere\) has started in train.output .* at the same time"):
         mine.take()
-        mine.release()
+    other.join()
+    mine.release()
+    assert lock.read_text() == theirs
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Ranks stand for hosts: each is local rank 0 of its own, and works in a folder of
 relative paths lead elsewhere.
 """
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -174,6 +175,15 @@ def _scattered(folder: Path) -> list[tuple[str, bytes]]:
     )
 
 
-def test_files_of_all_hosts_come_together_and_are_handed_out_as_they_are(tmp_path):
+def _without_links(folder: Path) -> list[tuple[str, bytes]]:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    os.link = refuse
+    return _scattered(folder)
+
+
+@pytest.mark.parametrize("work", (_scattered, _without_links))
+def test_files_of_all_hosts_come_together_and_are_handed_out_as_they_are(tmp_path, work):
     expected = [("both", b"same"), ("empty", b""), ("inner/large", bytes(range(256)) * 300_000)]
-    assert run_ranks(_scattered, 2, tmp_path) == [expected] * 2
+    assert run_ranks(work, 2, tmp_path) == [expected] * 2

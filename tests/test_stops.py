@@ -6,8 +6,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from mlflow import MlflowClient
 from ranks import run_ranks
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 
+from kto_dist.base import comm
+from kto_dist.base.console import Console
 from kto_dist.base.exits import Stopped
 from kto_dist.training import checkpoint
 from kto_dist.training.config import Config
@@ -149,6 +153,32 @@ def test_sigterm_after_the_export_says_that_the_model_is_there(tmp_path, tiny_mo
     words = (tmp_path / "said").read_text()
     assert f"stopped by a signal when the model ({tmp_path}/run/export) and summary.json were written" in words
     assert (tmp_path / "run" / "export").exists() and (tmp_path / "run" / "summary.json").exists()
+
+
+def _signalled_when_the_steps_are_over(config: Config) -> tuple[int, str]:
+    """SIGTERM to rank 1 while the bar of the steps is closed, which may take a while where a profile is written."""
+    steps = Console.steps
+
+    @contextmanager
+    def ending(self: Console, *arguments: Any) -> Iterator[Any]:
+        with steps(self, *arguments) as show:
+            yield show
+        if comm.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Console.steps = ending
+    try:
+        train(config)
+    except Stopped as stop:
+        return stop.exit_code, str(stop)
+    return 0, ""
+
+
+def test_sigterm_between_the_last_step_and_the_evaluation_is_not_forgotten(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=2)
+    message = "stopped by a signal after step 2 of 2; the same command goes on from there"
+    assert run_ranks(_signalled_when_the_steps_are_over, 2, config) == [(143, message)] * 2
+    assert (checkpoint.folder(config.train.output) / "step-00000002").exists()
 
 
 @pytest.mark.parametrize("step", (3, 5))

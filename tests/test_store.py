@@ -244,15 +244,15 @@ def test_no_bit_of_a_manifest_can_be_another_one_and_change_what_it_says(tmp_pat
             assert not found or {name: found.get(name) for name in content} == content, (place, bit)
 
 
-@pytest.mark.parametrize("damaged", (False, True))
-def test_a_manifest_from_before_there_were_checksums_is_read_and_known_by_its_fingerprint(tmp_path, damaged):
+@pytest.mark.parametrize("damage", ({}, {"attention": "rdpa"}, {"format": 3}, {"format": 0}, {"format": None}))
+def test_a_manifest_from_before_there_were_checksums_is_read_and_known_by_its_fingerprint(tmp_path, damage):
     store = Store(tmp_path, IDENTITY)
     fill(store, range(5))
     manifest = store.folder.path / "manifest.json"
     content = json.loads(manifest.read_text())
     del content["checksum"]
-    manifest.write_text(json.dumps(content | ({"attention": "rdpa"} if damaged else {}), indent=1))
-    said = []
+    manifest.write_text(json.dumps(content | damage, indent=1))
+    said, damaged = [], bool(damage)
     assert Store(tmp_path, IDENTITY, warn=said.append).lookup(keys_of(range(5)))[1].all()
     assert [text for text in said if "is damaged: it is written again" in text] == said and len(said) == damaged
     assert ("checksum" in json.loads(manifest.read_text())) == damaged
@@ -319,6 +319,18 @@ def test_a_file_that_may_not_grow_is_never_half_a_shard(tmp_path):
     assert found_in(tmp_path, 1000)[1].sum() == 50
     (folder,) = tmp_path.iterdir()
     assert len(list(folder.glob("*.parquet"))) == 1 and not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("number", (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+def test_a_store_without_room_is_told_as_full_however_the_file_system_counts_room(tmp_path, number):
+    class Full(LocalStorage):
+        def write(self, name, data):
+            if name.endswith(".parquet"):
+                raise OSError(number, "no more of it", name)
+            super().write(name, data)
+
+    with pytest.raises(UserError, match=r"cannot take 5 more pairs: .*no more of it.*; is full: make room"):
+        fill(Store(Full(tmp_path), IDENTITY), range(5), IDENTITY)
 
 
 def test_jobs_that_fill_one_store_at_once_lose_and_corrupt_nothing(tmp_path):

@@ -12,7 +12,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from fake_scorer import IDENTITY, OTHER, fill, found_in, keys_of, run_fill, shards_of, value_of, without_checksum
+from fake_scorer import (
+    IDENTITY,
+    OTHER,
+    fill,
+    found_in,
+    keys_of,
+    of_format,
+    run_fill,
+    shards_of,
+    value_of,
+    without_checksum,
+)
 
 from kto_dist.base.errors import UserError
 from kto_dist.commands.cli import main
@@ -201,7 +212,7 @@ def test_gc_removes_what_killed_writers_left_once_it_is_old(two_models):
 @pytest.mark.parametrize("how", ((), ("--unused-days", 1)))
 def test_models_of_another_format_stay_and_are_named_until_one_asks_for_their_removal(two_models, ahead, how):
     path = Store(two_models, OTHER).folder.path / "manifest.json"
-    path.write_text(json.dumps({**without_checksum(path), "format": FORMAT + ahead}))
+    path.write_text(json.dumps(of_format(path, FORMAT + ahead)))
     (path.parent / "x.damaged").write_bytes(b"as that version says")
     before = tree(two_models)
     status, said = command("gc", two_models, "--yes", *how)
@@ -213,7 +224,7 @@ def test_models_of_another_format_stay_and_are_named_until_one_asks_for_their_re
 @pytest.mark.parametrize("how", ("--fingerprint", "--unused-days"))
 def test_a_model_of_an_older_format_goes_when_one_asks_for_it(two_models, how):
     path = Store(two_models, OTHER).folder.path / "manifest.json"
-    path.write_text(json.dumps({**without_checksum(path), "format": FORMAT - 1}))
+    path.write_text(json.dumps(of_format(path, FORMAT - 1)))
     (path.parent / "used.json").write_text(json.dumps({"time": time.time() - 40 * 86400}))
     status, said = command("gc", two_models, "--yes", how, OTHER.digest[:8] if how == "--fingerprint" else 39)
     assert status == 0 and "done: 1 of 1" in said and not path.parent.exists()
@@ -331,7 +342,7 @@ def test_a_manifest_that_is_not_the_models_own_costs_no_shard(two_models, manife
         "another model's": json.loads((Store(two_models, OTHER).folder.path / "manifest.json").read_text()),
         "of other bytes": {**json.loads(path.read_text()), "dtype": "float16"},
         "without a format": {key: value for key, value in content.items() if key != "format"},
-        "of a later format": {**content, "format": FORMAT + 1},
+        "of a later format": of_format(path, FORMAT + 1),
         "damaged": [],
     }
     path.unlink() if manifest == "missing" else path.write_text(json.dumps(new[manifest]))
@@ -339,7 +350,7 @@ def test_a_manifest_that_is_not_the_models_own_costs_no_shard(two_models, manife
     status, said = command("gc", two_models, "--yes")
     assert status == 0 and f"{IDENTITY.digest[:32]}: left alone" in said and tree(two_models) == before
     status, said = command("verify", two_models)
-    if manifest not in ("without a format", "of a later format"):
+    if manifest != "of a later format":
         assert status == 1 and "0 of 5 shards are good" in said and "cannot be judged: manifest.json is" in said
 
 

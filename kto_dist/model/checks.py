@@ -108,8 +108,10 @@ def rounding_of(model: ScoringModel, spread: float) -> Rounding:
 def chooses(config: PretrainedConfig) -> bool:
     """Whether scores choose among experts or tokens, so that one rounded otherwise may change much."""
     text = config.get_text_config()
+    # dbrx's stand in a config within its own
+    parts = [text, *(part for part in vars(text).values() if isinstance(part, PretrainedConfig))]
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
-    return any((getattr(text, name, None) or 0) > 1 for name in (*names, *CHOSEN))
+    return any((getattr(part, name, None) or 0) > 1 for part in parts for name in (*names, *CHOSEN))
 
 
 def drawer(model: ScoringModel, seed: int) -> Callable[[int], np.ndarray]:

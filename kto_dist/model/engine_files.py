@@ -14,11 +14,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kto_dist.base import agree
+from kto_dist.base import agree, comm
 from kto_dist.base.errors import UserError
 from kto_dist.model.engines import Policy  # first: it imports deepspeed without its noise
 
@@ -61,7 +62,9 @@ def load(policy: Policy, folder: Path, tag: str) -> None:
         with without_code(folder / tag), _readable(folder / tag):
             policy.read(folder, tag)
 
-    agree.together(read)
+    own, turns = (comm.local_rank(), max(comm.gather(comm.local_rank())) + 1) if policy.reads_in_turn else (0, 1)
+    for turn in range(turns):
+        agree.together(lambda: read() if turn == own else None)  # noqa: B023  # it is called at once
     policy.loaded()
 
 
@@ -95,15 +98,31 @@ def recut_here(source: str, target: str) -> None:
         ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
-def consolidated(folder: Path, tag: str, stage: int, *, adapted: bool = False) -> dict[str, Tensor]:
-    """The whole model of a checkpoint, or with `adapted` its adapter, at stage 3 in fp32, else as it was trained; no
-    process group is needed."""
+def consolidated(folder: Path, tag: str, stage: int, dtype: torch.dtype, *, adapted: bool = False) -> dict[str, Tensor]:
+    """The whole model of a checkpoint, or with `adapted` its adapter, as it was trained in `dtype`; no process group is
+    needed. Buffers keep their own: rounded, those that choose a mixture's experts would choose others."""
     with without_code(folder / tag), contextlib.redirect_stdout(io.StringIO()):
         if stage < 3:  # every rank has whole weights, and the first one has written them
-            file = folder / tag / "mp_rank_00_model_states.pt"
-            state = torch.load(file, map_location="cpu", weights_only=True)["module"]
+            state = _written(folder / tag / "mp_rank_00_model_states.pt")["module"]
         else:
-            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag, exclude_frozen_parameters=adapted)
+            # the optimizer's, in fp32
+            whole = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag, exclude_frozen_parameters=adapted)
+            beside = _written(min((folder / tag).glob("zero_pp_rank_*_model_states.pt")))  # all ranks have them
+            state = _rounded(whole, dtype) | {name: beside["module"][name] for name in beside["buffer_names"]}
     # buffers are saved along
     kept = {name: tensor for name, tensor in state.items() if ".lora_" in name} if adapted else state
     return {name.removeprefix("lm."): tensor for name, tensor in kept.items()}
+
+
+def _written(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return found
+
+
+def _rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tied weights stay one tensor, and are saved once."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in weights.values():
+        if (tensor.data_ptr(), tensor.shape) not in done:
+            done[tensor.data_ptr(), tensor.shape] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: done[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}

@@ -89,13 +89,21 @@ def copy_swapped(engine: Any, checkpoint: Path) -> None:
 @contextmanager
 def gathers_put_off(engine: Any) -> Iterator[None]:
     """Inside, `load_checkpoint` reads this rank's files, and no rank waits for another; `gather` has to follow."""
-    optimizer = engine.optimizer
+    optimizer, zero = engine.optimizer, engine._config.zero_config
+    in_turn = zero.pipeline_loading_checkpoint  # each rank would wait for the word of the one before it
     engine._optimizer_has_ckpt_event_epilogue = lambda: False
     optimizer.update_lp_params = lambda: None
+    zero.pipeline_loading_checkpoint = False
     try:
         yield
     finally:
         del engine._optimizer_has_ckpt_event_epilogue, optimizer.update_lp_params
+        zero.pipeline_loading_checkpoint = in_turn
+
+
+def reads_in_turn(engine: Any) -> bool:
+    """Whether the ranks of a host read a checkpoint one after the other, as the user's own options may ask for."""
+    return bool(engine._config.zero_config.pipeline_loading_checkpoint)
 
 
 def gather(engine: Any) -> None:

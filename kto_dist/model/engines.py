@@ -26,7 +26,7 @@ from kto_dist.base import agree, comm
 from kto_dist.model.adapters import Adapter, gather_with_experts, put_in
 from kto_dist.model.causal_lm import ScoringModel
 from kto_dist.model.config import DeepspeedConfig, ModelConfig
-from kto_dist.model.engine_io import PutOff, copy_swapped, gather, gathers_put_off, writes_noted
+from kto_dist.model.engine_io import PutOff, copy_swapped, gather, gathers_put_off, reads_in_turn, writes_noted
 from kto_dist.model.loading import load_model, refuse_packed, set_modes
 from kto_dist.model.options import claim_swap_folders, deepspeed_options, offload_options, release_swap_folder
 from kto_dist.model.trial import check_runs
@@ -231,6 +231,11 @@ class Policy:
             copy_swapped(self.engine, folder / tag)
 
         agree.side_by_side(finish)
+
+    @property
+    def reads_in_turn(self) -> bool:
+        """Whether the ranks of a host `read` one after the other, so that they need less of its memory."""
+        return reads_in_turn(self.engine)
 
     def read(self, folder: Path, tag: str) -> None:
         """This rank's files of a checkpoint. `loaded` has to follow, when all ranks have read theirs."""

@@ -16,7 +16,11 @@ def require(name: str, path: str) -> None:
     trouble = None if Path(path).exists() else hub.trouble()
     if trouble is None:
         return
-    if not isinstance(try_to_load_from_cache(path, "config.json"), str):
+    try:
+        cached = isinstance(try_to_load_from_cache(path, "config.json"), str)
+    except ValueError:  # no name that a hub could have
+        cached = False
+    if not cached:
         raise UserError(
             f"{name} ({path}) is no folder here and not in the cache, and the hub ({constants.ENDPOINT}) cannot be "
             f"reached: {trouble}; check the name and the network, or give a folder"

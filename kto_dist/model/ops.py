@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -66,15 +66,25 @@ def compile_ops(
 ) -> None:
     """One process of each host. Raises `UserError` where an op cannot be built, or another build of it does not end."""
     for op in ops:
-        folder = Path(_get_build_directory(op, verbose=False))
-        with _alone(op, folder, say, patience):
-            if _is_built(op, folder):
-                continue
-            _end_of_others(op, folder, say, patience)
-            say(f"compiling DeepSpeed's {op} in {folder}: a few minutes, once for this machine")
-            _note(folder, {"by": whereabouts()})
-            _build(op, build(op), patience)
-            _note(folder, {"by": whereabouts(), "for": _versions()})
+        try:
+            _compile(op, say, build(op), patience)
+        except OSError as error:
+            raise UserError(
+                f"DeepSpeed's {op} has no place to be compiled: {error}; give a folder that this user may write to "
+                "(the environment variable TORCH_EXTENSIONS_DIR), or set the offload that needs it to none"
+            ) from error
+
+
+def _compile(op: str, say: Say, words: list[str], patience: Patience) -> None:
+    folder = Path(_get_build_directory(op, verbose=False))
+    with _alone(op, folder, say, patience):
+        if _is_built(op, folder):
+            return
+        _end_of_others(op, folder, say, patience)
+        say(f"compiling DeepSpeed's {op} in {folder}: a few minutes, once for this machine")
+        _note(folder, {"by": whereabouts()})
+        _build(op, words, patience)
+        _note(folder, {"by": whereabouts(), "for": _versions()})
 
 
 def _build(op: str, words: list[str], patience: Patience) -> None:
@@ -112,8 +122,9 @@ def _end_of_others(op: str, folder: Path, say: Say, patience: Patience) -> None:
     lock = folder / "lock"
     waiting = None
     while lock.exists():
-        pid = _holder(lock)
-        owner = _read(folder).get("by") or {}
+        pid, note = _holder(lock), _read(folder)
+        # who has noted that the build ended is not the one who builds now
+        owner = {} if "for" in note else note.get("by") or {}
         gone = pid is None and lives(owner) is False
         if gone or (pid is None and _quiet_for(folder) > patience.quiet):
             say(f"removing {lock}: a build of DeepSpeed's {op} was killed there")
@@ -147,9 +158,10 @@ class _Waiting:
 
 def _holder(lock: Path) -> int | None:
     """The process of this machine that has the file open, as a build has; None where none is seen."""
+    path = os.path.realpath(lock)  # as the system names it, whatever links lead there
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if any(os.readlink(link) == str(lock) for link in (process / "fd").iterdir()):
+            if any(os.readlink(link) == path for link in (process / "fd").iterdir()):
                 return int(process.name)
         except OSError:  # it has ended, or is somebody else's
             continue
@@ -157,7 +169,10 @@ def _holder(lock: Path) -> int | None:
 
 
 def _quiet_for(folder: Path) -> float:
-    newest = max((path.stat().st_mtime for path in (folder, *folder.iterdir())), default=0.0)
+    newest = 0.0
+    for path in (folder, *folder.iterdir()):
+        with suppress(FileNotFoundError):  # what a build is done with, it removes
+            newest = max(newest, path.stat().st_mtime)
     return time.time() - newest
 
 

@@ -7,6 +7,7 @@ Rank 0 alone writes here; checkpoints have a module of their own.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,11 @@ class RunFolder:
         write_whole(self.config, config.encode())
         lost = [_keep_until(self.metrics, step), _keep_until(self.heldout, step - 1 if last else step)]
         if self.answers.exists():
-            lost.append(_keep_until(self.answers, step - 1 if last else step))
-        lost += [_keep_until(path, step) for path in (self.health, self.bad_rows) if path.exists()]
+            lost.append(_keep_until(self.answers, step - 1 if last else step, _holds_answers))
+        if self.health.exists():
+            lost.append(_keep_until(self.health, step, _is_a_message))
+        if self.bad_rows.exists():
+            lost.append(_keep_until(self.bad_rows, step))
         return [text for text in lost if text]
 
 
@@ -105,10 +109,20 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
-def _keep_until(path: Path, step: int) -> str | None:
-    """What is said where lines of kept steps could not be read."""
-    texts = _texts(path)
-    lines = [_parsed(text) for text in texts]
+def _holds_answers(line: dict[str, Any]) -> bool:
+    wanted, answers = {"prompt", "answer", "finished", "tokens"}, line.get("answers")
+    return isinstance(answers, list) and all(isinstance(each, dict) and wanted <= each.keys() for each in answers)
+
+
+def _is_a_message(line: dict[str, Any]) -> bool:
+    return {"rule", "stop", "message"} <= line.keys()
+
+
+def _keep_until(path: Path, step: int, is_whole: Callable[[dict[str, Any]], bool] = bool) -> str | None:
+    """What is said where lines of kept steps could not be read. `is_whole`: whether a line has what is read of it: one
+    in which a bit of a name is another one can still be read as JSON."""
+    parsed = [_parsed(text) for text in _texts(path)]
+    lines = [line if line is not None and is_whole(line) else None for line in parsed]
     kept = [line for line in lines if line is not None and step and line["step"] <= step]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     # the last one may be what a crash cut short, after the checkpoint

@@ -47,7 +47,9 @@ class Spool:
         self.uri: str | None = state.get("uri")
         operations = self._read()
         done = min(int(state.get("sent", 0)), len(operations))
-        self._sent, self._waiting = operations[:done], operations[done:]
+        self._sent, self._waiting = (
+            [op for op in part if op is not None] for part in (operations[:done], operations[done:])
+        )
         self._count = done
 
     @property
@@ -170,14 +172,16 @@ class Spool:
         self._count = count
         self.keep()
 
-    def _read(self) -> list[Operation]:
-        """Up to the first line that is not whole: a crash has cut it short."""
-        found: list[Operation] = []
+    def _read(self) -> list[Operation | None]:
+        """A line each; None for one that is damaged, as the last one may be that a crash cut short."""
+        found: list[Operation | None] = []
         if self._folder is None:
             return found
-        with contextlib.suppress(OSError, ValueError), (self._folder / "spool.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                found.append(json.loads(line))
+        path = self._folder / "spool.jsonl"
+        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+            found = [_parsed(line) for line in file]
+        if lost := sum(operation is None for operation in found[:-1]):
+            self._warn(f"{lost:,} lines of {path} could not be read: what they say, MLflow may lack")
         return found
 
     def _state(self) -> dict[str, Any]:
@@ -196,6 +200,30 @@ class Spool:
         except OSError as error:
             self._warn(f"what MLflow is to get cannot be kept in {self._folder}: {error}; it waits in memory")
             self._folder = None
+
+
+_NEEDED = {
+    "open": {"experiment", "artifacts", "name", "params", "tags"},
+    "metrics": {"step", "time", "values"},
+    "tags": {"tags"},
+    "dataset": {"name", "context", "digest", "counts", "source", "tags"},
+    "artifact": {"path", "folder"},
+    "table": {"name", "table"},
+    "model": {"path", "name", "register", "step"},
+    "adopt": {"children"},
+    "status": {"status"},
+    "close": {"run"},
+}
+"""What is read of each kind. With a flipped bit in a name, a line is JSON all the same."""
+
+
+def _parsed(line: str) -> Operation | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    needed = _NEEDED.get(found.get("kind")) if isinstance(found, dict) else None
+    return found if needed is not None and needed <= found.keys() else None
 
 
 def _made(folder: Path) -> Path:

@@ -281,10 +281,11 @@ def _checksum(content: dict[str, Any]) -> str:
 def _as_named(found: dict[str, Any]) -> bool:
     """Of a manifest from before there were checksums: whether its fingerprint is that of what it says went into it.
 
-    What another format means by its fields is not known here.
+    What another format means by its fields is not known here. That before this one had no `created`, and later ones
+    have checksums: with neither the number is this format's, with a damaged digit.
     """
     if found.get("format") != FORMAT:
-        return True
+        return "created" not in found
     return found.get("fingerprint") == _checksum({name: found[name] for name in Fingerprint.__slots__ if name in found})
 
 

@@ -15,7 +15,6 @@ from kto_dist.model import engine_files
 from kto_dist.model.engines import Policy
 from kto_dist.training import checkpoint
 from kto_dist.training.config import Config
-from kto_dist.training.export import in_dtype
 
 
 @dataclass
@@ -45,12 +44,14 @@ class Best:
         """What a run that goes on has evaluated before, and of which steps it has checkpoints."""
         # one that was looked at twice has all of its rows in the last line
         for step, line in {line["step"]: line for line in lines}.items():
-            self.note(step, line.get("of_part", line))
+            figures = line.get("of_part", line)
+            if self._value(figures) is not None:  # a log of the past, which may be damaged, does not stop a run
+                self.note(step, figures)
         self.lost |= {step for step, _ in self.noted} - saved
 
     def note(self, step: int, figures: Mapping[str, Any]) -> None:
         """Raises `UserError` where the figure is not among them."""
-        value = figures.get(self.name.removeprefix("heldout/"))
+        value = self._value(figures)
         if value is None:
             raise UserError(
                 f"checkpoint.best ({self.name}) has no value on these held-out rows: it may need rows of both classes, "
@@ -88,6 +89,9 @@ class Best:
         """For the summary."""
         return {"figure": self.name, "step": self.step, "value": self.value}
 
+    def _value(self, figures: Mapping[str, Any]) -> Any:
+        return figures.get(self.name.removeprefix("heldout/"))
+
     def _first_of_the_best(self, noted: list[tuple[int, float]]) -> tuple[int, float]:
         # `max` and `min` keep the first of equals: as good is not better
         return (max if self.higher else min)(noted, key=lambda each: each[1])
@@ -109,8 +113,8 @@ def weights_of(
     found: list[dict[str, Tensor]] = []
 
     def read() -> None:
-        weights = engine_files.consolidated(saved.parent, saved.name, state.zero_stage, adapted=policy.adapted)
-        found.append(in_dtype(weights, dtype))
+        stage = state.zero_stage
+        found.append(engine_files.consolidated(saved.parent, saved.name, stage, dtype, adapted=policy.adapted))
 
     agree.on_main(read)
     return found[0] if found else None

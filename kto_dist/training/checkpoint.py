@@ -10,9 +10,11 @@ file system each keeps its own part, and the newest step that all of them have i
 others do, is named.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.training import manifest, random_states, scattered
 
 STATE = "state.json"
+_NAME = re.compile(r"step-\d{8,}")
 NO_ADAPTER: dict[str, Any] = {
     "model.quantization": "none",
     "adapter.type": "none",
@@ -90,17 +93,18 @@ class Saving:
         partial = self._partial
 
         def describe() -> None:
-            if not (partial / STATE).exists():
-                write_whole(partial / STATE, json.dumps(asdict(state), indent=1).encode())
+            write_whole(partial / STATE, json.dumps(asdict(state), indent=1).encode())
 
         with self._refusals():
             agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
             agree.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
-            first = manifest.neighbours(self._root)[0] == comm.rank()
+            # One rank of those that share a folder: another host's view of what it has done may be half a minute old, as
+            # of a network file system, and it would do it again.
+            self._first = first = manifest.neighbours(self._root)[0] == comm.rank()
             first_of = None if state.zero_stage == 3 else first
             policy.save(self._root, partial.name, first=first_of, put_off=put_off if background else None)
             agree.side_by_side(lambda: random_states.save(partial / f"rng-rank-{comm.rank()}.safetensors"))
-            agree.once_per_host(describe)
+            agree.side_by_side(lambda: describe() if first else None)
         self._thread = threading.Thread(target=self._write, args=(put_off,), daemon=True, name="checkpoint")
         self._thread.start()
 
@@ -117,7 +121,7 @@ class Saving:
         with self._refusals():
             made = agree.side_by_side(self._wait)
             manifest.write(self._partial, made)
-            agree.once_per_host(self._finish)
+            agree.side_by_side(lambda: self._finish() if self._first else None)
         return self._root / self._name
 
     def _refusals(self) -> AbstractContextManager[None]:
@@ -144,17 +148,16 @@ class Saving:
 
     def _finish(self) -> None:
         root, name = self._root, self._name
-        if not self._partial.exists():  # another host of a shared file system has done it
-            return
         shutil.rmtree(root / name, ignore_errors=True)
         os.replace(self._partial, root / name)
         flush(root)
         # what lies beyond was passed over, as damaged or not on all hosts, and is done anew
-        beyond = [old for old in _names(root) if old > name]
-        known = [old for old in _names(root) if old <= name]
+        beyond = [old for old in _names(root) if _number(old) > self.step]
+        known = [old for old in _names(root) if _number(old) <= self.step]
         for old in [*beyond, *known[self._keep :]]:
             if self._best is None or old != name_of(self._best):
-                shutil.rmtree(root / old)
+                # one that is no longer needed may stay where it is being read; a later one would be gone on from
+                shutil.rmtree(root / old, ignore_errors=old in known)
 
 
 def save(policy: Policy, output: str | Path, state: State, keep: int, best: int | None = None) -> Path:
@@ -170,7 +173,7 @@ def find(output: str | Path, warn: Callable[[str], None]) -> Path | None:
     root = folder(output)
     everyone = comm.gather(_names(root) if comm.local_rank() == 0 else None)
     seen = {rank: set(names) for rank, names in enumerate(everyone) if names is not None}
-    common, newest = set.intersection(*seen.values()), max(set.union(*seen.values()), default=None)
+    common, newest = set.intersection(*seen.values()), max(set.union(*seen.values()), key=_number, default=None)
     lack = [rank for rank, names in seen.items() if newest is not None and newest not in names]
     if lack:
         by_rank = hosts.by_rank()
@@ -179,7 +182,7 @@ def find(output: str | Path, warn: Callable[[str], None]) -> Path | None:
             f"checkpoint {root / str(newest)} is not on {hosts.named(lack, by_rank)}, and is passed over: the newest "
             "that all hosts have counts"
         )
-    for name in sorted(common, reverse=True):
+    for name in sorted(common, key=_number, reverse=True):
         wrong = damage(root / name)
         if not wrong:
             return root / name
@@ -284,22 +287,40 @@ def to_universal(checkpoint: Path, found: State) -> Path | None:
 def clear(output: str | Path) -> None:
     """Rank 0, of a folder that no run is at work in. Removes what killed runs have left half-written."""
     root = Path(output)
-    leftovers = (".partial-*", ".universal-*", ".whole-*")
-    for path in [*root.glob(".partial-*"), *(path for name in leftovers for path in folder(root).glob(name))]:
+    for path in [*root.glob(".partial-*"), *_half_written(folder(root))]:
         shutil.rmtree(path, ignore_errors=True)
     for path in [*root.glob(".*"), *folder(root).glob(".*")]:
         if TEMPORARY.fullmatch(path.name) or path.name.startswith((".done-", ".seen-")):
             path.unlink(missing_ok=True)
 
 
+def _half_written(root: Path) -> list[Path]:
+    return [path for name in (".partial-*", ".universal-*", ".whole-*") for path in root.glob(name)]
+
+
+def remove(output: str | Path) -> None:
+    """All checkpoints of a run, and their folder unless somebody else keeps something there."""
+    root = folder(output)
+    for path in [*(root / name for name in _names(root)), *_half_written(root)]:
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        root.rmdir()
+
+
 def steps(output: str | Path) -> set[int]:
     """Of the checkpoints that are there, whole or not."""
-    return {int(name.removeprefix("step-")) for name in _names(folder(output))}
+    return {_number(name) for name in _names(folder(output))}
 
 
 def _names(root: Path) -> list[str]:
-    """Of what was finished as a checkpoint, whole or not by now, newest first."""
-    return sorted((path.name for path in root.glob("step-*") if path.is_dir()), reverse=True)
+    """Of what was finished as a checkpoint, whole or not by now, newest first. A copy under a name of its own is its
+    owner's: no run goes on from it, and none removes it."""
+    found = (path.name for path in root.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def _is_older(checkpoint: Path) -> bool:

@@ -45,7 +45,7 @@ def export(
     """
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    dtype = next(iter(weights.values())).dtype
+    dtype = max(weights.values(), key=Tensor.numel).dtype  # of small ones some may be buffers in fp32
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(_dense(model_config), dtype=dtype, trust_remote_code=trust_remote_code)
     # the shell gives the names and the ties; the tensors are ours
@@ -97,7 +97,7 @@ def export_checkpoint(run: Path, step: int | None, target: Path | None, console:
     if target.exists():
         what = f" ({finished})" if finished and target == folder.export else ""
         raise UserError(f"{target} exists{what}: give another folder with --output, or remove it")
-    lock = RunLock(run, uuid.uuid4().hex)
+    lock = RunLock(run, uuid.uuid4().hex, console.say)
     lock.take()
     try:
         found = _chosen(run, step, console, finished)
@@ -108,7 +108,9 @@ def export_checkpoint(run: Path, step: int | None, target: Path | None, console:
         if text := unreadable(source):
             console.warn(text)
         adapter = pick_adapter(config.adapter, base=model.path, seed=config.train.seed)
-        weights = engine_files.consolidated(found.parent, found.name, state.zero_stage, adapted=adapter is not None)
+        weights = engine_files.consolidated(
+            found.parent, found.name, state.zero_stage, _dtype_of(state, found), adapted=adapter is not None
+        )
         lines = [line for line in read_lines(folder.metrics) if line["step"] == state.step]
         given: dict[str, Any] = {
             "model_config": load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code),
@@ -117,13 +119,12 @@ def export_checkpoint(run: Path, step: int | None, target: Path | None, console:
             "trust_remote_code": model.trust_remote_code,
         }
         with disks.refusals("the export", "its folder", target):
-            dense = in_dtype(weights, _dtype_of(state, found))
             if adapter is None:
-                export(dense, target, source=source, **given)
+                export(weights, target, source=source, **given)
             else:
                 from kto_dist.training.adapter_export import export_adapter
 
-                export_adapter(dense, target, adapter=adapter, **given)
+                export_adapter(weights, target, adapter=adapter, **given)
     finally:
         lock.release()
     return target
@@ -133,14 +134,14 @@ def _chosen(run: Path, step: int | None, console: Console, finished: str) -> Pat
     """A checkpoint that is whole. `finished`: what is said of a run that needs none."""
     finished = finished and f"; {finished} (such a run keeps checkpoints where checkpoint.every_steps is set)"
     root = checkpoint.folder(run)
-    there = sorted(path.name for path in root.glob("step-*"))
+    there = [checkpoint.name_of(number) for number in sorted(checkpoint.steps(run))]
     if step is None:
         found = checkpoint.find(run, console.warn)
         if found is None:
             damaged = f" ({', '.join(there)} are damaged)" if there else ""
             raise UserError(f"{run} holds no whole checkpoint{damaged}{finished}")
         return found
-    chosen = root / f"step-{step:08d}"
+    chosen = root / checkpoint.name_of(step)
     if not chosen.exists():
         raise UserError(f"{run} has no checkpoint of step {step}: it has {', '.join(there) or 'none'}{finished}")
     if wrong := checkpoint.damage(chosen):
@@ -154,12 +155,3 @@ def _dtype_of(state: checkpoint.State, found: Path) -> torch.dtype:
     if noted == "auto":  # an older version did not say what that meant, but DeepSpeed's names do
         return torch.bfloat16 if any(found.glob("bf16_*")) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(noted) or getattr(torch, noted)
-
-
-def in_dtype(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tied weights stay one tensor, and are saved once."""
-    done: dict[tuple[int, torch.Size], Tensor] = {}
-    for tensor in weights.values():
-        if (tensor.data_ptr(), tensor.shape) not in done:
-            done[tensor.data_ptr(), tensor.shape] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return {name: done[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}

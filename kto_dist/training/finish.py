@@ -1,7 +1,6 @@
 """The end of a run: export, summary, report, artifacts."""
 
 import json
-import shutil
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,7 +102,7 @@ def finish(
     with disks.refusals("the export", "train.output", run.folder.path):
         agree.on_main(lambda: None if weights is None else _write(weights, prepared, run, summary, goodbye, console))
     if prepared.config.checkpoint.every_steps is None:  # there are those alone that this process was to go on from
-        agree.once_per_host(lambda: shutil.rmtree(checkpoint.folder(run.folder.path), ignore_errors=True))
+        agree.once_per_host(lambda: checkpoint.remove(run.folder.path))
     say_outcome(summary, run.folder.path, console)
     return comm.broadcast(summary)
 

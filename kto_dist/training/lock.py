@@ -3,7 +3,8 @@
 The lock is a file that its holder keeps locked (`flock`), and that says who the holder is: process, host and job. Where
 a file system has no such locks, or hosts do not see each other's, what it says decides: a process of this machine is
 looked up, and one of another machine counts while it renews the file. A machine that was switched off, and a container
-that was ended, hold nothing when they are back.
+that was ended, hold nothing when they are back. Nobody can say of another machine that it is gone for good: its file is
+watched, and a run goes on where it stays as it is.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,29 @@ from kto_dist.base.processes import lives, named, whereabouts
 
 NAME = ".run.lock"
 RENEWED_EVERY, ABANDONED_AFTER = 60.0, 900.0
-"""Seconds. Of a holder on another machine."""
+"""Seconds. Of a holder on another machine; one that has been silent for the longer time counts no more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patience:
+    """Seconds."""
+
+    silence: float = 3 * RENEWED_EVERY
+    """That a file of another machine is watched without a change, before its holder counts as gone. A network file
+    system may show its time a minute late."""
+    between_looks: float = 5.0
+
+
+PATIENCE = Patience()
+
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class RunLock:
     """Of a run's folder, which it creates. `job` is the same on all hosts of one run, whose folder may be shared."""
 
-    def __init__(self, folder: Path, job: str):
-        self._folder, self._job = folder, job
+    def __init__(self, folder: Path, job: str, say: Callable[[str], None] = print, patience: Patience = PATIENCE):
+        self._folder, self._job, self._tell, self._patience = folder, job, say, patience
         self._path = folder / NAME
         self._descriptor: int | None = None
         self._made: list[Path] = []
@@ -72,17 +89,44 @@ class RunLock:
             if holder.get("job") == self._job:  # of this run, on a host that shares the folder
                 os.close(descriptor)
                 return
-            if (known and not locked) or (not (locked and _is_free_here(holder)) and _holds(holder, self._path)):
+            if (known and not locked) or (not (locked and _is_free_here(holder)) and self._is_held(holder)):
                 os.close(descriptor)
                 away = f", or remove {self._path} if that machine is gone" if lives(holder) is None else ""
                 raise UserError(
                     f"another run ({named(holder)}) is at work in train.output ({self._folder}): wait until it has "
                     f"ended, stop it, or give another folder{away}"
                 )
+            if known and not _is_at(descriptor, self._path):  # it was given back meanwhile
+                os.close(descriptor)
+                continue
+            try:
+                self._say(descriptor if known else None)
+            except BaseException:
+                os.close(descriptor)  # what the file says is another one's, to give back
+                raise
             self._descriptor = descriptor
-            self._say(descriptor if known else None)
             threading.Thread(target=self._renew, daemon=True, name="run-lock").start()
             return
+
+    def _is_held(self, holder: dict[str, Any]) -> bool:
+        """Whether the holder lives, by what the file says; one of another machine is watched."""
+        if not holder.get("host") or all(holder.get(name) == value for name, value in whereabouts().items()):
+            return False  # by this process itself, before it replaced itself to start again
+        alive = lives(holder)
+        if alive is not None:
+            return alive
+        first, started = _renewed(self._path), time.monotonic()
+        if time.time() - first >= ABANDONED_AFTER:
+            return False
+        self._tell(
+            f"train.output ({self._folder}) has the lock of another run ({named(holder)}): waiting "
+            f"{self._patience.silence:.0f} s for a sign of life, and going on without one"
+        )
+        while time.monotonic() - started < self._patience.silence:
+            time.sleep(self._patience.between_looks)
+            if (now := _renewed(self._path)) != first:
+                return now > 0  # else it was given back
+        return False
 
     def _say(self, descriptor: int | None) -> None:
         """`descriptor`: of the locked file; None without such locks, where of several that write the last one wins."""
@@ -142,8 +186,10 @@ def _is_free_here(holder: dict[str, Any]) -> bool:
     return own["host"] == holder.get("host") or (own["boot"] != "" and own["boot"] == holder.get("boot"))
 
 
-def _holds(holder: dict[str, Any], path: Path) -> bool:
-    if not holder.get("host") or all(holder.get(name) == value for name, value in whereabouts().items()):
-        return False  # by this process itself, before it replaced itself to start again
-    alive = lives(holder)
-    return time.time() - path.stat().st_mtime < ABANDONED_AFTER if alive is None else alive
+def _renewed(path: Path) -> float:
+    """Seconds since 1970 by the file system's clock; 0 where the file is gone."""
+    try:
+        with path.open("rb") as file:  # a network file system asks its server when a file is opened
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return 0.0

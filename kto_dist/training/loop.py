@@ -167,6 +167,8 @@ def _train(
             if evaluations.ended:
                 break
         saves.finish()
+    if comm.any_(terminated()):  # since the last step, when it was only taken note of
+        raise Stopped(run.stopped_by_signal(done, plan.steps), TERMINATED)
 
     goodbye.where = "after the last step; the same command evaluates and exports the model of its checkpoint"
     if done == plan.steps:

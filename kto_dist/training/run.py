@@ -129,7 +129,7 @@ class Goodbye:
 @contextmanager
 def alone_in(output: Path) -> Iterator[None]:
     """Collective. Inside, the folder is this run's alone. Raises `UserError` where another one is at work there."""
-    lock = RunLock(output, comm.broadcast(uuid.uuid4().hex))
+    lock = RunLock(output, comm.broadcast(uuid.uuid4().hex), Console().say)
     try:
         agree.once_per_host(lock.take)
         yield

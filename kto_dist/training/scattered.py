@@ -5,6 +5,7 @@ travel over the process group in pieces, every rank in step, so that terabytes m
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -23,7 +24,10 @@ def bring_together(source: Path, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         for name in own[0]:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(source / name, target / name)
+            try:
+                os.link(source / name, target / name)
+            except OSError:  # of a file system that has no links, or not between these two
+                shutil.copyfile(source / name, target / name)
 
     agree.on_main(begin)
     for name in sorted(set().union(*own) - set(own[0]) - {manifest.NAME}):
