@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from ranks import run_ranks
 from tiny_runs import metrics_of, tiny_config, train_all, weights_of
 
+from kto_dist.base import comm
 from kto_dist.base.errors import UserError
 from kto_dist.training import checkpoint, manifest
 from kto_dist.training.config import Config
@@ -150,6 +152,39 @@ def test_ranks_that_share_a_folder_find_what_any_of_them_reads(tmp_path):
     folder = tmp_path / "root" / "step"
     assert run_ranks(_share_of_one_folder, 3, folder) == [([], ["2 has other bytes than were written"])] * 3
     assert sorted(path.name for path in folder.parent.iterdir()) == ["step"]
+
+
+class Writing:
+    """A policy whose checkpoint is a file a rank."""
+
+    def save(self, root: Path, tag: str, *, first: bool | None) -> None:
+        (root / tag / f"part-{comm.rank()}").write_text(str(comm.rank()))
+
+
+def _saved_by_a_host_with_an_old_view(output: Path) -> str:
+    """Each rank stands for a host of a shared file system, and rank 1 sees folders that were renamed where they were."""
+    os.environ["LOCAL_RANK"] = "0"
+    exists = Path.exists
+
+    def there(path: Path, *arguments: Any, **named: Any) -> bool:
+        return (comm.rank() == 1 and path.name.startswith(".partial-")) or exists(path, *arguments, **named)
+
+    Path.exists = there
+    try:
+        state = checkpoint.State(step=2, world_size=2, zero_stage=2, identity={}, mlflow_run=None)
+        found = checkpoint.save(Writing(), output, state, keep=1)
+    finally:
+        Path.exists = exists
+    return ", ".join(checkpoint.damage(found))
+
+
+def test_a_host_that_sees_an_older_state_of_a_shared_disk_takes_no_finished_checkpoint_away(tmp_path):
+    """On NFS another host saw for half a minute what was no longer there, removed the checkpoint to make room for it,
+    and failed."""
+    assert run_ranks(_saved_by_a_host_with_an_old_view, 2, tmp_path) == ["", ""]
+    (folder,) = checkpoint.folder(tmp_path).iterdir()
+    names = {"manifest.json", "part-0", "part-1", "rng-rank-0.safetensors", "rng-rank-1.safetensors", "state.json"}
+    assert {path.name for path in folder.iterdir()} == names
 
 
 class Bomb:

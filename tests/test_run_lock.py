@@ -65,6 +65,21 @@ def test_two_runs_of_one_process_exclude_each_other(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_lock_says_who_holds_it_to_other_hosts_as_well(tmp_path, monkeypatch):
+    """A network file system keeps what is not flushed to itself, and another host of the run would be refused."""
+    sync, flushed = os.fsync, []
+
+    def noting(descriptor: int) -> None:
+        flushed.append(os.pread(descriptor, 4096, 0))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    lock = RunLock(tmp_path, "mine")
+    lock.take()
+    assert [json.loads(content)["job"] for content in flushed] == ["mine"]
+    lock.release()
+
+
 def test_hosts_of_one_run_may_share_the_folder(tmp_path):
     first, second = RunLock(tmp_path, "same"), RunLock(tmp_path, "same")
     first.take()

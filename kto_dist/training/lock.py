@@ -134,6 +134,7 @@ class RunLock:
         if descriptor is not None:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, content, 0)
+            os.fsync(descriptor)  # other hosts of this run ask a server who holds it
             return
         write_whole(self._path, content)
         time.sleep(1.0)
