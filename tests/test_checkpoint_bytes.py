@@ -162,7 +162,7 @@ class Writing:
 
 
 def _saved_by_a_host_with_an_old_view(output: Path) -> str:
-    """Each rank stands for a host of a shared file system, and rank 1 sees folders that were renamed where they were."""
+    """Ranks stand for hosts of a shared file system, and rank 1 sees folders that were renamed where they were."""
     os.environ["LOCAL_RANK"] = "0"
     exists = Path.exists
 
