@@ -108,7 +108,8 @@ def consolidated(folder: Path, tag: str, stage: int, dtype: torch.dtype, *, adap
             # the optimizer's, in fp32
             whole = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag, exclude_frozen_parameters=adapted)
             beside = _written(min((folder / tag).glob("zero_pp_rank_*_model_states.pt")))  # all ranks have them
-            state = _rounded(whole, dtype) | {name: beside["module"][name] for name in beside["buffer_names"]}
+            buffers = set(beside["buffer_names"])
+            state = _rounded(whole, dtype) | {n: tensor for n, tensor in beside["module"].items() if n in buffers}
     # buffers are saved along
     kept = {name: tensor for name, tensor in state.items() if ".lora_" in name} if adapted else state
     return {name.removeprefix("lm."): tensor for name, tensor in kept.items()}
