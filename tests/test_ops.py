@@ -100,6 +100,7 @@ def test_a_build_at_work_is_waited_for_and_named(extensions):
 def test_a_build_at_work_is_seen_through_a_link_and_beside_the_note_of_one_that_ended(extensions, monkeypatch):
     """Such a note names a process that is gone, and a lock was taken for its."""
     link = extensions.with_name("link")
+    extensions.mkdir()
     link.symlink_to(extensions)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(link))
     compile_ops(["op"], lambda text: None, build=building(extensions))

@@ -222,7 +222,7 @@ def _parsed(line: str) -> Operation | None:
         found = json.loads(line)
     except ValueError:
         return None
-    needed = _NEEDED.get(found.get("kind")) if isinstance(found, dict) else None
+    needed = _NEEDED.get(str(found.get("kind"))) if isinstance(found, dict) else None
     return found if needed is not None and needed <= found.keys() else None
 
 
