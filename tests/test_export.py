@@ -193,6 +193,16 @@ def test_weights_that_are_dense_now_are_not_called_quantised(tmp_path):
     assert packed.quantization_config  # the run's own is as it was
 
 
+def test_weights_that_do_not_load_back_are_no_export(tmp_path):
+    """What stands under another name than the model's would be random numbers for whoever loads it."""
+    config = tiny_llama().config
+    weights = LlamaForCausalLM(config).state_dict()
+    weights["model.layers.0.mlp.up_project.weight"] = weights.pop("model.layers.0.mlp.up_proj.weight")
+    with pytest.raises(RuntimeError, match=r"does not load back as it was written: .*up_project"):
+        export(weights, tmp_path / "out", model_config=config, source=None, tokenizer=tiny_tokenizer(), card="")
+    assert not (tmp_path / "out").exists()
+
+
 def test_generation_settings_processors_and_code_go_along_as_they_are(tmp_path):
     source = tmp_path / "model"
     source.mkdir()
