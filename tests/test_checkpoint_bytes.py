@@ -157,7 +157,7 @@ def test_ranks_that_share_a_folder_find_what_any_of_them_reads(tmp_path):
 class Writing:
     """A policy whose checkpoint is a file a rank."""
 
-    def save(self, root: Path, tag: str, *, first: bool | None) -> None:
+    def save(self, root: Path, tag: str, *, first: bool | None, put_off: Any) -> None:
         (root / tag / f"part-{comm.rank()}").write_text(str(comm.rank()))
 
 

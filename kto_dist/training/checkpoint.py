@@ -98,8 +98,8 @@ class Saving:
         with self._refusals():
             agree.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
             agree.once_per_host(lambda: partial.mkdir(parents=True, exist_ok=True))
-            # One rank of those that share a folder: another host's view of what it has done may be half a minute old, as
-            # of a network file system, and it would do it again.
+            # One rank of those that share a folder: on a network file system another host's view of what it has done
+            # may be half a minute old, and it would do it again.
             self._first = first = manifest.neighbours(self._root)[0] == comm.rank()
             first_of = None if state.zero_stage == 3 else first
             policy.save(self._root, partial.name, first=first_of, put_off=put_off if background else None)

@@ -48,7 +48,8 @@ def export(
     dtype = max(weights.values(), key=Tensor.numel).dtype  # of small ones some may be buffers in fp32
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(_dense(model_config), dtype=dtype, trust_remote_code=trust_remote_code)
-    # the shell gives the names and the ties; the tensors are ours. It empties what it is given, and they are compared below
+    # The shell gives the names and the ties; the tensors are ours. It empties what it is given, and they are compared
+    # below.
     shell.save_pretrained(partial, state_dict=dict(weights))
     tokenizer.save_pretrained(partial)
     copy_beside(source, partial)
