@@ -143,8 +143,8 @@ def measure(
     from kto_dist.cluster.measure import this_machine, way_here
     from kto_dist.cluster.predict import predict
     from kto_dist.cluster.workload import of_rows
-    from kto_dist.model.footprint import shape_of, without_contents
-    from kto_dist.model.loading import load_config
+    from kto_dist.model.footprint import shape_of
+    from kto_dist.model.loading import load_config, without_contents
     from kto_dist.training.prepare import prepare
 
     outline = shape_of(without_contents(load_config(str(model))))

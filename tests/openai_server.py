@@ -20,6 +20,8 @@ class Server:
     refusals: list[int] = field(default_factory=list)
     """Statuses that the next requests get."""
     finish_reason: str = "stop"
+    cut_short: int = 0
+    """Replies to come of which half is sent."""
 
 
 @contextmanager
@@ -48,8 +50,13 @@ def serving(say: Say, model: str = "tiny") -> Iterator[Server]:
         def _send(self, answer: dict[str, Any]) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
+            content = json.dumps(answer).encode()
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+            if server.cut_short:
+                server.cut_short -= 1
+                content = content[: len(content) // 2]
+            self.wfile.write(content)
 
         def log_message(self, *arguments: Any) -> None: ...
 

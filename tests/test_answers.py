@@ -14,8 +14,11 @@ from ranks import run_ranks
 from tiny import save_tiny, thumbs, tiny_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from kto_dist.data.examples import on_the_spot
-from kto_dist.evaluation.answers import Answer, Kept, figures_of, pick_prompts, repeated
+from kto_dist.data.config import DataConfig
+from kto_dist.data.examples import load, on_the_spot
+from kto_dist.data.tokenise import prepare
+from kto_dist.evaluation import generate
+from kto_dist.evaluation.answers import Answer, Kept, asked_of, figures_of, pick_prompts, repeated
 from kto_dist.evaluation.intervals import Interval
 from kto_dist.training.evaluate import evaluate
 from kto_dist.training.judged import Request
@@ -78,6 +81,7 @@ def asked(folder: Path, model: Path, reference: Path, *words: str) -> Request:
         f"reference.store={folder / 'store'}",
         f"data.cache={folder / 'cache'}",
         f"answers.cache={folder / 'answers'}",
+        f"judge.cache={folder / 'verdicts'}",
         *("data.max_length=96", "reference.dtype=fp32", "data.workers=1", "answers.in_evaluate=6"),
         *("answers.max_tokens=20", "answers.batch=4"),
     )
@@ -110,6 +114,7 @@ def test_both_models_answer_once_ever_and_a_judge_sees_both_orders(tmp_path, tin
     assert found["judged"]["reference"]["figures"]["win_rate"]["value"] == pytest.approx(won)
     # 6 prompts of each, and 6 drawn of the model; then none
     assert "answers of model: 0 kept, 12 to make" in said and "answers of model: 12 kept, 0 to make" in said
+    assert "longer.py:score): 0 scores kept, 12 to ask for" in said and found["judged"]["reference"]["kept"] == 0
     assert second["answers"]["samples"] == found["samples"] and second["answers"]["judged"] == {}
     assert second["answers"]["on_policy"] == found["on_policy"]
     assert json.loads((tmp_path / "out.json").read_text()) == second
@@ -161,8 +166,41 @@ def test_answers_come_from_servers_where_these_are_given(tmp_path, tiny_model):
     assert {body["model"] for _, body, _ in theirs.asked} == {"other"}
 
 
-def test_models_that_do_not_fit_whole_are_told_and_evaluated_without_answers(tmp_path, tiny_model):
+def test_models_that_do_not_fit_whole_are_told_first_and_evaluated_without_answers(tmp_path, tiny_model):
     request = asked(tmp_path, tiny_model, tiny_model, "reference.zero_stage=3")
     (((found,), said),) = run_ranks(all_of, 1, request)
     assert "answers" not in found and "auc" in found["heldout"]
-    assert "serve it, and give answers.model_url" in said
+    assert said.count("serve it, and give answers.model_url") == 1
+    assert said.index("serve it, and give answers.model_url") < said.index("loading the reference")
+
+
+def _failing(request: Request) -> tuple[list[dict[str, Any]], str]:
+    """In a rank of its own, which ends with it."""
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise AttributeError("this family has no cache")
+
+    generate.generate = broken
+    return all_of(request)
+
+
+def test_a_family_that_cannot_generate_has_its_figures_all_the_same(tmp_path, tiny_model):
+    for (found,), said in run_ranks(_failing, 2, asked(tmp_path, tiny_model, tiny_model)):
+        assert "answers" not in found and "auc" in found["heldout"]
+        assert (
+            not said or said.count("answers no prompts (AttributeError: this family has no cache), and the eval") == 1
+        )
+
+
+def test_a_single_users_message_is_asked_in_its_bare_words(tmp_path):
+    """By those who judge, and for those who read: roles stand where there are several turns."""
+    said = [{"role": "user", "content": "abc"}]
+    rows = [
+        {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}], "label": answer == "yes"}
+        for prompt in ([{"role": "system", "content": "be brief"}, *said], said)
+        for answer in ("yes", "no")
+    ]
+    log = write_jsonl(tmp_path / "log.jsonl", rows)
+    examples = load(prepare(DataConfig(train=str(log), cache=str(tmp_path / "cache"), workers=1), tiny_tokenizer())[0])
+    texts = {asked_of(examples, row) for row in range(len(examples))}
+    assert texts == {"abc", "system: be brief\n\nuser: abc"}

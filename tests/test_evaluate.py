@@ -130,6 +130,13 @@ def test_what_was_scored_once_is_not_scored_again(tmp_path, tiny_model):
         assert f"loading the {called} ({path}, float32)" in said and f"\n{called}: 60 pairs, 0 from the store" in said
 
 
+def test_rows_longer_than_a_models_context_are_refused(tmp_path, tiny_model, tiny_log):
+    short = save_tiny(tmp_path / "short", max_position_embeddings=64)
+    config = a_run(tmp_path, tiny_model, tiny_log, data__heldout=0.3)
+    with pytest.raises(UserError, match=r"data.max_length \(96\) must be at most the model's context of 64 tokens"):
+        run_ranks(all_of, 1, Request(target=config.train.output, against=str(short)))
+
+
 def test_another_vocabulary_is_refused(tmp_path, tiny_model, tiny_log):
     other = save_tiny(tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -153,6 +160,24 @@ def test_a_run_brings_rows_reference_and_settings(tmp_path, tiny_model, tiny_log
     assert (judged.config.objective.beta, judged.config.reference.tokens_per_batch) == (0.7, 777)
     assert judged.weights == (1.5, 1.0)
     assert judged.output == Path(config.train.output) / "evaluation.json"
+
+
+def test_a_run_that_chose_its_best_checkpoint_is_evaluated_on_its_file_of_held_out_rows(tmp_path, tiny_model, tiny_log):
+    """There the held-out rows stand in the place of the training rows, and nothing is held out of them."""
+    config = a_run(
+        tmp_path,
+        tiny_model,
+        tiny_log,
+        data__heldout=str(tiny_log),
+        evaluate__every_steps=2,
+        checkpoint__best="heldout/auc",
+        train__stop_after=3,
+        answers__every_steps=2,
+        answers__while_training=1,
+    )
+    for asked in ({}, {"data": (str(tiny_log),)}):
+        judged = resolve(Request(target=config.train.output, **asked))
+        assert judged.config.data.heldout is None and judged.config.checkpoint.best is None
 
 
 def test_a_model_takes_the_settings_of_the_run_that_it_is_compared_with(tmp_path, tiny_model, tiny_log):

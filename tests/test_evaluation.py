@@ -64,6 +64,20 @@ def test_rewards_that_are_true_chances_lie_within_the_plots_intervals():
     assert sum(each.low <= each.chance <= each.high for each in found) >= 8
 
 
+def test_rows_of_one_prompt_make_the_reliability_plot_no_surer():
+    """Each row five times, as five answers to its prompt that were all liked, or not."""
+    rng = np.random.default_rng(1)
+    chance = rng.random(400)
+    liked, prompts = rng.random(400) < chance, np.arange(400)
+    once = reliability(chance, liked, prompts)
+    repeated = reliability(chance.repeat(5), liked.repeat(5), prompts.repeat(5))
+    for one, other in zip(once, repeated, strict=True):
+        assert (one.desirable, 5 * one.rows) == (other.desirable, other.rows)
+        assert (other.low, other.high) == pytest.approx((one.low, one.high), abs=1e-3)
+    alone = reliability(chance.repeat(5), liked.repeat(5))
+    assert alone[4].high - alone[4].low < 0.6 * (repeated[4].high - repeated[4].low)
+
+
 def test_rows_with_one_reward_are_one_bin():
     (only,) = reliability(np.full(40, 0.5), np.arange(40) < 30)
     assert (only.chance, only.desirable, only.rows) == (0.5, 0.75, 40)

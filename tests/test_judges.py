@@ -15,6 +15,7 @@ from kto_dist.evaluation.config import JudgeConfig
 from kto_dist.evaluation.contest import Contest, Pair, contest
 from kto_dist.evaluation.endpoint import Endpoint
 from kto_dist.evaluation.judges import Comparison, judge_of, read_verdict
+from kto_dist.evaluation.table import answer_lines
 
 ASKED = [
     Comparison(prompt="q", first="a long answer", second="short"),
@@ -127,6 +128,16 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_told_at_once():
         endpoint.chat([{"role": "user", "content": "?"}])
 
 
+def test_a_server_that_hangs_up_in_mid_answer_is_asked_again():
+    with serving(lambda body: "Verdict: A") as server:
+        server.cut_short = 2
+        endpoint = Endpoint(url=server.url, model="tiny", pause=0.01)
+        assert endpoint.chat([{"role": "user", "content": "?"}]).text == "Verdict: A"
+        server.cut_short = 9
+        with pytest.raises(UserError, match=r"chat/completions cannot be used"):
+            endpoint.chat([{"role": "user", "content": "?"}])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -160,6 +171,7 @@ def test_mistakes_in_a_command_are_sentences(words, message):
         ({"by": "endpoint"}, r"by \(endpoint\) needs base_url"),
         ({"by": "function", "function": "a:b", "model": "x"}, r"by \(function\) does not use model"),
         ({"model": "x"}, "model is given and by is null"),
+        ({"by": "mlflow", "model": "openai:/x", "key": "MY_KEY"}, r"by \(mlflow\) does not use key \(MY_KEY\)"),
     ],
 )
 def test_a_judge_has_what_it_needs_and_nothing_else(given, message):
@@ -171,6 +183,7 @@ class Fixed:
     """A judge by a rule, which notes what it was asked."""
 
     name = "fixed"
+    identity = at_once = None
 
     def __init__(self, rule: Any) -> None:
         self.rule, self.asked = rule, []
@@ -213,6 +226,7 @@ def test_a_verdict_that_was_not_given_counts_for_neither():
     judge = Fixed(lambda one: None if one.first == "ours" else "second")
     found = contest(judge, pairs(10))
     assert found.to_dict()["without_verdict"] == 10
+    assert "(10 of 20 verdicts were not given)" in answer_lines({}, ["model", "other"], {"other": found}, {})
     # what there is of verdicts goes to ours
     assert values(found)["win_rate"] == 1 and "flips" not in values(found)
 

@@ -12,7 +12,6 @@ from kto_kernels import LOSSES
 from kto_dist.objective.metrics import (
     CLASSES,
     QUANTITIES,
-    auc,
     by_class,
     clamp_kl,
     part_metrics,
@@ -170,24 +169,6 @@ def test_metrics_keep_no_graph():
     rows = rows_of(3)
     rows["logps"].requires_grad_()
     assert not sums_of(rows).requires_grad
-
-
-@given(
-    rows=st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=25).filter(
-        lambda rows: len({label for _, label in rows}) == 2
-    )
-)
-def test_auc_is_the_chance_that_a_desirable_row_outranks_an_undesirable_one(rows):
-    up = [reward for reward, label in rows if label]
-    down = [reward for reward, label in rows if not label]
-    wins = sum(1.0 if u > d else 0.5 if u == d else 0.0 for u in up for d in down)
-    reward, label = (torch.tensor(column) for column in zip(*rows, strict=True))
-    assert auc(reward.double(), label) == pytest.approx(wins / (len(up) * len(down)))
-
-
-@pytest.mark.parametrize("label", (True, False))
-def test_auc_needs_both_classes(label):
-    assert auc(torch.arange(3.0), torch.tensor([label] * 3)) is None
 
 
 def test_figures_by_source_leave_out_sources_without_rows_and_single_ones():

@@ -169,13 +169,16 @@ NOT_POLICY |= {f"adapter__{name}" for name in ("rank", "alpha", "targets", "star
 NOT_POLICY |= {"health__rules"}  # a user's own code: tests/test_trends.py
 NOT_POLICY |= {
     f"judge__{name}"  # of answers alone: tests/test_judges.py
-    for name in (*("by", "function", "command", "base_url", "model", "key", "instructions", "max_tokens", "parallel"),)
+    for name in (
+        *("by", "function", "command", "base_url", "model", "key", "instructions", "max_tokens", "parallel"),
+        "cache",
+    )
 }
 NOT_POLICY |= {
     f"answers__{name}"  # with held-out rows alone: tests/test_samples.py
     for name in (
         *("while_training", "in_evaluate", "max_tokens", "temperature", "top_p", "batch", "cache", "model_url"),
-        *("model_name", "reference_url", "reference_name", "key"),
+        *("model_name", "reference_url", "reference_name", "key", "every_steps"),
     )
 }
 # The reference follows them unless it has its own.

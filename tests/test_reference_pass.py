@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from mlflow import MlflowClient
 from ranks import run_ranks
 from reference_runs import fixed, logps_of_pairs, score, scored_and_found, with_forward
@@ -43,6 +44,28 @@ def test_weights_that_change_while_they_are_loaded_are_not_scored_under_their_ol
     (said,) = run_ranks(_with_weights_that_change, 1, config, other)
     assert said.startswith(f"the weights in model.path ({model}) changed while they were loaded")
     assert not list((tmp_path / "store").rglob("*.parquet"))
+
+
+def _without_room(config: Config) -> str:
+    """What is said when the device is too small for the model."""
+
+    class Large(Reference):
+        def __init__(self, *arguments, **settings):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 GiB")
+
+    try:
+        score(config, engine=Large)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(("stage", "remedy"), [(0, "reference.zero_stage=3, or"), (3, "use more devices, or")])
+def test_a_model_that_does_not_fit_is_told_with_the_remedy(tmp_path, tiny_model, tiny_log, stage, remedy):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__zero_stage=stage)
+    (said,) = run_ranks(_without_room, 1, config)
+    assert said.startswith(f"out of memory while the reference ({tiny_model}) was loaded in float32 onto cpu: ")
+    assert remedy in said and said.endswith("reference.offload=cpu or nvme")
 
 
 def _terminated(config: Config) -> None:

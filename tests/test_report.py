@@ -122,6 +122,13 @@ def test_heldout_figures_stand_before_after_and_change(full: tuple[Path, str]) -
     assert row and re.findall(r">([^<>]+)<", row[1]) == ["0.5", "0.7", "0.66 to 0.74", "+0.2"]
 
 
+def test_figures_before_training_have_their_intervals_too(tmp_path: Path) -> None:
+    before = {**evaluation(0), "intervals": {"accuracy/all": sure(0.44, 0.56)}}
+    write_lines(tmp_path / "heldout.jsonl", [before, last_evaluation()])
+    row = re.search(r"<th>accuracy/<wbr>all</th>(.*?)</tr>", write_report(tmp_path).read_text(encoding="utf-8"), re.S)
+    assert row and re.findall(r">([^<>]+)<", row[1]) == ["0.5", "0.44 to 0.56", "0.7", "0.66 to 0.74", "+0.2"]
+
+
 def test_what_matters_stands_first_in_a_sentence_with_its_interval(full: tuple[Path, str]) -> None:
     found = re.search(r'id="verdict">(.*?)</div>', full[1], re.S)
     assert found and full[1].index('id="verdict"') < full[1].index("<table>")

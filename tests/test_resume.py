@@ -102,6 +102,7 @@ OTHER = {
     "judge.max_tokens": 7,
     "judge.parallel": 7,
     "judge.key": "OTHER_KEY",
+    "judge.cache": "elsewhere",
     "cluster.timeout": 60.0,
     "cluster.grace": 60.0,
     "cluster.min_nodes": 2,
@@ -118,7 +119,7 @@ NOT_ALONE = {
     "checkpoint.best",
     "train.stop_after",
     # one needs another
-    *("answers.model_name", "answers.reference_name"),
+    *("answers.model_name", "answers.reference_name", "answers.every_steps"),
     *(f"judge.{name}" for name in ("by", "function", "command", "base_url", "model")),
     # of an adapter alone: tests/test_adapter_runs.py
     "adapter.rank",

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
-from tiny_runs import TIMED, metrics_of, tiny_config, train_all, train_and_die_after
+from tiny_runs import TIMED, WORSE, metrics_of, tiny_config, train_all, train_and_die_after
 
+from kto_dist.base.errors import UserError
+from kto_dist.evaluation import generate
 from kto_dist.record.report import write_report
 from kto_dist.record.verdict import shortened
-from kto_dist.training import samples
 from kto_dist.training.config import Config
 from kto_dist.training.evaluate import evaluate
 from kto_dist.training.judged import Request
-from kto_dist.training.samples import table_of
+from kto_dist.training.samples import IN_TABLE, table_of
 
 ASKED = {
     "answers__while_training": 3,
@@ -79,9 +80,48 @@ def test_an_exported_adapter_answers_as_the_policy_did(tmp_path, tiny_model, tin
     first, *_, last = answers_of(config)
     samples = found["answers"]["samples"]
     for name, line in (("model", last), ("reference", first)):
+        # in the same words here and there: a prompt is found by its text
         said = {one["prompt"]: one["answer"] for one in line["answers"]}
         assert {one["prompt"]: one[name] for one in samples} == said, name
     assert first["answers"] != last["answers"]
+
+
+def test_answers_come_at_steps_of_their_own_and_evaluations_at_theirs(tmp_path, tiny_model, tiny_log):
+    own = {**ASKED, "answers__every_steps": 1, "evaluate__every_steps": 3}
+    often = tiny_config(tmp_path, tiny_model, tiny_log, **own)
+    own |= {"answers__every_steps": 3, "evaluate__every_steps": None, "train__output": str(tmp_path / "seldom")}
+    seldom = tiny_config(tmp_path, tiny_model, tiny_log, **own)
+    run_ranks(train_all, 1, [often, seldom])
+    assert [line["step"] for line in answers_of(often)] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in answers_of(seldom)] == [0, 3, 4]
+    found = [
+        [json.loads(line)["step"] for line in (Path(config.train.output) / "heldout.jsonl").read_text().splitlines()]
+        for config in (often, seldom)
+    ]
+    assert found == [[0, 3, 4], [0, 4]]
+    # and they are the same answers, whenever they are asked for
+    assert answers_of(often)[3] == answers_of(seldom)[1]
+
+
+def test_the_exported_weights_have_answers_though_none_were_due_at_their_step(tmp_path, tiny_model, tiny_log):
+    own = {**WORSE, "answers__while_training": 2, "answers__max_tokens": 6, "answers__every_steps": 5}
+    config = tiny_config(tmp_path, tiny_model, tiny_log, **own)
+    ((summary,),) = run_ranks(train_all, 1, [config])
+    best = summary["best"]["step"]
+    assert best not in (0, 5, 8)
+    assert [line["step"] for line in answers_of(config)] == [0, 5, 8, best]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"answers": {"every_steps": 5}}, r"answers.every_steps \(5\) needs data.heldout"),
+        ({"answers": {"every_steps": 5, "while_training": 0}}, r"every_steps \(5\) needs while_training"),
+    ],
+)
+def test_steps_without_prompts_to_answer_are_refused(sections, message):
+    with pytest.raises(UserError, match=message):
+        Config.build({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **sections})
 
 
 def test_a_run_that_goes_on_keeps_its_first_answers(tmp_path, tiny_model, tiny_log):
@@ -99,7 +139,7 @@ def _failing(config: Config) -> tuple[dict[str, Any], str]:
     def broken(*arguments: Any, **named: Any) -> Any:
         raise AttributeError("this family has no cache")
 
-    samples.generate = broken
+    generate.generate = broken
     with contextlib.redirect_stdout(io.StringIO()) as said:
         summary = train_all([config])[0]
     return summary, said.getvalue()
@@ -157,3 +197,8 @@ def test_only_a_great_change_of_length_is_worth_watching():
 def test_the_table_has_a_row_an_answer_with_the_first_one_beside_it():
     rows = table_of([line(0, "a", "b"), line(5, "c", "d")])
     assert rows[0] == (5, "question 0", "a", "c", True, 1) and rows[-1] == (0, "question 1", "b", "b", True, 1)
+
+
+def test_the_table_of_many_steps_has_the_first_and_the_newest():
+    steps = [row[0] for row in table_of([line(step, "a") for step in range(200)])]
+    assert len(steps) == IN_TABLE and steps[:2] == [199, 198] and steps[-2:] == [151, 0]

@@ -33,6 +33,7 @@ def tiny_config(folder: Path, model: Path, log: Path, **overrides: Any) -> Confi
         },
         "tracking": {"enabled": False, "report": False},
         "answers": {"while_training": 0, "in_evaluate": 0, "cache": str(folder / "answers")},
+        "judge": {"cache": str(folder / "verdicts")},
     }
     for name, value in overrides.items():
         section, key = name.split("__")

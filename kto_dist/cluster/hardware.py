@@ -35,63 +35,33 @@ class Gpu:
 
 
 GB = 1e9
+_A100 = Gpu(
+    name="A100",
+    flops=PEAKS["A100"],
+    memory=80 * GB,
+    bandwidth=2039 * GB,
+    link=300 * GB,
+    network=200 * GB,
+    host=25 * GB,
+)
+_H100 = Gpu(
+    name="H100",
+    flops=PEAKS["H100"],
+    memory=80 * GB,
+    bandwidth=3350 * GB,
+    link=450 * GB,
+    network=400 * GB,
+    host=50 * GB,
+)
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu(
-            name="A100",
-            flops=PEAKS["A100"],
-            memory=80 * GB,
-            bandwidth=2039 * GB,
-            link=300 * GB,
-            network=200 * GB,
-            host=25 * GB,
-        ),
-        Gpu(
-            name="A100-40GB",
-            flops=PEAKS["A100"],
-            memory=40 * GB,
-            bandwidth=1555 * GB,
-            link=300 * GB,
-            network=200 * GB,
-            host=25 * GB,
-        ),
-        Gpu(
-            name="H100",
-            flops=PEAKS["H100"],
-            memory=80 * GB,
-            bandwidth=3350 * GB,
-            link=450 * GB,
-            network=400 * GB,
-            host=50 * GB,
-        ),
-        Gpu(
-            name="H200",
-            flops=PEAKS["H200"],
-            memory=141 * GB,
-            bandwidth=4800 * GB,
-            link=450 * GB,
-            network=400 * GB,
-            host=50 * GB,
-        ),
-        Gpu(
-            name="B200",
-            flops=PEAKS["B200"],
-            memory=180 * GB,
-            bandwidth=8000 * GB,
-            link=900 * GB,
-            network=400 * GB,
-            host=50 * GB,
-        ),
-        Gpu(
-            name="MI300X",
-            flops=PEAKS["MI300X"],
-            memory=192 * GB,
-            bandwidth=5300 * GB,
-            link=448 * GB,
-            network=400 * GB,
-            host=50 * GB,
-        ),
+        _A100,
+        replace(_A100, name="A100-40GB", memory=40 * GB, bandwidth=1555 * GB),
+        _H100,
+        replace(_H100, name="H200", flops=PEAKS["H200"], memory=141 * GB, bandwidth=4800 * GB),
+        replace(_H100, name="B200", flops=PEAKS["B200"], memory=180 * GB, bandwidth=8000 * GB, link=900 * GB),
+        replace(_H100, name="MI300X", flops=PEAKS["MI300X"], memory=192 * GB, bandwidth=5300 * GB, link=448 * GB),
     )
 }
 MOST_GPUS = 4096

@@ -78,8 +78,7 @@ def _plan(
     from kto_dist.cluster.plan import method_of, ready_config, shape_for
     from kto_dist.cluster.plan import plan as planned
     from kto_dist.commands.entry import quiet
-    from kto_dist.model.footprint import without_contents
-    from kto_dist.model.loading import load_config
+    from kto_dist.model.loading import load_config, without_contents
 
     quiet()
     method, rank = method or method_of(settings), rank or settings.adapter.rank or 16

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kto_dist.base import comm
 from kto_dist.base.console import Console
 from kto_dist.base.remembered import sha256_once
 from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.data.examples import Examples
-from kto_dist.evaluation.answers import Answer, Kept, figures_of, in_words, pick_prompts
+from kto_dist.evaluation.answers import Answer, Kept, asked_of, figures_of, in_words, pick_prompts
 from kto_dist.evaluation.contest import Contest, Pair, contest
-from kto_dist.evaluation.generate import Decoding, Source, generate, load_whole, stops_of
+from kto_dist.evaluation.generate import Decoding, Source, generate, load_whole, settings_in, stops_of
 from kto_dist.evaluation.intervals import Interval
 from kto_dist.evaluation.judges import Judge
 from kto_dist.model.causal_lm import pick_dtype
@@ -81,12 +81,17 @@ def answered(
     rows = _picked(examples, reported, config.answers.in_evaluate, config.train.seed)
     prompts = [examples.prompt(int(row)) for row in rows]
     folder = local_folder(sources[start].path, sources[start].gguf_file)
-    decoding = Decoding(max_tokens=config.answers.max_tokens, stops=stops_of(tokenizer, _settings_of(folder)))
+    decoding = Decoding(max_tokens=config.answers.max_tokens, stops=stops_of(tokenizer, settings_in(folder)))
     found = {}
     for name, source in sources.items():
         console.say(f"answers of {name}: {source.path}")
         found[name] = _answers(config, source, prompts, decoding, tokenizer)
-    asked = [_asked(examples, int(row)) for row in rows]
+    asked = [asked_of(examples, int(row)) for row in rows]
+    cache = None if config.judge.cache is None else Path(config.judge.cache)
+
+    def judged(name: str, other: str) -> Contest:
+        return contest(judge, _pairs(asked, found[name], found[other]), cache=cache, say=console.say)
+
     others = {name: [other for other in (start, against) if other != name] for name in sources if name != start}
     return Answered(
         judge=judge.name,
@@ -96,10 +101,7 @@ def answered(
             name: {figure.partition("/")[0]: value for figure, value in figures_of({name: own}).items()}
             for name, own in found.items()
         },
-        contests={
-            name: {other: contest(judge, _pairs(asked, found[name], found[other])) for other in rivals}
-            for name, rivals in others.items()
-        },
+        contests={name: {other: judged(name, other) for other in rivals} for name, rivals in others.items()},
     )
 
 
@@ -108,14 +110,6 @@ def _picked(examples: Examples, reported: np.ndarray, count: int, seed: int) -> 
     every = pick_prompts(examples, len(examples), seed)
     there = every[np.isin(examples.prompt_group[every], examples.prompt_group[reported])]
     return np.sort(np.random.default_rng(seed).permutation(there)[:count])
-
-
-def _settings_of(folder: Path) -> GenerationConfig | None:
-    try:
-        found: GenerationConfig = GenerationConfig.from_pretrained(str(folder))
-    except OSError:
-        return None
-    return found
 
 
 def _answers(
@@ -143,14 +137,6 @@ def _answers(
         release()
         kept.add({keys[place]: answer for place, answer in zip(lacking, in_words(tokenizer, made), strict=True)})
     return [answer for answer in map(kept.get, keys) if answer is not None]
-
-
-def _asked(examples: Examples, row: int) -> str:
-    """The message, where the prompt is one alone: what a person, or a judge, was asked."""
-    prompt = examples.original(row)[0]
-    if not isinstance(prompt, str) and len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return examples.prompt_text(row)
 
 
 def _pairs(asked: Sequence[str], ours: Sequence[Answer], theirs: Sequence[Answer]) -> list[Pair]:

@@ -3,12 +3,10 @@
 The page is comparison.html.j2, autoescaped; its plots come in a light and a dark rendering.
 """
 
-import base64
-import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,7 +14,7 @@ from kto_dist.comparison.answers import Answered
 from kto_dist.comparison.measure import Outcome, Row
 from kto_dist.evaluation.intervals import Interval
 from kto_dist.record import report
-from kto_dist.record.theme import DARK, LIGHT, Theme, finish
+from kto_dist.record.theme import DARK, LIGHT, Theme, data_uri, finish, picture
 from kto_dist.record.verdict import NO_SPREAD
 
 TITLES = {
@@ -37,15 +35,8 @@ MEANINGS = {
 
 
 def page_of(outcome: Outcome, answers: Answered | None, name: str, commands: list[str], config: str) -> bytes:
-    folders = [Path(__file__).parent, Path(report.__file__).parent]
-    environment = Environment(
-        loader=FileSystemLoader(folders),
-        autoescape=True,  # not by the name of a file, which ends in .j2
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"show": report.show, "figure": _figure, "difference": _difference}
+    environment = report.pages(Path(__file__).parent)
+    environment.filters |= {"figure": _figure, "difference": _difference}
     template = environment.get_template("comparison.html.j2")
     page = template.render(
         name=name,
@@ -130,10 +121,13 @@ def _sure(figure: Interval | float | None) -> str:
 def answer_lines(answers: Answered) -> list[str]:
     """As text: the judge's table."""
     lines = [["method", *_answer_head(answers)], *([method, *cells] for method, cells in _answer_rows(answers))]
+    contests = [found for own in answers.contests.values() for found in own.values()]
+    lacking, every = sum(found.without_verdict for found in contests), sum(2 * found.first.size for found in contests)
     return [
         "",
         f"new answers to {len(answers.prompts):,} of the reported prompts; judge: {answers.judge}",
         *_aligned(lines),
+        *([f"({lacking:,} of {every:,} verdicts were not given)"] if lacking else []),
         *(f"{title}: {meaning}" for title, meaning in ANSWER_MEANINGS.items()),
     ]
 
@@ -159,14 +153,14 @@ def _range(interval: Interval, form: str) -> str:
     return NO_SPREAD if interval.method == "constant" else f"{interval.low:{form}} to {interval.high:{form}}"
 
 
-Draw = Callable[[Axes, Outcome, Theme], None]
+Draw = Callable[[Outcome, Axes, Theme], None]
 
 
 def _plots(outcome: Outcome, answers: Answered | None) -> list[dict[str, str]]:
-    found = [_plot(title, text, lambda axes, theme: draw(axes, outcome, theme)) for title, text, draw in _PLOTS]  # noqa: B023
+    found = [_plot(title, text, partial(draw, outcome)) for title, text, draw in _PLOTS]
     if answers is not None:
         title, text = _WORDS
-        found.append(_plot(title, text, lambda axes, theme: _words(axes, answers, theme)))
+        found.append(_plot(title, text, partial(_words, answers)))
     return found
 
 
@@ -176,14 +170,16 @@ def _plot(title: str, text: str, draw: Callable[[Axes, Theme], None]) -> dict[st
 
 
 def _drawn(draw: Callable[[Axes, Theme], None], theme: Theme) -> str:
-    figure = Figure(figsize=(5.6, 3.5), dpi=160, layout="constrained", facecolor=theme.paper)
-    draw(figure.subplots(), theme)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    def on(figure: Figure) -> bool:
+        draw(figure.subplots(), theme)
+        return True
+
+    found = picture(on, theme)
+    assert found is not None
+    return data_uri(found)
 
 
-def _told_apart(axes: Axes, outcome: Outcome, theme: Theme) -> None:
+def _told_apart(outcome: Outcome, axes: Axes, theme: Theme) -> None:
     """Each method's AUC and its accuracy on pairs, with their intervals."""
     names = [row.method for row in outcome.rows]
     for name, shift, colour in (("auc", -0.12, "desirable"), ("accuracy/pairs", 0.12, "plain")):
@@ -205,7 +201,7 @@ def _told_apart(axes: Axes, outcome: Outcome, theme: Theme) -> None:
     finish(axes, theme, "", xlabel="share", whole_numbers=False)
 
 
-def _rewards(axes: Axes, outcome: Outcome, theme: Theme) -> None:
+def _rewards(outcome: Outcome, axes: Axes, theme: Theme) -> None:
     names = [row.method for row in outcome.rows]
     for name, shift in (("desirable", -0.18), ("undesirable", 0.18)):
         values = [row.figures.get(f"rewards/{name}", 0.0) for row in outcome.rows]
@@ -227,7 +223,7 @@ def _trained(outcome: Outcome) -> Iterator[tuple[Row, str, str]]:
         yield row, _MARKS[number % len(_MARKS)], _COLOURS[number % len(_COLOURS)]
 
 
-def _while_training(axes: Axes, outcome: Outcome, theme: Theme) -> None:
+def _while_training(outcome: Outcome, axes: Axes, theme: Theme) -> None:
     for row, mark, colour in _trained(outcome):
         if row.curve:
             steps, margins = zip(*row.curve, strict=True)
@@ -237,7 +233,7 @@ def _while_training(axes: Axes, outcome: Outcome, theme: Theme) -> None:
     finish(axes, theme, "good minus bad, nats")
 
 
-def _lengths(axes: Axes, outcome: Outcome, theme: Theme) -> None:
+def _lengths(outcome: Outcome, axes: Axes, theme: Theme) -> None:
     for row, mark, colour in _trained(outcome):
         for name, style in (("desirable", "-"), ("undesirable", "--")):
             points = [(band["tokens"], band[name]) for band in row.bands if name in band]
@@ -253,7 +249,7 @@ def _lengths(axes: Axes, outcome: Outcome, theme: Theme) -> None:
     finish(axes, theme, "log-ratio, nats", xlabel="tokens of the answer", whole_numbers=False)
 
 
-def _words(axes: Axes, answers: Answered, theme: Theme) -> None:
+def _words(answers: Answered, axes: Axes, theme: Theme) -> None:
     """Of new answers, by method: one mark an answer, and their mean."""
     names = list(answers.answers)
     for place, name in enumerate(names):

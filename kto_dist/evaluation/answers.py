@@ -12,7 +12,6 @@ In:  prompts as tokens or messages. Out: `Answer`, and figures with intervals ov
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kto_dist.base.files import write_whole
+from kto_dist.base.keyed import Keyed
 from kto_dist.data.examples import Examples
 from kto_dist.evaluation.intervals import Difference, Figure, Interval, Mean, intervals
 
@@ -52,26 +51,31 @@ class Kept:
 
     def __init__(self, folder: Path, model: str) -> None:
         """`model`: a digest of its weights and of what else decides its answers."""
-        self._path = folder / f"{hashlib.sha256(model.encode()).hexdigest()[:32]}.jsonl"
-        self._found: dict[str, Answer] = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
-            try:
-                entry = json.loads(line)
-                ids = entry.get("ids")
-                answer = Answer(text=entry["text"], finished=entry["finished"], ids=None if ids is None else tuple(ids))
-                self._found[entry["key"]] = answer
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # it is made again
+        self._lines = Keyed(folder / f"{hashlib.sha256(model.encode()).hexdigest()[:32]}.jsonl")
 
     def get(self, key: str) -> Answer | None:
-        return self._found.get(key)
+        entry = self._lines.get(key)
+        if entry is None:
+            return None
+        try:
+            ids = entry.get("ids")
+            return Answer(text=entry["text"], finished=entry["finished"], ids=None if ids is None else tuple(ids))
+        except (KeyError, TypeError):
+            return None  # it is made again
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Raises `OSError`."""
-        self._found.update(answers)
-        lines = [json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) for key, answer in self._found.items()]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, "".join(line + "\n" for line in lines).encode())
+        self._lines.add({key: asdict(answer) for key, answer in answers.items()})
+
+
+def asked_of(examples: Examples, row: int) -> str:
+    """What a person, or a judge, was asked by a row: the bare text of a single user's message, else all with roles."""
+    prompt = examples.original(row)[0]
+    if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].get("role") == "user":
+        text = prompt[0].get("content")
+        if isinstance(text, str):
+            return text
+    return examples.prompt_text(row)
 
 
 def pick_prompts(examples: Examples, count: int, seed: int) -> np.ndarray:

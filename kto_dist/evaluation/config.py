@@ -34,13 +34,18 @@ class EvaluateConfig(Section):
 
 
 Count = Annotated[int, Field(ge=0)]
+_KEY = "OPENAI_API_KEY"
 
 
 class AnswersConfig(Section):
     """Held-out prompts, answered by the model: a handful while training, more by `kto-dist evaluate`."""
 
     while_training: Count = Field(
-        8, description="held-out prompts that are answered with every evaluation of a run, always the same; 0: none"
+        8, description="held-out prompts that a run answers as it goes on, always the same; 0: none"
+    )
+    every_steps: Positive | None = Field(
+        None,
+        description="optimizer steps between them, beside the first and the last of a run; null: with every evaluation",
     )
     in_evaluate: Count = Field(
         32,
@@ -64,7 +69,16 @@ class AnswersConfig(Section):
     model_name: Text | None = Field(None, description="its name there; null: the first one")
     reference_url: Text | None = Field(None, description="likewise of the reference")
     reference_name: Text | None = Field(None, description="its name there; null: the first one")
-    key: Text = Field("OPENAI_API_KEY", description="environment variable with the key of these APIs")
+    key: Text = Field(_KEY, description="environment variable with the key of these APIs")
+
+    @model_validator(mode="after")
+    def _steps_have_prompts(self) -> "AnswersConfig":
+        if self.every_steps is not None and not self.while_training:
+            raise ValueError(
+                f"every_steps ({self.every_steps}) needs while_training, the number of prompts that are answered then, "
+                "to be 1 or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_have_addresses(self) -> "AnswersConfig":
@@ -109,10 +123,14 @@ class JudgeConfig(Section):
     model: Text | None = Field(
         None, description="name of the model there, null: the first one; for MLflow a name such as openai:/gpt-4o-mini"
     )
-    key: Text = Field("OPENAI_API_KEY", description="environment variable with the key of that API")
+    key: Text = Field(_KEY, description="environment variable with the key of that API")
     instructions: Text = Field(INSTRUCTIONS, description="what a model is told to judge by")
     max_tokens: Positive = Field(512, description="tokens of a model's reply at the most")
     parallel: Positive = Field(8, description="comparisons that a model is asked at a time")
+    cache: Place | None = Field(
+        "runs/verdicts",
+        description="folder of what judges have said, keyed by content: none is asked the same twice; null: ask again",
+    )
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> "JudgeConfig":
@@ -128,6 +146,11 @@ class JudgeConfig(Section):
             raise ValueError(f"by ({self.by}) needs {needs[self.by]}")
         if unused := given - takes[self.by]:
             raise ValueError(f"by ({self.by}) does not use {', '.join(sorted(unused))}: leave it out")
+        if self.by == "mlflow" and self.key != _KEY:
+            raise ValueError(
+                f"by (mlflow) does not use key ({self.key}): MLflow reads the variable of the model's provider, as "
+                f"{_KEY}; leave it out"
+            )
         return self
 
 

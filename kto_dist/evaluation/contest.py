@@ -14,14 +14,16 @@ prompts. Answers that are equal are ties, and no judge is asked.
 | score/...             | what a judge of single answers gave ours and theirs, and the difference                |
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kto_dist.evaluation.intervals import Difference, Figure, Interval, Mean, intervals
 from kto_dist.evaluation.judges import Comparison, Judge, ScoreJudge, Verdict
+from kto_dist.evaluation.verdicts import Verdicts
 
 _POINTS = {"first": 1.0, "second": 0.0, "tie": 0.5, None: np.nan}
 
@@ -51,6 +53,8 @@ class Contest:
     """(P,) bool: the answers are equal."""
     scores: np.ndarray | None
     """(P, 2) of our answer and theirs, by a judge of single answers."""
+    kept: int = 0
+    """Verdicts, or scores, that the judge had given before."""
 
     @property
     def points(self) -> np.ndarray:  # (P,)
@@ -59,6 +63,11 @@ class Contest:
         there = np.isfinite(both)
         with np.errstate(invalid="ignore"):
             return np.where(there, both, 0.0).sum(0) / there.sum(0)
+
+    @property
+    def without_verdict(self) -> int:
+        """Verdicts, two a pair, that the judge did not give."""
+        return int(np.isnan(np.append(self.first, self.second)).sum())
 
     def figures(self, seed: int = 0) -> dict[str, Interval]:
         """Of those that the verdicts give."""
@@ -88,8 +97,9 @@ class Contest:
             "prefers_longer": of_verdicts(size, longest),
         }
         if self.scores is not None:
-            every_pair = np.ones(rows, bool)
-            ours, theirs = (of_pairs(self.scores[:, side], every_pair, share=_shares(self.scores)) for side in (0, 1))
+            scored = np.isfinite(self.scores).all(1)
+            shares = _shares(self.scores[scored])
+            ours, theirs = (of_pairs(self.scores[:, side], scored, share=shares) for side in (0, 1))
             found |= {"score/ours": ours, "score/theirs": theirs}
             found["score/difference"] = Difference(first=ours, second=theirs)
         return intervals(found, np.append(self.prompts, self.prompts), seed=seed)
@@ -100,32 +110,43 @@ class Contest:
             "judge": self.judge,
             "pairs": int(self.first.size),
             "identical": int(self.identical.sum()),
-            "without_verdict": int(np.isnan(np.append(self.first, self.second)).sum()),
+            "without_verdict": self.without_verdict,
+            "kept": self.kept,
             "figures": {name: asdict(figure) for name, figure in self.figures().items()},
         }
 
 
-def contest(judge: Judge, pairs: Sequence[Pair], prompts: np.ndarray | None = None) -> Contest:
+def contest(
+    judge: Judge,
+    pairs: Sequence[Pair],
+    prompts: np.ndarray | None = None,
+    *,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Contest:
     """Asks the judge about every pair twice. `prompts`: (P,) equal for pairs of one prompt; None: by their text.
 
-    Raises `UserError` where the judge cannot be asked.
+    `cache`: the folder of what judges have said before; None: nothing is kept. Raises `UserError` where the judge
+    cannot be asked.
     """
     if prompts is None:
         prompts = np.unique([pair.prompt for pair in pairs], return_inverse=True)[1].ravel()
     identical = np.array([pair.ours == pair.theirs for pair in pairs], bool)
-    asked = [pair for pair, same in zip(pairs, identical, strict=True) if not same]
-    there = [Comparison(prompt=pair.prompt, first=pair.ours, second=pair.theirs) for pair in asked]
-    back = [Comparison(prompt=pair.prompt, first=pair.theirs, second=pair.ours) for pair in asked]
-    verdicts = list(judge([*there, *back]))
-    assert len(verdicts) == 2 * len(asked), f"{judge.name} gave {len(verdicts)} verdicts"
-    first, second = np.full(len(pairs), 0.5), np.full(len(pairs), 0.5)
-    first[~identical] = _points(verdicts[: len(asked)])
-    second[~identical] = 1 - _points(verdicts[len(asked) :])
-    scores = None
+    verdicts, scores = Verdicts(judge, cache, say), None
     if isinstance(judge, ScoreJudge):
-        scores = np.array(
-            [[judge.score(pair.prompt, answer) for answer in (pair.ours, pair.theirs)] for pair in pairs]
-        ).reshape(-1, 2)
+        each = [(pair.prompt, answer) for pair in pairs for answer in (pair.ours, pair.theirs)]
+        scores = np.array(verdicts.scores(judge, each), np.float64).reshape(-1, 2)
+        # one answer is judged at a time, so that no order is to be seen
+        with np.errstate(invalid="ignore"):
+            first = second = (np.sign(scores[:, 0] - scores[:, 1]) + 1) / 2
+    else:
+        asked = [pair for pair, same in zip(pairs, identical, strict=True) if not same]
+        there = [Comparison(prompt=pair.prompt, first=pair.ours, second=pair.theirs) for pair in asked]
+        back = [Comparison(prompt=pair.prompt, first=pair.theirs, second=pair.ours) for pair in asked]
+        said = verdicts.of([*there, *back])
+        first, second = np.full(len(pairs), 0.5), np.full(len(pairs), 0.5)
+        first[~identical] = _points(said[: len(asked)])
+        second[~identical] = 1 - _points(said[len(asked) :])
     return Contest(
         judge=judge.name,
         prompts=prompts,
@@ -134,6 +155,7 @@ def contest(judge: Judge, pairs: Sequence[Pair], prompts: np.ndarray | None = No
         longer=np.array([len(pair.ours) - len(pair.theirs) for pair in pairs], np.float64),
         identical=identical,
         scores=scores,
+        kept=verdicts.kept,
     )
 
 

@@ -4,6 +4,7 @@ In:  messages, or the text that a model goes on from. Out: `Reply`. Several ques
 one that meets a busy or a starting server is asked again.
 """
 
+import http.client
 import json
 import os
 import time
@@ -90,7 +91,7 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 said = error.read(2000).decode(errors="replace").strip()
                 problem, again = f"{error.code} {error.reason}: {said[:300]}", error.code in _AGAIN
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
                 problem, again = str(getattr(error, "reason", error)), True
             except ValueError as error:
                 problem, again = f"no JSON ({error})", False

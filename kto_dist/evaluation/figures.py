@@ -155,7 +155,7 @@ def findings(rows: Evaluated, *, sets: np.ndarray | None = None, slices: Slices 
     return Findings(
         figures=figures_of(rows, sets),
         intervals={name: sure[name] for name in figures if name in sure},
-        reliability=reliability(rows.chance, rows.desirable),
+        reliability=reliability(rows.chance, rows.desirable, rows.prompts),
         rewards=histogram(rows.column("reward").numpy(), rows.desirable),
         slices=found,
     )
@@ -170,20 +170,26 @@ def compare(first: Evaluated, second: Evaluated) -> dict[str, Interval]:
     )
 
 
-def reliability(chance: np.ndarray, desirable: np.ndarray, bins: int = BINS) -> list[Bin]:
-    """Rows by their chance, as many in each bin as in the others; ties stay together.
-
-    `desirable`: (S,) whether a row is, or how probable that is.
-    """
+def reliability(
+    chance: np.ndarray,  # (S,)
+    desirable: np.ndarray,  # (S,) whether a row is, or how probable that is
+    prompts: np.ndarray | None = None,  # (S,) equal for rows of one prompt; None: each row has its own
+    bins: int = BINS,
+) -> list[Bin]:
+    """Rows by their chance, as many in each bin as in the others; ties stay together."""
     if not chance.size:
         return []
+    member = np.arange(chance.size) if prompts is None else np.unique(prompts, return_inverse=True)[1].ravel()
     edges = np.quantile(chance, np.linspace(0, 1, bins + 1))[1:-1]
     place = np.searchsorted(edges, chance)
     found = []
     for number in np.unique(place):
         here = place == number
         share = float(desirable[here].mean())
-        low, high = wilson(share, int(here.sum()))
+        # rows of one prompt are alike, and say less than as many of others
+        alike = Mean(values=desirable.astype(np.float64), counted=here, share=True).alike(share, member)
+        assert alike is not None
+        low, high = wilson(share, alike)
         found.append(Bin(chance=float(chance[here].mean()), desirable=share, low=low, high=high, rows=int(here.sum())))
     return found
 

@@ -37,9 +37,10 @@ from kto_dist.base.signals import Interrupted
 from kto_dist.data.batch import Cutting, collate
 from kto_dist.data.template import look_at
 from kto_dist.model.adapters import from_folder, put_in
-from kto_dist.model.attention import ATTENTIONS, Place
+from kto_dist.model.attention import ATTENTIONS, Place, cannot_pack
 from kto_dist.model.causal_lm import Forward, ScoringModel, score
-from kto_dist.model.loading import load_config, load_model, set_modes
+from kto_dist.model.loading import load_config, load_model, one_line, set_modes
+from kto_dist.model.memory import is_out_of_memory, release
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +109,15 @@ def load_whole(source: Source, dtype: torch.dtype, device: torch.device) -> PreT
 def _plain(place: Place) -> str:
     """Attention that takes keys and values of earlier tokens."""
     return "sdpa" if ATTENTIONS["sdpa"].missing(place) is None else "eager"
+
+
+def settings_in(folder: Path) -> GenerationConfig | None:
+    """A model's own settings of generation, where its folder has some."""
+    try:
+        found: GenerationConfig = GenerationConfig.from_pretrained(str(folder))
+    except OSError:
+        return None
+    return found
 
 
 def stops_of(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | None) -> tuple[int, ...]:
@@ -187,6 +197,28 @@ def generate(
             for place, ids in zip(places, tokens, strict=True):
                 found[place] = _ended(ids[: room[place]], decoding)
     return found
+
+
+_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, MemoryError)
+"""What a family's own code raises where it cannot generate."""
+
+
+def tried(
+    lm: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    decoding: Decoding,
+    *,
+    batch: int,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[list[Generated], str | None]:
+    """`generate`, and None; or why the family's own code, or the memory, did not let it. Raises `Interrupted`."""
+    try:
+        return generate(lm, prompts, decoding, batch=batch, stop=stop), None
+    except _FAILURES as error:
+        why = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
+        error.__traceback__ = None  # its frames hold what there was no room for
+    release()
+    return [], why
 
 
 @torch.no_grad()
@@ -312,9 +344,14 @@ def _room(lm: PreTrainedModel, prompt: np.ndarray, decoding: Decoding) -> int:
     return max(0, min(decoding.max_tokens, context - len(prompt) if context else decoding.max_tokens))
 
 
+_CONTEXT = 2**20
+"""Tokens: a row with its answer is shorter, as far as sparse attention's choice among them goes."""
+
+
 def _can_pad(lm: PreTrainedModel) -> bool:
-    """Whether padding before a prompt leaves its answer alone: a state that runs along the row takes it in."""
-    return not getattr(lm, "_is_stateful", False)
+    """Whether padding before a prompt leaves its answer alone: a state that runs along the row takes it in, and families
+    that count positions along the row count it."""
+    return not getattr(lm, "_is_stateful", False) and cannot_pack(lm.config, _CONTEXT) is None
 
 
 def _batches(lengths: Sequence[int], rooms: Sequence[int], size: int, *, padded: bool) -> Iterator[list[int]]:

@@ -15,23 +15,30 @@ It knows neither which answer is whose nor that every pair comes in both orders.
 | mlflow     | one of MLflow's judges (`mlflow.genai.make_judge`), with MLflow's names of models                  |
 
 A wish that can be checked, such as the demo's, is a function of the second form: the higher score wins.
+
+Each has an `identity`, by which its verdicts are kept (`verdicts.py`): all that decides them, as far as can be seen.
 """
 
 import inspect
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from kto_dist.base.errors import UserError
-from kto_dist.base.own_code import function_named
+from kto_dist.base.own_code import function_named, source_digest
+from kto_dist.base.remembered import sha256_once
 from kto_dist.evaluation.config import JudgeConfig
 from kto_dist.evaluation.endpoint import Endpoint, all_of
 
 Verdict = Literal["first", "second", "tie"]
 VERDICTS = ("first", "second", "tie")
+TURNS = 8
+"""Times that a model is asked as many comparisons as it is at a time, before its verdicts are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +57,14 @@ class Judge(Protocol):
     def name(self) -> str:
         """For people."""
 
+    @property
+    def identity(self) -> str | None:
+        """Equal where the verdicts are; None where nothing tells, and none are kept."""
+
+    @property
+    def at_once(self) -> int | None:
+        """Comparisons that it is given at a time, of which all are lost where one fails; None: all of them."""
+
     def __call__(self, asked: Sequence[Comparison]) -> Sequence[Verdict | None]: ...
 
 
@@ -59,7 +74,9 @@ def judge_of(section: JudgeConfig) -> Judge | None:
         assert section.function is not None
         return function_judge(section.function)
     if section.by == "command":
-        return CommandJudge(name=f"command {section.command[0]}", words=section.command)
+        return CommandJudge(
+            name=f"command {section.command[0]}", words=section.command, identity=_of_command(section.command)
+        )
     if section.by == "endpoint":
         assert section.base_url is not None
         endpoint = Endpoint.of(section.base_url, section.model, section.key)
@@ -69,6 +86,9 @@ def judge_of(section: JudgeConfig) -> Judge | None:
             instructions=section.instructions,
             parallel=section.parallel,
             tokens=section.max_tokens,
+            identity=_told(
+                "endpoint", endpoint.url, endpoint.model, section.instructions, section.max_tokens, _QUESTION
+            ),
         )
     if section.by == "mlflow":
         from kto_dist.record.mlflow_judge import mlflow_judge
@@ -76,8 +96,30 @@ def judge_of(section: JudgeConfig) -> Judge | None:
         assert section.model is not None
         settings = {"temperature": 0.0, "max_tokens": section.max_tokens}
         verdict = mlflow_judge(section.model, section.instructions, section.base_url, settings)
-        return MlflowJudge(name=f"MLflow's judge, {section.model}", verdict=verdict, parallel=section.parallel)
+        return MlflowJudge(
+            name=f"MLflow's judge, {section.model}",
+            verdict=verdict,
+            parallel=section.parallel,
+            identity=_told("mlflow", section.base_url, section.model, section.instructions, settings),
+        )
     return None
+
+
+def _told(*facts: Any) -> str:
+    return json.dumps(facts)
+
+
+def _of_command(words: Sequence[str]) -> str:
+    """The words, and the content of those that are files: the program, and a script that it runs."""
+    places = [shutil.which(words[0]) or words[0], *words[1:]]
+    return _told("command", words, [_digest(place) for place in places])
+
+
+def _digest(place: str) -> str | None:
+    try:
+        return sha256_once(Path(place)) if Path(place).is_file() else None
+    except OSError:  # a word too long for a name, or a program that may be run and not read
+        return None
 
 
 def function_judge(name: str) -> Judge:
@@ -89,10 +131,12 @@ def function_judge(name: str) -> Judge:
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind in kinds and parameter.default is inspect.Parameter.empty
     ]
+    digest = source_digest(name, function)
+    identity = None if digest is None else _told("function", name.rpartition(":")[2], digest)
     if len(needed) == 2:
-        return ScoreJudge(name=name, function=function)
+        return ScoreJudge(name=name, function=function, identity=identity)
     if len(needed) == 3:
-        return FunctionJudge(name=name, function=function)
+        return FunctionJudge(name=name, function=function, identity=identity)
     raise UserError(
         f"judge.function ({name}) takes {len(needed)} arguments: it must take (prompt, first, second) and return "
         "first, second or tie, or take (prompt, answer) and return a score"
@@ -105,6 +149,11 @@ class FunctionJudge:
 
     name: str
     function: Callable[[str, str, str], Any]
+    identity: str | None = None
+
+    @property
+    def at_once(self) -> int | None:
+        return 1
 
     def __call__(self, asked: Sequence[Comparison]) -> list[Verdict | None]:
         return [self._verdict(one) for one in asked]
@@ -125,6 +174,11 @@ class ScoreJudge:
 
     name: str
     function: Callable[[str, str], Any]
+    identity: str | None = None
+
+    @property
+    def at_once(self) -> int | None:
+        return 1
 
     def __call__(self, asked: Sequence[Comparison]) -> list[Verdict | None]:
         return [_sided(self.score(one.prompt, one.first) - self.score(one.prompt, one.second)) for one in asked]
@@ -155,6 +209,11 @@ class CommandJudge:
 
     name: str
     words: tuple[str, ...]
+    identity: str | None = None
+
+    @property
+    def at_once(self) -> int | None:
+        return None  # it may take long to start
 
     def __call__(self, asked: Sequence[Comparison]) -> list[Verdict | None]:
         if not asked:
@@ -201,6 +260,11 @@ class EndpointJudge:
     parallel: int
     tokens: int
     """Of one reply at the most."""
+    identity: str | None = None
+
+    @property
+    def at_once(self) -> int | None:
+        return TURNS * self.parallel
 
     def __call__(self, asked: Sequence[Comparison]) -> list[Verdict | None]:
         return all_of(self._verdict, asked, self.parallel)
@@ -222,6 +286,11 @@ class MlflowJudge:
     name: str
     verdict: Callable[[str, str, str], str]
     parallel: int
+    identity: str | None = None
+
+    @property
+    def at_once(self) -> int | None:
+        return TURNS * self.parallel
 
     def __call__(self, asked: Sequence[Comparison]) -> list[Verdict | None]:
         return all_of(self._verdict, asked, self.parallel)

@@ -64,6 +64,8 @@ def answer_lines(
         own = found.figures()
         lines += ["", f"the model against {other}, judged by {found.judge} in both orders"]
         lines += _aligned([["", "value", "95 % interval"], *([name, *_cells_of(own[name])] for name in own)])
+        if found.without_verdict:
+            lines.append(f"({found.without_verdict:,} of {2 * found.first.size:,} verdicts were not given)")
     if on_policy:
         lines += ["", "answers drawn from the model, in nats"]
         lines += _aligned([["", "value", "95 % interval"], *([n, *_cells_of(each)] for n, each in on_policy.items())])

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kto_dist.base.errors import UserError
 from kto_dist.model.adapter_files import named_in_files, read_settings, read_values
 from kto_dist.model.config import AdapterConfig
-from kto_dist.model.loading import one_line, own_config, shortened
+from kto_dist.model.loading import one_line, shortened, without_contents
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -154,21 +154,12 @@ def from_folder(setting: str, folder: Path) -> Adapter:
     return Adapter(settings=read_settings(setting, folder), start=folder, seed=0)
 
 
-def shell(model_config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without contents, on torch's meta device."""
-    with torch.device("meta"):
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-            own_config(model_config), trust_remote_code=trust_remote_code
-        )
-    return lm
-
-
 def rehearse(model_config: PretrainedConfig, adapter: Adapter, *, trust_remote_code: bool = False) -> Rehearsed:
     """Raises `UserError` where the model has no place for the adapter, or where its values do not fit."""
-    lm = shell(model_config, trust_remote_code=trust_remote_code)
+    lm = without_contents(model_config, trust_remote_code=trust_remote_code)
     total = sum(p.numel() for p in lm.parameters())
     experts = {name for name, p in lm.named_parameters() if p.dim() == 3 and ".experts." in name}
-    _inject(lm, adapter, without_contents=True)
+    _inject(lm, adapter, hollow=True)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
     if adapter.start is not None:
         _check_fit(adapter.start, trained)
@@ -219,7 +210,7 @@ def _fresh(name: str, shape: torch.Size, seed: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=draw)
 
 
-def _inject(lm: PreTrainedModel, adapter: Adapter, *, without_contents: bool = False) -> None:
+def _inject(lm: PreTrainedModel, adapter: Adapter, *, hollow: bool = False) -> None:
     """Raises `UserError` for targets that the model does not have, and for its head and embeddings."""
     from peft import inject_adapter_in_model
 
@@ -229,7 +220,7 @@ def _inject(lm: PreTrainedModel, adapter: Adapter, *, without_contents: bool = F
         config.target_modules, config.target_parameters, wanted = _placed(lm, adapter)
     asked = bool(config.target_parameters)
     try:
-        inject_adapter_in_model(config, lm, adapter_name=NAME, low_cpu_mem_usage=without_contents)
+        inject_adapter_in_model(config, lm, adapter_name=NAME, low_cpu_mem_usage=hollow)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{type(lm).__name__} cannot be adapted: {one_line(error)}") from None
     if hasattr(lm.get_output_embeddings(), "base_layer"):

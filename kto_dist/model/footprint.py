@@ -16,9 +16,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kto_dist.model.attention import largest
 from kto_dist.model.devices import Cost, cost_of, experts_of
@@ -114,12 +113,6 @@ def shape_of(lm: PreTrainedModel) -> Shape:
         kept=(getattr(config, "num_key_value_heads", None) or heads) * width,
         cost=cost_of(lm),
     )
-
-
-def without_contents(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config, whose weights have shapes and nothing in them."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def with_adapter(lm: PreTrainedModel, rank: int, *, packed: bool = False) -> Shape:

@@ -98,6 +98,13 @@ def own_config(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def without_contents(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config on torch's meta device: its weights have shapes and nothing in them."""
+    with torch.device("meta"):
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(own_config(config), trust_remote_code=trust_remote_code)
+    return lm
+
+
 def load_tokenizer(
     path: str, gguf_file: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:

@@ -88,7 +88,7 @@ class Layout:
     """Rows of the queries in groups that belong to no token."""
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)  # of a micro-batch all layers have the same, and none comes again
 def lay_out(lengths: tuple[int, ...], heads: int, key_heads: int) -> Layout:
     starts = np.cumsum((0, *lengths))
     of_width: dict[int, list[int]] = {}

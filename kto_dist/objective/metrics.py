@@ -165,18 +165,3 @@ def router_metrics(loss: float, counts: Tensor) -> dict[str, float]:  # (L, E) r
 def clamp_kl(kl: Tensor) -> Tensor:  # (2,) sum and count -> () fp64
     """z0: the mean log-ratio over all KL pairs of the step, clamped at 0 once; 0 where there are none."""
     return (kl[0] / kl[1].clamp(min=1)).clamp(min=0)
-
-
-def auc(reward: Tensor, desirable: Tensor) -> float | None:
-    """The chance that a desirable row's reward exceeds an undesirable one's (ties count half); None without both.
-
-    (S,) each. Unlike accuracy it does not depend on where z0 lies.
-    """
-    up = int(desirable.sum())
-    down = desirable.numel() - up
-    if not up or not down:
-        return None
-    _, place, count = torch.unique(reward, return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    rank = (last - (count - 1) / 2)[place]  # mean rank of equal values
-    return float((rank[desirable].sum() - up * (up + 1) / 2) / (up * down))

@@ -4,7 +4,6 @@ In:  `metrics.jsonl` and `heldout.jsonl` as records by step; a metric may be mis
 Out: PNG pictures, in a light and a dark rendering; each `Plot` has the sentence that tells how to read it.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, TypeGuard
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kto_dist.record.theme import Theme, finish
+from kto_dist.record.theme import Theme, finish, picture
 
 Record = dict[str, Any]
 
@@ -32,13 +31,7 @@ class Plot:
 
 def render(plot: Plot, metrics: list[Record], heldout: list[Record], theme: Theme) -> bytes | None:
     """The picture as PNG, None where there is nothing to draw."""
-    # 5.6 inches with 11-point text and up: at a phone's 360 pixels, that text is still 10 pixels tall.
-    figure = Figure(figsize=(5.6, 3.5), dpi=160, layout="constrained", facecolor=theme.paper)
-    if not plot.draw(figure, metrics, heldout, theme):
-        return None
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return picture(lambda figure: plot.draw(figure, metrics, heldout, theme), theme)
 
 
 def curve(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:

@@ -9,7 +9,6 @@ It reads files only, so that a report can be made of a run that still goes, was 
 The page is report.html.j2, autoescaped: prompts and completions are other people's text.
 """
 
-import base64
 import json
 import math
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from kto_dist.record.answered import tables_of
 from kto_dist.record.cost import again, cost_of
 from kto_dist.record.plots import PLOTS, Record, curve, is_finite, render
 from kto_dist.record.run_folder import read_lines
-from kto_dist.record.theme import DARK, LIGHT
+from kto_dist.record.theme import DARK, LIGHT, data_uri
 from kto_dist.record.verdict import FIRST, of_health, ordered, shortened, shown_range, verdict
 
 
@@ -75,10 +74,10 @@ def write_report(run: str | Path) -> Path:
     return run / "report.html"
 
 
-def pages() -> Environment:
-    """Where the templates lie, and how values are shown in them."""
+def pages(*more: Path) -> Environment:
+    """Where the templates lie, here and in `more` folders, and how values are shown in them."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([*more, Path(__file__).parent]),
         # Not select_autoescape: that goes by the name, and `.j2` would turn escaping off.
         autoescape=True,
         undefined=StrictUndefined,
@@ -151,8 +150,8 @@ def sides(summary: Record, heldout: list[Record]) -> tuple[Record, Record]:
     return before if isinstance(before, dict) else {}, after if isinstance(after, dict) else {}
 
 
-def _comparison(summary: Record, heldout: list[Record]) -> list[tuple[str, Any, Any, float | None, str]]:
-    """(metric, before, after, change, interval of after) on held-out rows, those that matter first."""
+def _comparison(summary: Record, heldout: list[Record]) -> list[tuple[str, Any, Any, float | None, str, str]]:
+    """(metric, before, after, change, intervals of before and after) on held-out rows, those that matter first."""
     before, after = sides(summary, heldout)
     rows = []
     for key in ordered([*dict.fromkeys([*before, *after])]):
@@ -160,7 +159,7 @@ def _comparison(summary: Record, heldout: list[Record]) -> list[tuple[str, Any, 
         if isinstance(old, dict | list) or isinstance(new, dict | list):
             continue  # intervals and the like
         change = new - old if is_finite(old) and is_finite(new) else None
-        rows.append((key, old, new, change, shown_range(after, key)))
+        rows.append((key, old, new, change, shown_range(before, key), shown_range(after, key)))
     return rows
 
 
@@ -240,7 +239,3 @@ def read_json(path: Path) -> Record:
     except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -4,7 +4,6 @@ In:  what `report.py` reads of each. Out: one self-contained page. Nothing is te
 the same rows are compared by `kto-dist evaluate --against`, whose intervals are paired.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +16,8 @@ from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
 from kto_dist.base.secrets import masked
 from kto_dist.record.plots import Record, curve
-from kto_dist.record.report import data_uri, pages, read_json, read_steps, sides
-from kto_dist.record.theme import DARK, LIGHT, Theme, finish
+from kto_dist.record.report import pages, read_json, read_steps, sides
+from kto_dist.record.theme import DARK, LIGHT, Theme, data_uri, finish, picture
 from kto_dist.record.verdict import FIRST, Verdict, shown_range, verdict
 
 CURVES = (
@@ -117,21 +116,19 @@ def _differing(read: Sequence[_Read]) -> list[tuple[str, list[str]]]:
 
 def _overlay(read: Sequence[_Read], key: str, of: str, theme: Theme) -> bytes | None:
     """A curve of each run as PNG; None where none of them has one."""
-    figure = Figure(figsize=(5.6, 3.5), dpi=160, layout="constrained", facecolor=theme.paper)
-    axes, drawn = figure.subplots(), False
-    colours = list(theme.colours.values())
-    for number, run in enumerate(read):
-        steps, values = curve(run.metrics if of == "metrics" else run.heldout, key)
-        if values:
-            style = "-" if number < len(colours) else "--"
-            marker = "o" if of == "heldout" else ""
-            axes.plot(
-                steps, values, style, color=colours[number % len(colours)], label=run.name, marker=marker, linewidth=1.6
-            )
-            drawn = True
-    if not drawn:
-        return None
-    finish(axes, theme, key)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+
+    def draw(figure: Figure) -> bool:
+        axes, drawn = figure.subplots(), False
+        colours = list(theme.colours.values())
+        for number, run in enumerate(read):
+            steps, values = curve(run.metrics if of == "metrics" else run.heldout, key)
+            if values:
+                style = "-" if number < len(colours) else "--"
+                marker = "o" if of == "heldout" else ""
+                colour = colours[number % len(colours)]
+                axes.plot(steps, values, style, color=colour, label=run.name, marker=marker, linewidth=1.6)
+                drawn = True
+        finish(axes, theme, key)
+        return drawn
+
+    return picture(draw, theme)

@@ -1,8 +1,12 @@
 """The look that every page's plots share, in a light and a dark rendering."""
 
+import base64
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 
@@ -27,6 +31,21 @@ DARK = Theme(
     grid="#363d49",
     colours={"desirable": "#5fb0f2", "undesirable": "#f5994b", "all": "#4fc79a", "plain": "#ab9df2"},
 )
+
+
+def picture(draw: Callable[[Figure], bool], theme: Theme) -> bytes | None:
+    """What `draw` puts on an empty figure, as PNG; None where it says that there was nothing to draw."""
+    # 5.6 inches with 11-point text and up: at a phone's 360 pixels, that text is still 10 pixels tall.
+    figure = Figure(figsize=(5.6, 3.5), dpi=160, layout="constrained", facecolor=theme.paper)
+    if not draw(figure):
+        return None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def finish(axes: Axes, theme: Theme, ylabel: str, *, xlabel: str = "step", whole_numbers: bool = True) -> None:

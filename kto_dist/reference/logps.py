@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 
@@ -23,6 +23,7 @@ from kto_dist.model.adapters import from_folder
 from kto_dist.model.checks import check_scoring
 from kto_dist.model.devices import named_device
 from kto_dist.model.engines import Reference
+from kto_dist.model.memory import is_out_of_memory
 from kto_dist.model.weights import Weights
 from kto_dist.reference.pairs import PairList, RefLogps
 from kto_dist.reference.prefix import sharing_is_exact
@@ -110,7 +111,7 @@ def _check_tokens(lists: Sequence[PairList], setup: ReferenceSetup) -> None:
     """Collective. Raises `UserError`."""
     vocabulary = getattr(setup.model_config.get_text_config(), "vocab_size", None)
     for pairs in lists:
-        agree.together(lambda: check_ids(pairs.examples, vocabulary, setup.name, pairs.title))  # noqa: B023
+        agree.together(partial(check_ids, pairs.examples, vocabulary, setup.name, pairs.title))
 
 
 def fill_store(
@@ -204,23 +205,7 @@ def _load(
     # kept even when another rank's fails
     loaded: list[Reference] = []
     try:
-        agree.together(
-            lambda: loaded.append(
-                engine(
-                    setup.placement,
-                    path=str(setup.folder),
-                    gguf_file=setup.gguf_file,
-                    model_config=setup.model_config,
-                    dtype=setup.dtype,
-                    attention=setup.attention,
-                    kernels=setup.kernels,
-                    device=setup.device,
-                    trust_remote_code=setup.trust_remote_code,
-                    quantization=setup.quantization,
-                    adapter=None if setup.adapter is None else from_folder("the reference's adapter", setup.adapter),
-                )
-            )
-        )
+        agree.together(lambda: loaded.append(_engine(setup, engine)))
         now = agree.once_per_host(setup.fingerprint)
         agree.together(lambda: _refuse_unless_same(fingerprint, now, setup))
         return LoadedReference(engine=loaded[0], share_prefixes=_may_share_after_all(loaded[0], setup))
@@ -228,6 +213,36 @@ def _load(
         for reference in loaded:
             reference.close(wait=False)
         raise
+
+
+def _engine(setup: ReferenceSetup, engine: Engine) -> Reference:
+    """Raises `UserError` where there is no memory for it."""
+    try:
+        return engine(
+            setup.placement,
+            path=str(setup.folder),
+            gguf_file=setup.gguf_file,
+            model_config=setup.model_config,
+            dtype=setup.dtype,
+            attention=setup.attention,
+            kernels=setup.kernels,
+            device=setup.device,
+            trust_remote_code=setup.trust_remote_code,
+            quantization=setup.quantization,
+            adapter=None if setup.adapter is None else from_folder("the reference's adapter", setup.adapter),
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        error.__traceback__ = None  # its frames hold the half of it that did fit
+    remedy = "shard it over several devices with reference.zero_stage=3, or keep its weights in the host's memory with "
+    if setup.placement.sharded:
+        remedy = "use more devices, or keep its weights elsewhere with "
+    dtype = str(setup.dtype).removeprefix("torch.")
+    raise UserError(
+        f"out of memory while {setup.role} ({setup.path}) was loaded in {dtype} onto {setup.device}: "
+        f"{remedy}reference.offload=cpu or nvme"
+    )
 
 
 def _may_share_after_all(reference: Reference, setup: ReferenceSetup) -> bool | None:

@@ -6,7 +6,6 @@ In:  an adapter's values, from the policy in memory or from a checkpoint; or its
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,10 +18,10 @@ from kto_dist.base import disks
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.model.adapter_files import base_of, named_in_files, read_json
-from kto_dist.model.adapters import NAME, Adapter, from_folder, injected, merge_in, shell
+from kto_dist.model.adapters import NAME, Adapter, from_folder, injected, merge_in
 from kto_dist.model.causal_lm import DTYPES
 from kto_dist.model.config import ModelConfig, check_model_path
-from kto_dist.model.loading import load_config, load_model, load_tokenizer
+from kto_dist.model.loading import load_config, load_model, load_tokenizer, without_contents
 from kto_dist.record.run_folder import RunFolder
 from kto_dist.store.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from kto_dist.training.beside import beside
@@ -47,7 +46,7 @@ def export_adapter(
     partial.mkdir(parents=True)
 
     def hollow() -> PreTrainedModel:
-        return _hollow(shell(model_config, trust_remote_code=trust_remote_code))
+        return _hollow(without_contents(model_config, trust_remote_code=trust_remote_code))
 
     # "all-linear" becomes the names of layers, so that another version of peft finds the same ones
     lm = injected(hollow(), adapter)
@@ -140,9 +139,10 @@ def merge(
     """
     run = RunFolder(given)
     folder = given
-    named: Callable[[], ModelConfig] = lambda: ModelConfig(  # noqa: E731
-        path=base or base_of(folder), gguf_file=gguf_file, trust_remote_code=trust_remote_code
-    )
+
+    def named() -> ModelConfig:
+        return ModelConfig(path=base or base_of(folder), gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+
     if run.config.is_file():
         folder, config = run.export, Config.load(run.config)
         if config.adapter.type == "none":

@@ -2,6 +2,7 @@
 
 In:  models as `evaluate` found them, held-out rows. Out: `Answered`, and the same as a dict.
 
+0. `unanswerable`  what is known before any model is loaded
 1. `answered`      every model answers the same prompts: here, a whole copy on every rank, or behind an API
 2. a judge         of `judge.by`, about the model's answers and those of each other one, in both orders
 3. `_on_policy`    answers drawn from the model as it is (temperature 1): the mean log-ratio is the KL to the reference,
@@ -10,21 +11,21 @@ In:  models as `evaluate` found them, held-out rows. Out: `Answered`, and the sa
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from kto_dist.base import agree, comm, disks
 from kto_dist.base.console import Console
 from kto_dist.data.examples import Examples, on_the_spot
-from kto_dist.evaluation.answers import Answer, Kept, figures_of, in_words, pick_prompts
+from kto_dist.evaluation.answers import Answer, Kept, asked_of, figures_of, in_words, pick_prompts
 from kto_dist.evaluation.config import AnswersConfig
 from kto_dist.evaluation.contest import Contest, Pair, contest
 from kto_dist.evaluation.endpoint import Endpoint, all_of
-from kto_dist.evaluation.generate import Decoding, Generated, Source, generate, load_whole, stops_of
+from kto_dist.evaluation.generate import Decoding, Generated, Source, load_whole, settings_in, stops_of, tried
 from kto_dist.evaluation.intervals import Interval, Mean, Ratio, intervals
 from kto_dist.evaluation.judges import Judge
 from kto_dist.model.memory import release
@@ -81,6 +82,29 @@ class Answered:
         }
 
 
+class _CannotAnswer(Exception):
+    """A model's family, or its memory, does not let it generate; raised on all ranks alike."""
+
+
+def unanswerable(config: Config, models: Sequence[str]) -> str | None:
+    """Why no prompts are going to be answered, where some are asked for; None where they are. `models`: their names."""
+    section, reference = config.answers, config.reference
+    here = [name for name in models if name not in _urls(section)]
+    if not section.in_evaluate or not here or not (reference.zero_stage == 3 or reference.offload != "none"):
+        return None
+    return (
+        "no prompts are answered: reference.zero_stage or reference.offload says that a model does not fit on a "
+        "device whole; serve it, and give answers.model_url and answers.reference_url; answers.in_evaluate=0 "
+        "silences this"
+    )
+
+
+def _urls(section: AnswersConfig) -> dict[str, str]:
+    """Of the models that are served."""
+    urls = {"model": section.model_url, "reference": section.reference_url}
+    return {name: url for name, url in urls.items() if url}
+
+
 def answered(
     config: Config,
     models: Mapping[str, Model],
@@ -89,71 +113,73 @@ def answered(
     judge: Judge | None,
     console: Console,
 ) -> Answered | None:
-    """Collective. None where nothing is asked for, or a model is too large to answer here. Raises `UserError`."""
+    """Collective. None where nothing is asked for, or a model cannot generate, which is told. Raises `UserError`."""
     section, seed = config.answers, config.train.seed
     rows = pick_prompts(examples, section.in_evaluate, seed)
-    urls = {"model": section.model_url, "reference": section.reference_url}
-    here = {name: model for name, model in models.items() if not urls.get(name)}
     if not rows.size:
         return None
-    if any(model.setup.placement.sharded for model in here.values()):
-        console.warn(
-            "no prompts are answered: reference.zero_stage or reference.offload says that a model does not fit on a "
-            "device whole; serve it, and give answers.model_url and answers.reference_url; answers.in_evaluate=0 "
-            "silences this"
-        )
-        return None
     console.phase("answers")
-    prompts = [examples.prompt(int(row)) for row in rows]
     decoding = Decoding(
         max_tokens=section.max_tokens,
-        stops=agree.on_main(lambda: stops_of(tokenizer, _settings_of(models["model"].setup.folder))),
+        stops=agree.on_main(lambda: stops_of(tokenizer, settings_in(models["model"].setup.folder))),
         temperature=section.temperature,
         top_p=section.top_p,
         seed=seed,
     )
-    drawing = replace(decoding, temperature=1.0, top_p=1.0)
-    found: dict[str, list[Answer]] = {}
-    drawn: list[Answer] = []
-    for name, model in models.items():
-        if name not in here:
-            found[name] = agree.on_main(lambda: _served(section, name, examples, rows, decoding))  # noqa: B023
-            continue
-        ways = [decoding, drawing] if name == "model" else [decoding]
-        made = _made(config, model, prompts, ways, tokenizer, name, console)
-        found[name], drawn = made[0], made[1] if name == "model" else drawn
-    on_policy = _on_policy(config, models, prompts, drawn, console) if drawn else {}
-    texts = [examples.prompt_text(int(row)) for row in rows]
+    try:
+        found, drawn = _all_answers(config, models, examples, rows, decoding, tokenizer, console)
+    except _CannotAnswer as why:
+        console.warn(
+            f"{why}, and the evaluation goes on without answers: lower answers.batch or answers.max_tokens where "
+            "memory ran out; answers.in_evaluate=0 leaves them out"
+        )
+        return None
+    on_policy = _on_policy(config, models, [examples.prompt(int(row)) for row in rows], drawn, console)
+    texts = [asked_of(examples, int(row)) for row in rows]
     ours = "model"
     others = [name for name in found if name != ours]
+    cache = None if config.judge.cache is None else Path(config.judge.cache)
+
+    def judged(judge: Judge, other: str) -> Contest:
+        answers = zip(texts, found[ours], found[other], strict=True)
+        pairs = [Pair(prompt=text, ours=own.text, theirs=their.text) for text, own, their in answers]
+        return contest(judge, pairs, cache=cache, say=console.say)
+
     return agree.on_main(
         lambda: Answered(
             prompts=texts,
             answers=found,
             figures=figures_of({ours: found[ours], **{name: found[name] for name in others}}),
-            contests={} if judge is None else {name: _judged(judge, texts, found, ours, name) for name in others},
+            contests={} if judge is None else {name: judged(judge, name) for name in others},
             on_policy=on_policy,
             decoding=decoding,
         )
     )
 
 
-def _settings_of(folder: Path) -> GenerationConfig | None:
-    try:
-        found: GenerationConfig = GenerationConfig.from_pretrained(str(folder))
-    except OSError:
-        return None
-    return found
-
-
-def _judged(judge: Judge, texts: Sequence[str], found: Mapping[str, list[Answer]], ours: str, other: str) -> Contest:
-    return contest(
-        judge,
-        [
-            Pair(prompt=text, ours=own.text, theirs=their.text)
-            for text, own, their in zip(texts, found[ours], found[other], strict=True)
-        ],
-    )
+def _all_answers(
+    config: Config,
+    models: Mapping[str, Model],
+    examples: Examples,
+    rows: np.ndarray,
+    decoding: Decoding,
+    tokenizer: "PreTrainedTokenizerBase",
+    console: Console,
+) -> tuple[dict[str, list[Answer]], list[Answer]]:
+    """Collective. Each model's answers, and those that the first one draws. Raises `UserError`, `_CannotAnswer`."""
+    served = _urls(config.answers)
+    prompts = [examples.prompt(int(row)) for row in rows]
+    drawing = replace(decoding, temperature=1.0, top_p=1.0)
+    found: dict[str, list[Answer]] = {}
+    drawn: list[Answer] = []
+    for name, model in models.items():
+        if name in served:
+            found[name] = agree.on_main(partial(_served, config.answers, name, examples, rows, decoding))
+            continue
+        ways = [decoding, drawing] if name == "model" else [decoding]
+        made = _made(config, model, prompts, ways, tokenizer, name, console)
+        found[name], drawn = made[0], made[1] if name == "model" else drawn
+    return found, drawn
 
 
 def _made(
@@ -165,7 +191,10 @@ def _made(
     name: str,
     console: Console,
 ) -> list[list[Answer]]:
-    """Collective. For each way of decoding the answers: those that are kept, and the others made and kept."""
+    """Collective. For each way of decoding the answers: those that are kept, and the others made and kept.
+
+    Raises `_CannotAnswer`.
+    """
     section, setup = config.answers, model.setup
     kept = Kept(Path(section.cache), model.digest) if comm.is_main() else None
     keys = [[decoding.key(prompt) for prompt in prompts] for decoding in ways]
@@ -186,12 +215,15 @@ def _made(
         rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
         for decoding, own, places in zip(ways, keys, lacking, strict=True):
 
-            def work(decoding: Decoding = decoding, places: list[int] = places) -> list[Generated]:
+            def work(decoding: Decoding = decoding, places: list[int] = places) -> tuple[list[Generated], str | None]:
                 if setup.device.type == "cuda":
                     torch.cuda.set_device(setup.device)  # each thread has its own
-                return generate(lm, [prompts[place] for place in places[rank::ranks]], decoding, batch=section.batch)
+                return tried(lm, [prompts[place] for place in places[rank::ranks]], decoding, batch=section.batch)
 
-            shares = agree.side_by_side(work)
+            outcomes = agree.side_by_side(work)
+            if failures := [why for _, why in outcomes if why is not None]:
+                raise _CannotAnswer(f"{type(lm).__name__} answers no prompts ({failures[0]})")
+            shares = [own for own, _ in outcomes]
             made = in_words(tokenizer, [shares[n % ranks][n // ranks] for n in range(len(places))])
             fresh = {own[place]: answer for place, answer in zip(places, made, strict=True)}
 
@@ -217,12 +249,7 @@ def _served(
 ) -> list[Answer]:
     """Rank 0. Behind an API. Raises `UserError`."""
     url, model = (
-        (section.model_url, section.model_name)
-        if name == "model"
-        else (
-            section.reference_url,
-            section.reference_name,
-        )
+        (section.model_url, section.model_name) if name == "model" else (section.reference_url, section.reference_name)
     )
     assert url is not None
     endpoint = Endpoint.of(url, model, section.key)
@@ -251,9 +278,11 @@ def _on_policy(
     drawn: Sequence[Answer],
     console: Console,
 ) -> dict[str, Interval]:
-    """Collective. KL to the reference and entropy, from answers that the model drew."""
+    """Collective. KL to the reference and entropy, from answers that the model drew; {} where a server answered."""
     ids = [np.array(answer.ids, np.int64) for answer in drawn]
     there = [place for place, own in enumerate(ids) if own.size]
+    if not there:
+        return {}
     examples = on_the_spot([prompts[place] for place in there], [ids[place] for place in there])
     logps = {name: _logps(config, models[name].setup, examples, console) for name in ("model", "reference")}
     tokens = examples.completion_lengths.astype(np.float64)

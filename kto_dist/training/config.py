@@ -197,6 +197,11 @@ class Config(Section):
                 f"objective.kl_pairs_per_step ({pairs}) must be at most train.global_batch "
                 f"({self.train.global_batch}): each row has one partner"
             )
+        if self.answers.every_steps is not None and self.data.heldout is None:
+            raise ValueError(
+                f"answers.every_steps ({self.answers.every_steps}) needs data.heldout: it is held-out prompts that are "
+                "answered"
+            )
         self._check_best()
         self._check_quantization()
         if self.tracking.register_as and self.adapter.type != "none" and not self.adapter.merged:

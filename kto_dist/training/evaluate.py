@@ -23,7 +23,7 @@ from kto_dist.evaluation.heldout import evaluate_rows
 from kto_dist.evaluation.judges import judge_of
 from kto_dist.evaluation.slices import sets_of, slices_of
 from kto_dist.evaluation.table import answer_lines, lines_of
-from kto_dist.model.loading import load_tokenizer
+from kto_dist.model.loading import check_context, load_config, load_tokenizer
 from kto_dist.objective.losses import LOSSES
 from kto_dist.objective.taken import taken
 from kto_dist.record.environment import environment_tags
@@ -31,7 +31,7 @@ from kto_dist.reference.logps import ReferenceLogps, score_reference
 from kto_dist.reference.pairs import evaluation_pairs
 from kto_dist.reference.setup import find_reference
 from kto_dist.training.agreement import begin_together
-from kto_dist.training.answered import Answered, Model, answered
+from kto_dist.training.answered import Answered, Model, answered, unanswerable
 from kto_dist.training.config import Config
 from kto_dist.training.judged import Judged, Request, resolve
 from kto_dist.training.prepare import counts
@@ -53,11 +53,16 @@ def evaluate(request: Request) -> dict[str, Any]:
     judge = agree.together(lambda: judge_of(config.judge) if comm.is_main() else None)
 
     models = _models(judged)
+    without = unanswerable(config, [*models])
+    if without is not None:
+        console.warn(without)
     setups: dict[str, Model] = {}
     scored: dict[str, ReferenceLogps] = {}
     for name, model in models.items():
         scored[name], setups[name] = _scored(config, name, model, examples, console)
-    answers = answered(config, setups, examples, models["model"].tokenizer, judge, console)
+    answers = None
+    if without is None:
+        answers = answered(config, setups, examples, models["model"].tokenizer, judge, console)
     console.end()
     return agree.on_main(lambda: _said(judged, models, scored, answers, examples, console))
 
@@ -131,10 +136,13 @@ def _rows(judged: Judged, console: Console) -> Examples:
 
 
 def _tokenizer(judged: Judged) -> "PreTrainedTokenizerBase":
-    """The model's. Raises `UserError` where another model would read its tokens as other words."""
+    """The model's. Raises `UserError` where another model would read its tokens as other words, or has no positions
+    for the longest rows."""
     models = _models(judged)
     tokenizer = models["model"].tokenizer
     for name, model in models.items():
+        config = load_config(model.path, model.gguf_file, name, trust_remote_code=model.trust_remote_code)
+        check_context(config, judged.config.data.max_length)
         if model.vocabulary != tokenizer.get_vocab():
             raise UserError(
                 f"{name} ({model.path}) has another vocabulary than {models['model'].path}: log-probs of the same "

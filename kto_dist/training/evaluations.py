@@ -70,17 +70,34 @@ class Evaluations:
         """Whether the policy after `step` updates is the best so far, or the last one."""
         return self.best is not None and (self.best.step == step or self.best.exhausted)
 
+    def due(self, step: int) -> bool:
+        """Whether anything is looked at after `step` updates."""
+        return self._figures_due(step) or self.samples.due(step)
+
     def at(self, step: int, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
-        """Collective. The held-out figures after `step` updates, on rank 0 with intervals; None without such rows.
+        """Collective. Does what is due after `step` updates: held-out figures, answers. The figures, on rank 0 with
+        intervals; None where none are due, or there are no such rows.
 
         Raises `Interrupted` where `stop` becomes true on a rank: then nothing is noted.
         """
+        line = self._figures(step, stop) if self._figures_due(step) else None
+        if self.samples.due(step):
+            self._answer(step, stop)
+        return line
+
+    def _figures_due(self, step: int) -> bool:
+        prepared = self.stepper.prepared
+        return step in (0, prepared.plan.steps) or due(prepared.config.evaluate.every_steps, step)
+
+    def _figures(self, step: int, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
         line = self._look(step, whole=step in (0, self.stepper.prepared.plan.steps), stop=stop)
         if line is not None and self.best is not None:
             self.best.note(step, line.get("of_part", line))
+        return line
+
+    def _answer(self, step: int, stop: Callable[[], bool] | None = None) -> None:
         self.samples.at(step, stop)
         self.watching.answered(step, self.samples.lines)
-        return line
 
     def _look(self, step: int, *, whole: bool, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
         self.console.phase("evaluation")
@@ -96,14 +113,17 @@ class Evaluations:
     def begin(self, step: int) -> dict[str, Any] | None:
         """Collective. The figures of the run's first evaluation, made now where it begins.
 
-        The evaluation after `step` is made up for, where a signal has left no time for it.
+        What was due after `step` is made up for, where a signal has left no time for it.
         """
         if step == 0:
             return self.at(0)
-        config, plan = self.stepper.prepared.config, self.stepper.prepared.plan
-        noted = comm.broadcast([line["step"] for line in read_lines(self.run.folder.heldout)])
-        if due(config.evaluate.every_steps, step) and step < plan.steps and noted and step not in noted:
-            self.at(step)
+        lines = read_lines(self.run.folder.heldout), self.samples.lines
+        noted, told = comm.broadcast([{line["step"] for line in each} for each in lines])
+        if step < self.stepper.prepared.plan.steps:
+            if noted and step not in noted and self._figures_due(step):
+                self._figures(step)
+            if told and step not in told and self.samples.due(step):
+                self._answer(step)
         return self.first()
 
     def first(self) -> dict[str, Any] | None:
@@ -176,4 +196,6 @@ class Evaluations:
         """Collective. The policy has the weights that are exported: those of `step`."""
         if self.last is not None and "part" in self.last:
             self._look(step, whole=True)
-            self.console.phase("export")
+        if comm.broadcast(all(line["step"] != step for line in self.samples.lines)):
+            self.samples.at(step)
+        self.console.phase("export")

@@ -19,6 +19,8 @@ from kto_dist.record.run_folder import RunFolder
 from kto_dist.training.config import Config
 
 _NAMED = re.compile(r"(\w[\w .-]*)=(.+)", re.DOTALL)
+_OF_STEPS = (("checkpoint", "best"), ("train", "stop_after"), ("answers", "every_steps"))
+"""Settings of a run's steps, which ask for `data.heldout`: here those rows stand in the place of the training rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,8 @@ def resolve(request: Request) -> Judged:
     if model.path != start["path"]:
         tree["model"] |= {"path": model.path, "gguf_file": model.gguf_file}
     sets = _place_rows(tree["data"], request, run)
+    for section, name in _OF_STEPS:
+        tree.get(section, {}).pop(name, None)
     config = build(tree, kind=Config)
     against = None if request.against is None else model_of(request.against)
     models = {

@@ -147,7 +147,7 @@ def _train(
             stopping = [item for item in watching.after(result, last) if item.stop]
             signalled = comm.any_(terminated())
             # with the time that a signal leaves the step is saved: the same command evaluates it
-            if due(config.evaluate.every_steps, done) and done < plan.steps and not signalled:
+            if done < plan.steps and not signalled and evaluations.due(done):
                 with suppress(Interrupted):
                     evaluations.at(done, terminated)
                 signalled, started = comm.any_(terminated()), time.monotonic()

@@ -62,8 +62,9 @@ ASIDE = frozenset(
     | {f"tracking.{name}" for name in ("enabled", "uri", "experiment", "report", "run_name", "log_model")}
     | {"tracking.register_as", "adapter.merged"}
     | {f"judge.{name}" for name in ("by", "function", "command", "base_url", "model", "key", "instructions")}
-    | {"judge.max_tokens", "judge.parallel", "cluster.timeout", "cluster.grace", "cluster.min_nodes"}
-    | {f"answers.{name}" for name in ("while_training", "in_evaluate", "max_tokens", "temperature", "top_p", "batch")}
+    | {"judge.max_tokens", "judge.parallel", "judge.cache", "cluster.timeout", "cluster.grace", "cluster.min_nodes"}
+    | {f"answers.{name}" for name in ("while_training", "every_steps", "in_evaluate", "max_tokens", "temperature")}
+    | {"answers.top_p", "answers.batch"}
     | {f"answers.{name}" for name in ("cache", "model_url", "model_name", "reference_url", "reference_name", "key")}
 )
 """Where things lie, who may load them and who watches: applied without a word."""

@@ -1,4 +1,4 @@
-"""A handful of held-out prompts, answered by the policy with every evaluation of a run.
+"""A handful of held-out prompts, answered by the policy with every evaluation of a run, or at steps of their own.
 
 In:  the policy as it is. Out: a line in answers.jsonl, a table and points in MLflow; the report shows the first answers
 beside the last ones. The prompts are the same every time, and nothing of the training changes by it.
@@ -7,6 +7,7 @@ Whole weights: the ranks divide the prompts among them. ZeRO-3: all of them run 
 values kept, so that a token takes a forward.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,17 +17,23 @@ import numpy as np
 from kto_dist.base import comm
 from kto_dist.base.console import Console
 from kto_dist.base.signals import Interrupted
+from kto_dist.data.batch import Cutting
 from kto_dist.data.examples import Examples
-from kto_dist.evaluation.answers import Answer, in_words, pick_prompts, repeated
-from kto_dist.evaluation.generate import Decoding, Generated, extend, generate, stops_of
-from kto_dist.model.loading import one_line
-from kto_dist.model.memory import is_out_of_memory, release
+from kto_dist.evaluation.answers import Answer, asked_of, in_words, pick_prompts, repeated
+from kto_dist.evaluation.generate import Decoding, Generated, extend, stops_of, tried
+from kto_dist.model.memory import NeedsRestart
 from kto_dist.record.run_folder import read_lines
+from kto_dist.training.config import Config
+from kto_dist.training.figures import due
 from kto_dist.training.run import Run
 from kto_dist.training.stepper import Stepper
 
-_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, MemoryError)
-"""What a family's own code raises where it cannot generate."""
+Stop = Callable[[], bool]
+"""Whether a signal has come, and there is no time."""
+LONG = 60.0
+"""Seconds that answers may take before that is said."""
+IN_TABLE = 50
+"""Steps whose answers MLflow's table has."""
 COLUMNS = ("step", "prompt", "before", "answer", "finished", "tokens")
 
 
@@ -48,7 +55,13 @@ class Samples:
         self.rows = np.zeros(0, np.int64) if heldout is None else pick_prompts(heldout, wanted, config.train.seed)
         self.lines = read_lines(self.run.folder.answers) if comm.is_main() else []
 
-    def at(self, step: int, stop: Callable[[], bool] | None = None) -> None:
+    def due(self, step: int) -> bool:
+        """Whether prompts are answered after `step` updates."""
+        config, steps = self.stepper.prepared.config, self.stepper.prepared.plan.steps
+        every = config.answers.every_steps or config.evaluate.every_steps
+        return bool(self.rows.size) and (step in (0, steps) or due(every, step))
+
+    def at(self, step: int, stop: Stop | None = None) -> None:
         """Collective. Answers after `step` updates. A family that cannot generate is told of once.
 
         Where `stop` becomes true on a rank this step has none: they are no part of what a run comes to.
@@ -58,18 +71,26 @@ class Samples:
         heldout = self.stepper.prepared.heldout
         assert heldout is not None
         self.console.phase("answers")
+        started = time.monotonic()
         try:
-            answers = self._answers(heldout, stop)
+            answers = self._answers(heldout, step, stop)
         except Interrupted:
             return
         finally:
             self.console.phase("training")
+        seconds = time.monotonic() - started
         if answers is None:
             self.rows = self.rows[:0]
-        else:
-            self._tell(step, [heldout.prompt_text(int(row)) for row in self.rows], answers)
+            return
+        self._tell(step, [asked_of(heldout, int(row)) for row in self.rows], answers)
+        if step == 0 and seconds > LONG:
+            self.console.warn(
+                f"answering {len(answers)} prompts took {seconds:,.0f} s, and comes again "
+                f"{_how_often(self.stepper.prepared.config)}: answers.max_tokens and answers.while_training lower it, "
+                "answers.every_steps says how often, and answers.while_training=0 leaves them out"
+            )
 
-    def _answers(self, heldout: Examples, stop: Callable[[], bool] | None) -> list[Answer] | None:
+    def _answers(self, heldout: Examples, step: int, stop: Stop | None) -> list[Answer] | None:
         """Collective. Raises `Interrupted`."""
         prepared, policy = self.stepper.prepared, self.stepper.policy
         section = prepared.config.answers
@@ -82,33 +103,40 @@ class Samples:
         )
         prompts = [heldout.prompt(int(row)) for row in self.rows]
         if policy.waits_in_forward:
-            made: list[Generated] | None = extend(
-                policy.forward, policy.model, prompts, decoding, self.stepper.memory.cutting, stop=stop
-            )
+            made: list[Generated] | None = self._extended(prompts, decoding, step, stop)
         else:
             made = self._divided(prompts, decoding, stop)
         return None if made is None else in_words(prepared.tokenizer, made)
 
-    def _divided(
-        self, prompts: list[np.ndarray], decoding: Decoding, stop: Callable[[], bool] | None
-    ) -> list[Generated] | None:
+    def _extended(
+        self, prompts: list[np.ndarray], decoding: Decoding, step: int, stop: Stop | None
+    ) -> list[Generated]:
+        """Collective. All ranks together; one that runs out of memory starts the job again, as in an evaluation.
+        Raises `Interrupted`."""
+        policy = self.stepper.policy
+
+        def within(cutting: Cutting) -> list[Generated]:
+            return extend(policy.forward, policy.model, prompts, decoding, cutting, stop=stop)
+
+        try:
+            return self.stepper.memory.within(within, lambda: None)
+        except NeedsRestart as failure:
+            failure.step = step
+            raise
+
+    def _divided(self, prompts: list[np.ndarray], decoding: Decoding, stop: Stop | None) -> list[Generated] | None:
         """Collective. Each rank answers its share; None, and told, where one could not. Raises `Interrupted`."""
         lm, batch = self.stepper.policy.model.lm, self.stepper.prepared.config.answers.batch
         rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
-        own: list[Generated] = []
-        why, interrupted = None, False
+        own: tuple[list[Generated], str | None] = ([], None)
+        interrupted = False
         try:
-            own = generate(lm, prompts[rank::ranks], decoding, batch=batch, stop=stop)
+            own = tried(lm, prompts[rank::ranks], decoding, batch=batch, stop=stop)
         except Interrupted:
             interrupted = True
-        except _FAILURES as error:
-            why = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
-            error.__traceback__ = None  # its frames hold what there was no room for
-        if why is not None:
-            release()
         if comm.any_(interrupted):
             raise Interrupted
-        shares = comm.gather((own, why))
+        shares = comm.gather(own)
         failures = [failure for _, failure in shares if failure is not None]
         if failures:
             self.console.warn(
@@ -141,9 +169,18 @@ class Samples:
         self.run.tracker.log_table("answers.json", COLUMNS, table_of(self.lines))
 
 
+def _how_often(config: Config) -> str:
+    every = config.answers.every_steps or config.evaluate.every_steps
+    return "at the end" if every is None else f"every {every:,} steps and at the end"
+
+
 def table_of(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row an answer, by `COLUMNS`: the newest step first; `before` is the first step's answer to the same prompt."""
+    """A row an answer, by `COLUMNS`: the newest step first; `before` is the first step's answer to the same prompt.
+
+    Of many steps the first and the newest, since all of the table is sent each time; answers.jsonl has all of them.
+    """
     first = {entry["prompt"]: entry["answer"] for entry in lines[0]["answers"]} if lines else {}
+    lines = lines if len(lines) <= IN_TABLE else [lines[0], *lines[1 - IN_TABLE :]]
     return [
         (line["step"], entry["prompt"], first.get(entry["prompt"]), entry["answer"], entry["finished"], entry["tokens"])
         for line in reversed(lines)
