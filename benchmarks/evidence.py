@@ -147,6 +147,10 @@ class Average:
         found: np.ndarray = np.mean([figure.of(times) for figure in self.figures], axis=0)
         return found
 
+    @property
+    def rests_on(self) -> np.ndarray:
+        return np.asarray(np.any([figure.rests_on for figure in self.figures], axis=0))
+
     def prompts(self, member: np.ndarray) -> int:
         return min(figure.prompts(member) for figure in self.figures)
 

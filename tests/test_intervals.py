@@ -1,5 +1,7 @@
 """Intervals hold the true value as often as they say, and know that rows of one prompt are alike."""
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import pytest
 from scipy.stats import bootstrap
@@ -115,6 +117,29 @@ def test_a_figure_rests_on_the_prompts_of_its_own_rows():
     counted = np.arange(200) < 10
     found = intervals({"mean": mean(np.random.default_rng(6).random(200), counted=counted)}, np.arange(200))["mean"]
     assert (found.prompts, found.method) == (10, "bca")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counting(Mean):
+    """Notes how many samples it is asked for."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def of(self, times: np.ndarray) -> np.ndarray:
+        self.asked.append(len(times))
+        # not `super()`, which slots take away
+        return Mean.of(self, times)
+
+
+def test_a_figure_of_few_prompts_among_many_leaves_out_its_own_alone():
+    """As a small slice of a large set of rows: a look at every prompt of the set would take its square."""
+    values, counted = np.random.default_rng(11).exponential(size=5000), np.arange(5000) < 30
+    figure = Counting(values=values, counted=counted)
+    found = intervals({"mean": figure}, np.arange(5000), resamples=300)["mean"]
+    assert found.method == "bca" and sum(figure.asked) == 1 + 300 + 30
+    alone = intervals({"mean": mean(values[:30])}, np.arange(30), resamples=20_000)["mean"]
+    among = intervals({"mean": mean(values, counted=counted)}, np.arange(5000), resamples=20_000)["mean"]
+    assert (among.low, among.high) == pytest.approx((alone.low, alone.high), abs=0.06)
 
 
 def test_the_same_rows_give_the_same_interval():

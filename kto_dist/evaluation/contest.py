@@ -181,6 +181,10 @@ class AtEqualLength:
         found = _logistic_at_zero(size, points, times)
         return np.where(times.sum(1) > 0, found, np.nan)
 
+    @property
+    def rests_on(self) -> np.ndarray:
+        return self.counted
+
     def prompts(self, member: np.ndarray) -> int:
         return int(np.unique(member[: self.points.size][self.counted]).size)
 

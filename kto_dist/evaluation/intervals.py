@@ -54,8 +54,12 @@ class Figure(Protocol):
     def of(self, times: np.ndarray) -> np.ndarray:  # (B, U) how often each row counts -> (B,), NaN where it is none
         """The figure of each of B samples."""
 
+    @property
+    def rests_on(self) -> np.ndarray:  # (U,) bool, or as many of the first rows as there may be
+        """The rows without which it would be another number."""
+
     def prompts(self, member: np.ndarray) -> int:  # (U,) number of each row's prompt
-        """How many prompts it rests on."""
+        """How many prompts it rests on; of an AUC, those of the class that has fewer."""
 
     def alike(self, value: float, member: np.ndarray) -> float | None:
         """As how many independent rows a share's rows count; None where the figure is no share."""
@@ -81,6 +85,10 @@ class Mean:
             times = times * self.weight[self.counted]
         with np.errstate(invalid="ignore"):
             return (times @ self.values[self.counted]) / times.sum(1)
+
+    @property
+    def rests_on(self) -> np.ndarray:
+        return self.counted
 
     def prompts(self, member: np.ndarray) -> int:
         return np.unique(member[self.counted]).size
@@ -120,6 +128,10 @@ class Area:
         with np.errstate(invalid="ignore"):
             return (up * below).sum(1) / (up.sum(1) * down.sum(1))
 
+    @property
+    def rests_on(self) -> np.ndarray:
+        return self.counted
+
     def prompts(self, member: np.ndarray) -> int:
         return min(np.unique(member[self.counted & (share > 0)]).size for share in self._shares())
 
@@ -145,6 +157,10 @@ class Ratio:
         with np.errstate(invalid="ignore", divide="ignore"):
             return (times @ self.above) / (times @ self.below)
 
+    @property
+    def rests_on(self) -> np.ndarray:
+        return self.below > 0
+
     def prompts(self, member: np.ndarray) -> int:
         return np.unique(member[self.below > 0]).size
 
@@ -161,6 +177,10 @@ class Difference:
 
     def of(self, times: np.ndarray) -> np.ndarray:
         return self.first.of(times) - self.second.of(times)
+
+    @property
+    def rests_on(self) -> np.ndarray:
+        return np.asarray(self.first.rests_on | self.second.rests_on)
 
     def prompts(self, member: np.ndarray) -> int:
         return min(self.first.prompts(member), self.second.prompts(member))
@@ -248,12 +268,12 @@ def _times(member: np.ndarray, seed: int, resamples: int) -> Iterator[np.ndarray
 
 
 def _jackknife(figure: Figure, member: np.ndarray) -> np.ndarray:
-    """(G,) the figure without each of its prompts; without those that it does not rest on."""
-    prompts = int(member.max()) + 1
-    chunk = max(1, _CHUNK // member.size)
+    """(G,) the figure without each of the prompts that it rests on: few of them may stand among very many."""
+    rows = figure.rests_on
+    prompts, chunk = np.unique(member[: rows.size][rows]), max(1, _CHUNK // member.size)
     parts = [
-        figure.of((member[None, :] != np.arange(start, min(start + chunk, prompts))[:, None]).astype(np.float64))
-        for start in range(0, prompts, chunk)
+        figure.of((member[None, :] != prompts[start : start + chunk, None]).astype(np.float64))
+        for start in range(0, prompts.size, chunk)
     ]
     values = np.concatenate(parts)
     return values[np.isfinite(values)]
