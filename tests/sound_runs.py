@@ -22,6 +22,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "kto-constant-rate": {"train__lr": 2e-4, "train__schedule": "constant", "objective__beta": 0.3},
     "apo": {"train__lr": 3e-4, "objective__loss": "apo_zero_unpaired"},
     "dpo": {"train__lr": 3e-4, "objective__loss": "dpo"},
+    "sft": {"train__lr": 3e-4, "objective__loss": "sft"},
 }
 """Name -> settings; 60 % of the rows are liked, and a few contradict each other."""
 

@@ -14,6 +14,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.evaluation import generate
 from kto_dist.record.report import write_report
 from kto_dist.record.verdict import shortened
+from kto_dist.training import samples
 from kto_dist.training.config import Config
 from kto_dist.training.evaluate import evaluate
 from kto_dist.training.judged import Request
@@ -150,6 +151,20 @@ def test_a_family_that_cannot_generate_is_told_of_once_and_trains(tmp_path, tiny
     summary, said = run_ranks(_failing, 2, config)[0]
     assert summary["steps"] == 4 and not (Path(config.train.output) / "answers.jsonl").exists()
     assert said.count("LlamaForCausalLM answers no prompts (AttributeError: this family has no cache)") == 1
+
+
+def _slow(config: Config) -> str:
+    """In a rank of its own: what is said of answers that take longer than they may."""
+    samples.LONG = 0.0
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train_all([config])
+    return " ".join(said.getvalue().split())
+
+
+def test_answers_that_take_long_are_told_once_with_what_shortens_them(tmp_path, tiny_model, tiny_log):
+    (said,) = run_ranks(_slow, 1, tiny_config(tmp_path, tiny_model, tiny_log, **ASKED))
+    assert said.count("answering 3 prompts took 0 s, and comes again every 2 steps and at the end") == 1
+    assert "answers.while_training=0 leaves them out" in said
 
 
 def line(step: int, *answers: str) -> dict[str, Any]:
