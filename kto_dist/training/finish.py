@@ -109,12 +109,10 @@ def finish(
 
 def report_so_far(prepared: PreparedTraining, run: Run, console: Console) -> None:
     """Of a run that its health has stopped; on rank 0. What cannot be written does not hide why it was stopped."""
-    if not (prepared.config.tracking.report and comm.is_main()):
+    if not comm.is_main():
         return
     try:
-        for path in (*_pages(run.folder, console), run.folder.health, run.folder.bad_rows):
-            if path.exists():
-                run.tracker.log_artifact(path)
+        _report(prepared, run, console)
     except OSError as error:
         console.warn(f"the report of the stopped run cannot be written: {error}")
 
@@ -134,6 +132,16 @@ def _pages(folder: RunFolder, console: Console) -> list[Path]:
         return []
 
 
+def _report(prepared: PreparedTraining, run: Run, console: Console) -> None:
+    """Rank 0. The page, where it is asked for; and to MLflow what people read of the folder. Raises `OSError`."""
+    folder = run.folder
+    files = [path for path in (folder.config, folder.summary, folder.health, folder.bad_rows) if path.exists()]
+    if prepared.config.tracking.report:
+        files += _pages(folder, console)
+    for path in files:
+        run.tracker.log_artifact(path)
+
+
 def _write(
     weights: dict[str, Tensor],
     prepared: PreparedTraining,
@@ -151,11 +159,7 @@ def _write(
         "report and what MLflow was still to get"
     )
     run.tracker.tag(run.health_tags())
-    files = [path for path in (folder.config, folder.summary, folder.health, folder.bad_rows) if path.exists()]
-    if tracking.report:
-        files += _pages(folder, console)
-    for path in files:
-        run.tracker.log_artifact(path)
+    _report(prepared, run, console)
     if prepared.adapter is not None and tracking.log_model:
         run.tracker.log_artifact(folder.export, "adapter")
     if (prepared.adapter is None or prepared.config.adapter.merged) and (tracking.log_model or tracking.register_as):
