@@ -127,7 +127,7 @@ def test_a_verdict_that_was_not_given_is_asked_for_again(tmp_path, file):
 def test_nothing_is_kept_of_a_judge_without_a_file_or_where_nobody_wants_it(tmp_path, file):
     judge = judge_of(JudgeConfig(by="function", function=f"{file}:of_two"))
     assert [contest(judge, PAIRS).kept for _ in range(2)] == [0, 0] and asked(tmp_path) == 16
-    built_in = judge_of(JudgeConfig(by="function", function="operator:eq"))
+    built_in = judge_of(JudgeConfig(by="function", function="math:fmod"))
     assert built_in is not None and built_in.identity is None
 
 
