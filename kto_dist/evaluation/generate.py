@@ -349,8 +349,8 @@ _CONTEXT = 2**20
 
 
 def _can_pad(lm: PreTrainedModel) -> bool:
-    """Whether padding before a prompt leaves its answer alone: a state that runs along the row takes it in, and families
-    that count positions along the row count it."""
+    """Whether padding before a prompt leaves its answer alone: a state that runs along the row takes it in, and where
+    positions are counted along the row it counts."""
     return not getattr(lm, "_is_stateful", False) and cannot_pack(lm.config, _CONTEXT) is None
 
 

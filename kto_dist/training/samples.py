@@ -108,9 +108,7 @@ class Samples:
             made = self._divided(prompts, decoding, stop)
         return None if made is None else in_words(prepared.tokenizer, made)
 
-    def _extended(
-        self, prompts: list[np.ndarray], decoding: Decoding, step: int, stop: Stop | None
-    ) -> list[Generated]:
+    def _extended(self, prompts: list[np.ndarray], decoding: Decoding, step: int, stop: Stop | None) -> list[Generated]:
         """Collective. All ranks together; one that runs out of memory starts the job again, as in an evaluation.
         Raises `Interrupted`."""
         policy = self.stepper.policy
