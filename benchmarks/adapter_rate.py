@@ -158,6 +158,7 @@ def started(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
 @click.option("--steps", default=None, type=int, help="updates of a run [default: the config's]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--answers/--no-answers", default=True, help="have the held-out questions answered, and judge that")
+@click.option("--beside", default="", help="what else the machine did meanwhile, in words: then no table shows seconds")
 @click.option("--json", "file", default=None, type=click.Path(path_type=Path), help="results, and what is done already")
 def main(
     config: str,
@@ -168,11 +169,13 @@ def main(
     steps: int | None,
     seed: int,
     answers: bool,
+    beside: str,
     file: Path | None,
 ) -> None:
     """Runs what --json has not yet, and says what came out."""
     settings = settings_of(config, steps, rank)
     content = started(file, settings)
+    content["beside"] = beside or content.get("beside", "")
     done = {Run(method=run["method"], lr=run["lr"], seed=run["seed"]) for run in content["runs"]}
     todo = [run for run in runs_of(method, rates, full_rates, seed) if run not in done]
     console = Console(highlight=False)

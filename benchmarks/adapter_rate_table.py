@@ -10,6 +10,7 @@ def adapter_rate(content: Content) -> str:
     settings, runs = content["settings"], content["runs"]
     if not runs:
         return "*None of these runs has been made yet.*"
+    beside = content.get("beside", "")
     rows = []
     for run in sorted(runs, key=lambda run: (list(METHODS).index(run["method"]), run["lr"], run["seed"])):
         held, answers = run["heldout"], run.get("answers", {})
@@ -25,8 +26,8 @@ def adapter_rate(content: Content) -> str:
                 f"{held['rewards/undesirable']:+.1f}",
                 f"{answers['approved']:.0%}" if answers else "",
                 f"{answers['words']:.0f}" if answers else "",
-                f"{run['seconds']['training']:.0f}",
-                f"{run['step_seconds']:.2f}",
+                "" if beside else f"{run['seconds']['training']:.0f}",
+                "" if beside else f"{run['step_seconds']:.2f}",
                 f"{run['peak_bytes'] / GIB:.2f}",
                 f"{run['export_bytes'] / 2**20:.0f}",
             ]
@@ -47,5 +48,6 @@ def adapter_rate(content: Content) -> str:
     end = (
         f"All {counted(len(runs), 'run')} read one reference store and scored {scored} log-probs themselves.{seed} AUC "
         "with its 95 % interval over held-out prompts; accuracy counts classes alike."
+        + (f" No seconds: they ran {beside}." if beside else "")
     )
     return f"{about(content, job)}\n\n{shown}\n\n{end}"

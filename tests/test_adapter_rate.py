@@ -106,6 +106,8 @@ def test_the_table_has_a_line_a_run_and_no_column_of_which_nothing_is_known(conf
     other = made_up(adapter_rate.Run(method="lora", lr=1e-4, seed=1)) | {"answers": {"approved": 0.5, "words": 20.0}}
     both = figure_tables.KINDS["adapter-rate"](content | {"runs": [*runs, other]})
     assert "| learning rate | seed |" in both and "| 50% | 20 |" in both
+    busy = figure_tables.KINDS["adapter-rate"](content | {"beside": "beside a compiler"})
+    assert "s a step" not in busy and "No seconds: they ran beside a compiler." in busy
 
 
 @pytest.mark.soak

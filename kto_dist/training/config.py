@@ -28,7 +28,7 @@ from kto_dist.objective.losses import LOSSES
 from kto_dist.record.config import TrackingConfig
 from kto_dist.reference.config import ReferenceConfig
 
-ADAPTER_LR = 1e-4
+ADAPTER_LR = 2e-4
 """Of an adapter, whose few weights have to move further; see docs/adapters.md."""
 
 
