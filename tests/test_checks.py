@@ -94,7 +94,7 @@ def test_a_model_that_counts_its_positions_otherwise_is_refused_as_such():
         check(model, packed=False)
 
 
-@pytest.mark.parametrize("scale", (2.0, 1.02, 1.002))
+@pytest.mark.parametrize("scale", (2.0, 1.02, 1.002, 1.00025))
 def test_a_head_that_the_config_does_not_describe_is_refused(scale):
     lm = tiny(FAMILIES["llama"])
     lm.register_forward_hook(lambda module, arguments, output: type(output)(logits=scale * output.logits))
