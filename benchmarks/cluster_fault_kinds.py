@@ -84,14 +84,25 @@ def small_disk(nodes: Nodes) -> Iterator[None]:
 
 
 def fill(trial: Trial) -> None:
-    """All but some bytes, which a checkpoint does not go into."""
-    disk = trial.nodes.seen(OTHER, trial.nodes.disk)
-    room = shutil.disk_usage(disk).free - 16 * 1024
-    with suppress(OSError):
-        (disk / _FILLER).write_bytes(bytes(max(0, room)))
+    """All but some bytes, which a checkpoint does not go into; what the run itself gives free is taken as well."""
+    disk, job = trial.nodes.seen(OTHER, trial.nodes.disk), trial.job
+    assert job is not None
+
+    def keep_full() -> None:
+        while job.runs():
+            room = shutil.disk_usage(disk).free - 16 * 1024
+            with suppress(OSError), (disk / _FILLER).open("ab") as filler:
+                filler.write(bytes(max(0, room)))
+            time.sleep(0.01)
+
+    threading.Thread(target=keep_full, daemon=True).start()
 
 
 def make_room(trial: Trial) -> None:
+    assert trial.job is not None
+    while trial.job.runs():
+        time.sleep(0.02)
+    time.sleep(0.5)  # the filling ends with the job
     (trial.nodes.seen(OTHER, trial.nodes.disk) / _FILLER).unlink(missing_ok=True)
 
 
@@ -167,7 +178,7 @@ KINDS = {
             title="a host is switched off, and on again",
             inject=off(OTHER),
             mend=on,
-            names=(r"node-b \(rank 1\): nothing was heard", "in phase training", "node-b is lost"),
+            names=(r"node-b \(rank 1\): nothing was heard", "last seen in phase", "node-b is lost"),
             itself=True,
         ),
         Kind(

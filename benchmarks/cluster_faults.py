@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 STEPS, EVERY, TIMEOUT, GRACE = 40, 4, 30, 20
 LIMIT = 300.0
 """Seconds after which a start hangs."""
-_TOLD = re.compile(r"^(error: |stopped: |Traceback|the job failed )|: error: ", re.MULTILINE)
+_TOLD = re.compile(r"^(error: |stopped: |Traceback|the job failed |warning: checkpoint )|: error: ", re.MULTILINE)
 """How a line begins by which somebody learns of it."""
 
 
@@ -240,13 +240,15 @@ def disturbed(kind: "Kind", nodes: Nodes, kept: Path, draw: random.Random) -> Ou
     left += trial.tidy()
     words = trial.words()[heard:]
     resumed = re.findall(r"going on from step-(\d+)", words)
+    if not (resumed or kind.goes_on):
+        raise RuntimeError(f"the run ended before it was disturbed:\n{words}")
     return Outcome(
         fault=kind.name,
         status=status,
         itself=starts == 1,
         equal=is_equal(trial.run("node-a"), kept),
         named=all(re.search(text, words) for text in kind.names),
-        steps_lost=0 if kind.goes_on else done - (int(resumed[0]) if resumed else 0),
+        steps_lost=0 if kind.goes_on else done - int(resumed[0]),
         notice_seconds=noticed if kind.names else None,
         back_seconds=back or time.monotonic() - began,
         left=left,

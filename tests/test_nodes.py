@@ -147,7 +147,7 @@ def test_a_killed_rank_is_named_and_the_job_starts_again_by_itself(nodes, whole,
     name = nodes.names[rank]
     assert f"rank {rank} on {name} was killed by signal 9 (SIGKILL)" in said and "start 1 of 1" in said
     if rank == 1:
-        assert "node-b (rank 1): nothing was heard for 5 s" in said and "in phase training" in said
+        assert "node-b (rank 1): nothing was heard for 5 s" in said and "last seen in phase " in said
     hosts.is_as(whole)
     hosts.is_tidy()
 
@@ -160,7 +160,7 @@ def test_a_host_that_is_switched_off_ends_the_job_by_name_and_goes_on_when_it_is
     job = hosts.begun()
     nodes.kill("node-b")
     assert job.wait(120) == 1, job.words()
-    assert "node-b (rank 1): nothing was heard for" in job.words() and "in phase training" in job.words()
+    assert "node-b (rank 1): nothing was heard for" in job.words() and "last seen in phase " in job.words()
     assert "node-b is lost" in job.words()
     assert nodes.left() == []
     nodes.start("node-b")
