@@ -1,6 +1,8 @@
 """A disk that fills up, or turns read-only, in the middle of a run: one sentence, and the next start goes on."""
 
 import contextlib
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from ranks import run_ranks
 from small_disk import mounted, remount
 from tiny_runs import metrics_of, tiny_config, train_all
 
-from kto_dist.base import disks
+from kto_dist.base import agree, comm, disks
 from kto_dist.base.errors import UserError
 from kto_dist.training.config import Config
 from kto_dist.training.loop import train
@@ -65,6 +67,25 @@ def test_what_a_disk_refuses_is_told_however_a_library_words_it(tmp_path, error,
     message = rf"the checkpoint cannot be written: train.output \({tmp_path}\) {said}"
     with pytest.raises(UserError, match=message), disks.refusals("the checkpoint", "train.output", tmp_path):
         raise error
+
+
+def _one_host_is_full(folder: Path) -> str:
+    """Ranks stand for hosts, and the second one's disk is full."""
+    rank = comm.rank()
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", KTO_DIST_HOST=f"node-{rank}")
+
+    def write() -> None:
+        if rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError) as caught, disks.refusals("the checkpoint", "train.output", folder):
+        agree.side_by_side(write)
+    return str(caught.value)
+
+
+def test_of_several_hosts_the_one_whose_disk_it_is_is_named_on_all(tmp_path):
+    first, second = run_ranks(_one_host_is_full, 2, tmp_path)
+    assert first == second and f"train.output ({tmp_path}) on node-1 is full: make room" in first
 
 
 def test_an_error_of_another_kind_is_left_as_it_is(tmp_path):

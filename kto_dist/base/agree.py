@@ -19,12 +19,14 @@ T = TypeVar("T")
 class OthersFailed(RuntimeError):
     """Another rank has failed, and tells of it itself."""
 
-    def __init__(self, failure: str, *, of_disk: bool = False):
+    def __init__(self, failure: str, *, of_disk: bool = False, where: str = ""):
         super().__init__(f"another rank failed: {failure}")
         self.failure = failure
         """Its words."""
         self.of_disk = of_disk
         """It was an `OSError`."""
+        self.where = where
+        """Its host, as `hosts.here` says it."""
 
 
 def together(work: Callable[[], T]) -> T:
@@ -121,6 +123,7 @@ class _Outcome(Generic[T]):
     """The failure was a `UserError`."""
     of_disk: bool = False
     """The failure was an `OSError`."""
+    where: str = field(default_factory=hosts.here)
     host: Host = field(default_factory=hosts.own)
 
     @classmethod
@@ -142,7 +145,7 @@ def _all_succeed(own: _Outcome[T], failed: BaseException | None) -> list[_Outcom
         raise failed
     for outcome in outcomes:
         if outcome.failure is not None:
-            raise OthersFailed(outcome.failure, of_disk=outcome.of_disk)
+            raise OthersFailed(outcome.failure, of_disk=outcome.of_disk, where=outcome.where)
     return outcomes
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kto_dist.base import hosts
 from kto_dist.base.agree import OthersFailed
 from kto_dist.base.errors import UserError
 
@@ -25,7 +26,8 @@ def refusals(what: str, setting: str, folder: Path) -> Iterator[None]:
         reason = remedy(error)
         if reason is None:
             raise
-        raise UserError(f"{what} cannot be written: {setting} ({folder}) {reason}") from error
+        where = error.where if isinstance(error, OthersFailed) else hosts.here()
+        raise UserError(f"{what} cannot be written: {setting} ({folder}){where} {reason}") from error
 
 
 def remedy(error: Exception) -> str | None:

@@ -4,6 +4,7 @@ Ranks of one host are neighbours: its first one has local rank 0. A host is call
 calls itself.
 """
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,12 @@ class Host:
 
 def own() -> Host:
     return Host(comm.rank() - comm.local_rank(), host())
+
+
+def here() -> str:
+    """` on node-b` in a job of several hosts, for a message; else nothing. Not collective."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return f" on {host()}" if local is not None and int(local) < comm.world_size() else ""
 
 
 def by_rank() -> list[Host]:
