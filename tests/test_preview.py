@@ -52,6 +52,13 @@ def checked(folder: Path, *overrides: str, **settings: object):
     return result.exit_code, result.output
 
 
+def test_a_check_says_what_an_adapter_comes_to_and_finds_one_that_does_not_fit(tmp_path, sources):
+    status, said = checked(tmp_path, "adapter.type=lora", "adapter.rank=4", data__train=sources)
+    assert status == 0 and "adapter: lora of rank 4" in said, said
+    status, said = checked(tmp_path, "adapter.type=lora", "adapter.targets=[qproj]", data__train=sources)
+    assert status == 2 and "qproj" in said, said
+
+
 def test_a_check_shows_rows_counts_and_what_is_not_used_without_weights(tmp_path, sources):
     """The model's folder has none."""
     status, said = checked(tmp_path, data__train=sources)

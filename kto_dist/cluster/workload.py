@@ -4,12 +4,13 @@ In:  a config and its rows, or means. Out: `Workload`, and `StepLoad`: the micro
 has most, cut by the very function that cuts them in training.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import cut, pair_lengths
+from kto_dist.data.examples import fit
 from kto_dist.objective.losses import LOSSES
 from kto_dist.training.config import Config
 from kto_dist.training.prepare import Prepared
@@ -37,6 +38,8 @@ class Workload:
     unit: int
     """Rows that stay together."""
     max_length: int
+    cut: float = 0.0
+    """Share of rows above `max_length`, where only their mean lengths were given."""
 
     @property
     def longest(self) -> int:
@@ -99,13 +102,12 @@ def of_means(config: Config, rows: int, prompt: float, completion: float) -> Wor
         drawn = draw.lognormal(np.log(mean) - _SPREAD**2 / 2, _SPREAD, count)
         return np.maximum(1, np.rint(drawn)).astype(np.int64)
 
-    most = config.data.max_length
-    prompts, answers = lengths(prompt), lengths(completion)
-    answers = np.minimum(answers, most - 1)
-    prompts = np.minimum(prompts, most - answers)
+    drawn = lengths(prompt), lengths(completion)
+    prompts, answers = fit(*drawn, config.data.max_length, config.data.prompt_limit)
+    shortened = float((sum(drawn) > config.data.max_length).mean())
     a_epoch = max(1, round(rows / config.train.global_batch))
     steps = config.train.max_steps or max(1, round(config.train.epochs * a_epoch))
-    return _workload(config, prompts, answers, rows, steps)
+    return replace(_workload(config, prompts, answers, rows, steps), cut=shortened)
 
 
 def _workload(config: Config, prompts: np.ndarray, answers: np.ndarray, rows: int, steps: int) -> Workload:

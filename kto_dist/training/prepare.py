@@ -189,7 +189,7 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
     for text in (*weights.warnings("model.path", exported=True), unreadable(source)):
         if text:
             console.warn(text)
-    adapter, rehearsed = agree.together(lambda: _adapter(config))
+    adapter, rehearsed = agree.together(lambda: adapter_of(config))
     agree.together(lambda: pick_quantization("model.quantization", config.model.quantization))
     if config.model.quantization != "none" and comm.device().type == "cpu":
         console.warn(
@@ -276,7 +276,7 @@ def _policy_weights(config: Config) -> Weights:
     return check_weights("model.path", model.path, folder, model.gguf_file, model_config, dtype)
 
 
-def _adapter(config: Config) -> tuple[Adapter | None, Rehearsed | None]:
+def adapter_of(config: Config) -> tuple[Adapter | None, Rehearsed | None]:
     """What is trained, and what it comes to in the model. Raises `UserError` where the two do not fit."""
     model = config.model
     adapter = pick_adapter(config.adapter, base=model.path, seed=config.train.seed)

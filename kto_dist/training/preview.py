@@ -12,7 +12,7 @@ from kto_dist.data.audited import describes_all, find_audits
 from kto_dist.data.examples import Examples
 from kto_dist.data.spelling import Speller
 from kto_dist.training.config import Config
-from kto_dist.training.prepare import Prepared, class_weights, counts, prepare
+from kto_dist.training.prepare import Prepared, adapter_of, class_weights, counts, prepare
 from kto_dist.training.run import find_checkpoint
 
 SHORT, LONG = 300, 4000
@@ -27,12 +27,16 @@ def check(config: Config) -> None:
     console = Console()
     found = find_checkpoint(config, console)
     audits = find_audits(config.data.train_paths, console.warn)
+    adapter, rehearsed = adapter_of(config)
     prepared = prepare(config, console)
     if not describes_all(audits, config.data.train_paths):
         for doubt in prepared.train.report.doubts():
             console.warn(doubt)
     for line in preview(prepared, class_weights(prepared.train, config, console.warn), characters=LONG):
         console.say(line)
+    if adapter is not None and rehearsed is not None:
+        for line in rehearsed.lines(adapter):
+            console.say(line)
     plan, heldout = prepared.plan, prepared.heldout
     start = "starts anew" if found is None else f"goes on from {found.name}"
     rows = counts(prepared.train)
