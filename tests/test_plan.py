@@ -310,7 +310,8 @@ def test_rows_of_given_means_are_cut_as_training_cuts_them_and_that_is_said(tmp_
     assert both_long.mean() > 0.5 and work.prompts.max() > 200 and 0.9 < work.cut < 1
     assert of_means(config_of(data__max_length=4096), 10_000, 300, 300).cut == 0
     path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump({"model": {"path": str(tiny_model)}, "data": {"train": "x.jsonl", "max_length": 256}}))
+    tree = {"model": {"path": str(tiny_model)}, "data": {"train": "x.jsonl", "max_length": 256}}
+    path.write_text(yaml.safe_dump(tree))
     words = ["--rows", "1000", "--prompt-tokens", "300", "--completion-tokens", "300", "--gpu", "H100"]
     done = CliRunner().invoke(main, ["plan", str(path), *words])
     assert "% of these rows are longer than data.max_length (256) and are cut to it" in done.output, done.output

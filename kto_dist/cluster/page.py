@@ -70,7 +70,9 @@ def sentences(plan: Plan) -> list[str]:
         f"{float(work.answers.mean()):,.0f} of them trained on; {work.steps:,} steps of {work.global_batch:,} rows",
     ]
     if work.cut > 0.01:
-        said.append(f"{work.cut:.0%} of these rows are longer than data.max_length ({work.max_length:,}) and are cut to it")
+        said.append(
+            f"{work.cut:.0%} of these rows are longer than data.max_length ({work.max_length:,}) and are cut to it"
+        )
     if best is not None:
         parts = ", ".join(f"{name} {value:.3g}" for name, value in asdict(best.seconds).items() if value > 0)
         said.append(f"seconds of a step of the best: {parts}; {best.microbatches} micro-batches a rank")
