@@ -104,7 +104,7 @@ def of_means(config: Config, rows: int, prompt: float, completion: float) -> Wor
 
     drawn = lengths(prompt), lengths(completion)
     prompts, answers = fit(*drawn, config.data.max_length, config.data.prompt_limit)
-    shortened = float((sum(drawn) > config.data.max_length).mean())
+    shortened = float(np.mean(drawn[0] + drawn[1] > config.data.max_length))
     a_epoch = max(1, round(rows / config.train.global_batch))
     steps = config.train.max_steps or max(1, round(config.train.epochs * a_epoch))
     return replace(_workload(config, prompts, answers, rows, steps), cut=shortened)
