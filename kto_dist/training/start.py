@@ -17,7 +17,6 @@ from kto_dist.model.checks import CAP, Rounding
 from kto_dist.objective.objective import Objective
 from kto_dist.training.step import StepWork
 
-
 OF_SEVERAL, OF_ONE = 2.0, 8.0
 """Deviations that are rounding: beyond what the furthest of so many rows reaches by chance; in one row of a step."""
 
