@@ -209,6 +209,11 @@ def test_what_is_not_known_is_asked_for(tiny_model, asked, message):
         resolve(Request(target=str(tiny_model), **asked))
 
 
+def test_a_target_that_is_not_there_is_told_as_such():
+    with pytest.raises(UserError, match="runs/nosuch is no folder here, so its reference is not known"):
+        resolve(Request(target="runs/nosuch", data=("x.jsonl",)))
+
+
 def test_a_run_without_an_export_says_how_to_get_one(tmp_path, tiny_model, tiny_log):
     config = a_run(tmp_path, tiny_model, tiny_log, data__heldout=0.3)
     (Path(config.train.output) / "export").unlink()

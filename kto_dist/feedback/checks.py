@@ -250,8 +250,8 @@ def _length(lengths: Lengths, limits: AuditConfig) -> Check | None:
         limits,
         strength,
         strength > limits.max_length_auc,
-        f"thumbs-{longer} answers are the longer ones {strength:.0%} of the time (wanted: at most "
-        f"{limits.max_length_auc:.0%})",
+        f"thumbs-{longer} answers are the longer ones {100 * strength:.3g}% of the time (wanted: at most "
+        f"{100 * limits.max_length_auc:.3g}%)",
         "the model may learn length in place of quality: unless length is what users want, bound it with "
         "clean.min_characters and clean.max_characters",
     )

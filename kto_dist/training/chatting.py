@@ -9,7 +9,7 @@ from kto_dist.evaluation.generate import Source
 from kto_dist.model.config import check_model_path
 from kto_dist.record.run_folder import RunFolder
 from kto_dist.training.config import Config
-from kto_dist.training.judged import Named, model_of
+from kto_dist.training.judged import Named, model_of, not_a_run
 
 
 def chat_with(
@@ -23,7 +23,7 @@ def chat_with(
     if reference is not None:
         other = model_of(reference, runs=False)
     elif config is None:
-        raise UserError(f"{target} is no run's folder, so its reference is not known: give --reference MODEL")
+        raise UserError(f"{target} {not_a_run(target)}, so its reference is not known: give --reference MODEL")
     elif config.reference.path is not None:
         other = Named(path=config.reference.path, gguf_file=config.reference.gguf_file)
     else:

@@ -91,8 +91,8 @@ def resolve(request: Request) -> Judged:
         reference |= {key: start[key] for key in ("path", "gguf_file", "trust_remote_code")}
     elif not reference.get("path"):
         raise UserError(
-            f"{request.target} is no run's folder, so its reference is not known, and figures compare a model with its "
-            "reference: give --reference MODEL"
+            f"{request.target} {not_a_run(request.target)}, so its reference is not known, and figures compare a model "
+            "with its reference: give --reference MODEL"
         )
     model = model_of(request.target)
     if model.path != start["path"]:
@@ -137,6 +137,11 @@ def model_of(target: str, *, runs: bool = True) -> Named:
     return Named(path=base.path, gguf_file=base.gguf_file, adapter=str(run.export))
 
 
+def not_a_run(target: str) -> str:
+    """Of a name that is no run's folder, for a message."""
+    return "is no run's folder" if Path(target).exists() else "is no folder here"
+
+
 def _run_of(target: str) -> RunFolder | None:
     folder = RunFolder(Path(target))
     return folder if folder.config.is_file() else None
@@ -150,7 +155,7 @@ def _place_rows(data: dict[str, Any], request: Request, run: RunFolder | None) -
         return tuple(name for name, _ in named) if len(named) > 1 else ()
     held = data.get("heldout")
     if held is None:
-        what = f"{request.target} is no run's folder" if run is None else f"{run.path} holds out no rows"
+        what = f"{request.target} {not_a_run(request.target)}" if run is None else f"{run.path} holds out no rows"
         raise UserError(f"{what}: say which rows with --data FILE (several sets: --data NAME=FILE --data NAME=FILE)")
     if isinstance(held, float):
         return ()
