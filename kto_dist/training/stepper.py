@@ -156,8 +156,9 @@ class Stepper:
         def evaluated(cutting: Cutting) -> HeldOut:
             again = not self.policy.waits_in_forward
             forward = self.policy.forward
-            scored = under(forward, heldout, objective, cutting, again=again, stop=stop)
-            model = Remembering(refs if is_reference else scored)
+            model = Remembering(
+                refs if is_reference else under(forward, heldout, objective, cutting, again=again, stop=stop)
+            )
             if not whole and part is not None:
                 return HeldOut(whole=None, part=of(model, part))
             rows = of(model, None)
