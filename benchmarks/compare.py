@@ -51,8 +51,28 @@ def content_of(folder: Path, seconds: float, beside: str) -> dict[str, Any]:
         "results": rows,
         "tried": found["tried"],
         "scored": found["scored"],
+        "answers": answers_of(found["answers"]),
         "seconds": {"all": seconds, "by_run": seconds_by_run},
     }
+
+
+def answers_of(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of each method: what its answers are like, and how often a judge preferred them to another's. None: no judge."""
+    if found is None:
+        return None
+    figures = {
+        method: {name: own[name] for name in ("words", "finished") if name in own}
+        for method, own in found["figures"].items()
+    }
+    names = ("win_rate", "win_rate/equal_length")
+    judged = {
+        method: {
+            other: {name: contest["figures"][name] for name in names if name in contest["figures"]}
+            for other, contest in rivals.items()
+        }
+        for method, rivals in found["judged"].items()
+    }
+    return {"judge": found["judge"], "prompts": found["prompts"], "figures": figures, "judged": judged}
 
 
 if __name__ == "__main__":

@@ -62,4 +62,33 @@ def compare(content: Content) -> str:
         f"{content['scored']:,} log-probs of the reference were scored, each once."
     )
     head = ["", "learning rate", *TITLES.values(), "length", "tokens trained", "s of training"]
-    return f"{about(content, job)}\n\n{table(head, lines)}\n\n{held} {time}"
+    parts = [about(content, job), table(head, lines), f"{held} {time}"]
+    return "\n\n".join([*parts, *_answers(content.get("answers"))])
+
+
+def _answers(found: Content | None) -> list[str]:
+    """What the chosen models answer, and which a judge prefers."""
+    if found is None:
+        return []
+    rivals, lines = list(dict.fromkeys(other for own in found["judged"].values() for other in own)), []
+    for method, own in found["figures"].items():
+        won = [found["judged"].get(method, {}).get(other, {}) for other in rivals]
+        lines.append(
+            [
+                method,
+                *(_sure(own.get(name), form) for name, form in (("words", "{:.0f}"), ("finished", "{:.2f}"))),
+                *(_sure(figures.get("win_rate"), "{:.2f}") for figures in won),
+                *(_sure(figures.get("win_rate/equal_length"), "{:.2f}") for figures in won),
+            ]
+        )
+    head = ["answers of", "words", "ended", *(f"wins against {other}" for other in rivals)]
+    head += [f"at equal length, against {other}" for other in rivals]
+    count = found["prompts"]
+    said = f"Greedy answers to {count} of the reported prompts; the judge: {found['judge']}. Half is no difference."
+    return [table(head, lines), said]
+
+
+def _sure(figure: Content | float | None, form: str) -> str:
+    if isinstance(figure, dict):
+        return _range(figure, form)
+    return "" if figure is None else form.format(figure)
