@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -211,3 +213,19 @@ def test_a_swap_folder_that_cannot_be_made_is_told_with_its_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"nvme_path \(.*file\) cannot be used"):
         claim_swap_folders({"zero_optimization": {"offload_param": {"nvme_path": str(tmp_path / "file" / "kto-1-1")}}})
+
+
+def test_a_rank_starts_without_compilers_and_without_what_only_some_runs_need():
+    """Each of these takes every rank's start longer; MLflow and the report's plots come when they are needed."""
+    code = (
+        "import sys\n"
+        "started = []\n"
+        "sys.addaudithook(lambda event, about: started.append(about[0]) if event == 'subprocess.Popen' else None)\n"
+        "import kto_dist.training.loop\n"
+        "needless = {'mlflow', 'pandas', 'matplotlib', 'scipy.stats'} & set(sys.modules)\n"
+        "print('started:', [program for program in started if program != 'uname'], 'needless:', needless)\n"
+        "import mlflow\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # MLflow can be imported afterwards
+    assert "started: [] needless: set()" in done.stdout

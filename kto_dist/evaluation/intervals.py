@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri  # the normal distribution, without all of scipy.stats
 
 FEW = 50
 """Prompts below which the quantiles of a bootstrap are too narrow."""
@@ -217,7 +217,7 @@ def intervals(
 
 def wilson(share: float, rows: float) -> tuple[float, float]:
     """Wilson's interval of a share of so many independent rows (JASA 22, 1927)."""
-    z = float(norm.ppf((1 + CONFIDENCE) / 2))
+    z = float(ndtri((1 + CONFIDENCE) / 2))
     middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
     half = z / (1 + z**2 / rows) * np.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
     # rounding alone would put the end of 27 of 27 below 1
@@ -282,9 +282,9 @@ def _jackknife(figure: Figure, member: np.ndarray) -> np.ndarray:
 def _corrected(edges: np.ndarray, value: float, drawn: np.ndarray, left_out: np.ndarray) -> np.ndarray:
     """The quantiles of BCa (Efron, JASA 82, 1987, Eq. 6.8): for bias in the median, and a spread that changes."""
     below = ((drawn < value).sum() + (drawn == value).sum() / 2) / drawn.size
-    bias = norm.ppf(np.clip(below, 1 / drawn.size, 1 - 1 / drawn.size))
+    bias = ndtri(np.clip(below, 1 / drawn.size, 1 - 1 / drawn.size))
     apart = left_out.mean() - left_out
     spread = float((apart**2).sum())
     acceleration = float((apart**3).sum()) / (6 * spread**1.5) if spread else 0.0
-    moved = bias + norm.ppf(edges)
-    return np.asarray(norm.cdf(bias + moved / (1 - acceleration * moved)))
+    moved = bias + ndtri(edges)
+    return np.asarray(ndtr(bias + moved / (1 - acceleration * moved)))

@@ -49,13 +49,29 @@ def _quiet_import() -> Iterator[None]:
         os.close(terminal)
 
 
-with _quiet_import():
+@contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """DeepSpeed's autotuner imports it, if it is there, which takes longer than all of the rest."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+
+
+with _quiet_import(), _without_mlflow():
     import deepspeed
+
+with _quiet_import():
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 # Its shared-memory collective leaves a segment of 66 MB a rank in /dev/shm after every run, and needs a compiler.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Nothing else is asked of this table, which DeepSpeed would otherwise make by running compilers, on every rank.
+deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 def _sharded_load(options: dict[str, Any], adapter: Adapter | None, **arguments: Any) -> PreTrainedModel:

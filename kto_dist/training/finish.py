@@ -12,7 +12,6 @@ from kto_dist.base import agree, comm, disks
 from kto_dist.base.console import Console
 from kto_dist.base.files import write_whole
 from kto_dist.model.engines import Policy
-from kto_dist.record import report
 from kto_dist.record.environment import environment_tags
 from kto_dist.record.run_folder import RunFolder
 from kto_dist.reference.logps import ReferenceLogps
@@ -119,6 +118,8 @@ def report_so_far(prepared: PreparedTraining, run: Run, console: Console) -> Non
 
 def _pages(folder: RunFolder, console: Console) -> list[Path]:
     """The report and its plots. Raises `OSError` alone: a page that cannot be drawn takes no trained model with it."""
+    from kto_dist.record import report  # matplotlib: on rank 0, and at the end
+
     try:
         return [report.write_report(folder.path), folder.path / "plots"]
     except OSError:
