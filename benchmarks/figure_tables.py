@@ -10,7 +10,7 @@ import records
 from adapter_rate_table import adapter_rate
 from cluster_table import cluster_faults
 from compare_table import compare
-from scaling_table import curves, scaling
+from scaling_table import curves, memory, times
 from table_parts import Content, about, counted, table
 from trainers import NAMES, title_of
 from zoo_table import zoo, zoo_short
@@ -401,7 +401,8 @@ KINDS: dict[str, Callable[..., str]] = {
     "demo": demo,
     "demo-short": demo_short,
     "demo-profile": demo_profile,
-    "scaling": scaling,
+    "scaling-memory": memory,
+    "scaling-times": times,
     "scaling-curves": curves,
     "zoo": zoo,
     "zoo-short": zoo_short,

@@ -49,6 +49,15 @@ SHAPES = {
         num_key_value_heads=3,
         vocab_size=49152,
     ),
+    "small": Shape(
+        title="a small model of 8 million random parameters",
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=8192,
+    ),
     "tiny": Shape(
         title="a tiny model",
         hidden_size=64,

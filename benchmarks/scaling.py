@@ -3,11 +3,14 @@
     python benchmarks/scaling.py [--shape NAME] [--json FILE]         # measures, on whatever machine this is
     python benchmarks/scaling.py --curves [--json FILE] [--plot FILE] # computes; nothing runs
 
-1. memory    ZeRO 1 to 3, with and without checkpointing: measured and predicted peaks, a process each
+1. memory    full training and LoRA, ZeRO 0 to 3, with and without checkpointing: measured and predicted peaks, a
+             process each
 2. time      strong (one global batch) and weak (one a rank) at one rank, two ranks of a node, and two nodes of a rank;
              the share that is no compute of a rank alone; what a checkpoint costs. Beside them the planner's seconds,
              calibrated by the one run at one rank
 3. curves    tokens a second and GPU for an 8 billion parameter model, 1 to 4,096 GPUs, as computed
+
+The planner is given the very rows of the steps that are measured: what is tested is its arithmetic.
 
 Two nodes are two processes that think they are on machines of their own (LOCAL_RANK 0 of both), on this one: what they
 show is the code's way, not a network's.
@@ -20,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ import random_model
 import records
 
 HERE = Path(__file__).resolve().parent
-STEPS = 5
+WARM, STEPS = 2, 5
+"""Steps that do not count, and all of them."""
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 KINDS = ("A100", "H100", "H200", "B200", "MI300X")
 
@@ -46,16 +50,25 @@ class Case:
     settings: tuple[str, ...] = ()
     """Overrides."""
     checkpoints: bool = False
+    memory: bool = False
+    """Whether it is run for its memory; its seconds say nothing then."""
+    adapter: bool = False
 
 
-def memory_cases(stages: tuple[int, ...]) -> list[Case]:
+def memory_cases(stages: tuple[int, ...], adapter_stages: tuple[int, ...], batch: int) -> list[Case]:
     """At one rank."""
     found = []
-    for stage in stages:
-        for checkpointing in (False, True):
-            words = (f"deepspeed.zero_stage={stage}", f"model.gradient_checkpointing={str(checkpointing).lower()}")
-            name = f"ZeRO {stage}" + (", checkpointing" if checkpointing else "")
-            found.append(Case(name=name, settings=words))
+    for adapter, listed in ((False, stages), (True, adapter_stages)):
+        for stage in listed:
+            for checkpointing in (False, True):
+                words = [f"deepspeed.zero_stage={stage}", f"model.gradient_checkpointing={json.dumps(checkpointing)}"]
+                words += ['adapter.type="lora"'] * adapter
+                # in bf16 stage 0 becomes 1
+                words += ['train.dtype="fp32"'] * (stage == 0)
+                name = (
+                    "LoRA, " * adapter + f"ZeRO {stage}" + ", fp32" * (stage == 0) + ", checkpointing" * checkpointing
+                )
+                found.append(Case(name=name, global_batch=batch, settings=tuple(words), memory=True, adapter=adapter))
     return found
 
 
@@ -117,7 +130,8 @@ def run(config: Any, case: Case, folder: Path, limit: float) -> dict[str, Any]:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, str(HERE / "scaling_rank.py"), str(file), str(result), str(STEPS)]
+        command = [sys.executable, str(HERE / "scaling_rank.py"), str(file), str(result), str(WARM), str(STEPS)]
+        command += ["memory"] * case.memory
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -139,16 +153,12 @@ def measure(
     cases: list[Case], shape: str, model: Path, log: Path, length: int, tokens: int, limit: float
 ) -> list[dict[str, Any]]:
     """A line a case: measured, and as the planner has it."""
-    from kto_dist.base.console import Console
-    from kto_dist.cluster.measure import this_machine, way_here
-    from kto_dist.cluster.predict import predict
-    from kto_dist.cluster.workload import of_rows
-    from kto_dist.model.footprint import shape_of
+    from kto_dist.cluster.measure import this_machine
     from kto_dist.model.loading import load_config, without_contents
-    from kto_dist.training.prepare import prepare
 
-    outline = shape_of(without_contents(load_config(str(model))))
-    lines = []
+    lm, lines = without_contents(load_config(str(model))), []
+    threads = None if machine.has_gpu() else 1
+    machines = {ranks: this_machine(ranks, threads) for ranks in {case.ranks for case in cases}}
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="kto-scaling-") as name:
             folder = Path(name)
@@ -158,37 +168,57 @@ def measure(
             except click.ClickException as error:
                 click.echo(f"left out: {error.message}")
                 continue
-            # both ranks share this machine's cores where they are no GPUs
-            here = this_machine(case.ranks)
-            way = way_here(config, outline, here)
-            planned = predict(outline, of_rows(prepare(config, Console())), here, way)
-        memory = planned.memory.held.total + planned.memory.activations
+            planned = predictions(config, case, lm, machines[case.ranks])
         line = {
             "case": case.name,
             "shape": shape,
             **asdict(case),
             "seconds_per_step": statistics.median(found["seconds"]),
-            "computed_seconds": planned.seconds.total,
-            "computed_collectives": planned.seconds.collectives,
-            "bytes": found["peak_bytes"] - found["held_before"],
-            "computed_bytes": memory,
+            "computed_seconds": statistics.median(step.seconds.total for step in planned),
+            "computed_collectives": statistics.median(step.seconds.collectives for step in planned),
+            "bytes": found["peak_bytes"],
+            "held_bytes": found["held_bytes"],
+            "computed_bytes": max(step.memory.peak for step in planned),
         }
-        click.echo(
-            f"{case.name:32} {line['seconds_per_step']:8.3f} s ({line['computed_seconds']:.3f} computed), "
-            f"{line['bytes'] / 2**20:8,.0f} MiB ({memory / 2**20:,.0f} computed)"
-        )
+        shown = f"{line['seconds_per_step']:8.3f} s ({line['computed_seconds']:.3f} computed)"
+        if case.memory:
+            ratio = line["computed_bytes"] / line["bytes"]
+            shown = f"{line['bytes'] / 2**20:8,.1f} MiB ({line['computed_bytes'] / 2**20:,.1f} computed, {ratio:.2f})"
+        click.echo(f"{case.name:36} {shown}")
         lines.append(line)
     return calibrated(lines)
 
 
+def predictions(config: Any, case: Case, lm: Any, here: Any) -> list[Any]:
+    """Of each step that counts, by its own rows."""
+    from kto_dist.base.console import Console
+    from kto_dist.cluster.measure import way_here
+    from kto_dist.cluster.plan import shape_for
+    from kto_dist.cluster.predict import predict
+    from kto_dist.cluster.workload import of_rows
+    from kto_dist.data.batch import step_rows
+    from kto_dist.model.adapters import RANK
+    from kto_dist.training.prepare import prepare
+
+    shape = shape_for(lm, "lora" if case.adapter else "full", RANK)
+    way, prepared = way_here(config, shape, here), prepare(config, Console())
+    whole, found = of_rows(prepared), []
+    for step in range(WARM, STEPS):
+        rows = step_rows(prepared.plan, step)
+        own = replace(whole, prompts=whole.prompts[rows], answers=whole.answers[rows])
+        found.append(predict(shape, own, here, way))
+    return found
+
+
 def calibrated(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """With the planner's compute times as the run at one rank shows them, as `kto-dist plan --measure` has it."""
-    alone = next((line for line in lines if line["case"] == "one rank"), None)
+    times = [line for line in lines if not line["memory"]]
+    alone = next((line for line in times if line["case"] == "one rank"), None)
     if alone is None:
         return lines
     factor = alone["seconds_per_step"] / alone["computed_seconds"]
-    half = next((line for line in lines if line["case"] == "one rank, half the batch"), alone)
-    for line in lines:
+    half = next((line for line in times if line["case"] == "one rank, half the batch"), alone)
+    for line in times:
         compute = line["computed_seconds"] - line["computed_collectives"]
         line["calibrated_seconds"] = factor * compute + line["computed_collectives"]
         if line["ranks"] > 1:
@@ -254,6 +284,10 @@ def curves() -> dict[str, Any]:
     return {"computed": True, "assumptions": assumed, "results": lines}
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
+
+
 def draw(content: dict[str, Any], file: Path) -> None:
     """The curves, with what they assume beside them."""
     import matplotlib
@@ -290,7 +324,8 @@ def draw(content: dict[str, Any], file: Path) -> None:
 @click.option("--random", "shape", type=click.Choice(list(random_model.SHAPES)), default="tiny", show_default=True)
 @click.option("--random-folder", type=click.Path(path_type=Path), help="keep the random model here, or find it here")
 @click.option("--only", type=click.Choice(["memory", "time"]), help="one half of it")
-@click.option("--stages", default="1,2,3", show_default=True, help="ZeRO stages whose memory is measured")
+@click.option("--stages", default="0,1,2,3", show_default=True, help="ZeRO stages whose memory is measured")
+@click.option("--adapter-stages", default="0,1,2,3", show_default=True, help="and those with LoRA; empty: none")
 @click.option("--global-batch", default=16, show_default=True, help="rows of a step at one rank")
 @click.option("--max-length", default=256, show_default=True, help="most tokens of a row")
 @click.option("--tokens-per-microbatch", default=2048, show_default=True)
@@ -303,6 +338,7 @@ def main(
     random_folder: Path | None,
     only: str | None,
     stages: str,
+    adapter_stages: str,
     global_batch: int,
     max_length: int,
     tokens_per_microbatch: int,
@@ -329,7 +365,7 @@ def main(
         random_model.make_model(shape, model)
         log = Path(temporary) / "rows.jsonl"
         random_model.write_log(shape, "mixed", 2 * global_batch * (STEPS + 1), max_length, log)
-        cases = [] if only == "time" else memory_cases(tuple(map(int, stages.split(","))))
+        cases = [] if only == "time" else memory_cases(_numbers(stages), _numbers(adapter_stages), global_batch)
         # a GPU alone has nobody to scale to
         times = time_cases(global_batch) if not machine.has_gpu() else time_cases(global_batch)[:1]
         cases += [] if only == "memory" else times

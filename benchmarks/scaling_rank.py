@@ -1,8 +1,9 @@
 """One rank of a run that `scaling.py` measures, started by it with RANK, LOCAL_RANK and WORLD_SIZE.
 
-    python benchmarks/scaling_rank.py CONFIG.yaml RESULT.json STEPS
+    python benchmarks/scaling_rank.py CONFIG.yaml RESULT.json WARM STEPS [memory]
 
-Leaves, on rank 0: seconds of each step, peaks of memory, and what the process held before the policy came.
+Leaves, on rank 0: seconds of each step after the WARM first ones; with `memory` the peak of these steps, which take
+longer then. What loading took for a moment, and the first step's own buffers, are not what training takes.
 """
 
 import json
@@ -13,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import peaks
 from trainers import Enough
+
+BUCKETS = (2 * 5 * 10**8, 4 * 5 * 10**8)
+"""Bytes of ZeRO 2's buffer for gradients, to which a rank alone on a CPU never writes (`model.zero_sums`)."""
 
 
 def main() -> None:
-    config_file, result_file, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    config_file, result_file, warm, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     import torch
 
     from kto_dist.base import comm
@@ -26,31 +31,30 @@ def main() -> None:
 
     torch.set_num_threads(1)
     comm.init()
+    meter = peaks.Meter(untouched=BUCKETS) if "memory" in sys.argv[5:] else None
     updates: list[float] = []
-    before = _held()
+    peak: list[int] = []
 
     def after_step(result: Any) -> None:
         updates.append(machine.now())
-        if len(updates) == 2:
-            # what loading took for a moment, and the first step's own buffers, are not what training takes
-            machine.reset_peak()
+        if len(updates) == warm and meter is not None:
+            meter.begin()
+            updates[-1] = machine.now()
         if len(updates) == steps:
+            if meter is not None:
+                peak.append(meter.bytes())
             raise Enough
 
     with suppress(Enough):
         train(Config.load(config_file), watch=after_step)
     if comm.is_main():
-        seconds = [after - before for before, after in pairwise(updates[1:])]
-        content = {"seconds": seconds, "peak_bytes": machine.peak(), "held_before": before}
+        seconds = [after - before for before, after in pairwise(updates[warm - 1 :])]
+        content = {
+            "seconds": seconds,
+            "peak_bytes": peak[0] if meter else None,
+            "held_bytes": meter.held if meter else None,
+        }
         result_file.write_text(json.dumps(content))
-
-
-def _held() -> int:
-    """Bytes: of the process on a CPU; a GPU's allocator counts from nothing."""
-    if machine.has_gpu():
-        return 0
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 if __name__ == "__main__":

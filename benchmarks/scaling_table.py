@@ -2,7 +2,7 @@
 
 from typing import Any
 
-GIB = 2**30
+MIB = 2**20
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -10,27 +10,43 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def scaling(content: dict[str, Any]) -> str:
-    """A line a run; ratios are computed over measured."""
+def memory(*files: dict[str, Any]) -> str:
+    """A line a way to train, two columns a model: measured, and computed over measured."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for place, content in enumerate(files):
+        for line in content["results"]:
+            if line["memory"]:
+                runs.setdefault(line["case"], {})[place] = line
+    head, rows = ["run"], []
+    for content in files:
+        head += [f"{content['settings']['model']}: MiB", "computed, of it"]
+    for case, found in runs.items():
+        cells = [case]
+        for place in range(len(files)):
+            line = found.get(place)
+            ratio = "" if line is None else f"{line['computed_bytes'] / line['bytes']:.2f}"
+            cells += ["" if line is None else f"{line['bytes'] / MIB:,.0f}", ratio]
+        rows.append(cells)
+    return f"*{files[0]['device']}; {files[0]['date']}.*\n\n{_table(head, rows)}"
+
+
+def times(*files: dict[str, Any]) -> str:
+    """A line a model and run; ratios are computed over measured."""
     rows = []
-    for line in content["results"]:
-        apart = f"{line['no_compute']:.0%}" if "no_compute" in line else ""
-        saved = f"{line['checkpoint_seconds']:.2f}" if "checkpoint_seconds" in line else ""
-        seconds = line.get("calibrated_seconds", line["computed_seconds"])
-        rows.append(
-            [
-                line["case"],
-                f"{line['bytes'] / GIB:.2f}",
-                f"{line['computed_bytes'] / line['bytes']:.2f}",
-                f"{line['seconds_per_step']:.3f}",
-                f"{seconds / line['seconds_per_step']:.2f}",
-                apart,
-                saved,
-            ]
-        )
-    head = ["run", "GiB", "computed, of it", "s a step", "computed after `--measure`, of it"]
+    for content in files:
+        for line in content["results"]:
+            if line["memory"]:
+                continue
+            apart = f"{line['no_compute']:.0%}" if "no_compute" in line else ""
+            saved = f"{line['checkpoint_seconds']:.2f}" if "checkpoint_seconds" in line else ""
+            seconds = line.get("calibrated_seconds", line["computed_seconds"])
+            # what a checkpoint costs is not computed
+            ratio = "" if line["checkpoints"] else f"{seconds / line['seconds_per_step']:.2f}"
+            model = content["settings"]["model"]
+            rows.append([model, line["case"], f"{line['seconds_per_step']:.3f}", ratio, apart, saved])
+    head = ["model", "run", "s a step", "computed after calibration, of it"]
     head += ["share that one rank alone does not take", "s a checkpoint"]
-    return f"*{content['device']}; {content['date']}.*\n\n{_table(head, rows)}"
+    return f"*{files[0]['device']}; {files[0]['date']}.*\n\n{_table(head, rows)}"
 
 
 def curves(content: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def way_here(config: Config, shape: Shape, here: Cluster) -> Way:
         fused=pick_kernels("model.kernels", model.kernels, found, device) == "liger",
         packed=pick_packing("train.packing", config.train.packing, attention, found, config.data.max_length),
         logits_bytes=mebibytes * 2**20,
+        cpu=device.type == "cpu",
     )
     return _with_tokens(way, config, shape, here)
 
@@ -110,8 +112,11 @@ def _with_tokens(way: Way, config: Config, shape: Shape, here: Cluster) -> Way:
     return replace(way, tokens=max(found, config.data.max_length))
 
 
-def this_machine(ranks: int = 1) -> Cluster:
-    """Its GPU, where that is a known one, else what a matmul and a copy show of its processor; takes a second."""
+def this_machine(ranks: int = 1, threads: int | None = None) -> Cluster:
+    """Its GPU, where that is a known one, else what a matmul and a copy show of its processor; takes a second.
+
+    `threads`: of a rank, each of which has as many cores to itself; None: ranks share what torch takes.
+    """
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         known = next((gpu for key, gpu in GPUS.items() if key in name), None)
@@ -119,7 +124,10 @@ def this_machine(ranks: int = 1) -> Cluster:
             raise UserError(f"--measure needs a GPU that is known ({', '.join(GPUS)}), and this one is a {name}")
         memory = float(torch.cuda.get_device_properties(0).total_memory)
         return Cluster(gpu=replace(known, memory=memory), gpus=ranks)
-    flops, bandwidth = _matmul_rate() / ranks, _copy_rate() / ranks
+    with _threads(threads):
+        flops, bandwidth = _matmul_rate(), _copy_rate()
+    if threads is None:
+        flops, bandwidth = flops / ranks, bandwidth / ranks
     memory = psutil.virtual_memory().total / ranks
     gpu = Gpu(
         name="cpu",
@@ -131,6 +139,16 @@ def this_machine(ranks: int = 1) -> Cluster:
         host=bandwidth,
     )
     return Cluster(gpu=gpu, gpus=ranks)
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _matmul_rate(size: int = 1024) -> float:

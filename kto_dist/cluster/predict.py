@@ -20,9 +20,11 @@ from kto_dist.model.footprint import (
     Held,
     Shape,
     Sharding,
+    activation_bytes,
+    backward_bytes,
     held,
     layer_bytes,
-    token_bytes,
+    update_bytes,
 )
 
 Batch = tuple[np.ndarray, int]
@@ -43,6 +45,8 @@ class Way:
     packed: bool
     """Rows end to end, without padding."""
     logits_bytes: int
+    cpu: bool = False
+    """Not on a GPU."""
 
     def sharding(self, ranks: int) -> Sharding:
         return Sharding(
@@ -54,6 +58,7 @@ class Way:
             checkpointing=self.checkpointing,
             logits_bytes=self.logits_bytes,
             fused=self.fused,
+            cpu=self.cpu,
         )
 
 
@@ -63,14 +68,23 @@ class Memory:
 
     held: Held
     activations: float
+    backward: float
+    """What a backward takes beside them, when the logits have gone."""
+    update: float
+    """What the update takes for a moment, when there are neither activations nor logits."""
     margin: float
     """What the allocator loses to fragments, and what CUDA and NCCL take."""
     host: float
     """Of a node's memory, for what is offloaded."""
 
     @property
+    def peak(self) -> float:
+        """Of what tensors take."""
+        return self.held.rest + max(self.activations + max(self.held.head, self.backward), self.update)
+
+    @property
     def device(self) -> float:
-        return self.held.total + self.activations + self.margin
+        return self.peak + self.margin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +148,9 @@ def memory_of(shape: Shape, cluster: Cluster, way: Way, load: StepLoad) -> Memor
     weights = weight_bytes(shape, way) if way.offload_parameters else 0
     return Memory(
         held=held(shape, sharding, load.most_rows),
-        activations=token_bytes(shape, sharding) * load.largest,
+        activations=max((activation_bytes(shape, sharding, lengths) for lengths, _ in load.batches), default=0.0),
+        backward=max((backward_bytes(shape, sharding, *batch) for batch in load.batches), default=0.0),
+        update=update_bytes(shape, sharding),
         margin=(1 - SHARE_OF_MEMORY) * cluster.gpu.memory,
         host=(optimizer + weights) / cluster.nodes,
     )

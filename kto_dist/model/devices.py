@@ -95,7 +95,9 @@ def cost_of(lm: PreTrainedModel) -> Cost:
     for name, parameter in lm.named_parameters():
         if parameter is head or id(parameter) in looked_up or len(_shape(parameter)) < 2:
             continue
-        share = routed / experts if experts and routed and ".experts." in name else 1.0
+        # some families name no experts, and stack them
+        of_experts = ".experts." in name or (len(_shape(parameter)) == 3 and _shape(parameter)[0] == experts)
+        share = routed / experts if experts and routed and of_experts else 1.0
         decoder += share * math.prod(_shape(parameter))
         frozen += 0.0 if parameter.requires_grad else share * math.prod(_shape(parameter))
     size = math.prod(_shape(head))
@@ -108,13 +110,22 @@ def cost_of(lm: PreTrainedModel) -> Cost:
     )
 
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ROUTED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
-def experts_of(config: Any) -> tuple[int | None, int | None]:
-    """How many there are in a layer, and how many of them a token is sent to."""
-    routed = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
-    return next((n for key in _EXPERTS if (n := getattr(config, key, None))), None), routed
+def experts_of(config: Any) -> tuple[int | None, float | None]:
+    """How many there are in a layer, and how many of them a token is sent to (on average over the layers)."""
+    routed = stated(config, *_ROUTED)
+    if isinstance(routed, list | tuple):
+        routed = sum(routed) / len(routed)
+    return stated(config, *_EXPERTS), routed
+
+
+def stated(config: Any, *names: str) -> Any:
+    """The first of these that a config has, or its section of the MLP, where dbrx keeps them; None where none has."""
+    values = (getattr(part, name, None) for part in (config, getattr(config, "ffn_config", None)) for name in names)
+    return next((value for value in values if value), None)
 
 
 def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:

@@ -10,25 +10,37 @@ asks with and keeps):
     fused layers    8 H + 4 A + 4 K + 6 F    norms keep their input alone, the gated product is made again
 
 With checkpointing a layer keeps its input, 2 H, and one layer at a time all of it.
+
+A CPU has ways of its own (`Sharding.cpu`): its norms keep their input and output alone (`cpu_layers`), its attention
+keeps the weights of short sequences (`slices`), logits are as narrow as the weights are, a rank alone sums gradients
+where they belong (`zero_sums`), and a buffer takes no memory before something is written to it.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kto_dist.model import slices
 from kto_dist.model.attention import largest
-from kto_dist.model.devices import Cost, cost_of, experts_of
+from kto_dist.model.devices import Cost, cost_of, experts_of, stated
 
 SHARE_OF_MEMORY = 0.85
 """The rest is what the allocator loses to fragments, and what CUDA and NCCL take for themselves."""
 MOST_TOKENS = 65536
 _BUCKET = 5 * 10**8
-"""Parameters whose gradients ZeRO 2 and 3 reduce at a time (DeepSpeed's `reduce_bucket_size`)."""
+"""Parameters whose gradients ZeRO 2 and 3 reduce at a time (DeepSpeed's `reduce_bucket_size`): on a GPU the bucket has
+this size, however few they are."""
 _LIVE = 10**9
 """Parameters that ZeRO-3 holds gathered at a time (DeepSpeed's `stage3_max_live_parameters`)."""
+_SUB_GROUP = 10**9
+"""And those that it updates at a time (`sub_group_size`)."""
+_BLOCK = 4 * 2**20
+"""Bytes of wide logits that the kernels' pass over rows takes at a time on a CPU (`kto_kernels.rows`)."""
 PACKED_BYTES = 0.5 + 0.016
 """A weight in 4 bits, and its share of the scales (NF4, blocks of 64, scales quantised once more)."""
 
@@ -52,6 +64,7 @@ class Shape:
     hidden: int
     inner: int
     """Of the MLP that a token passes: of experts, all that it is sent to."""
+    heads: int
     asked: int
     """Heads times their size."""
     kept: int
@@ -72,6 +85,13 @@ class Sharding:
     logits_bytes: int
     fused: bool = False
     """Layers whose norms and gated products are fused kernels."""
+    cpu: bool = False
+    """Not on a GPU."""
+
+    @property
+    def sums_in_place(self) -> bool:
+        """Whether each gradient is added to the sums at once, and lies nowhere else."""
+        return self.cpu and self.ranks == 1 and self.stage == 2 and not self.offload_optimizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,11 +106,16 @@ class Held:
     optimizer: float
     """Master weights and moments."""
     head: float
-    """A chunk's logits, and the gradient of the head's weights in fp32."""
+    """A chunk's logits, or what ZeRO 2 reduces at a time; and the gradient of the head's weights."""
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return self.rest + self.head
+
+    @property
+    def rest(self) -> float:
+        """What is there all the time: without the head."""
+        return self.weights + self.gathered + self.gradients + self.optimizer
 
 
 def shape_of(lm: PreTrainedModel) -> Shape:
@@ -109,6 +134,7 @@ def shape_of(lm: PreTrainedModel) -> Shape:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         inner=_inner(config),
+        heads=heads,
         asked=heads * width,
         kept=(getattr(config, "num_key_value_heads", None) or heads) * width,
         cost=cost_of(lm),
@@ -131,7 +157,7 @@ def with_adapter(lm: PreTrainedModel, rank: int, *, packed: bool = False) -> Sha
 
 
 def _inner(config: Any) -> int:
-    whole = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    whole = stated(config, "intermediate_size", "ffn_hidden_size") or 4 * config.hidden_size
     experts, routed = experts_of(config)
     if not (experts and routed):
         return int(whole)
@@ -146,38 +172,119 @@ def held(shape: Shape, sharding: Sharding, head_rows: int | None = None) -> Held
     whole = (shape.parameters - shape.packed) * width + shape.packed * PACKED_BYTES
     whole += width * shape.trained if shape.adapter else 0
     apart = ranks if stage == 3 else 1
-    own = min(shape.trained, _BUCKET) if stage >= 2 else shape.trained
-    # without ZeRO in fp32 the gradients are their own sums
-    own_bytes = 0 if stage == 0 and not sharding.bf16 else width * own
+    # without ZeRO in fp32 the gradients are their own sums; at stage 2 they lie where the logits were
+    own_bytes = 0.0 if (stage == 0 and not sharding.bf16) or stage == 2 else width * shape.trained
+    if stage == 3:
+        own_bytes = _bucket_bytes(shape, sharding)
     sums = 4 * shape.trained / (ranks if stage >= 2 else 1)
     states = shape.trained * (12 if sharding.bf16 or stage else 8) / (ranks if stage else 1)
-    logits = sharding.logits_bytes
-    if head_rows is not None:
-        logits = min(logits, head_rows * shape.vocabulary * 4)
     return Held(
         weights=0.0 if sharding.offload_parameters else whole / apart,
-        gathered=width * min(shape.parameters, _LIVE) if stage == 3 else 0.0,
+        # a rank alone has them whole already
+        gathered=width * min(shape.parameters, _LIVE) if stage == 3 and ranks > 1 else 0.0,
         gradients=own_bytes + (0.0 if sharding.offload_optimizer else sums),
         optimizer=0.0 if sharding.offload_optimizer else states,
-        head=logits + (8 * shape.head if shape.head_trained else 0),
+        head=_head_bytes(shape, sharding, head_rows),
     )
+
+
+def _bucket_bytes(shape: Shape, sharding: Sharding) -> float:
+    """Of what ZeRO 2 and 3 collect gradients in."""
+    if sharding.sums_in_place:
+        return 0.0
+    return (2 if sharding.bf16 else 4) * (min(shape.trained, _BUCKET) if sharding.cpu else _BUCKET)
+
+
+def _head_bytes(shape: Shape, sharding: Sharding, rows: int | None) -> float:
+    """Of a chunk's logits, and of the gradient of the head's weights. A backward begins when the logits have gone, and
+    with it ZeRO 2 takes its bucket."""
+    logits = float(sharding.logits_bytes)
+    if rows is not None:
+        logits = min(logits, rows * _row_bytes(shape, sharding))
+    if sharding.stage == 2:
+        logits = max(logits, _bucket_bytes(shape, sharding))
+    gradient = _head_gradient(shape, sharding, rows)
+    if not sharding.cpu:
+        return logits + gradient
+    # a block of wide logits, their softmax and its gradient, unless the blocks are more than all rows
+    blocks = 3 * min(_BLOCK, logits * (2 if sharding.bf16 else 1))
+    # of one chunk the gradient comes after the last block
+    return logits + (gradient + blocks if _in_chunks(shape, sharding, rows) else max(gradient, blocks))
+
+
+def _row_bytes(shape: Shape, sharding: Sharding) -> int:
+    """Of a row of logits."""
+    return shape.vocabulary * (2 if sharding.bf16 and sharding.cpu else 4)
+
+
+def _in_chunks(shape: Shape, sharding: Sharding, rows: int | None) -> bool:
+    return rows is None or rows * _row_bytes(shape, sharding) > sharding.logits_bytes
+
+
+def _head_gradient(shape: Shape, sharding: Sharding, rows: int | None) -> float:
+    """Of several chunks an fp32 sum, and what it is rounded to; of one, on a CPU, the product as it comes."""
+    if not shape.head_trained:
+        return 0.0
+    width = 2 if sharding.bf16 else 4
+    return shape.head * ((width + 4 * _in_chunks(shape, sharding, rows)) if sharding.cpu else 8)
+
+
+def update_bytes(shape: Shape, sharding: Sharding) -> float:
+    """What an update takes for a moment beside what is held, when there are neither activations nor logits: gradients
+    laid end to end, ZeRO 0 and 1 to reduce a bucket of them, in the weights' dtype as well; ZeRO 3 of a sub-group."""
+    if sharding.offload_optimizer or sharding.stage == 2:
+        return 0.0
+    if sharding.stage == 3:
+        return 4 * min(shape.trained, _SUB_GROUP) / sharding.ranks
+    return (6 if sharding.bf16 else 4) * min(shape.trained, _BUCKET)
 
 
 def token_bytes(shape: Shape, sharding: Sharding) -> float:
     """What a token of a micro-batch keeps until its backward."""
     width = 1 if sharding.bf16 else 2
-    layer = width * layer_bytes(shape, fused=sharding.fused)
+    layer = width * layer_bytes(shape, fused=sharding.fused, cpu=sharding.cpu)
     if sharding.checkpointing:
         return shape.layers * 2 * width * shape.hidden + layer
     return shape.layers * layer
 
 
-def layer_bytes(shape: Shape, *, fused: bool) -> float:
+def layer_bytes(shape: Shape, *, fused: bool, cpu: bool = False) -> float:
     """Of one layer and token in bf16, as the table above says."""
-    attention = 4 * shape.asked + 4 * shape.kept
-    if fused:
-        return 8 * shape.hidden + attention + 6 * shape.inner
-    return 13 * shape.hidden + attention + 8 * shape.inner
+    norms = 8 if fused or cpu else 13
+    return norms * shape.hidden + 4 * shape.asked + 4 * shape.kept + (6 if fused else 8) * shape.inner
+
+
+def activation_bytes(shape: Shape, sharding: Sharding, lengths: np.ndarray) -> float:  # (S,) tokens of each sequence
+    """What a micro-batch keeps until its backward."""
+    width, tokens = 1 if sharding.bf16 else 2, float(lengths.sum())
+    ends = 4 * width * shape.hidden * tokens  # what the last norm takes and gives
+    if sharding.checkpointing:
+        return ends + 2 * width * shape.layers * shape.hidden * tokens
+    return ends + shape.layers * (_layer(shape, sharding, tokens) + _attention_weights(shape, sharding, lengths)[0])
+
+
+def backward_bytes(shape: Shape, sharding: Sharding, lengths: np.ndarray, head_rows: int) -> float:  # (S,)
+    """What a backward has beside what was kept: the gradient of the head's weights, ZeRO 2's bucket, and of the layer
+    at hand gradients of the MLP or of attention's weights; with checkpointing the layer itself."""
+    width, tokens = 1 if sharding.bf16 else 2, float(lengths.sum())
+    weights, of_group = _attention_weights(shape, sharding, lengths)
+    work = max(6 * width * shape.inner * tokens, 2 * of_group) + _head_gradient(shape, sharding, head_rows)
+    work += _bucket_bytes(shape, sharding) if sharding.stage == 2 else 0.0
+    return work + (_layer(shape, sharding, tokens) + weights if sharding.checkpointing else 0.0)
+
+
+def _layer(shape: Shape, sharding: Sharding, tokens: float) -> float:
+    return (1 if sharding.bf16 else 2) * layer_bytes(shape, fused=sharding.fused, cpu=sharding.cpu) * tokens
+
+
+def _attention_weights(shape: Shape, sharding: Sharding, lengths: np.ndarray) -> tuple[float, float]:
+    """Of one layer, and of those of its sequences that are computed at a time; on a CPU alone, where they are short."""
+    if not sharding.cpu:
+        return 0.0, 0.0
+    shortest = slices.SHORT.get(torch.bfloat16 if sharding.bf16 else torch.float32, 0)
+    every, of_group = slices.weights_kept(lengths[lengths <= shortest])
+    each = (2 if sharding.bf16 else 4) * shape.heads
+    return each * every, each * of_group
 
 
 def budget(shape: Shape, sharding: Sharding, memory: float) -> int:

@@ -27,6 +27,13 @@ SHORT = {torch.bfloat16: 512}
 _MULTIPLE = 32
 
 
+def weights_kept(lengths: np.ndarray) -> tuple[int, int]:  # (S,) tokens of short sequences
+    """Weights of attention that a layer keeps for each head: of all groups, and of the largest one."""
+    wide, count = np.unique(-(-lengths.astype(np.int64) // _MULTIPLE) * _MULTIPLE, return_counts=True)
+    of_group = count * wide**2
+    return int(of_group.sum()), int(of_group.max(initial=0))
+
+
 def by_slices(
     query: Tensor,  # (Q, heads, size)
     key: Tensor,  # (Q, key heads, size)
