@@ -12,9 +12,8 @@ import yaml
 from mining import COLUMNS, MORE, config_of, mined, rows_of, vote, write_log
 
 from kto_dist.base.errors import UserError
-from kto_dist.data.formats import BadRows
+from kto_dist.data.formats import BadRows, read_rows
 from kto_dist.data.sources import find_sources
-from kto_dist.data.tokenise import read_rows
 from kto_dist.feedback import mine
 from kto_dist.feedback.output import publish
 

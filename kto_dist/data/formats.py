@@ -23,7 +23,6 @@ Beside turns, `system` goes before the prompt, `tools` and `chat_template_kwargs
 number, 0 or more) multiplies the row's loss; null counts as 1. Other columns are counted, and said once.
 """
 
-import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -42,6 +41,20 @@ _GOES_ON = "answers to a prompt of marked turns that hold a next turn of the use
 _FROM_JSON = "rows with messages as JSON text, which are read as messages"
 
 
+class PairNumbers:
+    """A number for every pair of a log, from 0 on."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        self.taken += 1
+        return self.taken - 1
+
+
 def read_rows(
     sources: Sequence[Source],
     *,
@@ -58,9 +71,37 @@ def read_rows(
     `columns` is `data.columns`, `soft` is `data.soft_labels`; `origins` the number of each source in `data.train`;
     `slices` is `data.slices`, None where rows are not told apart.
     """
-    pairs, mapped = itertools.count(), Mapped(names=columns or {}, slices=slices)
-    for source, origin in zip(sources, origins or range(len(sources)), strict=True):
+    mapped = Mapped(names=columns or {}, slices=slices)
+    yield from read_some(
+        sources,
+        origins or range(len(sources)),
+        mapped=mapped,
+        pairs=PairNumbers(),
+        on_bad_row=on_bad_row,
+        bad=bad,
+        soft=soft,
+    )
+    check_columns(mapped)
+
+
+def read_some(
+    sources: Sequence[Source],
+    origins: Sequence[int],
+    *,
+    mapped: Mapped,
+    pairs: PairNumbers,
+    on_bad_row: str,
+    bad: BadRows,
+    soft: bool,
+) -> Iterator[Row]:
+    """Rows of some sources of a log, as `read_rows` has them. `mapped` and `pairs` are the whole log's: when all of it
+    was read, `check_columns`."""
+    for source, origin in zip(sources, origins, strict=True):
         yield from _rows_of(source, origin, mapped, pairs, on_bad_row, bad, soft)
+
+
+def check_columns(mapped: Mapped) -> None:
+    """Raises `UserError` where settings name columns that no row has."""
     if missing := mapped.missing():
         listed = ", ".join(f"data.columns.{known} ({mapped.names[known]})" for known in missing)
         raise UserError(f"{listed}: no row has such a column; correct the name, or leave it out")

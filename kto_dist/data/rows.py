@@ -5,7 +5,8 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kto_dist.data.turns import Messages
@@ -51,6 +52,16 @@ class BadRows:
     """What was found and may not be meant -> rows."""
     first: dict[str, str] = field(default_factory=dict)
     """Of each note the first row's place, and what it is about."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values. (`dataclasses.asdict` would count a Counter's items.)"""
+        return {field.name: copy(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BadRows":
+        """As `to_dict` made them, and JSON kept them."""
+        counters = {name: Counter(values[name]) for name in ("counts", "unused", "notes")}
+        return cls(**{**values, **counters})
 
     def add(self, reason: str, message: str) -> None:
         self.counts[reason] += 1

@@ -36,6 +36,11 @@ class Source:
         """Of a record, counted from 1: its line, or its row where there are no lines."""
         return f"{self.name}:{number}" if self.kind in ("json", "csv") else f"{self.name}:row {number}"
 
+    def size(self) -> int:
+        """Bytes on disk."""
+        paths = [self.name] if self.dataset is None else [entry["filename"] for entry in self.dataset.cache_files]
+        return sum(Path(path).stat().st_size for path in paths)
+
     def digest(self) -> str:
         """Hash of the content, so that a renamed copy has the same one and an appended row another."""
         paths, part = [self.name], ""

@@ -14,13 +14,14 @@ import torch
 from kto_kernels import LogitTransform
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from kto_dist.base import agree, comm
+from kto_dist.base import agree, comm, hosts
 from kto_dist.base import class_weights as rule
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data import tokenise as data
 from kto_dist.data.batch import Cutting, Plan
 from kto_dist.data.examples import Examples, check, check_ids, load
+from kto_dist.data.pieces import Hosts
 from kto_dist.data.preference import Preferences
 from kto_dist.model.adapters import Adapter, Rehearsed, pick_adapter, rehearse
 from kto_dist.model.attention import pick_attention, pick_packing, switch_length
@@ -95,7 +96,14 @@ def prepare(config: Config, console: Console) -> Prepared:
     console.phase("data")
     print_name = data.tokenizer_fingerprint(tokenizer)
     damaged: list[str] = []
-    folder, apart = agree.once_per_host(lambda: data.prepare(config.data, tokenizer, print_name, warn=damaged.append))
+    share = _share(hosts.by_rank())
+    if share.count > 1:
+        agree.side_by_side(
+            lambda: data.ahead(config.data, tokenizer, print_name, share) if comm.local_rank() == 0 else None
+        )
+    folder, apart = agree.once_per_host(
+        lambda: data.prepare(config.data, tokenizer, print_name, warn=damaged.append, hosts=share.count)
+    )
     for text in dict.fromkeys(text for texts in comm.gather(damaged) for text in texts):
         console.warn(text)
     train, heldout = load(folder), None if apart is None else load(apart)
@@ -152,6 +160,12 @@ def prepare(config: Config, console: Console) -> Prepared:
         heldout_units=apart_units,
         pairs=pairs,
     )
+
+
+def _share(everyone: Sequence[hosts.Host]) -> Hosts:
+    """Which of the job's hosts this is."""
+    heads = sorted({host.head for host in everyone})
+    return Hosts(number=heads.index(hosts.own().head), count=len(heads))
 
 
 def _taken(
