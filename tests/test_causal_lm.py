@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import collate
+from kto_dist.model import causal_lm
 from kto_dist.model.causal_lm import (
     ScoringModel,
     completion_logps,
@@ -80,6 +81,15 @@ def test_only_completion_rows_reach_the_head():
     batch = collate(sequences(), np.arange(4), packed=False)
     rows = score(model, batch, lambda hidden, weight, bias: hidden.shape[0])
     assert rows == sum(len(completion) for _, completion in sequences())
+
+
+def test_where_widths_are_rounded_up_padded_rows_score_the_same(monkeypatch):
+    model, widths = ScoringModel(tiny(FAMILIES["llama"])), []
+    model.lm.get_input_embeddings().register_forward_pre_hook(lambda layer, inputs: widths.append(inputs[0].shape[1]))
+    expected = scored(model, sequences(), packed=False)
+    monkeypatch.setitem(causal_lm.ROUND_WIDTH, "cpu", 64)
+    torch.testing.assert_close(scored(model, sequences(), packed=False), expected)
+    assert widths == [12, 64]
 
 
 def test_an_empty_micro_batch_runs_the_model_and_has_no_log_probs():

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting, collate
+from kto_dist.model import causal_lm
 from kto_dist.model.causal_lm import ScoringModel, completion_logps
 from kto_dist.model.checks import rounding_of
 from kto_dist.reference.config import ReferenceConfig
@@ -84,6 +85,20 @@ def test_completions_of_a_tree_score_as_they_do_alone(name):
         together = completion_logps(model, batch, model.transform, 2**28)
     assert torch.allclose(together, logps_alone(model, trees), rtol=1e-5, atol=1e-4)
     assert batch.tokens == sum(len(p) + sum(map(len, cs)) for p, cs in trees)
+
+
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in FAMILIES), ("llama", "varlen")])
+def test_where_widths_are_rounded_up_those_of_trees_are_and_score_the_same(name, attention, monkeypatch):
+    model, trees, widths = family(name), some_trees(), []
+    model.lm.set_attn_implementation(attention)
+    model.lm.get_input_embeddings().register_forward_pre_hook(lambda layer, inputs: widths.append(inputs[0].shape[1]))
+    batch = lay_out(trees, np.arange(10))
+    with torch.no_grad():
+        expected = completion_logps(model, batch, model.transform, 2**28)
+        monkeypatch.setitem(causal_lm.ROUND_WIDTH, "cpu", 64)
+        found = completion_logps(model, batch, model.transform, 2**28)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert widths == [batch.input_ids.shape[1], 64] and widths[0] < 64
 
 
 def test_another_completion_of_the_tree_changes_nothing():

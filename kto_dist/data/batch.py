@@ -152,6 +152,7 @@ def cut(
     packed: bool,
     unit: int = 1,  # neighbours that stay together: 2 for pairs
     apart: int | None = None,  # longer pairs share no micro-batch with others
+    multiple: int = 1,  # of positions: padded rows are run as wide as one
 ) -> list[list[np.ndarray]]:  # [rank][micro-batch] -> positions into `lengths`; all ranks have equally many
     """Few micro-batches, each of so many tokens at most, of nearly equal cost at the same turn of all ranks.
 
@@ -161,13 +162,13 @@ def cut(
     if apart is not None and lengths.size and lengths.min() <= apart < lengths.max():
         assert unit == 1, "a pair may have a row on either side"
         groups = [np.flatnonzero(lengths > apart), np.flatnonzero(lengths <= apart)]
-        shares = [cut(lengths[group], tokens=tokens, ranks=ranks, packed=packed) for group in groups]
+        shares = [cut(lengths[group], tokens=tokens, ranks=ranks, packed=packed, multiple=multiple) for group in groups]
         return [
             [group[positions] for group, share in zip(groups, shares, strict=True) for positions in share[rank]]
             for rank in range(ranks)
         ]
     # what a unit takes of a micro-batch
-    sizes = lengths.reshape(-1, unit).sum(1) if packed else lengths.reshape(-1, unit).max(1, initial=0) * unit
+    sizes = unit_sizes(lengths.reshape(-1, unit), tokens, packed=packed, multiple=multiple)
     if sizes.size and sizes.max() > tokens:
         what = "row" if unit == 1 else "pair"
         raise ValueError(f"a {what} of {sizes.max()} tokens exceeds the {tokens} tokens of a micro-batch")
@@ -177,6 +178,21 @@ def cut(
     turns = np.argsort(-cost, kind="stable").reshape(-1, ranks)
     rows = [(b[:, None] * unit + np.arange(unit)).ravel() for b in bins]
     return [[rows[turns[turn, rank]] for turn in range(turns.shape[0])] for rank in range(ranks)]
+
+
+def unit_sizes(
+    lengths: np.ndarray,  # (U, unit) tokens of each pair
+    tokens: int,  # of one micro-batch at most
+    *,
+    packed: bool,
+    multiple: int,
+) -> np.ndarray:  # (U,)
+    """What each unit takes of a micro-batch: all of it, where one fits alone and rounded up does not."""
+    if packed:
+        return lengths.sum(1)
+    widths, unit = lengths.max(1, initial=0), lengths.shape[1]
+    rounded = -(-widths // multiple) * multiple
+    return np.maximum(widths, np.minimum(rounded, tokens // unit)) * unit
 
 
 def _packed_bins(lengths: np.ndarray, order: np.ndarray, tokens: int, ranks: int) -> list[np.ndarray]:
@@ -330,6 +346,8 @@ class Cutting:
     apart: int | None = None
     """Longer sequences share no micro-batch with others: from there on the model is another function of a row, for all
     rows of a forward (`attention.switch_length`)."""
+    multiple: int = 1
+    """Padded rows are run as wide as a multiple of this, and count so (`causal_lm.round_width`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,8 +380,15 @@ def microbatches(
         examples, prompts, completions, cutting.max_length, cutting.prompt_limit
     )
     lengths = prompt_kept + completion_kept
-    whole, packed = cutting.tokens, cutting.packed
-    shares = cut(lengths, tokens=whole, ranks=ranks, packed=packed, unit=unit, apart=cutting.apart)[rank]
+    shares = cut(
+        lengths,
+        tokens=cutting.tokens,
+        ranks=ranks,
+        packed=cutting.packed,
+        unit=unit,
+        apart=cutting.apart,
+        multiple=cutting.multiple,
+    )[rank]
 
     def sequence(place: int) -> tuple[np.ndarray, np.ndarray]:
         return pair_tokens(

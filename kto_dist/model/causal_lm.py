@@ -138,10 +138,8 @@ class ScoringModel(nn.Module):
             if attention_mask is not None and attention_mask.dim() == 2:
                 # padding has bounds of its own
                 tokens["attention_mask"] = None
-        elif attention_mask is not None and attention_mask.dim() == 2 and input_ids.device.type == "cuda":
-            # few widths, so that kernels and memory of one shape serve many micro-batches
-            more = -width % ROUND_WIDTH
-            tokens |= {name: functional.pad(tokens[name], (0, more)) for name in _PADDED}
+        if tokens["attention_mask"] is not None:
+            tokens |= _widened(tokens, -width % round_width(input_ids.device))
         if head is None:
             return self.lm(**tokens).logits[:, :width]
         decoder = getattr(self.lm, self._decoder)
@@ -166,9 +164,28 @@ def _decoder_of(lm: PreTrainedModel) -> str:
     raise UserError(f"{type(lm).__name__} keeps no decoder apart from its LM head: it cannot be trained here")
 
 
-# Where rows are padded on a GPU, they are as wide as a multiple of this.
-ROUND_WIDTH = 64
-_PADDED = ("input_ids", "position_ids", "attention_mask")
+ROUND_WIDTH = {"cuda": 64}
+"""By kind of device: where rows are padded there, they are as wide as a multiple of this. Few widths, so that kernels
+and memory of one shape serve many micro-batches."""
+
+
+def round_width(device: torch.device) -> int:
+    return ROUND_WIDTH.get(device.type, 1)
+
+
+def _widened(tokens: dict[str, Any], more: int) -> dict[str, Any]:
+    """With more padding at the end of every row."""
+    if not more:
+        return {}
+    wider = {name: functional.pad(tokens[name], (0, more)) for name in ("input_ids", "position_ids")}
+    mask = tokens["attention_mask"]
+    if mask.dim() == 2:
+        return {**wider, "attention_mask": functional.pad(mask, (0, more))}
+    mask = functional.pad(mask, (0, more, 0, more))
+    # as in `prefix.lay_out`, padding sees itself: a softmax over nothing is not a number
+    mask.diagonal(dim1=-2, dim2=-1)[..., -more:] = True
+    return {**wider, "attention_mask": mask}
+
 
 Forward = Callable[..., Any]
 # a ScoringModel, or an engine around one

@@ -385,7 +385,14 @@ def _micro_batches(work: Work, trees: Trees | None, cutting: Cutting, window: np
     lengths = (work.tokens if trees is None else trees.tokens)[window]
     packed = cutting.packed and trees is None
     ranks, rank = comm.size(comm.DATA), comm.rank(comm.DATA)
-    shares = cut(lengths, tokens=cutting.tokens, ranks=ranks, packed=packed, apart=cutting.apart)[rank]
+    shares = cut(
+        lengths,
+        tokens=cutting.tokens,
+        ranks=ranks,
+        packed=packed,
+        apart=cutting.apart,
+        multiple=cutting.multiple,
+    )[rank]
 
     def make(share: np.ndarray) -> MicroBatch:
         chosen = window[share]

@@ -19,7 +19,7 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting
 from kto_dist.model.attention import pick_attention, pick_packing, switch_length
-from kto_dist.model.causal_lm import pick_dtype, pick_logits
+from kto_dist.model.causal_lm import pick_dtype, pick_logits, round_width
 from kto_dist.model.config import ModelConfig
 from kto_dist.model.engines import Placement
 from kto_dist.model.kernels import pick_kernels
@@ -141,6 +141,7 @@ def pick_reference(
                 tokens=section.tokens_per_batch,
                 packed=packed,
                 apart=switch_length(model_config, max_length),
+                multiple=round_width(device),
             ),
             logits_bytes=None if section.logits_mebibytes is None else section.logits_mebibytes * 2**20,
             logits_dtype=logits_dtype,

@@ -25,7 +25,7 @@ from kto_dist.data.pieces import Hosts
 from kto_dist.data.preference import Preferences
 from kto_dist.model.adapters import Adapter, Rehearsed, pick_adapter, rehearse
 from kto_dist.model.attention import pick_attention, pick_packing, switch_length
-from kto_dist.model.causal_lm import logit_transform, pick_dtype, pick_logits
+from kto_dist.model.causal_lm import logit_transform, pick_dtype, pick_logits, round_width
 from kto_dist.model.kernels import pick_kernels
 from kto_dist.model.loading import (
     check_context,
@@ -239,6 +239,7 @@ def prepare_training(config: Config, console: Console) -> PreparedTraining:
                 "train.packing", config.train.packing, attention, prepared.model_config, config.data.max_length
             ),
             apart=_apart(config, prepared.model_config),
+            multiple=round_width(device),
         ),
         class_weights=class_weights(prepared.train, config, console.warn),
         objective=Objective(
