@@ -181,8 +181,14 @@ def store(content: Content) -> str:
 
 
 def sweep(content: Content) -> str:
+    losses = records.losses(content)
     rows = [
-        [f"{line['beta']:g}", f"{line['scored']}", f"{line['from_store']}", f"{line['reference_seconds']:.1f}"]
+        [
+            f"{line['beta']:g}{mark(line, losses, 'sweep')}",
+            f"{line['scored']}",
+            f"{line['from_store']}",
+            f"{line['reference_seconds']:.1f}",
+        ]
         for line in content["results"]
     ]
     total = sum(line["seconds"] for line in content["results"])
@@ -190,7 +196,7 @@ def sweep(content: Content) -> str:
     job = f"{settings['steps']} steps of {settings['global_batch']} rows a run"
     end = f"All of it took {total:.0f} s, and would have taken {content['saved_seconds']:.0f} s more without the store."
     text = table(["`objective.beta`", "pairs scored", "from the store", "s of scoring"], rows)
-    return f"{about(content, job)}\n\n{text}\n\n{end}"
+    return with_legend(f"{about(content, job)}\n\n{text}\n\n{end}", content, losses)
 
 
 def feedback(content: Content) -> str:
@@ -255,11 +261,12 @@ def profile(content: Content) -> str:
     model = random_model.SHAPES[settings["random"]].title
     job = f"{model}; {settings['global_batch']} rows of together {content['tokens_per_step']:,.0f} tokens a step"
     text = table(["kernels", "ms a step", "share", "launches"], rows)
+    losses = records.losses(content)
     end = (
-        f"A step took {content['seconds_per_step']:.3f} s without the profiler and "
+        f"A step took {content['seconds_per_step']:.3f} s{mark(content, losses, 'profile')} without the profiler and "
         f"{content['traced_seconds_per_step']:.3f} s with it; the GPU was busy for {kernels['busy']:.1%} of the latter."
     )
-    return f"{about(content, job)}\n\n{text}\n\n{end}"
+    return with_legend(f"{about(content, job)}\n\n{text}\n\n{end}", content, losses)
 
 
 DEMO = {
@@ -278,12 +285,12 @@ DEMO = {
 
 
 def demo(content: Content) -> str:
-    seconds = content["seconds"]
-    end = f"{seconds['training']:.0f} s of training, {seconds['all']:.0f} s for everything. One run."
+    seconds, losses = content["seconds"], records.losses(content)
+    slower = mark(content, losses, "demo")
+    end = f"{seconds['training']:.0f} s of training, {seconds['all']:.0f} s for everything{slower}. One run."
     job = f"{content['settings']['steps']} steps, {content['settings']['questions']} questions"
-    return (
-        f"{about(content, job)}\n\n{table(['held-out', 'before', 'after'], _before_and_after(content, *DEMO))}\n\n{end}"
-    )
+    text = table(["held-out", "before", "after"], _before_and_after(content, *DEMO))
+    return with_legend(f"{about(content, job)}\n\n{text}\n\n{end}", content, losses)
 
 
 def demo_short(content: Content) -> str:

@@ -82,7 +82,7 @@ def main() -> None:
         if part := records.outdated(content):
             print(f"{file.name}: older than the code it measures ({part}): from {content['date']}")
         for key, loss in records.losses(content).items():
-            print(f"{file.name}: {' '.join(key)}: {loss:.0%} slower than on {content['previous']['date']}")
+            print(f"{': '.join((file.name, *key))}: {loss:.0%} slower than on {content['previous']['date']}")
     if arguments.check and different:
         raise SystemExit(1)
 

@@ -72,8 +72,9 @@ class Compared:
     """What of a benchmark's results is compared with those before."""
 
     keys: tuple[str, ...]
-    """Fields that name a line."""
+    """Fields that name a line; (): the file is one."""
     value: str
+    """Its field, `outer/inner` for one within another."""
     higher_is_better: bool
     code: str
     """The part of MEASURED that it measures."""
@@ -89,7 +90,7 @@ COMPARED = {
     "reference": Compared(keys=("implementation",), value="rows_per_second", higher_is_better=True, code="training"),
     "profile": Compared(keys=(), value="seconds_per_step", higher_is_better=False, code="training"),
     "sweep": Compared(keys=("beta",), value="seconds", higher_is_better=False, code="training"),
-    "demo": Compared(keys=(), value="seconds", higher_is_better=False, code="training"),
+    "demo": Compared(keys=(), value="seconds/all", higher_is_better=False, code="training"),
     "feedback": Compared(keys=("rows",), value="seconds", higher_is_better=False, code="feedback"),
     "head": Compared(keys=("pass", "implementation"), value="seconds", higher_is_better=False, code="kernels"),
 }
@@ -103,25 +104,33 @@ def key_of(line: dict[str, Any], benchmark: str) -> tuple[str, ...]:
     return tuple(str(line[key]) for key in COMPARED[benchmark].keys)
 
 
-def _values(content: dict[str, Any]) -> dict[str, Any]:
-    compared = COMPARED.get(content.get("benchmark", ""))
-    lines = content.get("results", [])
-    if compared is None or not isinstance(lines, list):
+def _lines(content: dict[str, Any]) -> dict[tuple[str, ...], tuple[dict[str, Any], float]]:
+    """By key, each line with the value by which it is compared."""
+    benchmark = content.get("benchmark", "")
+    compared, found = COMPARED.get(benchmark), {}
+    if compared is None:
         return {}
-    return {" ".join(key_of(line, content["benchmark"])): line[compared.value] for line in lines}
+    for line in content.get("results", []) if compared.keys else [content]:
+        value: Any = line
+        for name in compared.value.split("/"):
+            value = value.get(name, {})
+        if value != {}:
+            found[key_of(line, benchmark)] = line, value
+    return found
+
+
+def _values(content: dict[str, Any]) -> dict[str, float]:
+    return {" ".join(key): value for key, (_, value) in _lines(content).items()}
 
 
 def losses(content: dict[str, Any]) -> dict[tuple[str, ...], float]:
     """The lines of ours that are slower than before by more than LOSS, and by how much: 0.2 is a fifth slower."""
     before, found = content.get("previous", {}).get("values", {}), {}
-    for line in content["results"] if before else []:
-        compared, key = COMPARED[content["benchmark"]], key_of(line, content["benchmark"])
-        name = line.get("implementation")
-        old = before.get(" ".join(key))
+    for key, (line, new) in _lines(content).items() if before else ():
+        name, old = line.get("implementation"), before.get(" ".join(key))
         if old is None or (name is not None and not name.startswith(OWN)):
             continue
-        new = line[compared.value]
-        loss = 1 - new / old if compared.higher_is_better else 1 - old / new
+        loss = 1 - new / old if COMPARED[content["benchmark"]].higher_is_better else 1 - old / new
         if loss > LOSS:
             found[key] = loss
     return found

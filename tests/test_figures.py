@@ -83,6 +83,28 @@ def test_a_loss_above_five_per_cent_on_the_same_device_is_marked_with_its_date(t
 
 
 @pytest.mark.parametrize(
+    ("benchmark", "name"), [("demo", "cpu-demo"), ("profile", "nvidia-h200-profile"), ("sweep", "cpu-sweep")]
+)
+def test_results_of_one_figure_and_of_sweeps_are_marked_as_well(tmp_path, benchmark, name):
+    content = json.loads((figures.RESULTS / f"{name}.json").read_text())
+    content.pop("previous", None)
+    file = tmp_path / f"{name}.json"
+    block = f"<!-- figures: {benchmark} {name} -->\n<!-- end -->\n"
+    faster = json.loads(json.dumps(content))
+    if benchmark == "demo":
+        faster["seconds"]["all"] *= 0.8
+    elif benchmark == "profile":
+        faster["seconds_per_step"] *= 0.8
+    else:
+        faster["results"][0]["seconds"] *= 0.8
+    file.write_text(json.dumps(faster | {"date": "2026-01-02"}))
+    assert "▼" not in figures.rewritten(block, tmp_path)
+    records.write_json(file, content)
+    written = figures.rewritten(block, tmp_path)
+    assert written.count("▼ 20%") == 1 and "▼: so much slower than on 2026-01-02." in written
+
+
+@pytest.mark.parametrize(
     ("before", "change"),
     [(24.5, {}), (30.0, {}), (20.0, {"device": "another"}), (20.0, {"settings": {"rows": 1}})],
     ids=["4 % more", "faster", "another device", "another job"],
