@@ -1,14 +1,23 @@
 """`train.profile` and `train.deterministic` on whole runs."""
 
+import contextlib
 import gzip
+import io
 import json
+import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from ranks import run_ranks
 from tiny_runs import metrics_of, tiny_config, train_all
 
 from kto_dist.model.footprint import Sharding, tokens_that_fit
+from kto_dist.model.profile import DATA
+from kto_dist.training import stepper
+from kto_dist.training.config import Config
+from kto_dist.training.profile import MAKING
 
 
 def test_a_profile_leaves_a_trace_and_a_table_whose_parts_are_the_steps(tmp_path, tiny_model, tiny_log):
@@ -18,11 +27,49 @@ def test_a_profile_leaves_a_trace_and_a_table_whose_parts_are_the_steps(tmp_path
     with gzip.open(folder / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"kto: KL forwards", "kto: forwards", "kto: head", "kto: backwards", "kto: optimizer"} <= names
-    rows = [line.split("|") for line in (folder / "table.md").read_text().splitlines()[2:]]
-    shares = {name.strip(): float(share.strip(" %")) for _, name, _, share, _ in rows}
+    shares = shares_of(folder / "table.md")
     assert 0 < shares["KL forwards"] < 100 and 0 < shares["backwards"] < 100
-    parts = ("KL forwards", "forwards", "backwards", "optimizer", "waiting and the rest")
+    parts = (DATA, "KL forwards", "forwards", "backwards", "optimizer", "waiting and the rest")
     assert abs(sum(shares[name] for name in parts) - 100) < 1 or shares["waiting and the rest"] == 0
+
+
+def shares_of(table: Path) -> dict[str, float]:
+    rows = [line.split("|") for line in table.read_text().splitlines()[2:]]
+    return {name.strip(): float(share.strip(" %")) for _, name, _, share, _ in rows}
+
+
+def _with_slow_batches(config: Config) -> dict[str, float]:
+    """In a rank of its own: each step's batches take longer than the step before."""
+    plain = stepper.step_work
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(1.0)
+        return plain(*arguments)
+
+    stepper.step_work = slow
+    train_all([config])
+    return shares_of(Path(config.train.output) / "profile" / "table.md")
+
+
+def test_a_step_that_waits_for_its_batches_is_seen_to(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__profile=True, train__max_steps=5)
+    (shares,) = run_ranks(_with_slow_batches, 1, config)
+    assert shares[MAKING] > shares[DATA] > 5
+
+
+@pytest.mark.parametrize(("steps", "looked_at"), [(1, 1), (2, 1), (4, 2)])
+def test_a_short_run_has_a_profile_of_the_steps_that_it_has(tmp_path, tiny_model, tiny_log, steps, looked_at):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__profile=True, train__max_steps=steps)
+    (said,) = run_ranks(_said, 1, config)
+    assert f"profile of {looked_at} steps" in said
+    assert said.count("train.profile looks at the run's last step") == (steps < 3)
+    assert 0 < shares_of(Path(config.train.output) / "profile" / "table.md")["backwards"] < 100
+
+
+def _said(config: Config) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train_all([config])
+    return " ".join(said.getvalue().split())
 
 
 def test_two_deterministic_runs_agree_bit_for_bit(tmp_path, tiny_model, tiny_log):

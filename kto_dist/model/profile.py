@@ -2,7 +2,9 @@
 
 from torch.profiler import record_function
 
+DATA = "data (waiting for the next batches)"
 PARTS = {
+    DATA: "kto: data",
     "KL forwards": "kto: KL forwards",
     "forwards": "kto: forwards",
     "the head (within the forwards)": "kto: head",

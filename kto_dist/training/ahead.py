@@ -1,8 +1,10 @@
 """The next step's work, made by a thread while this step runs."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from kto_dist.model.profile import DATA, part
 
 Work = TypeVar("Work")
 
@@ -17,7 +19,12 @@ def ahead(make: Callable[[int], Work], steps: Iterable[int]) -> Iterator[Work]:
         for step in steps:
             following = thread.submit(make, step)
             if coming is not None:
-                yield coming.result()
+                yield _waited_for(coming)
             coming = following
         if coming is not None:
-            yield coming.result()
+            yield _waited_for(coming)
+
+
+def _waited_for(coming: Future[Work]) -> Work:
+    with part(DATA):
+        return coming.result()

@@ -129,12 +129,12 @@ def _train(
     with (
         sigterm_noted() as terminated,
         console.steps("training", first, plan.steps) as show,
-        profiled(config.train.profile, run.folder.path, console) as tick,
+        profiled(config.train.profile, plan.steps - first, run.folder.path, console) as profiling,
     ):
         started = time.monotonic()
-        for work in ahead(stepper.work, range(first, first if evaluations.ended else plan.steps)):
+        for work in ahead(profiling.making_of(stepper.work), range(first, first if evaluations.ended else plan.steps)):
             result = stepper.run(work)
-            tick()
+            profiling.tick()
             seconds, started = time.monotonic() - started, time.monotonic()
             done, tokens = result.step, tokens + result.tokens
             last = step_figures(result, work, cost, seconds, steps_per_epoch=plan.steps_per_epoch, unit=plan.unit)
