@@ -12,6 +12,7 @@ import torch
 from openai_server import serving
 from ranks import run_ranks
 from tiny import save_tiny, thumbs, tiny_tokenizer, write_jsonl
+from tiny_memory import room_for_one_prompt
 from transformers import AutoModelForCausalLM
 
 from kto_dist.data.config import DataConfig
@@ -118,6 +119,22 @@ def test_both_models_answer_once_ever_and_a_judge_sees_both_orders(tmp_path, tin
     assert second["answers"]["samples"] == found["samples"] and second["answers"]["judged"] == {}
     assert second["answers"]["on_policy"] == found["on_policy"]
     assert json.loads((tmp_path / "out.json").read_text()) == second
+
+
+def _on_a_small_device(request: Request) -> tuple[list[dict[str, Any]], str]:
+    room_for_one_prompt()
+    return all_of(request)
+
+
+def test_where_a_rank_lacks_memory_half_the_prompts_at_once_give_the_same_answers(tmp_path, tiny_model):
+    other = save_tiny(tmp_path / "other", seed=1)
+    request = asked(tmp_path, other, tiny_model)
+    (found,), said = run_ranks(_on_a_small_device, 2, request)[0]
+    # both models, and what one of them draws
+    assert said.count("out of memory while prompts were answered: going on with 1 at once") == 1
+    again = asked(tmp_path, other, tiny_model, f"answers.cache={tmp_path / 'elsewhere'}")
+    (expected,), _ = run_ranks(all_of, 2, again)[0]
+    assert found["answers"] == expected["answers"] and found["answers"]["prompts"] == 6
 
 
 def test_kl_and_entropy_of_drawn_answers_are_those_of_the_models_own_chances(tmp_path, tiny_model):

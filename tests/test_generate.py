@@ -9,8 +9,10 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig, PegasusConfig, PegasusForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from kto_dist.data.batch import Cutting
-from kto_dist.evaluation.generate import Decoding, choose, extend, generate, stops_of, stream
+from kto_dist.evaluation.decoding import Decoding, choose
+from kto_dist.evaluation.generate import Tried, extend, generate, stops_of, stream, tried
 from kto_dist.model.causal_lm import ScoringModel
+from kto_dist.model.memory import NeedsRestart
 
 GREEDY = Decoding(max_tokens=12, stops=(1,))
 DRAWN = Decoding(max_tokens=12, stops=(1,), temperature=0.8, top_p=0.95, seed=3)
@@ -123,7 +125,55 @@ def test_without_keys_and_values_the_same_tokens_come(lm, packed, decoding):
     if packed:
         model.lm.set_attn_implementation("varlen")
     cutting = Cutting(max_length=64, prompt_limit=32, tokens=70, packed=packed)
-    assert extend(model, model, prompts(), decoding, cutting) == generate(lm, prompts(), decoding, batch=4)
+    assert extend(model, model, prompts(), decoding, cutting, batch=7) == generate(lm, prompts(), decoding, batch=4)
+
+
+def with_room_for(lm: Any, most: int) -> Any:
+    """Until it is removed, more prompts at once are out of memory after some tokens."""
+
+    def full(module: Any, inputs: Any) -> None:
+        if inputs[0].shape[0] > most and inputs[0].shape[1] == 1:
+            raise torch.OutOfMemoryError("no room")
+
+    return lm.model.layers[0].register_forward_pre_hook(full)
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, DRAWN], ids=("greedy", "drawn"))
+def test_where_memory_runs_out_half_as_many_at_once_give_the_same_answers(lm, decoding):
+    expected, lowered = generate(lm, prompts(), decoding, batch=7), []
+    hook = with_room_for(lm, 2)
+    try:
+        found = tried(lm, prompts(), decoding, batch=5)
+        assert generate(lm, prompts(), decoding, batch=7, lowered=lowered.append) == expected
+    finally:
+        hook.remove()
+    assert found == Tried(made=expected, why=None, batch=2) and lowered == [3, 1]
+
+
+def test_a_prompt_that_does_not_fit_alone_is_told(lm):
+    hook = with_room_for(lm, 0)
+    try:
+        found = tried(lm, prompts(), GREEDY, batch=2)
+    finally:
+        hook.remove()
+    assert found == Tried(made=[], why="out of memory with one prompt at a time", batch=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "settings"),
+    [(5, {"answers.batch": 2}), (1, {"answers.while_training": 0, "answers.every_steps": None})],
+)
+def test_without_room_sharded_weights_need_a_restart_with_half_the_prompts_at_once_or_none(batch, settings):
+    model = ScoringModel(tiny_llama(initializer_range=0.5).eval())
+
+    def full(module: Any, inputs: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    model.lm.model.layers[0].register_forward_pre_hook(full)
+    cutting = Cutting(max_length=64, prompt_limit=32, tokens=1000, packed=False)
+    with pytest.raises(NeedsRestart, match="out of memory in answers") as raised:
+        extend(model, model, prompts(), GREEDY, cutting, batch=batch)
+    assert raised.value.settings == settings
 
 
 def test_a_stream_tells_every_token_and_ends_with_the_same_answer(lm):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
+from tiny_memory import room_for_one_prompt
 from tiny_runs import TIMED, WORSE, metrics_of, tiny_config, train_all, train_and_die_after
 
 from kto_dist.base.errors import UserError
@@ -151,6 +152,26 @@ def test_a_family_that_cannot_generate_is_told_of_once_and_trains(tmp_path, tiny
     summary, said = run_ranks(_failing, 2, config)[0]
     assert summary["steps"] == 4 and not (Path(config.train.output) / "answers.jsonl").exists()
     assert said.count("LlamaForCausalLM answers no prompts (AttributeError: this family has no cache)") == 1
+
+
+def _on_a_small_device(config: Config) -> tuple[dict[str, Any], str]:
+    """The summary, and what was said."""
+    room_for_one_prompt()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        summary = train_all([config])[0]
+    return summary, said.getvalue()
+
+
+def test_where_a_rank_lacks_memory_half_the_prompts_at_once_give_the_same_answers(tmp_path, tiny_model, tiny_log):
+    wanted = {**ASKED, "answers__while_training": 6}
+    config, roomy = (
+        tiny_config(tmp_path, tiny_model, tiny_log, **wanted, train__output=str(tmp_path / name)) for name in "ab"
+    )
+    run_ranks(train_all, 2, [roomy])
+    summary, said = run_ranks(_on_a_small_device, 2, config)[0]
+    assert answers_of(config) == answers_of(roomy) and len(answers_of(config)[0]["answers"]) == 6
+    assert summary["memory"] == ["out of memory while prompts were answered: going on with 1 at once"]
+    assert " ".join(said.split()).count("going on with 1 at once. To start there, set answers.batch=1") == 1
 
 
 def _slow(config: Config) -> str:

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -52,8 +52,7 @@ class Order:
     reason: str
     step: int
     """Updates done when it failed."""
-    setting: str
-    tokens: int
+    settings: dict[str, int | None]
     """What is set to how much from now on."""
 
 
@@ -71,6 +70,17 @@ def order() -> Order | None:
     """Of the restart that this process comes from."""
     text = os.environ.get(ORDER)
     return None if text is None else Order(**json.loads(text))
+
+
+def again(reason: str, step: int, settings: Mapping[str, int | None]) -> Order:
+    """The next order: what an earlier restart has set stays, or what it was for would come again."""
+    before = order()
+    return Order(reason=reason, step=step, settings={**({} if before is None else before.settings), **settings})
+
+
+def overrides(settings: Mapping[str, int | None]) -> list[str]:
+    """As on a command line."""
+    return [f"{name}={'null' if value is None else value}" for name, value in settings.items()]
 
 
 class Restarts:

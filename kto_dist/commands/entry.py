@@ -78,7 +78,7 @@ def main(
             return MISTAKE
         restarts, again = restart.Restarts(), restart.order()
         if again is not None:
-            words = [*words, f"{again.setting}={again.tokens}"]
+            words = [*words, *restart.overrides(again.settings)]
         try:
             work = work_of(job, words)
             quiet()
@@ -117,9 +117,7 @@ def _hold(restarts: restart.Restarts, failure: Exception) -> None:
     from kto_dist.model.memory import NeedsRestart
 
     if isinstance(failure, NeedsRestart):
-        restarts.now(
-            restart.Order(reason=str(failure), step=failure.step, setting=failure.setting, tokens=failure.tokens)
-        )
+        restarts.now(restart.again(str(failure), failure.step, failure.settings))
     # a rank that has failed tells of it itself, and soon
     restarts.hold(seconds=10.0 if isinstance(failure, OthersFailed) else 0.0)
 

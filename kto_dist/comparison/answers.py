@@ -22,7 +22,8 @@ from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.data.examples import Examples
 from kto_dist.evaluation.answers import Answer, Kept, asked_of, figures_of, in_words, pick_prompts
 from kto_dist.evaluation.contest import Contest, Pair, contest
-from kto_dist.evaluation.generate import Decoding, Source, generate, load_whole, settings_in, stops_of
+from kto_dist.evaluation.decoding import Decoding
+from kto_dist.evaluation.generate import AtOnce, Source, generate, load_whole, settings_in, stops_of
 from kto_dist.evaluation.intervals import Interval
 from kto_dist.evaluation.judges import Judge
 from kto_dist.model.causal_lm import pick_dtype
@@ -83,9 +84,10 @@ def answered(
     folder = local_folder(sources[start].path, sources[start].gguf_file)
     decoding = Decoding(max_tokens=config.answers.max_tokens, stops=stops_of(tokenizer, settings_in(folder)))
     found = {}
+    at_once = AtOnce(config.answers.batch, console.warn)
     for name, source in sources.items():
         console.say(f"answers of {name}: {source.path}")
-        found[name] = _answers(config, source, prompts, decoding, tokenizer)
+        found[name] = _answers(config, source, prompts, decoding, tokenizer, at_once)
     asked = [asked_of(examples, int(row)) for row in rows]
     cache = None if config.judge.cache is None else Path(config.judge.cache)
 
@@ -118,6 +120,7 @@ def _answers(
     prompts: Sequence[np.ndarray],
     decoding: Decoding,
     tokenizer: PreTrainedTokenizerBase,
+    at_once: AtOnce,
 ) -> list[Answer]:
     digest = weights_digest(local_folder(source.path, source.gguf_file), source.gguf_file)
     if source.adapter is not None:
@@ -132,7 +135,8 @@ def _answers(
     lacking = [place for place, key in enumerate(keys) if kept.get(key) is None]
     if lacking:
         lm = load_whole(source, dtype, comm.device())
-        made = generate(lm, [prompts[place] for place in lacking], decoding, batch=config.answers.batch)
+        asked = [prompts[place] for place in lacking]
+        made = generate(lm, asked, decoding, batch=at_once.prompts, lowered=at_once.lower)
         del lm
         release()
         kept.add({keys[place]: answer for place, answer in zip(lacking, in_words(tokenizer, made), strict=True)})

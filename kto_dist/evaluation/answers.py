@@ -26,7 +26,7 @@ from kto_dist.evaluation.intervals import Difference, Figure, Interval, Mean, in
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kto_dist.evaluation.generate import Generated
+    from kto_dist.evaluation.decoding import Generated
 
 WORDS, LETTERS = 4, 8
 """Of a run that may be said again."""

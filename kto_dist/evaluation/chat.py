@@ -20,7 +20,8 @@ from kto_dist.data.batch import collate
 from kto_dist.data.encode import Encoder
 from kto_dist.data.rows import Row
 from kto_dist.data.template import look_at
-from kto_dist.evaluation.generate import Decoding, Generated, Source, load_whole, stops_of, stream
+from kto_dist.evaluation.decoding import Decoding, Generated
+from kto_dist.evaluation.generate import Source, load_whole, stops_of, stream
 from kto_dist.model.causal_lm import ScoringModel, completion_logps, pick_dtype
 from kto_dist.model.loading import load_tokenizer
 

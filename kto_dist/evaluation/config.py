@@ -59,7 +59,9 @@ class AnswersConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="where answers are drawn: from the likeliest tokens that have this share of the probability"
     )
-    batch: Positive = Field(16, description="prompts that a device answers at a time")
+    batch: Positive = Field(
+        16, description="prompts that a device answers at a time; where memory runs out, half of them"
+    )
     cache: Place = Field("runs/answers", description="folder of the answers of `kto-dist evaluate`, keyed by content")
     model_url: Text | None = Field(
         None,

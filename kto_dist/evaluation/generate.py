@@ -2,16 +2,13 @@
 
 In:  a model, prompts as the training rows have them, a `Decoding`. Out: `Generated`, in the prompts' order.
 
-1. `choose`    logits of the next token -> a token
-2. `generate`  a model whose weights are whole: transformers' own loop, in batches of prompts of like length; `stream`
+1. `generate`  a model whose weights are whole: transformers' own loop, in batches of prompts of like length; `stream`
                one prompt, token after token
-3. `extend`    a model whose weights are sharded: a forward a token, the same one on every rank
+2. `extend`    a model whose weights are sharded: a forward a token, the same one on every rank
 
-Both leave torch's random numbers alone, so that answers on the way change no training run. A prompt's draws are a
-function of the seed and the prompt, whatever stands beside it in a batch.
+Both leave torch's random numbers alone, so that answers on the way change no training run.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,31 +33,12 @@ from kto_dist.base import comm
 from kto_dist.base.signals import Interrupted
 from kto_dist.data.batch import Cutting, collate
 from kto_dist.data.template import look_at
+from kto_dist.evaluation.decoding import Decoding, Draws, Generated, choose, ended, room_of
 from kto_dist.model.adapters import from_folder, put_in
 from kto_dist.model.attention import ATTENTIONS, Place, cannot_pack
 from kto_dist.model.causal_lm import Forward, ScoringModel, score
 from kto_dist.model.loading import load_config, load_model, one_line, set_modes
-from kto_dist.model.memory import is_out_of_memory, release
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decoding:
-    """How answers are made."""
-
-    max_tokens: int
-    stops: tuple[int, ...]
-    """Tokens that end an answer."""
-    temperature: float = 0.0
-    """0: the likeliest token each time."""
-    top_p: float = 1.0
-    """Of the likeliest tokens as many as have this share of the probability."""
-    seed: int = 0
-
-    def key(self, prompt: np.ndarray) -> str:
-        """Equal where the answer is, of one model."""
-        drawn = (self.temperature, self.top_p, self.seed) if self.temperature else ()
-        facts = f"{self.max_tokens} {sorted(self.stops)} {drawn} ".encode()
-        return hashlib.blake2b(facts + prompt.astype(np.int64).tobytes(), digest_size=16).hexdigest()
+from kto_dist.model.memory import NeedsRestart, is_out_of_memory, release
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,14 +54,6 @@ class Source:
     """How its weights are packed in memory."""
     name: str = "the model"
     """In messages."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Generated:
-    ids: tuple[int, ...]
-    """With the token that ended it."""
-    finished: bool
-    """Whether the model ended it; else it met a limit of tokens."""
 
 
 def load_whole(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -130,50 +100,32 @@ def stops_of(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | No
     return tuple(sorted({int(token) for token in found if isinstance(token, int)}))
 
 
-def choose(
-    logits: Tensor,  # (R, V)
-    drawn: Tensor,  # (R,) fp64, each in [0, 1)
-    decoding: Decoding,
-) -> Tensor:  # (R,) int64
-    """The likeliest token, or the one at which the sum of the probabilities passes `drawn`."""
-    if not decoding.temperature:
-        return logits.argmax(-1)
-    chances = torch.softmax(logits.double() / decoding.temperature, -1)
-    if decoding.top_p < 1:
-        ordered, place = chances.sort(descending=True)
-        # a token stays where those before it have less than the share
-        ordered *= ordered.cumsum(-1) - ordered < decoding.top_p
-        chances = torch.zeros_like(chances).scatter_(-1, place, ordered)
-    sums = chances.cumsum(-1)
-    wanted = drawn.to(sums.device)[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, wanted, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-
-
-class _Draws:
-    """A stream of numbers in [0, 1) for each prompt."""
-
-    def __init__(self, prompts: Sequence[np.ndarray], decoding: Decoding) -> None:
-        seeds = [int(decoding.key(prompt), 16) for prompt in prompts] if decoding.temperature else []
-        self._streams = [np.random.default_rng(seed) for seed in seeds]
-        self._prompts = len(prompts)
-
-    def next(self, places: Sequence[int] | None = None) -> Tensor:  # (R,)
-        """Of some of the prompts, or of all."""
-        chosen = range(self._prompts) if places is None else places
-        if not self._streams:
-            return torch.zeros(len(chosen), dtype=torch.float64)
-        return torch.tensor([self._streams[place].random() for place in chosen], dtype=torch.float64)
-
-
 class _Chosen(LogitsProcessor):
     """Leaves one token of each row, which greedy decoding then takes."""
 
-    def __init__(self, draws: _Draws, decoding: Decoding) -> None:
+    def __init__(self, draws: Draws, decoding: Decoding) -> None:
         self._draws, self._decoding = draws, decoding
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = choose(scores, self._draws.next(), self._decoding)
         return torch.full_like(scores, -torch.inf).scatter_(-1, token[:, None], 0.0)
+
+
+@dataclass
+class AtOnce:
+    """How many prompts a device answers at once, which only ever falls."""
+
+    prompts: int
+    warn: Callable[[str], None]
+
+    def lower(self, prompts: int) -> str | None:
+        """`prompts`: those that there was room for. What was said of it, where it is news."""
+        if prompts >= self.prompts:
+            return None
+        self.prompts = prompts
+        said = f"out of memory while prompts were answered: going on with {prompts} at once"
+        self.warn(f"{said}. To start there, set answers.batch={prompts}")
+        return said
 
 
 @torch.no_grad()
@@ -184,23 +136,57 @@ def generate(
     *,
     batch: int,
     stop: Callable[[], bool] | None = None,
+    lowered: Callable[[int], Any] = lambda prompts: None,
 ) -> list[Generated]:
     """Of a model whose weights are whole. Leaves it as it was. Raises `Interrupted` where `stop`, which is asked after
-    each token, says so."""
+    each token, says so.
+
+    Where memory runs out it goes on with half the prompts at once, a number that `lowered` is given; one that does not
+    fit alone raises.
+    """
     found: list[Generated] = [Generated(ids=(), finished=False)] * len(prompts)
-    room = [_room(lm, prompt, decoding) for prompt in prompts]
+    room = [room_of(lm, prompt, decoding) for prompt in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    waiting = [*_batches(lengths, room, batch, padded=_can_pad(lm))][::-1]
     with _answering(lm):
-        for places in _batches([len(prompt) for prompt in prompts], room, batch, padded=_can_pad(lm)):
-            chosen = [prompts[place] for place in places]
-            # more than the shortest room would leave the model's positions
-            tokens = _generated(lm, chosen, decoding, room[places[0]], stop=stop)
-            for place, ids in zip(places, tokens, strict=True):
-                found[place] = _ended(ids[: room[place]], decoding)
+        while waiting:
+            places = waiting.pop()
+            if len(places) > batch:
+                waiting += [places[batch:], places[:batch]]
+                continue
+            try:
+                # more than the shortest room would leave the model's positions
+                chosen = [prompts[place] for place in places]
+                tokens = _generated(lm, chosen, decoding, room[places[0]], stop=stop)
+            except (RuntimeError, MemoryError) as error:
+                if len(places) == 1 or not is_out_of_memory(error):
+                    raise
+                error.__traceback__ = None  # its frames hold what there was no room for
+                batch = len(places) // 2
+            else:
+                for place, ids in zip(places, tokens, strict=True):
+                    found[place] = ended(ids[: room[place]], decoding)
+                continue
+            release()
+            lowered(batch)
+            waiting.append(places)
     return found
 
 
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, MemoryError)
 """What a family's own code raises where it cannot generate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """What a device's answers came to."""
+
+    made: list[Generated]
+    """[] where there are none."""
+    why: str | None
+    """Why there are none."""
+    batch: int
+    """Prompts at once that there was room for."""
 
 
 def tried(
@@ -210,25 +196,28 @@ def tried(
     *,
     batch: int,
     stop: Callable[[], bool] | None = None,
-) -> tuple[list[Generated], str | None]:
-    """`generate`, and None; or why the family's own code, or the memory, did not let it. Raises `Interrupted`."""
+) -> Tried:
+    """`generate`; or why the family's own code, or the memory, did not let it. Raises `Interrupted`."""
+    sizes = [batch]
     try:
-        return generate(lm, prompts, decoding, batch=batch, stop=stop), None
+        made = generate(lm, prompts, decoding, batch=batch, stop=stop, lowered=sizes.append)
+        return Tried(made=made, why=None, batch=sizes[-1])
     except _FAILURES as error:
-        why = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
-        error.__traceback__ = None  # its frames hold what there was no room for
+        why = f"{type(error).__name__}: {one_line(error)}"
+        why = "out of memory with one prompt at a time" if is_out_of_memory(error) else why
+        error.__traceback__ = None
     release()
-    return [], why
+    return Tried(made=[], why=why, batch=sizes[-1])
 
 
 @torch.no_grad()
 def stream(lm: PreTrainedModel, prompt: np.ndarray, decoding: Decoding, tell: Callable[[list[int]], None]) -> Generated:
     """One answer, as `generate` gives it; `tell` gets its tokens so far after each of them."""
-    room = _room(lm, prompt, decoding)
+    room = room_of(lm, prompt, decoding)
     if not room:
         return Generated(ids=(), finished=False)
     with _answering(lm):
-        return _ended(_generated(lm, [prompt], decoding, room, _Told(tell))[0], decoding)
+        return ended(_generated(lm, [prompt], decoding, room, _Told(tell))[0], decoding)
 
 
 class _Asked(StoppingCriteria):
@@ -269,7 +258,7 @@ def _generated(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, width - len(prompt) :] = 1
-    processors = LogitsProcessorList([_Chosen(_Draws(prompts, decoding), decoding)] if decoding.temperature else [])
+    processors = LogitsProcessorList([_Chosen(Draws(prompts, decoding), decoding)] if decoding.temperature else [])
     settings = GenerationConfig(
         max_new_tokens=tokens,
         do_sample=False,
@@ -298,16 +287,18 @@ def extend(
     decoding: Decoding,
     cutting: Cutting,
     *,
+    batch: int,
     stop: Callable[[], bool] | None = None,
 ) -> list[Generated]:
     """Collective. Of a model whose weights are sharded: every rank runs the same forwards, and rank 0's tokens count.
-    Raises `Interrupted` on all ranks where `stop`, which is asked before each token, is true on one.
+    Raises `Interrupted` on all ranks where `stop`, which is asked before each token, is true on one; `NeedsRestart`
+    where this one runs out of memory, while the others wait for it: with half the prompts at once, or without answers.
 
     No keys and values are kept, so that a token costs a forward of all before it: for few prompts, and short answers.
     """
-    rooms = [_room(model.lm, prompt, decoding) for prompt in prompts]
+    rooms = [room_of(model.lm, prompt, decoding) for prompt in prompts]
     made: list[list[int]] = [[] for _ in prompts]
-    draws, device = _Draws(prompts, decoding), comm.device()
+    draws, device = Draws(prompts, decoding), comm.device()
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return model.transform(torch.nn.functional.linear(hidden, weight, bias).float())
@@ -321,27 +312,27 @@ def extend(
         drawn, tokens = draws.next(places), []
         rows = [np.concatenate([prompts[place], np.array(made[place], np.int64)]) for place in places]
         # a forward keeps the position before each token of a completion: one token, whatever it is, follows
-        size = 1 if cutting.apart else max(1, cutting.tokens // (max(map(len, rows)) + 1))
+        size = 1 if cutting.apart else max(1, min(batch, cutting.tokens // (max(map(len, rows)) + 1)))
         for start in range(0, len(rows), size):
             part = [(row, np.zeros(1, np.int64)) for row in rows[start : start + size]]
-            batch = collate(part, np.arange(len(part)), packed=cutting.packed).to(device)
-            logits = score(forward, batch, head)
-            tokens += choose(logits, drawn[start : start + size], decoding).tolist()
+            try:
+                inputs = collate(part, np.arange(len(part)), packed=cutting.packed).to(device)
+                tokens += choose(score(forward, inputs, head), drawn[start : start + size], decoding).tolist()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise NeedsRestart("answers", _fewer(len(part))) from None
         # roundings may differ between ranks, and one of them would go on alone
         for place, token in zip(places, comm.broadcast(tokens), strict=True):
             made[place].append(token)
-    return [_ended(ids, decoding) for ids in made]
+    return [ended(ids, decoding) for ids in made]
 
 
-def _ended(ids: Sequence[int], decoding: Decoding) -> Generated:
-    end = next((place + 1 for place, token in enumerate(ids) if token in decoding.stops), None)
-    return Generated(ids=tuple(ids[:end]), finished=end is not None)
-
-
-def _room(lm: PreTrainedModel, prompt: np.ndarray, decoding: Decoding) -> int:
-    """Tokens that an answer may have."""
-    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    return max(0, min(decoding.max_tokens, context - len(prompt) if context else decoding.max_tokens))
+def _fewer(prompts: int) -> dict[str, int | None]:
+    """Settings with which half of so many prompts are answered at once; none at all, where it was one."""
+    if prompts > 1:
+        return {"answers.batch": prompts // 2}
+    return {"answers.while_training": 0, "answers.every_steps": None}
 
 
 _CONTEXT = 2**20

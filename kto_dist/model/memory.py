@@ -18,6 +18,7 @@ import torch
 
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
+from kto_dist.base.restart import overrides
 from kto_dist.data.batch import Cutting
 
 Result = TypeVar("Result")
@@ -34,11 +35,13 @@ class OutOfMemory(RuntimeError):
 class NeedsRestart(RuntimeError):
     """This rank ran out of memory while others may be waiting for it: the job has to start again."""
 
-    def __init__(self, phase: str, tokens: int, setting: str):
+    def __init__(self, phase: str, settings: dict[str, int | None]):
         super().__init__(
-            f"out of memory in {phase}, where the ranks wait for each other: start again with {setting}={tokens}"
+            f"out of memory in {phase}, where the ranks wait for each other: start again with "
+            f"{' '.join(overrides(settings))}"
         )
-        self.tokens, self.setting = tokens, setting
+        self.settings = settings
+        """What has to change."""
         self.step = 0
         """Updates done, where the one who raises or passes it on knows."""
 
@@ -51,6 +54,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         text in str(error).lower() for text in _TOLD_AS
     )
+
+
+def ends_suddenly(device: torch.device) -> bool:
+    """Whether what does not fit is refused at once, where a host begins to swap, or ends a process."""
+    return device.type == "cuda"
 
 
 def attempt(work: Callable[[], Result], phase: str, *, again: bool) -> Result:
@@ -112,7 +120,7 @@ class Memory:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise NeedsRestart("a micro-batch", self._half("a micro-batch"), self.setting) from None
+                raise NeedsRestart("a micro-batch", {self.setting: self._half("a micro-batch")}) from None
             forget()
             release()
             self.halve(phase)

@@ -91,6 +91,10 @@ class RefLogps:
         order = np.argsort(code, kind="stable")  # of sorted pairs (`wanted_pairs`) a stable sort is one pass
         self._rows, self._code, self._logps = len(examples), code[order], logps[order]
 
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) rows that give the prompt, (P,) rows that give the completion, of all that are known."""
+        return self._code // self._rows, self._code % self._rows
+
     def __call__(self, prompts: np.ndarray, completions: np.ndarray) -> np.ndarray:  # (P,) fp64
         code = prompts.astype(np.int64) * self._rows + completions
         place = np.minimum(np.searchsorted(self._code, code), self._code.size - 1)

@@ -24,8 +24,9 @@ from kto_dist.data.examples import Examples, on_the_spot
 from kto_dist.evaluation.answers import Answer, Kept, asked_of, figures_of, in_words, pick_prompts
 from kto_dist.evaluation.config import AnswersConfig
 from kto_dist.evaluation.contest import Contest, Pair, contest
+from kto_dist.evaluation.decoding import Decoding
 from kto_dist.evaluation.endpoint import Endpoint, all_of
-from kto_dist.evaluation.generate import Decoding, Generated, Source, load_whole, settings_in, stops_of, tried
+from kto_dist.evaluation.generate import AtOnce, Source, Tried, load_whole, settings_in, stops_of, tried
 from kto_dist.evaluation.intervals import Interval, Mean, Ratio, intervals
 from kto_dist.evaluation.judges import Judge
 from kto_dist.model.memory import release
@@ -130,8 +131,8 @@ def answered(
         found, drawn = _all_answers(config, models, examples, rows, decoding, tokenizer, console)
     except _CannotAnswer as why:
         console.warn(
-            f"{why}, and the evaluation goes on without answers: lower answers.batch or answers.max_tokens where "
-            "memory ran out; answers.in_evaluate=0 leaves them out"
+            f"{why}, and the evaluation goes on without answers: lower answers.max_tokens where memory ran out; "
+            "answers.in_evaluate=0 leaves them out"
         )
         return None
     on_policy = _on_policy(config, models, [examples.prompt(int(row)) for row in rows], drawn, console)
@@ -172,12 +173,13 @@ def _all_answers(
     drawing = replace(decoding, temperature=1.0, top_p=1.0)
     found: dict[str, list[Answer]] = {}
     drawn: list[Answer] = []
+    at_once = AtOnce(config.answers.batch, console.warn)
     for name, model in models.items():
         if name in served:
             found[name] = agree.on_main(partial(_served, config.answers, name, examples, rows, decoding))
             continue
         ways = [decoding, drawing] if name == "model" else [decoding]
-        made = _made(config, model, prompts, ways, tokenizer, name, console)
+        made = _made(config, model, prompts, ways, tokenizer, name, at_once, console)
         found[name], drawn = made[0], made[1] if name == "model" else drawn
     return found, drawn
 
@@ -189,6 +191,7 @@ def _made(
     ways: Sequence[Decoding],
     tokenizer: "PreTrainedTokenizerBase",
     name: str,
+    at_once: AtOnce,
     console: Console,
 ) -> list[list[Answer]]:
     """Collective. For each way of decoding the answers: those that are kept, and the others made and kept.
@@ -215,16 +218,16 @@ def _made(
         rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
         for decoding, own, places in zip(ways, keys, lacking, strict=True):
 
-            def work(decoding: Decoding = decoding, places: list[int] = places) -> tuple[list[Generated], str | None]:
+            def work(decoding: Decoding = decoding, places: list[int] = places) -> Tried:
                 if setup.device.type == "cuda":
                     torch.cuda.set_device(setup.device)  # each thread has its own
-                return tried(lm, [prompts[place] for place in places[rank::ranks]], decoding, batch=section.batch)
+                return tried(lm, [prompts[place] for place in places[rank::ranks]], decoding, batch=at_once.prompts)
 
-            outcomes = agree.side_by_side(work)
-            if failures := [why for _, why in outcomes if why is not None]:
+            shares = agree.side_by_side(work)
+            at_once.lower(min(share.batch for share in shares))
+            if failures := [share.why for share in shares if share.why is not None]:
                 raise _CannotAnswer(f"{type(lm).__name__} answers no prompts ({failures[0]})")
-            shares = [own for own, _ in outcomes]
-            made = in_words(tokenizer, [shares[n % ranks][n // ranks] for n in range(len(places))])
+            made = in_words(tokenizer, [shares[n % ranks].made[n // ranks] for n in range(len(places))])
             fresh = {own[place]: answer for place, answer in zip(places, made, strict=True)}
 
             def keep(fresh: dict[str, Answer] = fresh) -> None:

@@ -203,7 +203,7 @@ def start_run(
             console.warn(f"other settings from step {state.step + 1} on: {'; '.join(changed)}")
     if (again := restart.order()) is not None:
         console.warn(
-            f"{again.reason}. Started again by itself with {again.setting}={again.tokens}: "
+            f"{again.reason}. Started again by itself with {' '.join(restart.overrides(again.settings))}: "
             f"{max(0, again.step - state.step)} steps are done once more"
         )
     folder, saved = RunFolder(output), state.step if found else 0

@@ -9,6 +9,7 @@ values kept, so that a token takes a forward.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,10 @@ import numpy as np
 from kto_dist.base import comm
 from kto_dist.base.console import Console
 from kto_dist.base.signals import Interrupted
-from kto_dist.data.batch import Cutting
 from kto_dist.data.examples import Examples
 from kto_dist.evaluation.answers import Answer, asked_of, in_words, pick_prompts, repeated
-from kto_dist.evaluation.generate import Decoding, Generated, extend, stops_of, tried
+from kto_dist.evaluation.decoding import Decoding, Generated
+from kto_dist.evaluation.generate import AtOnce, Tried, extend, stops_of, tried
 from kto_dist.model.memory import NeedsRestart
 from kto_dist.record.run_folder import read_lines
 from kto_dist.training.config import Config
@@ -48,12 +49,15 @@ class Samples:
     """(P,) held-out rows whose prompts are answered."""
     lines: list[dict[str, Any]] = field(init=False)
     """Of answers.jsonl, on rank 0."""
+    at_once: AtOnce = field(init=False)
+    """Of each rank's prompts."""
 
     def __post_init__(self) -> None:
         config, heldout = self.stepper.prepared.config, self.stepper.prepared.heldout
         wanted = 0 if heldout is None else config.answers.while_training
         self.rows = np.zeros(0, np.int64) if heldout is None else pick_prompts(heldout, wanted, config.train.seed)
         self.lines = read_lines(self.run.folder.answers) if comm.is_main() else []
+        self.at_once = AtOnce(config.answers.batch, self.console.warn)
 
     def due(self, step: int) -> bool:
         """Whether prompts are answered after `step` updates."""
@@ -109,40 +113,34 @@ class Samples:
         return None if made is None else in_words(prepared.tokenizer, made)
 
     def _extended(self, prompts: list[np.ndarray], decoding: Decoding, step: int, stop: Stop | None) -> list[Generated]:
-        """Collective. All ranks together; one that runs out of memory starts the job again, as in an evaluation.
-        Raises `Interrupted`."""
-        policy = self.stepper.policy
-
-        def within(cutting: Cutting) -> list[Generated]:
-            return extend(policy.forward, policy.model, prompts, decoding, cutting, stop=stop)
-
+        """Collective. All ranks together; one that runs out of memory starts the job again. Raises `Interrupted`."""
+        policy, cutting, batch = self.stepper.policy, self.stepper.memory.cutting, self.at_once.prompts
         try:
-            return self.stepper.memory.within(within, lambda: None)
+            return extend(policy.forward, policy.model, prompts, decoding, cutting, batch=batch, stop=stop)
         except NeedsRestart as failure:
             failure.step = step
             raise
 
     def _divided(self, prompts: list[np.ndarray], decoding: Decoding, stop: Stop | None) -> list[Generated] | None:
         """Collective. Each rank answers its share; None, and told, where one could not. Raises `Interrupted`."""
-        lm, batch = self.stepper.policy.model.lm, self.stepper.prepared.config.answers.batch
+        lm = self.stepper.policy.model.lm
         rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
-        own: tuple[list[Generated], str | None] = ([], None)
-        interrupted = False
-        try:
-            own = tried(lm, prompts[rank::ranks], decoding, batch=batch, stop=stop)
-        except Interrupted:
-            interrupted = True
-        if comm.any_(interrupted):
+        own: Tried | None = None
+        with suppress(Interrupted):
+            own = tried(lm, prompts[rank::ranks], decoding, batch=self.at_once.prompts, stop=stop)
+        if comm.any_(own is None):
             raise Interrupted
-        shares = comm.gather(own)
-        failures = [failure for _, failure in shares if failure is not None]
+        shares = [share for share in comm.gather(own) if share is not None]
+        if said := self.at_once.lower(min(share.batch for share in shares)):
+            self.stepper.memory.halved.append(said)
+        failures = [share.why for share in shares if share.why is not None]
         if failures:
             self.console.warn(
                 f"{type(lm).__name__} answers no prompts ({failures[0]}), and the run goes on without answers: lower "
-                "answers.batch or answers.max_tokens where memory ran out; answers.while_training=0 leaves them out"
+                "answers.max_tokens where memory ran out; answers.while_training=0 leaves them out"
             )
             return None
-        return [shares[place % ranks][0][place // ranks] for place in range(len(prompts))]
+        return [shares[place % ranks].made[place // ranks] for place in range(len(prompts))]
 
     def _tell(self, step: int, prompts: list[str], answers: list[Answer]) -> None:
         """Collective."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kto_dist.base import comm
 from kto_dist.base.console import Console
-from kto_dist.data.batch import Cutting, collate, pair_tokens
+from kto_dist.data.batch import Cutting, MicroBatch, collate, pair_lengths, pair_tokens
 from kto_dist.evaluation.figures import Evaluated
 from kto_dist.evaluation.heldout import Logps, evaluate_rows, under
 from kto_dist.evaluation.sample import Remembering, sample_of
@@ -18,11 +18,12 @@ from kto_dist.model.causal_lm import completion_logps
 from kto_dist.model.checks import Rounding
 from kto_dist.model.engines import Policy
 from kto_dist.model.footprint import Sharding, tokens_that_fit
-from kto_dist.model.memory import Memory, NeedsRestart, attempt
+from kto_dist.model.memory import Memory, NeedsRestart, attempt, ends_suddenly
 from kto_dist.model.options import zero_stage
-from kto_dist.objective.objective import batch_loss, labels_of
+from kto_dist.objective.objective import batch_loss, labels_of, survey
 from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.reference.pairs import RefLogps
+from kto_dist.training.largest import largest_kl_pairs, largest_rows
 from kto_dist.training.prepare import PreparedTraining
 from kto_dist.training.schedule import learning_rate
 from kto_dist.training.start import StartCheck
@@ -102,20 +103,39 @@ class Stepper:
             raise
 
     def try_largest(self) -> None:
-        """Collective. Runs the largest micro-batch that a step can have, on a GPU, where memory ends suddenly."""
-        if comm.device().type == "cuda":
+        """Collective. Runs the largest micro-batches that a step can have, where memory ends suddenly."""
+        if ends_suddenly(comm.device()):
             self.memory.within(self._try, self.policy.forget)
 
     def _try(self, cutting: Cutting) -> bool:
-        """Forward, head and backward of the longest rows, beside what the optimizer's states are going to take."""
+        """As in a step: KL pairs without gradient, then rows forward and backward, head and all."""
+        self._try_kl_pairs(cutting)
+        self._try_rows(cutting)
+        return True
+
+    def _try_kl_pairs(self, cutting: Cutting) -> None:
+        prompts, completions = largest_kl_pairs(self.prepared, self.refs.train, cutting)
+        if not prompts.size:
+            return
+        batch = self._one(prompts, completions, cutting)
+
+        def once() -> bool:
+            reserved = self._to_come()
+            refs = torch.zeros(prompts.size, dtype=torch.float64, device=comm.device())
+            survey(self.policy.forward, [batch], refs, [], self.prepared.objective)
+            del reserved
+            return True
+
+        attempt(once, "the largest micro-batch of KL pairs", again=not self.policy.waits_in_forward)
+
+    def _try_rows(self, cutting: Cutting) -> None:
         prepared, device = self.prepared, comm.device()
-        rows = _longest_rows(prepared, cutting)
-        pairs = [_tokens(prepared, int(row)) for row in rows]
+        rows = largest_rows(prepared, cutting)
         labels = labels_of(prepared.train, rows, np.zeros(rows.size), prepared.class_weights, prepared.objective)
 
         def once() -> bool:
-            reserved = torch.empty(self.policy.bytes_to_come(), dtype=torch.uint8, device=device)
-            batch = collate(pairs, np.arange(rows.size), packed=cutting.packed).to(device)
+            reserved = self._to_come()
+            batch = self._one(rows, rows, cutting).to(device)
             z0 = torch.zeros((), dtype=torch.float64, device=device)
             own = batch_loss(self.policy.forward, batch, labels.to(device), z0, prepared.objective)
             loss = own.loss if own.router is None else own.loss + own.router
@@ -124,7 +144,21 @@ class Stepper:
             del reserved
             return True
 
-        return attempt(once, "the largest micro-batch", again=not self.policy.waits_in_backward)
+        attempt(once, "the largest micro-batch of rows", again=not self.policy.waits_in_backward)
+
+    def _to_come(self) -> Tensor:
+        """As much memory as the optimizer's states are going to take beside the micro-batches."""
+        return torch.empty(self.policy.bytes_to_come(), dtype=torch.uint8, device=comm.device())
+
+    def _one(self, prompts: np.ndarray, completions: np.ndarray, cutting: Cutting) -> MicroBatch:
+        """All of these pairs in one, on the host; the same on every rank."""
+        examples = self.prepared.train
+        kept = pair_lengths(examples, prompts, completions, cutting.max_length, cutting.prompt_limit)
+        pairs = [
+            pair_tokens(examples, int(prompt), int(completion), *lengths)
+            for prompt, completion, *lengths in zip(prompts, completions, *kept, strict=True)
+        ]
+        return collate(pairs, np.arange(len(pairs)), packed=cutting.packed)
 
     def evaluate(self, step: int, *, whole: bool = True, stop: Callable[[], bool] | None = None) -> HeldOut | None:
         """Collective. Held-out rows under the policy as it is, after `step` updates; None without such rows.
@@ -200,9 +234,8 @@ class Stepper:
 
     def _alone(self, row: int) -> Tensor:
         """Collective. (1,) log-prob of a training row, with gradients as in training: only then is some dropout on."""
-        prepared = self.prepared
-        pair, objective = _tokens(prepared, row), prepared.objective
-        batch = collate([pair], np.zeros(1, np.int64), packed=prepared.cutting.packed).to(comm.device())
+        objective, place = self.prepared.objective, np.array([row])
+        batch = self._one(place, place, self.prepared.cutting).to(comm.device())
         logps = completion_logps(
             self.policy.forward, batch, objective.transform, objective.logits_bytes, objective.logits_dtype
         )
@@ -211,31 +244,3 @@ class Stepper:
 
 def _precision(dtype: str, logits: str) -> str:
     return dtype if dtype == logits else f"{dtype} with logits in {logits}"
-
-
-def _longest_rows(prepared: PreparedTraining, cutting: Cutting) -> np.ndarray:
-    """The longest sequences, and as many tokens as any micro-batch: (S,) rows, of whole units."""
-    plan = prepared.plan
-    lengths = np.minimum(prepared.train.prompt_lengths + prepared.train.completion_lengths, cutting.max_length)
-    units = np.arange(lengths.size)[:, None] if plan.units is None else plan.units
-    sizes = lengths[units].sum(1) if cutting.packed else lengths[units].max(1) * plan.unit
-    order, most = np.argsort(-sizes, kind="stable"), max(1, plan.global_batch // plan.unit)
-    if not cutting.packed:
-        return units[order[: max(1, min(most, cutting.tokens // int(sizes[order[0]])))]].ravel()
-    chosen: list[int] = []
-    left = cutting.tokens
-    for place in order[:_LOOKED_AT].tolist():
-        # what is too long for what is left makes room for a shorter one
-        if sizes[place] <= left and len(chosen) < most:
-            chosen.append(place)
-            left -= int(sizes[place])
-    return units[chosen].ravel()
-
-
-_LOOKED_AT = 20_000
-"""Units, the longest first."""
-
-
-def _tokens(prepared: PreparedTraining, row: int) -> tuple[np.ndarray, np.ndarray]:
-    examples = prepared.train
-    return pair_tokens(examples, row, row, int(examples.prompt_lengths[row]), int(examples.completion_lengths[row]))
