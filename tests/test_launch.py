@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from two_hosts import environment, fake_ssh, hostfile
+from two_hosts import environment, facts, fake_ssh, hostfile
 
 from kto_dist.base.errors import UserError
 from kto_dist.cluster import preflight
@@ -20,7 +20,7 @@ from kto_dist.cluster.environment import forwarded, shown
 from kto_dist.cluster.hostfile import Node, read
 from kto_dist.cluster.launch import Ended, Plan, jobs_of, run
 from kto_dist.cluster.launch import launch as supervise
-from kto_dist.cluster.probe import Facts, Question, look
+from kto_dist.cluster.probe import Question, look
 from kto_dist.cluster.remote import Reach, ssh_within
 from kto_dist.commands.cli import main
 
@@ -50,6 +50,8 @@ if what == "stubborn":
     (folder / f"deaf-{rank}").touch()
     time.sleep(600)
 if what == "killed":
+    while len(list(folder.glob("rank-*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.02)  # a busy machine starts one well after another
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "down":
     (folder / "down-127.0.0.3").touch()
@@ -190,7 +192,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(cluster):
 
 
 def test_a_host_that_is_not_reached_is_named(cluster, capfd):
-    (cluster / "down-127.0.0.3").touch()
+    (cluster / "down-127.0.0.3").write_text("rank-0")
     assert run(plan_of(cluster, {"0": "wait"}, timeout=1.0)) == Ended(1, ("127.0.0.3",))
     assert "127.0.0.3 is lost" in capfd.readouterr().err
 
@@ -286,28 +288,6 @@ def test_a_host_that_lacks_something_is_named_with_the_setting(cluster, config):
 def test_an_ssh_that_is_not_there_is_named(cluster, config):
     done = CliRunner().invoke(main, command(cluster, config, "--dry-run", "--ssh", str(cluster / "no-ssh")))
     assert done.exit_code == 2 and "no-ssh, by which 127.0.0.2 is reached, cannot be started" in done.output
-
-
-def facts(**more: object) -> Facts:
-    content = {
-        "python": "3.11.2",
-        "versions": {"torch": "2.13.0"},
-        "source": "abc",
-        "gpus": ["H100, 81559"] * 8,
-        "cores": 64,
-        "memory_gib": 1000.0,
-        "clock": 1000.0,
-        "port": 1234,
-        "loopback": "",
-        "interfaces": ["eth0"],
-        "route": "eth0",
-        "open_files": 65536,
-        "disks": {"/dev/shm": 100.0},
-        "problems": {},
-        "sees": {"train.output": True},
-        **more,
-    }
-    return Facts(**content)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def written(config: Config) -> dict[str, str]:
         "reference.store": config.reference.store,
         "data.cache": config.data.cache,
         "deepspeed.nvme_path": config.deepspeed.nvme_path,
+        "reference.nvme_path": config.reference.nvme_path,
     }
     return {setting: str(path) for setting, path in named.items() if path and "://" not in str(path)}
 
@@ -61,9 +62,12 @@ def read(config: Config) -> dict[str, str]:
             found[setting] = path
     if config.deepspeed.config:
         found["deepspeed.config"] = config.deepspeed.config
-    for path in config.data.train_paths:
-        if "://" not in path and not any(sign in path for sign in "*?[") and Path(path).exists():
-            found[f"data.train ({path})"] = path
+    if config.adapter.start:
+        found["adapter.start"] = config.adapter.start
+    for setting, paths in (("data.train", config.data.train_paths), ("data.heldout", config.data.heldout_paths)):
+        for path in paths:
+            if "://" not in path and not any(sign in path for sign in "*?[") and Path(path).exists():
+                found[f"{setting} ({path})"] = path
     return found
 
 
@@ -72,7 +76,8 @@ def look(config: Config, nodes: Sequence[Node], reach: Reach) -> Report:
     folders = written(config)
     mark = f".kto-dist-{uuid.uuid4().hex}"
     marks = {setting: existing(Path(folder)) / mark for setting, folder in folders.items()}
-    marks = {setting: path for setting, path in marks.items() if _touched(path)}
+    # a fast local disk is meant to be each host's own
+    marks = {setting: path for setting, path in marks.items() if "nvme" not in setting and _touched(path)}
     told = {setting: str(path) for setting, path in marks.items()}
     questions = [
         Question(name=node.name, written=folders, read=read(config), head=nodes[0].address, marks=told)
@@ -171,7 +176,7 @@ def judge(
         if facts.loopback and len(nodes) > 1:
             doubts.append(
                 f"the name of {node.name} leads to {facts.loopback}, where other hosts do not find it: "
-                f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set to {facts.route or 'no interface: set them'}"
+                f"{_remedy(nodes, found)}"
             )
     apart = [setting for setting in sorted(marked) if not all(facts.sees.get(setting) for facts in found.values())]
     if apart and len(nodes) > 1:
@@ -187,6 +192,15 @@ def _environment(nodes: Sequence[Node], found: dict[str, Facts]) -> dict[str, st
     if len(nodes) < 2 or len(routes) != 1 or not any(facts.loopback for facts in found.values()):
         return {}
     return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), routes.pop())
+
+
+def _remedy(nodes: Sequence[Node], found: dict[str, Facts]) -> str:
+    """Of a name that leads to a loopback address."""
+    names = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    if interface := next(iter(_environment(nodes, found).values()), None):
+        return f"{names} are set to {interface}, where they are not set already"
+    seen = ", ".join(f"{name}: {facts.route or 'not known'}" for name, facts in found.items())
+    return f"set {names} on each host to the interface that leads to the others ({seen})"
 
 
 def _line(node: Node, facts: Facts) -> str:

@@ -75,12 +75,12 @@ def look(question: Question) -> Facts:
     sees: dict[str, bool] = {}
     for setting, name in question.written.items():
         folder = Path(name)
-        sees[setting] = setting in question.marks and Path(question.marks[setting]).exists()
+        sees[setting] = setting in question.marks and _is_there(Path(question.marks[setting]))
         if problem := _unwritable(folder):
             problems[setting] = problem
         disks[setting] = _free(folder)
     for setting, name in question.read.items():
-        if not Path(name).exists():
+        if not _is_there(Path(name)):
             problems[setting] = f"{name} is not there"
         elif not os.access(name, os.R_OK):
             problems[setting] = f"{name} cannot be read"
@@ -121,9 +121,17 @@ def _gpus() -> list[str]:
 def existing(folder: Path) -> Path:
     """It, or what there is of it."""
     folder = folder.absolute()
-    while not folder.exists():
+    while not _is_there(folder):
         folder = folder.parent
     return folder
+
+
+def _is_there(path: Path) -> bool:
+    """Not where nobody may look, as below another user's private folder."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _free(folder: Path) -> float:

@@ -3,6 +3,7 @@
 What it is to be told travels by standard input; its command line is the same for everybody to see.
 """
 
+import contextlib
 import os
 import platform
 import shlex
@@ -65,10 +66,16 @@ class Reach:
     def ask(self, nodes: Sequence[Node], module: str, questions: Sequence[str], seconds: float) -> list["Answer"]:
         """All at once: each is told its question, and says what it has to."""
         started = [self.start(node, module, quiet=True) for node in nodes]
-        answers, deadline = [], time.monotonic() + seconds
+        # before anything is waited for: a host that is slow, or silent, takes no time from the others
         for process, question in zip(started, questions, strict=True):
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):  # it has ended: its answer says why
+                process.stdin.write(question + "\n")
+                process.stdin.flush()
+        answers, deadline = [], time.monotonic() + seconds
+        for process in started:
             try:
-                said, complaint = process.communicate(question + "\n", timeout=max(0.1, deadline - time.monotonic()))
+                said, complaint = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 said, complaint = process.communicate()
