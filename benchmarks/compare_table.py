@@ -2,6 +2,8 @@
 
 from table_parts import Content, about, table
 
+from kto_dist.record.verdict import NO_SPREAD
+
 TITLES = {
     "auc": "AUC",
     "accuracy/pairs": "pairs",
@@ -13,7 +15,7 @@ TITLES = {
 
 def _range(found: Content, form: str) -> str:
     value, low, high = (form.format(found[name]) for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+    return f"{value} ({NO_SPREAD if found['method'] == 'constant' else f'{low} to {high}'})"
 
 
 def _form(name: str) -> str:

@@ -19,11 +19,14 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.commands import launcher
 from kto_dist.commands.cli import main
+from kto_dist.comparison.answers import Answered
 from kto_dist.comparison.compare import compare, sources_of
 from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.comparison.measure import choose, halves
 from kto_dist.comparison.plan import planned
+from kto_dist.comparison.report import answer_lines
 from kto_dist.evaluation import kept
+from kto_dist.evaluation.answers import Answer, figures_of
 from kto_dist.evaluation.config import JudgeConfig
 
 
@@ -116,9 +119,11 @@ def test_the_documents_table_has_every_method_and_its_difference_to_kto(compared
     text = compare_table.compare(content)
     for row in found.rows:
         auc = row.intervals.get("auc")
-        wanted = f"{row.figures['auc']:.3f}" + (f" ({auc.low:.3f} to {auc.high:.3f})" if auc else "")
+        # all that the start has is the same at every prompt
+        span = "no spread" if auc.method == "constant" else f"{auc.low:.3f} to {auc.high:.3f}"
+        wanted = f"{row.figures['auc']:.3f} ({span})"
         assert f"| {row.method} | {'' if row.lr is None else f'{row.lr:g}'} | {wanted} |" in text
-    assert text.count(" − kto* |") == 3
+    assert text.count(" − kto* |") == 3 and "0.500 (no spread)" in text
     assert "6 runs of 4 steps of 16 rows: learning rates 0.0001 and 0.003, beta 0.1" in text
     assert f"2 minutes (one rank, beside a test); {found.scored:,} log-probs" in text
 
@@ -167,6 +172,13 @@ def test_a_judge_says_how_each_methods_new_answers_to_reported_prompts_fare_and_
     page = (Path(config.train.output) / "comparison.html").read_text()
     assert "New answers" in page and page.count("data:image/png;base64,") == 10
     assert any(line.startswith("new answers to 3 of the reported prompts") for line in said)
+
+
+def test_a_figure_that_every_prompt_gives_alike_has_no_range_in_the_judges_table():
+    same = {"kto": [Answer(text="two words", finished=True)] * 3}
+    figures = {"kto": {"words": figures_of(same)["words/kto"]}}
+    found = Answered(judge="j", prompts=["a", "b", "c"], answers={}, figures=figures, contests={})
+    assert any("2 (no spread)" in line for line in answer_lines(found))
 
 
 def test_models_that_answer_are_packed_as_those_that_were_trained(tmp_path, tiny_model, tiny_log):

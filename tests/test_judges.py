@@ -138,6 +138,13 @@ def test_a_server_that_hangs_up_in_mid_answer_is_asked_again():
             endpoint.chat([{"role": "user", "content": "?"}])
 
 
+def test_an_address_that_is_none_is_told_at_once():
+    """It was asked five times, with pauses."""
+    endpoint = Endpoint(url="http://127.0.0.1:80a/v1", model="tiny", pause=1e6)
+    with pytest.raises(UserError, match="chat/completions cannot be used .*80a"):
+        endpoint.chat([{"role": "user", "content": "?"}])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

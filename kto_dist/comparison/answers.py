@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from kto_dist.base import comm
+from kto_dist.base import comm, disks
 from kto_dist.base.console import Console
 from kto_dist.base.remembered import sha256_once
 from kto_dist.comparison.config import ComparisonConfig
@@ -139,7 +139,9 @@ def _answers(
         made = generate(lm, asked, decoding, batch=at_once.prompts, lowered=at_once.lower)
         del lm
         release()
-        kept.add({keys[place]: answer for place, answer in zip(lacking, in_words(tokenizer, made), strict=True)})
+        fresh = {keys[place]: answer for place, answer in zip(lacking, in_words(tokenizer, made), strict=True)}
+        with disks.refusals("answers", "answers.cache", Path(config.answers.cache)):
+            kept.add(fresh)
     return [answer for answer in map(kept.get, keys) if answer is not None]
 
 

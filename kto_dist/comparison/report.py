@@ -114,7 +114,7 @@ def _sure(figure: Interval | float | None) -> str:
     if figure is None:
         return "–"
     if isinstance(figure, Interval):
-        return f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
+        return f"{figure.value:.3g} ({_range(figure, '.3g')})"
     return f"{figure:.3g}"
 
 

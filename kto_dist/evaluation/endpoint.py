@@ -92,7 +92,8 @@ class Endpoint:
                 said = error.read(2000).decode(errors="replace").strip()
                 problem, again = f"{error.code} {error.reason}: {said[:300]}", error.code in _AGAIN
             except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-                problem, again = str(getattr(error, "reason", error)), True
+                # an address that is none will be none in a while
+                problem, again = str(getattr(error, "reason", error)), not isinstance(error, http.client.InvalidURL)
             except ValueError as error:
                 problem, again = f"no JSON ({error})", False
             if not again or tries == TRIES:

@@ -91,7 +91,7 @@ def judge_of(section: JudgeConfig) -> Judge | None:
             ),
         )
     if section.by == "mlflow":
-        from kto_dist.record.mlflow_judge import mlflow_judge
+        from kto_dist.record.mlflow_judge import TASK, mlflow_judge
 
         assert section.model is not None
         settings = {"temperature": 0.0, "max_tokens": section.max_tokens}
@@ -100,7 +100,7 @@ def judge_of(section: JudgeConfig) -> Judge | None:
             name=f"MLflow's judge, {section.model}",
             verdict=verdict,
             parallel=section.parallel,
-            identity=_told("mlflow", section.base_url, section.model, section.instructions, settings),
+            identity=_told("mlflow", section.base_url, section.model, section.instructions, settings, TASK),
         )
     return None
 

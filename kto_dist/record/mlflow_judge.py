@@ -14,7 +14,7 @@ from mlflow.genai.judges import make_judge
 from kto_dist.base.errors import UserError
 from kto_dist.base.secrets import masked
 
-_TASK = (
+TASK = (
     "{instructions}\n\nA user wrote: {{{{ inputs }}}}\n\nThese are the two answers: {{{{ outputs }}}}\n\n"
     "Say first if the first answer is better, second if the second one is, and tie if neither is."
 )
@@ -34,7 +34,7 @@ def mlflow_judge(
     try:
         judge = make_judge(
             name="preference",
-            instructions=_TASK.format(instructions=instructions),
+            instructions=TASK.format(instructions=instructions),
             model=model,
             feedback_value_type=Literal["first", "second", "tie"],
             # it posts to the address as it is
