@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import signal
-import threading
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from kto_dist.base.exits import Stopped
 from kto_dist.training import checkpoint, resume
 from kto_dist.training.config import Config
 from kto_dist.training.loop import train
-from kto_dist.training.step import StepResult
 
 
 def names(config: Config) -> list[str]:
@@ -63,19 +61,15 @@ def test_a_checkpoint_that_was_never_finished_is_not_found(trained):
 
 
 def _die_while_saving(config: Config) -> None:
-    """Killed when the second checkpoint's first file is there, before the checkpoint gets its name."""
+    """Killed when the second checkpoint has some of its files, before the checkpoint gets its name."""
     partial = checkpoint.folder(config.train.output) / ".partial-step-00000004"
 
-    def die_in_time() -> None:
-        while not (partial.exists() and any(partial.iterdir())):
-            time.sleep(1e-4)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def look(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).startswith(str(partial)) and any(partial.iterdir()):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def prepare_to_die(result: StepResult) -> None:
-        if result.step == 4:
-            threading.Thread(target=die_in_time, daemon=True).start()
-
-    train(config, watch=prepare_to_die)
+    sys.addaudithook(look)
+    train(config)
 
 
 def test_killed_while_saving_the_run_goes_on_from_the_checkpoint_before(tmp_path, tiny_model, tiny_log):

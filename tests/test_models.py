@@ -98,6 +98,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -79,22 +79,26 @@ def test_a_build_of_ours_that_was_killed_is_known_to_be_gone_at_once(extensions)
 
 
 def test_a_build_at_work_is_waited_for_and_named(extensions):
+    """It ends when it was named some times."""
     lock_of(extensions, age=3600.0).unlink()
     hold = (
-        "import os, sys, time\n"
+        "import os, sys\n"
         "fd = os.open(sys.argv[1], os.O_CREAT | os.O_EXCL)\n"
-        "print('held', flush=True); time.sleep(1); os.remove(sys.argv[1])\n"
+        "print('held', flush=True); sys.stdin.read(); os.remove(sys.argv[1])\n"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", hold, str(extensions / "op" / "lock")], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
+    command = [sys.executable, "-c", hold, str(extensions / "op" / "lock")]
     said: list[str] = []
-    compile_ops(["op"], said.append, build=building(extensions), patience=HASTY)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+
+        def say(text: str) -> None:
+            said.append(text)
+            if len(said) == 4:
+                holder.stdin.close()
+
+        compile_ops(["op"], say, build=building(extensions), patience=HASTY)
     assert f"waiting since 0 s: process {holder.pid} compiles DeepSpeed's op" in said[0]
     assert len(said) > 3 and builds(extensions) == 1
-    holder.wait()
-    holder.stdout.close()
 
 
 def test_a_build_at_work_is_seen_through_a_link_and_beside_the_note_of_one_that_ended(extensions, monkeypatch):
@@ -134,25 +138,30 @@ def test_a_build_by_nobody_knows_whom_is_waited_for_while_it_writes_and_not_for_
     assert builds(extensions) == 1
 
 
-def test_of_two_starts_at_once_one_builds_and_the_other_says_that_it_waits(extensions):
-    said: list[str] = []
-    slow = building(extensions, "import time; time.sleep(0.5)")
+def test_of_two_starts_at_once_one_builds_and_the_other_says_that_it_waits(extensions, tmp_path):
+    """The build ends when that was said."""
+    waited = tmp_path / "waited"
+    slow = building(extensions, f"import os, time\nwhile not os.path.exists({str(waited)!r}): time.sleep(0.01)\n0")
+
+    def say(text: str) -> None:
+        if "another start compiles DeepSpeed's op" in text:
+            waited.touch()
+
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: compile_ops(["op"], said.append, build=slow, patience=HASTY), range(2)))
-    assert builds(extensions) == 1
-    assert any("another start compiles DeepSpeed's op" in text for text in said)
+        list(pool.map(lambda _: compile_ops(["op"], say, build=slow, patience=HASTY), range(2)))
+    assert builds(extensions) == 1 and waited.exists()
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("code", "bound", "message"),
     [
-        ("raise SystemExit('no compiler')", "DeepSpeed's op cannot be compiled: no compiler. It needs a C.. compiler"),
-        ("import time; time.sleep(1000)", "DeepSpeed's op was not compiled within 1 s: try again"),
+        ("raise SystemExit('no compiler')", 60.0, "op cannot be compiled: no compiler. It needs a C.. compiler"),
+        ("import time; time.sleep(1000)", 1.0, "DeepSpeed's op was not compiled within 1 s: try again"),
     ],
 )
-def test_a_build_that_fails_or_does_not_end_is_a_message(extensions, code, message):
+def test_a_build_that_fails_or_does_not_end_is_a_message(extensions, code, bound, message):
     with pytest.raises(UserError, match=message):
-        compile_ops(["op"], print, build=building(extensions, code), patience=Patience(bound=1.0))
+        compile_ops(["op"], print, build=building(extensions, code), patience=Patience(bound=bound))
 
 
 def test_ops_are_needed_where_something_is_offloaded():

@@ -48,10 +48,12 @@ def trajectories(
             deepspeed__zero_stage=stage,
         )
     for world in WORLDS:
-        run_ranks(train_all, world, [config for key, config in configs.items() if key[0] == world])
+        run_ranks(train_all, world, [config for key, config in configs.items() if key[0] == world], timeout=900)
     return configs
 
 
+# the first of them waits for all trajectories, two minutes where another file of tests has a core
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("packing", PACKING)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("stage", STAGES)
