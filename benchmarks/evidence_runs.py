@@ -219,6 +219,7 @@ def main() -> None:
 
 
 def one(job: Job, result: Path) -> None:
+    shutil.rmtree(job.folder, ignore_errors=True)  # of a benchmark that was killed after training
     started = time.monotonic()
     found = TRAINERS[job.trainer](job)
     trained = time.monotonic() - started
