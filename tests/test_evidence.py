@@ -217,7 +217,7 @@ def test_where_z0_plays_no_part_trl_takes_the_same_steps(tmp_path, tiny_model, t
             trainer=trainer,
             dtype="fp32",
             seed=0,
-            steps=10,
+            steps=7,  # of one epoch: TRL takes its rows in eights, whatever a step at an epoch's end has
             global_batch=8,
             lr=1e-3,
             beta=0.2,
@@ -229,7 +229,7 @@ def test_where_z0_plays_no_part_trl_takes_the_same_steps(tmp_path, tiny_model, t
     worker.end()
     ours, theirs = found["kto_dist"], found["trl"]
     assert ours["class_weights"]["desirable"] != ours["class_weights"]["undesirable"]
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3) and ours["loss"][-1] < 0.8 * ours["loss"][0]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3) and ours["loss"][-1] < 0.9 * ours["loss"][0]
     ratios = {name: evidence.numbers(run["ratios"]) for name, run in found.items()}
     assert np.abs(ratios["trl"]).mean() > 1
     assert np.abs(ratios["kto_dist"] - ratios["trl"]).max() < 0.02 * np.abs(ratios["trl"]).max()
