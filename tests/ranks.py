@@ -58,7 +58,7 @@ def run_ranks(
             try:
                 kind, value = pipe.recv()
             except EOFError:
-                processes[rank].join(timeout=10)
+                processes[rank].join(timeout=60)
                 kind, value = "died", f"rank {rank} died without a result (status {processes[rank].exitcode})"
             results.append((kind, value))
         for kind, value in results:

@@ -3,13 +3,14 @@
 import json
 import os
 import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks
 from tiny_runs import tiny_config, train_all
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from kto_dist.base import comm, doing
 from kto_dist.base.exits import Stopped
@@ -48,16 +49,18 @@ def test_an_evaluation_waits_for_the_resume_where_a_signal_has_come(tmp_path, ti
 
 
 def _signalled_while(config: Config, phase: str, rank: int) -> None:
-    """SIGTERM to one rank in the midst of a phase that follows step 2."""
+    """SIGTERM to one rank at the first forward of a phase that follows step 2."""
+    observer, metrics, done = doing.Observer(), Path(config.train.output) / "metrics.jsonl", []
 
-    def wait_and_signal() -> None:
-        observer, metrics = doing.Observer(), Path(config.train.output) / "metrics.jsonl"
-        while observer.place().phase != phase or not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-            time.sleep(1e-4)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def look(module: torch.nn.Module, arguments: object) -> None:
+        if done or not isinstance(module, LlamaDecoderLayer) or observer.place().phase != phase:
+            return
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
+            done.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     if comm.rank() == rank:
-        threading.Thread(target=wait_and_signal, daemon=True).start()
+        register_module_forward_pre_hook(look)
     with pytest.raises(Stopped, match="after step 2 of 5"):
         train(config)
 

@@ -79,7 +79,7 @@ def _job(folder: Path, role: str) -> int:
         doing.enter("training")
         if rank == which:
             (folder / "pid").write_text(str(os.getpid()))
-            time.sleep(2 * restart.SECONDS_BETWEEN_LOOKS)  # it is seen there
+            time.sleep(3 * restart.SECONDS_BETWEEN_LOOKS)  # it is seen there
             if role == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if role.endswith("stopped"):
