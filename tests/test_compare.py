@@ -1,6 +1,7 @@
 """Losses side by side: what is run, which half chooses, that nothing is scored twice, and what is told."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.comparison.measure import choose, halves
 from kto_dist.comparison.plan import planned
 from kto_dist.comparison.report import answer_lines
-from kto_dist.evaluation import kept
+from kto_dist.evaluation import generate, kept
 from kto_dist.evaluation.answers import Answer, figures_of
 from kto_dist.evaluation.config import JudgeConfig
 
@@ -172,6 +173,46 @@ def test_a_judge_says_how_each_methods_new_answers_to_reported_prompts_fare_and_
     page = (Path(config.train.output) / "comparison.html").read_text()
     assert "New answers" in page and page.count("data:image/png;base64,") == 10
     assert any(line.startswith("new answers to 3 of the reported prompts") for line in said)
+
+
+def test_methods_that_cannot_answer_are_compared_by_their_log_probs_all_the_same(compared, tmp_path, monkeypatch):
+    """Hours of runs once ended with a traceback, and without a page."""
+    config, found = compared
+    shutil.rmtree(config.answers.cache, ignore_errors=True)
+    page = Path(config.train.output) / "comparison.html"
+    page.unlink()
+
+    def broken(*arguments, **named):
+        raise AttributeError("this family has no cache")
+
+    monkeypatch.setattr(generate, "generate", broken)
+    (tmp_path / "wish.py").write_text("def short(prompt, answer):\n    return -len(answer)\n")
+    judge, said, console = JudgeConfig(by="function", function=f"{tmp_path / 'wish.py'}:short"), [], Console()
+    console.warn = said.append
+    again = compare(config.model_copy(update={"judge": judge}), lambda run: pytest.fail("runs again"), console)
+    assert again.rows == found.rows and page.exists()
+    assert (
+        len(said) == 1 and "LlamaForCausalLM answers no prompts (AttributeError: this family has no cache)" in said[0]
+    )
+
+
+def test_more_answers_for_the_judge_run_nothing_again_and_what_runs_say_on_their_way_does(
+    tmp_path, tiny_model, tiny_log
+):
+    def run_of(**changes):
+        (run,) = planned(comparison(tmp_path, tiny_model, tiny_log, compare__methods=["kto"], **changes))
+        return run
+
+    run = run_of(answers__in_evaluate=3)
+    run.folder.path.mkdir(parents=True)
+    for file in (run.folder.summary, run.folder.heldout_rows):
+        file.touch()
+    run.folder.config.write_text(to_yaml(run.config))
+    assert run.is_done and run_of(answers__in_evaluate=0).is_done
+    assert run_of(answers__in_evaluate=9, answers__max_tokens=99, answers__cache=str(tmp_path / "other")).is_done
+    for changes in ({"answers__while_training": 2}, {"train__max_steps": 9}):
+        with pytest.raises(UserError, match="holds a finished run with other settings"):
+            assert run_of(**changes).is_done
 
 
 def test_a_figure_that_every_prompt_gives_alike_has_no_range_in_the_judges_table():

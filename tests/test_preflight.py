@@ -37,6 +37,15 @@ def test_a_host_that_takes_its_time_keeps_no_other_from_being_asked(tmp_path, mo
     assert [answer.said for answer in answers] == ["both\n"] * 2, answers
 
 
+def test_a_host_that_says_nothing_is_given_up_whatever_stands_between(tmp_path):
+    """As a script around ssh, or its ProxyCommand, which outlives it and holds the pipes."""
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text("#!/bin/sh\nsleep 600\necho late\n")
+    wrapper.chmod(0o755)
+    (answer,) = Reach((str(wrapper),), str(tmp_path)).ask(NODES[:1], "nothing", [""], 1.0)
+    assert answer.said == "" and "no answer within 1 s" in answer.complaint
+
+
 @pytest.mark.parametrize(
     ("first", "second", "words"),
     [

@@ -7,6 +7,7 @@ import contextlib
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from kto_dist.base.errors import UserError
 from kto_dist.cluster.hostfile import Node
 
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-T")
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ControlPath=none", "-T")
+"""A connection of its own: over one that is shared, the keep-alive is that of whoever made it."""
 _ASKS = 3
 """Questions of ssh to a silent host, before it takes it for lost."""
 _HERE = {"localhost", "127.0.0.1", "::1"}
@@ -77,7 +79,9 @@ class Reach:
             try:
                 said, complaint = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                # with all that it has started, which would hold the pipes
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 said, complaint = process.communicate()
                 complaint = f"no answer within {seconds:.0f} s. {complaint}"
             answers.append(Answer(process.returncode, said, complaint.strip()))

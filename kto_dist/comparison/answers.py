@@ -23,7 +23,7 @@ from kto_dist.data.examples import Examples
 from kto_dist.evaluation.answers import Answer, Kept, asked_of, figures_of, in_words, pick_prompts
 from kto_dist.evaluation.contest import Contest, Pair, contest
 from kto_dist.evaluation.decoding import Decoding
-from kto_dist.evaluation.generate import AtOnce, Source, generate, load_whole, settings_in, stops_of
+from kto_dist.evaluation.generate import AtOnce, Source, load_whole, settings_in, stops_of, tried
 from kto_dist.evaluation.intervals import Interval
 from kto_dist.evaluation.judges import Judge
 from kto_dist.model.causal_lm import pick_dtype
@@ -33,6 +33,10 @@ from kto_dist.store.fingerprint import weights_digest
 
 SAMPLES = 8
 """Prompts whose answers are shown."""
+
+
+class CannotAnswer(Exception):
+    """A model's family, or its memory, does not let it generate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +82,7 @@ def answered(
     against: str,
     console: Console,
 ) -> Answered:
-    """Raises `UserError`."""
+    """Raises `CannotAnswer`, `UserError`."""
     rows = _picked(examples, reported, config.answers.in_evaluate, config.train.seed)
     prompts = [examples.prompt(int(row)) for row in rows]
     folder = local_folder(sources[start].path, sources[start].gguf_file)
@@ -122,6 +126,7 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     at_once: AtOnce,
 ) -> list[Answer]:
+    """Raises `CannotAnswer`."""
     digest = weights_digest(local_folder(source.path, source.gguf_file), source.gguf_file)
     if source.adapter is not None:
         parts = (sha256_once(file) for file in sorted(Path(source.adapter).glob("adapter_*")))
@@ -135,11 +140,13 @@ def _answers(
     lacking = [place for place, key in enumerate(keys) if kept.get(key) is None]
     if lacking:
         lm = load_whole(source, dtype, comm.device())
-        asked = [prompts[place] for place in lacking]
-        made = generate(lm, asked, decoding, batch=at_once.prompts, lowered=at_once.lower)
+        own = tried(lm, [prompts[place] for place in lacking], decoding, batch=at_once.prompts)
+        at_once.lower(own.batch)
+        if own.why is not None:
+            raise CannotAnswer(f"{type(lm).__name__} answers no prompts ({own.why})")
         del lm
         release()
-        fresh = {keys[place]: answer for place, answer in zip(lacking, in_words(tokenizer, made), strict=True)}
+        fresh = {keys[place]: answer for place, answer in zip(lacking, in_words(tokenizer, own.made), strict=True)}
         with disks.refusals("answers", "answers.cache", Path(config.answers.cache)):
             kept.add(fresh)
     return [answer for answer in map(kept.get, keys) if answer is not None]

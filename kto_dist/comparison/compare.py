@@ -17,7 +17,7 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
 from kto_dist.base.secrets import masked
-from kto_dist.comparison.answers import Answered, answered
+from kto_dist.comparison.answers import Answered, CannotAnswer, answered
 from kto_dist.comparison.config import ComparisonConfig
 from kto_dist.comparison.measure import START, Outcome, halves, outcome
 from kto_dist.comparison.plan import Planned, planned, write
@@ -68,9 +68,14 @@ def compare(config: ComparisonConfig, run_one: RunOne, console: Console) -> Outc
     answers = None
     if judge is not None and config.answers.in_evaluate:
         reported, against = ~halves(heldout.prompt_group), found.against
-        answers = answered(
-            config, sources_of(config, runs, found), heldout, reported, tokenizer, judge, START, against, console
-        )
+        sources = sources_of(config, runs, found)
+        try:
+            answers = answered(config, sources, heldout, reported, tokenizer, judge, START, against, console)
+        except CannotAnswer as why:
+            console.warn(
+                f"{why}, and the comparison goes on without answers: lower answers.max_tokens where memory ran out; "
+                "answers.in_evaluate=0 leaves them out"
+            )
     _tell(config, found, answers, runs, commands, console)
     return found
 

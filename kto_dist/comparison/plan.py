@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kto_dist.base.config import to_yaml
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
@@ -12,6 +14,9 @@ from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.objective.losses import LOSSES
 from kto_dist.record.run_folder import RunFolder
 from kto_dist.training.config import Config
+
+_OF_COMPARISON = ("in_evaluate", "batch", "cache")
+"""Settings of answers that no run's own answers follow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +47,23 @@ class Planned:
         """Raises `UserError` where another run lies in its place."""
         if not (self.folder.summary.exists() and self.folder.heldout_rows.exists()):
             return False
-        if self.folder.config.read_text(encoding="utf-8") != to_yaml(self.config):
+        if _of_run(self.folder.config.read_text(encoding="utf-8")) != _of_run(to_yaml(self.config)):
             raise UserError(
                 f"{self.folder.path} holds a finished run with other settings: give another train.output, or delete it"
             )
         return True
+
+
+def _of_run(config: str) -> Any:
+    """The settings that a run comes of: more, or longer, answers for the judge are the comparison's own."""
+    try:
+        tree = yaml.safe_load(config)
+        answers = tree.pop("answers")
+    except (yaml.YAMLError, AttributeError, KeyError):
+        return config
+    if answers.get("while_training"):
+        tree["answers"] = {name: value for name, value in answers.items() if name not in _OF_COMPARISON}
+    return tree
 
 
 def planned(config: ComparisonConfig) -> list[Planned]:
