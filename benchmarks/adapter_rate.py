@@ -137,18 +137,6 @@ def measure(run: Run, settings: dict[str, Any], config: str, answers: bool) -> d
         return asdict(run) | in_process(job, Path(folder))
 
 
-def started(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier start has left, or a beginning. Raises `ClickException` for results of other settings."""
-    fresh = records.frame("adapter-rate", settings) | {"runs": []}
-    if file is None or not file.exists():
-        return fresh
-    old: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if old["settings"] != settings:
-        different = sorted(key for key in settings if old["settings"].get(key) != settings[key])
-        raise click.ClickException(f"{file} has runs with another {', '.join(different)}: give another --json")
-    return old
-
-
 @click.command()
 @click.option("--config", default="launch/demo/demo.yaml", show_default=True, help="what every run is but for its rate")
 @click.option("--rates", default=LORA, type=Rates(), help="of the adapter [default: 1e-4,2e-4,5e-4,1e-3]")
@@ -174,7 +162,7 @@ def main(
 ) -> None:
     """Runs what --json has not yet, and says what came out."""
     settings = settings_of(config, steps, rank)
-    content = started(file, settings)
+    content = records.started(file, records.frame("adapter-rate", settings) | {"runs": []})
     content["beside"] = beside or content.get("beside", "")
     done = {Run(method=run["method"], lr=run["lr"], seed=run["seed"]) for run in content["runs"]}
     todo = [run for run in runs_of(method, rates, full_rates, seed) if run not in done]

@@ -341,18 +341,6 @@ def run(
     }
 
 
-def started(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier start has left, or a beginning. Raises `ClickException` for results of other settings."""
-    fresh = records.frame("evidence", settings) | {"heldout": None, "runs": [], "results": []}
-    if file is None or not file.exists():
-        return fresh
-    old: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if old["settings"] != settings:
-        different = sorted(key for key in settings if old["settings"].get(key) != settings[key])
-        raise click.ClickException(f"{file} has runs with another {', '.join(different)}: give another --json")
-    return old
-
-
 def heldout_of(held: Mapping[str, str]) -> Heldout:
     return Heldout(desirable=numbers(held["desirable"]) > 0, prompts=numbers(held["prompts"]).astype(np.int64))
 
@@ -377,7 +365,8 @@ def main(
     if not Path(model, "config.json").exists():
         raise click.UsageError(f"--model ({model}) holds no model: run `make demo` once, or name a folder")
     settings = Settings(model=Path(model).name, log=Path(log).name, max_length=256, **given)
-    content = started(file, asdict(settings))
+    fresh = records.frame("evidence", asdict(settings)) | {"heldout": None, "runs": [], "results": []}
+    content = records.started(file, fresh)
     done = {(run["arm"], run["seed"]) for run in content["runs"]}
     todo = [run for run in names() if run not in done and (not arms or run[0] in arms)]
     console, workers, where = Console(highlight=False), dict[str, Worker](), str(Path(model).resolve())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +66,17 @@ def frame(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
         "versions": machine.versions(),
         "settings": settings,
     }
+
+
+def started(file: Path | None, fresh: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier start has left in a file, or `fresh`. Raises `ClickException` for results of other settings."""
+    if file is None or not file.exists():
+        return fresh
+    old: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if old["settings"] != (settings := fresh["settings"]):
+        different = sorted(key for key in settings if old["settings"].get(key) != settings[key])
+        raise click.ClickException(f"{file} has runs with another {', '.join(different)}: give another --json")
+    return old
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,7 @@
 """Whole runs of adapters: the promises hold, one store serves them all, checkpoints are small, exports load."""
 
+import contextlib
+import io
 import itertools
 import json
 from pathlib import Path
@@ -14,7 +16,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama
 from tiny_runs import TIMED, metrics_of, tiny_config, train_all, train_and_die_after
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
@@ -307,6 +311,39 @@ def test_what_is_registered_has_to_be_a_whole_model(tmp_path, tiny_model, tiny_l
     with pytest.raises(UserError, match=r"tracking.register \(mine\) needs adapter.merged"):
         lora_config(tmp_path, tiny_model, tiny_log, tracking__register="mine")
     lora_config(tmp_path, tiny_model, tiny_log, tracking__register="mine", adapter__merged=True)
+
+
+def _told(config: Config, past: tuple[str, ...]) -> str:
+    """What a run says whose family reads these layers' weights past their forwards, as mamba's kernels do."""
+
+    def forward(mlp: Any, rows: torch.Tensor) -> torch.Tensor:
+        def through(name: str, rows: torch.Tensor) -> torch.Tensor:
+            layer = getattr(mlp, name)
+            return functional.linear(rows, layer.weight) if name in past else layer(rows)
+
+        return through("down_proj", mlp.act_fn(through("gate_proj", rows)) * through("up_proj", rows))
+
+    LlamaMLP.forward, said = forward, io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train(config)
+    return " ".join(said.getvalue().split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "stage"),
+    [("lora", 1, 2), ("dora", 2, 3), *(pytest.param("lora", 2, s, marks=pytest.mark.soak) for s in (0, 2, 3))],
+)
+def test_adapted_layers_that_can_learn_nothing_are_named_after_the_first_update(
+    tmp_path, tiny_model, tiny_log, kind, world, stage
+):
+    def config(name: str) -> Config:
+        changes = {"adapter__type": kind, "deepspeed__zero_stage": stage, "train__max_steps": 2}
+        return lora_config(tmp_path, tiny_model, tiny_log, train__output=str(tmp_path / name), **changes)
+
+    said = run_ranks(_told, world, config("past"), ("gate_proj",))[0]
+    assert said.count("adapter: the first update has left 2 of the adapted layers as they were") == 1
+    assert "(model.layers.N.mlp.gate_proj)" in said
+    assert "has left" not in run_ranks(_told, world, config("sound"), ())[0]
 
 
 def test_an_impossible_adapter_is_refused_before_the_reference_scores_anything(tmp_path, tiny_model, tiny_log):

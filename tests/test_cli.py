@@ -15,10 +15,12 @@ import psutil
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from tiny_runs import tiny_config
 from transformers import AutoModelForCausalLM
 
 from kto_dist.base.config import to_yaml
+from kto_dist.commands.cli import main
 
 ROOT = Path(__file__).parents[1]
 KTO_DIST = [sys.executable, "-m", "kto_dist.commands.cli"]
@@ -84,6 +86,29 @@ def test_config_shows_each_value_with_its_origin(tmp_path, tiny_model, tiny_log)
     assert "1e-06" in lines["train.lr"] and "override" in lines["train.lr"]
     assert "default" in lines["train.seed"]
     assert str(config)[-20:] in shown.stdout
+
+
+def test_through_a_pipe_a_table_has_a_line_a_row_without_blanks_at_its_end(tmp_path, tiny_model, tiny_log):
+    config = write_config(tmp_path, tiny_model, tiny_log)
+    lines = CliRunner().invoke(main, ["config", str(config)]).output.splitlines()
+    assert [line for line in lines if not line or line != line.rstrip()] == []
+    assert {len(line.split(".")[0].split()) for line in lines[1:]} == {1} and max(map(len, lines)) > 150
+
+
+def test_a_config_that_is_not_there_is_told_before_seconds_of_imports(tmp_path):
+    jobs = ("train", "train --check", "precompute", "precompute --worker", "compare", "pairs", "plan", "launch")
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from kto_dist.commands.cli import main\n"
+        "for words in sys.argv[1:]:\n"
+        "    done = CliRunner().invoke(main, [*words.split(), 'nowhere.yaml'])\n"
+        "    assert done.exit_code == 2 and 'nowhere.yaml does not exist' in done.output, (words, done.output)\n"
+        "    heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'duckdb'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    done = run(sys.executable, "-c", code, *jobs, "mine", "audit", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", ("config", "mine"))

@@ -265,6 +265,32 @@ def test_a_malformed_override_shows_the_right_form(file, override):
     assert repr(override) in message and "section.key=value" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("max_steps=3", "train.max_steps=3"),
+        ("max_step=3", "train.max_steps=3"),
+        ("learning_rate=1e-6", "train.lr=1e-6"),
+        ("beta=0.2", "objective.beta=0.2"),
+        ("path=x", "model.path=x or reference.path=x"),
+    ],
+)
+def test_an_override_without_its_section_is_told_which_it_may_be(file, override, meant):
+    assert mistake(file, override).endswith(f": did you mean {meant}?")
+
+
+def test_an_override_without_a_section_that_is_like_nothing_is_told_the_form_alone(file):
+    assert mistake(file, "qqq=1").endswith("for example train.lr=1e-6")
+
+
+@pytest.mark.parametrize("name", ("data.train", "train.lr", "kto.beta"))
+def test_the_form_of_the_command_line_in_a_file_is_told_how_files_write_it(file, name):
+    section, key = name.split(".")
+    for value in (1e-6, {"app": "log.jsonl"}):
+        message = mistake(file, tree={**LEAST, name: value})
+        assert f"config.yaml: {name} at the top" in message and f"write `{section}:`, and `{key}: ...` below" in message
+
+
 @pytest.mark.parametrize("override", ("train.betas=[0.9", "train.output=a: b: c", "model.path=*name", "model.path=@x"))
 def test_an_override_that_is_no_yaml_is_named(file, override):
     assert override in mistake(file, override)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import mixture, save_mixture
+from mixtures import MIXTURES, mixture, save_mixture
 from peft import PeftModel
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -38,7 +38,7 @@ TOLERANCE = 1e-3
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("mixtures")
-    return {kind: save_mixture(folder / kind, kind, router_aux_loss_coef=0.3) for kind in ("mixtral", "qwen3_moe")}
+    return {kind: save_mixture(folder / kind, kind, router_aux_loss_coef=0.3) for kind in MIXTURES}
 
 
 def adapted(folder: Path, model: Path, log: Path, targets: str, **changes: Any) -> Config:
@@ -74,10 +74,13 @@ soak = pytest.mark.soak
 @pytest.mark.parametrize(
     ("kind", "targets", "others"),
     [
-        ("mixtral", "both", ["recomputed", "stage 3"]),
+        # of the others DeepSpeed itself gathers each mixture as one
+        ("olmoe", "both", ["recomputed", "stage 3"]),
+        pytest.param("mixtral", "both", [*OTHERS], marks=soak),
         pytest.param("mixtral", "experts", [*OTHERS], marks=soak),
         pytest.param("mixtral", "beside", [*OTHERS], marks=soak),
         pytest.param("qwen3_moe", "both", [*OTHERS], marks=soak),
+        pytest.param("olmoe", "experts", [*OTHERS], marks=soak),
     ],
 )
 def test_the_batch_decides_adapters_of_a_mixture_and_not_the_cluster(tmp_path, saved, tiny_log, kind, targets, others):
@@ -103,13 +106,22 @@ def test_the_batch_decides_adapters_of_a_mixture_and_not_the_cluster(tmp_path, s
             assert torch.norm(values_of(config)[key] - tensor) <= TOLERANCE * torch.norm(tensor), (name, key)
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 2), pytest.param(2, 2, marks=soak), pytest.param(2, 3, marks=soak)])
+@pytest.mark.parametrize(
+    ("kind", "world", "stage"),
+    [
+        ("mixtral", 1, 2),
+        pytest.param("mixtral", 2, 2, marks=soak),
+        pytest.param("mixtral", 2, 3, marks=soak),
+        pytest.param("olmoe", 1, 2, marks=soak),
+        pytest.param("olmoe", 2, 3, marks=soak),
+    ],
+)
 def test_a_resumed_run_of_adapted_experts_equals_the_uninterrupted_one_bit_for_bit(
-    tmp_path, saved, tiny_log, world, stage
+    tmp_path, saved, tiny_log, kind, world, stage
 ):
     def named(name: str, **changes: Any) -> Config:
         shared = {"deepspeed__zero_stage": stage, "train__max_steps": 4, "train__output": str(tmp_path / name)}
-        return adapted(tmp_path, saved["mixtral"], tiny_log, "both", **shared, **changes)
+        return adapted(tmp_path, saved[kind], tiny_log, "both", **shared, **changes)
 
     whole, broken = named("whole"), named("broken", checkpoint__every_steps=2)
     run_ranks(train_all, world, [whole])
@@ -129,7 +141,11 @@ def _trained_and_evaluated(config: Config) -> tuple[dict[str, Any], dict[str, An
 
 @pytest.mark.parametrize(
     ("kind", "world", "stage"),
-    [("qwen3_moe", 1, 2), pytest.param("mixtral", 2, 3, marks=soak), pytest.param("qwen3_moe", 2, 3, marks=soak)],
+    [
+        ("qwen3_moe", 1, 2),
+        ("olmoe", 1, 2),
+        *(pytest.param(kind, 2, 3, marks=soak) for kind in ("mixtral", "qwen3_moe", "olmoe")),
+    ],
 )
 def test_adapted_experts_load_in_peft_and_are_the_policy_merged_or_not(tmp_path, saved, tiny_log, kind, world, stage):
     shared = {"adapter__merged": True, "data__heldout": 0.3, "deepspeed__zero_stage": stage}

@@ -1,6 +1,7 @@
 """Each check of the audit looks at what it names, and one that fails says what to do."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -282,7 +283,14 @@ def test_mining_ends_with_the_files_that_it_wrote_and_their_rows(tmp_path):
     (tmp_path / "mine.yaml").write_text(json.dumps(settings))
     done = CliRunner().invoke(cli.main, ["mine", str(tmp_path / "mine.yaml"), "split.heldout=0.2"])
     assert done.exit_code == 0, done.output
-    *_, train, heldout, report = done.output.splitlines()
+    *said, train, heldout, report = done.output.splitlines()
+    # steps with what they took, and the others in a line
+    table = said[: next(place for place, line in enumerate(said) if line.startswith("steps that took nothing: "))]
+    steps = {step["step"]: step for step in json.loads((tmp_path / "mined" / "audit.json").read_text())["steps"]}
+    idle = [name for name, step in steps.items() if not any(step[f"{k}_removed"] for k in ("up", "down", "unlabelled"))]
+    assert said[len(table)] == f"steps that took nothing: {', '.join(idle)}" and idle
+    assert [line.split()[0] for line in table] == ["step", *(name for name in steps if name not in idle)]
+    assert all(re.search(r"-\d", line) for line in table[1:]) and len(table) > 1
     for line, split in ((train, "train"), (heldout, "heldout")):
         path = tmp_path / "mined" / f"{split}.parquet"
         assert line == f"{split}: {path} ({pq.read_metadata(path).num_rows:,} rows)"

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from thumbs_logs import ANSWER, CHAT_ROW, GOOD, TEXT_ROW, USER, WORSE, content, read, write
 
+from kto_dist.base.class_labels import features_beside, namers_of
 from kto_dist.base.errors import UserError
 from kto_dist.data.formats import BadRows, read_rows
 from kto_dist.data.sources import find_sources
@@ -321,6 +322,19 @@ def test_names_of_class_labels_in_a_datasets_readme_are_read(tmp_path, kind, pla
     write(tmp_path / "other.jsonl", {**GOOD, "label": 2})
     with pytest.raises(UserError, match=r"label \(2\) is a number beyond its labels' names"):
         read(tmp_path / "other.jsonl")
+
+
+def test_minus_one_is_no_label_and_no_number_beyond_the_names(tmp_path):
+    """`datasets` writes it where a row has none."""
+    (tmp_path / "README.md").write_text(README)
+    log = write(tmp_path / "log.jsonl", GOOD | {"label": 0}, GOOD | {"label": -1})
+    named = namers_of(features_beside(log))["label"]
+    assert named(-1) is None and named("-1") is None and named(1) == "thumbs_down"
+    with pytest.raises(IndexError):
+        named(-2)
+    with pytest.raises(UserError, match="label") as caught:
+        read(log)
+    assert "beyond" not in str(caught.value)
 
 
 def test_parts_of_a_dataset_with_other_names_are_told_apart_by_their_folders(tmp_path):

@@ -66,6 +66,17 @@ def test_an_interface_is_said_to_be_set_where_it_is(first, second, words):
     assert wrong == [] and len(doubts) == 1 and words in doubts[0]
 
 
+def test_a_first_host_by_a_name_that_every_host_has_for_itself_is_wrong():
+    def wrong(*names: str) -> list[str]:
+        nodes = [Node(name=name, slots=8) for name in names]
+        return preflight.judge(nodes, {name: facts() for name in names}, 1.0, {"train.output"})[0]
+
+    (said,) = wrong("localhost", "node-1", "node-2")
+    assert said.startswith("localhost is the first host, where the others look for rank 0, and on node-1 this name")
+    assert len(wrong("me@127.0.0.1", "node-1")) == 1
+    assert wrong("localhost") == wrong("127.0.0.2", "127.0.0.3") == wrong("node-0", "localhost") == []
+
+
 class Answering(Reach):
     """Hosts that are sound, and note what they were asked."""
 

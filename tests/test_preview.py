@@ -46,6 +46,7 @@ def checked(folder: Path, *overrides: str, **settings: object):
         tiny_tokenizer().save_pretrained(model)
         about = {"model_type": "llama", "vocab_size": 258, "max_position_embeddings": 256}
         (model / "config.json").write_text(json.dumps(about))
+        (model / "model.safetensors").touch()
     path = folder / "config.yaml"
     path.write_text(to_yaml(tiny_config(folder, model, folder / "app.jsonl", **settings)))
     result = CliRunner().invoke(main, ["train", str(path), "--check", *overrides])
@@ -59,8 +60,8 @@ def test_a_check_says_what_an_adapter_comes_to_and_finds_one_that_does_not_fit(t
     assert status == 2 and "qproj" in said, said
 
 
-def test_a_check_shows_rows_counts_and_what_is_not_used_without_weights(tmp_path, sources):
-    """The model's folder has none."""
+def test_a_check_shows_rows_counts_and_what_is_not_used_without_reading_weights(tmp_path, sources):
+    """The file of weights is empty."""
     status, said = checked(tmp_path, data__train=sources)
     assert status == 0, said
     lines = said.splitlines()
@@ -80,6 +81,24 @@ def test_a_check_shows_rows_counts_and_what_is_not_used_without_weights(tmp_path
     assert "colour (1)" in said
     assert lines[-1].startswith("check: passed")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_check_finds_that_weights_are_not_there(tmp_path, sources):
+    assert checked(tmp_path, data__train=sources)[0] == 0
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    status, said = checked(tmp_path, f"reference.path={empty}", data__train=sources)
+    assert status == 2 and "holds no weights" in said and str(empty) in said, said
+    (tmp_path / "model" / "model.safetensors").unlink()
+    status, said = checked(tmp_path, data__train=sources)
+    assert status == 2 and "holds no weights: it needs model.safetensors" in said, said
+    shards = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(shards))
+    (tmp_path / "model" / "model-1.safetensors").touch()
+    status, said = checked(tmp_path, data__train=sources)
+    assert status == 2 and "lacks model-2.safetensors, of its weights" in said, said
+    status, said = checked(tmp_path, "model.gguf_file=model.gguf", data__train=sources)
+    assert status == 2 and "lacks model.gguf" in said, said
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from families import COMMON, FAMILIES, HEADS, UNPACKABLE, tiny
-from misfits import MISFITS, no_head, other_shape, rewrite
+from misfits import MISFITS, edit_config, no_head, other_shape, rewrite
 from ranks import run_ranks
+from safetensors.torch import save_file
 from tiny import save_tiny, tiny_llama
 from tiny_runs import tiny_config, train_all
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kto_dist.base.errors import UserError
+from kto_dist.model.config import DeepspeedConfig, ModelConfig
 from kto_dist.model.engines import AdamW, Policy
 from kto_dist.model.loading import load_config, load_model
 from kto_dist.model.weights import Weights, check_weights
@@ -75,6 +77,70 @@ def test_tensors_that_nothing_takes_are_named_and_counted(tmp_path):
     (said,) = found.warnings("model.path", exported=True)
     assert "model.path: 2 tensors of the files have no place in the model" in said and "value_head" in said
     assert found.summary()["unknown"] == {"count": 2, "names": ["model.layers.0.spare", "value_head"]}
+
+
+@pytest.mark.parametrize("form", ("one file", "shards", "bin"))
+def test_a_head_that_config_json_ties_to_another_in_the_files_is_named(tmp_path, form):
+    lm = tiny_llama(tie_word_embeddings=False)
+    lm.save_pretrained(tmp_path, max_shard_size="50KB" if form == "shards" else "1GB")
+    if form == "bin":
+        torch.save(lm.state_dict(), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    edit_config(tmp_path, tie_word_embeddings=True)
+    found = check(tmp_path)
+    assert found == Weights(untied=("lm_head.weight",))
+    assert "ties lm_head.weight to the embedding" in found.warnings("model.path", exported=True)[0]
+    assert "trained" not in found.warnings("reference.path", exported=False)[0]
+    # the same tensor twice is no difference
+    tensors = lm.state_dict() | {"lm_head.weight": lm.model.embed_tokens.weight.detach().clone()}
+    same = tmp_path / "same"
+    tiny_llama(tie_word_embeddings=True).save_pretrained(same)
+    save_file(tensors, same / "model.safetensors", metadata={"format": "pt"})
+    assert check(same) == Weights()
+
+
+def test_a_head_that_is_tied_by_config_json_alone_is_trained_and_exported_as_it_is(tmp_path, tiny_log):
+    model = edit_config(save_tiny(tmp_path / "model"), tie_word_embeddings=True)
+    config = tiny_config(tmp_path, model, tiny_log, train__max_steps=2)
+    ((summary,),) = run_ranks(train_all, 1, [config])
+    assert summary["weights"]["policy"]["untied"] == {"count": 1, "names": ["lm_head.weight"]}
+    start, found = (AutoModelForCausalLM.from_pretrained(path) for path in (model, tmp_path / "run" / "export"))
+    for lm in start, found:
+        assert not torch.equal(lm.lm_head.weight, lm.model.embed_tokens.weight)
+    assert not torch.equal(start.lm_head.weight, found.lm_head.weight)
+    assert torch.norm(start.lm_head.weight - found.lm_head.weight) < 0.1 * torch.norm(start.lm_head.weight)
+
+
+def _told(folder: Path, stage: int) -> list[str]:
+    said: list[str] = []
+    config = load_config(str(folder))
+    policy = Policy(
+        ModelConfig(path=str(folder)),
+        DeepspeedConfig(zero_stage=stage),
+        AdamW(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, clip=1.0),
+        model_config=config,
+        dtype=torch.bfloat16,
+        attention="sdpa",
+        kernels="none",
+        warn=said.append,
+    )
+    policy.close()
+    return said
+
+
+def test_what_quantised_files_hold_beside_is_named_when_they_are_loaded(tmp_path):
+    def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        layers = {name for name in tensors if name.endswith("proj.weight")}
+        scales = {f"{name}_scale_inv": torch.ones(1, 1) for name in layers}
+        return {n: t.to(torch.float8_e4m3fn) if n in layers else t for n, t in tensors.items()} | scales
+
+    save_tiny(tmp_path)
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    edit_config(rewrite(tmp_path, packed), quantization_config=quantised)
+    assert run_ranks(_told, 1, tmp_path, 2) == [[]]
+    rewrite(tmp_path, lambda tensors: {**tensors, "model.layers.0.spare": torch.ones(2)})
+    ((said,),) = run_ranks(_told, 1, tmp_path, 2)
+    assert "1 tensors of the files of" in said and "not used: model.layers.N.spare" in said
 
 
 QWEN3_5 = {

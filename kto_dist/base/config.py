@@ -110,6 +110,13 @@ def resolve(
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
     tree = {} if tree is None else tree
+    renamed: Mapping[str, str] = getattr(kind, "RENAMED", {})
+    if isinstance(tree, dict) and (dotted := _dotted(tree, kind, renamed)):
+        section, key = dotted[0].split(".")
+        raise UserError(
+            f"config {path}: {', '.join(dotted)} at the top: names with a dot are for the command line; in a file "
+            f"write `{section}:`, and `{key}: ...` below it"
+        )
     if not isinstance(tree, dict) or not all(isinstance(section, dict | None) for section in tree.values()):
         loose = (
             [] if not isinstance(tree, dict) else [name for name, value in tree.items() if not isinstance(value, dict)]
@@ -119,14 +126,13 @@ def resolve(
             f"config {path} must hold sections with keys below them, such as `train:` with `lr: 5.0e-6`{''.join(hints)}"
         )
     tree = {name: dict(section or {}) for name, section in tree.items()}
-    renamed: Mapping[str, str] = getattr(kind, "RENAMED", {})
     try:
         tree = current_names(tree, renamed)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     origin = {f"{name}.{key}": str(path) for name, section in tree.items() for key in section}
 
-    origin |= dict.fromkeys(override(tree, overrides, renamed), "override")
+    origin |= dict.fromkeys(override(tree, overrides, kind), "override")
 
     overridden = {name for name, source in origin.items() if source == "override"}
     config = build(tree, where=str(path), overridden=overridden, kind=kind)
@@ -143,14 +149,24 @@ def current_names(tree: dict[str, Any], renamed: Mapping[str, str]) -> dict[str,
     return {renamed.get(name, name): section for name, section in tree.items()}
 
 
-def override(tree: dict[str, dict[str, Any]], words: Collection[str], renamed: Mapping[str, str] = {}) -> list[str]:
-    """Puts `section.key=value`s into a tree of plain values; returns each `section.key`. Raises `UserError`."""
-    changed = []
+def _dotted(tree: Mapping[Any, Any], kind: type[Section], renamed: Mapping[str, str]) -> list[str]:
+    """Names of settings with their sections in front, where sections should stand."""
+    every = _settings(kind)
+    parts = {str(name): str(name).partition(".") for name in tree}
+    return [name for name, (section, _, key) in parts.items() if f"{renamed.get(section, section)}.{key}" in every]
+
+
+def override(tree: dict[str, dict[str, Any]], words: Collection[str], kind: type[Section]) -> list[str]:
+    """Puts `section.key=value`s of a config of that kind into a tree of plain values; returns each `section.key`.
+    Raises `UserError`."""
+    changed, renamed = [], getattr(kind, "RENAMED", {})
     for word in words:
         dotted, separator, text = word.partition("=")
         section, dot, key = dotted.partition(".")
         if not (separator and dot and section and key):
-            raise UserError(f"override {word!r} must read section.key=value, for example train.lr=1e-6")
+            meant = _meant(dotted, kind) if separator and not dot else []
+            hint = f": did you mean {' or '.join(f'{name}={text}' for name in meant)}?" if meant else ""
+            raise UserError(f"override {word!r} must read section.key=value, for example train.lr=1e-6{hint}")
         section = renamed.get(section, section)
         try:
             tree.setdefault(section, {})[key] = yaml.load(text, _StrictLoader)
@@ -273,8 +289,7 @@ def _hint(location: list[str], kind: type[Section]) -> str:
     own = sections(kind).get(location[0]) if len(location) > 1 else None
     prefix, known = ("", list(sections(kind))) if own is None else (f"{location[0]}.", list(keys(own)))
     meant = _called(location[-1], kind)
-    others = [*(key for section in sections(kind).values() for key in keys(section)), *ELSEWHERE]
-    for near in [] if meant else difflib.get_close_matches(location[-1], [*known, *others], n=1, cutoff=0.6):
+    for near in [] if meant else difflib.get_close_matches(location[-1], [*known, *_words(kind)], n=1, cutoff=0.6):
         meant = [prefix + near] if near in known else _called(near, kind)
     listed = f"known: {', '.join(known)}"
     if not meant:
@@ -285,6 +300,22 @@ def _hint(location: list[str], kind: type[Section]) -> str:
 
 def _called(word: str, kind: type[Section]) -> list[str]:
     """`section.key` of every setting that is called so, here or elsewhere."""
-    every = {f"{name}.{key}" for name, section in sections(kind).items() for key in keys(section)}
+    every = _settings(kind)
     same = [name for name in sorted(every) if name.partition(".")[2] == word]
     return same or [name for name in ELSEWHERE.get(word, ()) if name in every]
+
+
+def _meant(word: str, kind: type[Section]) -> list[str]:
+    """`section.key` of every setting that is called so, or else nearly so."""
+    near = difflib.get_close_matches(word, _words(kind), n=1, cutoff=0.6)
+    return _called(word, kind) or [name for found in near for name in _called(found, kind)]
+
+
+def _settings(kind: type[Section]) -> set[str]:
+    """`section.key`s."""
+    return {f"{name}.{key}" for name, section in sections(kind).items() for key in keys(section)}
+
+
+def _words(kind: type[Section]) -> list[str]:
+    """What settings are called, here or elsewhere."""
+    return [*(key for section in sections(kind).values() for key in keys(section)), *ELSEWHERE]

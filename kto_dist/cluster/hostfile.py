@@ -29,6 +29,11 @@ class Node:
         """Where other hosts find it."""
         return self.name.rpartition("@")[2]
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it means, on every host, that host itself."""
+        return self.address in ("localhost", "::1") or self.address.startswith("127.")
+
 
 def read(path: Path) -> list[Node]:
     """Raises `UserError`."""

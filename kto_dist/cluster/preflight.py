@@ -138,7 +138,7 @@ def judge(
     nodes: Sequence[Node], found: dict[str, Facts], seconds: float, marked: set[str]
 ) -> tuple[list[str], list[str]]:
     """What is wrong, and what is doubtful. `seconds`: that the answers took; `marked`: settings with a mark."""
-    wrong, doubts = [], []
+    wrong, doubts = _alone(nodes), []
     first = next(node.name for node in nodes if node.name in found)
     for node in nodes:
         if node.name not in found:
@@ -184,6 +184,18 @@ def judge(
             f"{', '.join(apart)}: not shared by all hosts. A run goes on there as long as every host keeps its disk"
         )
     return wrong, doubts
+
+
+def _alone(nodes: Sequence[Node]) -> list[str]:
+    """Where rank 0's host is called by a name that means every host itself."""
+    head, *others = nodes
+    away = [node.name for node in others if not node.is_loopback]
+    if not head.is_loopback or not away:
+        return []
+    return [
+        f"{head.name} is the first host, where the others look for rank 0, and on {away[0]} this name means itself: "
+        "write the name or address that other hosts know it by"
+    ]
 
 
 def _environment(nodes: Sequence[Node], found: dict[str, Facts]) -> dict[str, str]:

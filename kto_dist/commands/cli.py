@@ -6,13 +6,11 @@ where a signal stopped the run.
 
 import importlib.resources
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console as Terminal
 from rich.table import Table
 
 from kto_dist.base.config import flatten, keys, resolve, sections
@@ -23,6 +21,7 @@ from kto_dist.commands.launch import launch
 from kto_dist.commands.plan import plan
 from kto_dist.commands.settings import settings_page
 from kto_dist.commands.store import store
+from kto_dist.commands.tables import show
 from kto_dist.commands.track import track
 from kto_dist.commands.words import options
 from kto_dist.comparison.config import ComparisonConfig
@@ -116,12 +115,11 @@ def show_config(config: Path | None, overrides: tuple[str, ...], markdown: bool)
         raise click.UsageError("Missing argument 'CONFIG': give a YAML file, such as `kto-dist init` prints.")
     kind = _kind(config)
     resolved, origin = resolve(config, overrides, kind=kind)
-    table = Table("setting", "value", "from", "meaning", box=None, pad_edge=False)
+    table = Table("setting", "value", "from", "meaning")
     for section, key, value in flatten(resolved):
         meaning = keys(sections(kind)[section])[key]
         table.add_row(f"{section}.{key}", masked(str(value)), origin[f"{section}.{key}"], meaning)
-    # piped output is for grep: one line a setting, however long
-    Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
+    show(table)
 
 
 @main.command(short_help="Train on this machine's devices.")
@@ -139,12 +137,11 @@ def train(config: Path, overrides: tuple[str, ...], ranks: int | None, check: bo
     --check loads no weights and needs no GPU. It makes the tokenised rows, which the run then finds in `data.cache`.
     """
     if check:
+        settings = _checked(config, overrides)
         from kto_dist.commands.entry import quiet
         from kto_dist.training import preview
 
         quiet()
-        settings = Config.load(config, overrides)
-        check_model_path("model.path", settings.model.path)
         preview.check(settings)
         return
     _launch("train", config, overrides, ranks)
@@ -212,6 +209,8 @@ def compare(config: Path, overrides: tuple[str, ...], ranks: int | None, only_pr
 
     On a cluster, --print gives the commands of the runs; when these are done, this command without it compares them.
     """
+    settings = resolve(config, overrides, kind=ComparisonConfig)[0]
+    check_model_path("model.path", settings.model.path)
     from kto_dist.base.console import Console
     from kto_dist.commands import launcher
     from kto_dist.commands.entry import quiet
@@ -219,8 +218,6 @@ def compare(config: Path, overrides: tuple[str, ...], ranks: int | None, only_pr
     from kto_dist.comparison.compare import compare as compared
     from kto_dist.comparison.plan import Planned
 
-    settings = resolve(config, overrides, kind=ComparisonConfig)[0]
-    check_model_path("model.path", settings.model.path)
     if only_print:
         for line in commands_of(settings):
             click.echo(line)
@@ -247,13 +244,13 @@ def pairs(config: Path, overrides: tuple[str, ...]) -> None:
     what each rule leaves out, too; KTO uses all rows. Loads no weights and needs no GPU. It makes the tokenised rows,
     which a run then finds in `data.cache`.
     """
+    settings = resolve(config, overrides, kind=_kind(config))[0]
+    check_model_path("model.path", settings.model.path)
     from kto_dist.commands.entry import quiet
     from kto_dist.training.usable import usable_pairs
 
     quiet()
-    settings = resolve(config, overrides, kind=_kind(config))[0]
-    check_model_path("model.path", settings.model.path)
-    table = Table("rows of", "objective.pairs", "pairs", "prompts", "rows used", "rows", box=None, pad_edge=False)
+    table = Table("rows of", "objective.pairs", "pairs", "prompts", "rows used", "rows")
     for column in ("good alone", "bad alone", "left by the rule", "rated both ways"):
         table.add_column(column)
     for usable in usable_pairs(settings):
@@ -269,7 +266,7 @@ def pairs(config: Path, overrides: tuple[str, ...]) -> None:
             f"{found.rows:,}",
             *(f"{count:,}" for count in counts),
         )
-    Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
+    show(table)
 
 
 @main.command(short_help="Make a training set from a raw log of feedback.")
@@ -285,25 +282,31 @@ def mine(config: Path, overrides: tuple[str, ...]) -> None:
 
     settings = feedback.MiningConfig.load(config, overrides)
     audit = feedback.mine(settings)
-    table = Table("step", "thumbs up", "thumbs down", "neither", box=None, pad_edge=False)
+    table, idle = Table("step", "thumbs up", "thumbs down", "neither"), []
     for step in audit["steps"]:
-        removed = (step[f"{name}_removed"] for name in ("up", "down", "unlabelled"))
-        table.add_row(step["step"], *(f"-{votes:,}" if votes else "" for votes in removed))
-    Terminal(highlight=False, markup=False).print(table)
+        removed = [step[f"{name}_removed"] for name in ("up", "down", "unlabelled")]
+        if any(removed):
+            table.add_row(step["step"], *(f"-{votes:,}" if votes else "" for votes in removed))
+        else:
+            idle.append(step["step"])
+    if table.row_count:
+        show(table)
+    if idle:
+        click.echo(f"steps that took nothing: {', '.join(idle)}")
     _say_checks(audit, folder_of(settings.output.folder))
 
 
 def _checked(config: Path, overrides: tuple[str, ...]) -> Config:
-    """A mistake shows at once, not once the ranks have started. Raises `UserError`."""
+    """A mistake shows at once: before seconds of imports, and before the ranks have started. Raises `UserError`."""
     settings = Config.load(config, overrides)
     check_model_path("model.path", settings.model.path)
     return settings
 
 
 def _launch(job: str, config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+    settings = _checked(config, overrides)
     from kto_dist.commands import launcher
 
-    settings = _checked(config, overrides)
     output = Path(settings.train.output)
     # a reference pass has no folder of its own, and leaves none
     folder = output if job == "train" else output.absolute().parent

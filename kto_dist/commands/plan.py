@@ -1,17 +1,16 @@
 """`kto-dist plan`: what a run would take of a cluster, computed before it is rented."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console as Terminal
 from rich.table import Table
 
 from kto_dist.base.config import to_yaml
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import write_whole
+from kto_dist.commands.tables import show
 from kto_dist.model.config import check_model_path
 from kto_dist.training.config import Config
 
@@ -102,10 +101,10 @@ def _plan(
     )
     for line in page.sentences(made):
         click.echo(line)
-    table = Table(*page.COLUMNS, box=None, pad_edge=False)
+    table = Table(*page.COLUMNS)
     for cells in page.lines(made):
         table.add_row(*cells)
-    Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)
+    show(table)
     if as_json is not None:
         _write(as_json, json.dumps(page.to_dict(made), indent=1) + "\n")
     if write is not None:

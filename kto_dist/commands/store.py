@@ -7,9 +7,9 @@ from datetime import datetime
 from pathlib import Path
 
 import click
-from rich.console import Console as Terminal
 from rich.table import Table
 
+from kto_dist.commands.tables import show
 from kto_dist.reference.config import ReferenceConfig
 
 _root = click.argument("store", default=ReferenceConfig().store)
@@ -54,7 +54,7 @@ def list_models(store: str, fingerprint: str) -> None:
             _created(facts.get("created")),
             f"now, by {', '.join(row.users)}" if row.users else used,
         )
-    _show(table)
+    show(table)
     click.echo(f"{sum(row.pairs for row in rows):,} pairs, {_size(sum(row.size for row in rows))}")
 
 
@@ -147,9 +147,3 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
-
-
-def _show(table: Table) -> None:
-    table.box, table.pad_edge = None, False
-    # piped output is for grep: one line a model, however long
-    Terminal(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False).print(table)

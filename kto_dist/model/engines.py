@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +130,9 @@ class Policy:
         kernels: str,
         adapter: Adapter | None = None,
         universal: bool = False,
+        warn: Callable[[str], None] | None = None,
     ):
-        """`universal`: a checkpoint of another world size is going to be loaded."""
+        """`universal`: a checkpoint of another world size is going to be loaded. `warn`: as `load_model` has it."""
         options = deepspeed_options(sharding, dtype, optimizer.clip)
         if universal:
             options["checkpoint"] = {"load_universal": True}
@@ -148,6 +149,7 @@ class Policy:
                 quantization=section.quantization,
                 config=model_config,
                 trust_remote_code=section.trust_remote_code,
+                warn=warn,
             )
         )
         refuse_packed(lm, section.path)
@@ -284,6 +286,16 @@ class Policy:
                         copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
                     state[name] = copies[id(tensor)]
         return state if comm.is_main() else None
+
+    def unmoved(self) -> list[str]:
+        """Collective. Layers whose adapter adds 0, as a fresh one does: after an update, those that got no gradient."""
+        found = []
+        for name, tensor in self.model.lm.named_parameters():
+            if ".lora_B." in name:
+                with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                    if not tensor.any():
+                        found.append(name.partition(".lora_B.")[0])
+        return found
 
     def close(self) -> None:
         _destroy(self.engine, self.model)

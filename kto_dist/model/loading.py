@@ -8,6 +8,7 @@ for weights that the files lack: transformers would draw them at random and go o
 
 import copy
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -132,11 +133,16 @@ def load_model(
     quantization: str = "none",
     config: PretrainedConfig | None = None,
     trust_remote_code: bool = False,
+    warn: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
-    """The model in `dtype`, in evaluation mode. Raises `UserError` where weights are missing, or it does not load."""
+    """The model in `dtype`, in evaluation mode. Raises `UserError` where weights are missing, or it does not load.
+
+    `warn`: is told of what quantised files hold beside; of others `model.weights` knows it from their headers.
+    """
     # a copy: the export writes the given one
     config = copy.deepcopy(config) if config else load_config(path, gguf_file, trust_remote_code=trust_remote_code)
     without_noise(config)
+    packed = getattr(config, "quantization_config", None) is not None
     extra = _gguf(gguf_file)
     if gguf_file:
         # packed GGUF weights can be neither trained nor saved
@@ -163,6 +169,11 @@ def load_model(
         raise UserError(
             f"the files of {path} lack {len(found['missing_keys'])} tensors that {type(lm).__name__} needs, which "
             f"would be random numbers: {shortened(found['missing_keys'])}; give a checkpoint that has them"
+        )
+    if warn is not None and packed and (left := found["unexpected_keys"]):
+        warn(
+            f"{len(left)} tensors of the files of {path} have no place in the model and are not used: "
+            f"{shortened(left)}; if they should be, config.json is another model's"
         )
     _in_one_dtype(lm, dtype)
     if kernels == "liger":

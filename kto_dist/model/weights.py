@@ -9,7 +9,7 @@ together as they will be, whatever shards the model later.
 
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import CRITICAL
@@ -37,6 +37,8 @@ class Weights:
     """In the files, and of parts that are no language model's, as the family says: its vision tower, its MTP layers."""
     rounded: tuple[str, ...] = ()
     """Parameters that the family would keep in fp32, and that are in the training dtype here."""
+    untied: tuple[str, ...] = ()
+    """Tied to another tensor by config.json, and different from it in the files: transformers then ties nothing."""
 
     def warnings(self, name: str, *, exported: bool) -> list[str]:
         """`name`: the setting of the model. `exported`: it is trained, and written."""
@@ -57,12 +59,24 @@ class Weights:
                 f"{name}: {len(self.rounded)} parameters that this family keeps in fp32 are rounded to the dtype of "
                 f"the others ({shortened(self.rounded)}); dtype fp32 keeps them as they are"
             )
+        if self.untied:
+            said.append(
+                f"{name}: config.json ties {shortened(self.untied)} to the embedding, and the files hold another "
+                "tensor for it: both are used as they are"
+                + ", and trained apart" * exported
+                + "; set tie_word_embeddings to false in config.json if that is meant, else take one out of the files"
+            )
         return said
 
     def summary(self) -> dict[str, Any]:
         return {
             name: {"count": len(tensors), "names": sorted(tensors)[:NAMED]}
-            for name, tensors in (("unknown", self.unknown), ("apart", self.apart), ("rounded", self.rounded))
+            for name, tensors in (
+                ("unknown", self.unknown),
+                ("apart", self.apart),
+                ("rounded", self.rounded),
+                ("untied", self.untied),
+            )
         }
 
 
@@ -83,7 +97,11 @@ def check_weights(
     assert kind is not None, "load_config refuses what no class is for"
     files = weight_files(folder)
     files += [folder / extra for extra in type(own).extra_files if (folder / extra).exists()]
-    there = {tensor: shape for file in files for tensor, shape in _headers(name, file)}
+    there: dict[str, Tensor] = {}
+    homes: dict[str, Path] = {}
+    for file in files:
+        for tensor, shape in _headers(name, file):
+            there[tensor], homes[tensor] = shape, file
     # what the family overlooks is named as well
     plain: Any = type(
         kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": None, "__module__": kind.__module__}
@@ -115,7 +133,28 @@ def check_weights(
         unknown=tuple(sorted(t for t in found["unexpected_keys"] - overlooked if not _is_buffer(t))),
         apart=tuple(sorted(overlooked)),
         rounded=tuple(sorted(n for n, p in lm.named_parameters() if p.is_floating_point() and p.dtype != dtype)),
+        untied=tuple(sorted(_untied(lm, homes))),
     )
+
+
+def _untied(lm: PreTrainedModel, homes: Mapping[str, Path]) -> list[str]:
+    """`homes`: the file of each tensor. Contents are read of tied tensors alone, where the files hold both."""
+    tied = lm.all_tied_weights_keys.items()
+    pairs = [(own, other) for own, other in tied if own in homes and other in homes]
+    return [own for own, other in pairs if not torch.equal(_content(homes[own], own), _content(homes[other], other))]
+
+
+def _content(file: Path, tensor: str) -> Tensor:
+    """Read as it is looked at, and not into memory."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            found: Tensor = opened.get_tensor(tensor)
+            return found
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)[tensor]
+    except RuntimeError:  # an old form, which can only be read whole
+        found = torch.load(file, map_location="cpu", weights_only=True)[tensor]
+    return found
 
 
 def _is_buffer(tensor: str) -> bool:

@@ -79,7 +79,7 @@ def resolve(request: Request) -> Judged:
     tree: dict[str, dict[str, Any]] = {"model": {"path": request.target}, "data": {"train": "none"}}
     if run is not None:
         tree = Config.load(run.config).model_dump(mode="json", by_alias=True)
-    override(tree, request.overrides, Config.RENAMED)
+    override(tree, request.overrides, Config)
 
     start, reference = dict(tree["model"]), tree.setdefault("reference", {})
     began = None if reference.get("path") else (tree.get("adapter") or {}).get("start")

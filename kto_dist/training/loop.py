@@ -207,6 +207,7 @@ def _load_policy(prepared: PreparedTraining, run: Run, console: Console) -> tupl
         kernels=prepared.kernels,
         adapter=prepared.adapter,
         universal=universal is not None,
+        warn=console.warn,
     )
     cutting = prepared.cutting
     rounding = agree.together(

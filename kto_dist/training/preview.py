@@ -4,13 +4,16 @@ In:  the config (`check`), or what was prepared (`preview`). Out: lines for peop
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 
 from kto_dist.base.console import Console
+from kto_dist.base.errors import UserError
 from kto_dist.data.audited import describes_all, find_audits
 from kto_dist.data.examples import Examples
 from kto_dist.data.spelling import Speller
+from kto_dist.store.fingerprint import weight_files
 from kto_dist.training.config import Config
 from kto_dist.training.prepare import Prepared, adapter_of, class_weights, counts, prepare
 from kto_dist.training.run import find_checkpoint
@@ -20,11 +23,14 @@ SHORT, LONG = 300, 4000
 
 
 def check(config: Config) -> None:
-    """Everything before the reference and the policy, on one rank: neither weights nor a device are touched.
+    """Everything before the reference and the policy, on one rank: no device is touched, and of weights is seen alone
+    whether there are any.
 
     Leaves the tokenised rows, for the run to find. Raises `UserError`.
     """
     console = Console()
+    for setting, source in (("model.path", config.model), ("reference.path", config.reference)):
+        _find_weights(setting, source.path, source.gguf_file)
     found = find_checkpoint(config, console)
     audits = find_audits(config.data.train_paths, console.warn)
     adapter, rehearsed = adapter_of(config)
@@ -43,8 +49,17 @@ def check(config: Config) -> None:
     console.say(
         f"check: passed. {rows['desirable']:,} desirable and {rows['undesirable']:,} undesirable rows to train on, "
         f"{0 if heldout is None else len(heldout):,} held out; {plan.steps:,} steps of {plan.global_batch:,} rows. "
-        f"the run in {config.train.output} {start}. Not looked at: weights, devices, other hosts"
+        f"the run in {config.train.output} {start}. Not looked at: what is in weight files, devices, other hosts"
     )
+
+
+def _find_weights(setting: str, path: str | None, gguf_file: str | None) -> None:
+    """Raises `UserError` for a folder without them. What lies on a hub is not fetched for a look."""
+    if path is None or not Path(path).is_dir():
+        return
+    files = [Path(path) / gguf_file] if gguf_file else weight_files(Path(path))
+    if lost := [file.name for file in files if not file.exists()]:
+        raise UserError(f"{setting} ({path}) lacks {', '.join(lost)}, of its weights: fetch or copy the model again")
 
 
 def preview(

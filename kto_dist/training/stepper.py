@@ -18,6 +18,7 @@ from kto_dist.model.causal_lm import completion_logps
 from kto_dist.model.checks import Rounding
 from kto_dist.model.engines import Policy
 from kto_dist.model.footprint import Sharding, tokens_that_fit
+from kto_dist.model.loading import shortened
 from kto_dist.model.memory import Memory, NeedsRestart, attempt, ends_suddenly
 from kto_dist.model.options import zero_stage
 from kto_dist.objective.objective import batch_loss, labels_of, survey
@@ -97,10 +98,27 @@ class Stepper:
             return run_step(fresh, self.policy, self.prepared.objective, lr=lr, start=start)
 
         try:
-            return self.memory.within(update, self.policy.forget)
+            result = self.memory.within(update, self.policy.forget)
         except NeedsRestart as failure:
             failure.step = work.step
             raise
+        if work.step == 0:
+            self._look_at_adapter()
+        return result
+
+    def _look_at_adapter(self) -> None:
+        """Collective, after the first update. What a family computes with a layer's weight past the layer's forward
+        never sees the adapter, which then learns nothing, and nothing else would say so."""
+        adapter = self.prepared.adapter
+        if adapter is None or adapter.start is not None:
+            return
+        if unmoved := self.policy.unmoved():
+            self.console.warn(
+                f"adapter: the first update has left {len(unmoved)} of the adapted layers as they were "
+                f"({shortened(unmoved)}), since they got no gradient. No token came to them, as to an expert that none "
+                "was routed to; or this family reads their weights past their forward, and they will never learn: then "
+                "leave them out of adapter.targets"
+            )
 
     def try_largest(self) -> None:
         """Collective. Runs the largest micro-batches that a step can have, where memory ends suddenly."""
