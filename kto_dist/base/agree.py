@@ -153,7 +153,8 @@ def _where(mistake: str, outcomes: "list[_Outcome[T]]") -> str:
     """The mistake, and of several hosts those that have it, unless all have."""
     by_rank = [outcome.host for outcome in outcomes]
     those = [rank for rank, outcome in enumerate(outcomes) if outcome.failure == mistake]
-    if {by_rank[rank].head for rank in those} == {host.head for host in by_rank}:
+    says_it_itself = any(outcomes[rank].where and outcomes[rank].where in mistake for rank in those)
+    if says_it_itself or {by_rank[rank].head for rank in those} == {host.head for host in by_rank}:
         return mistake
     return f"on {hosts.named(those, by_rank)}: {mistake}"
 

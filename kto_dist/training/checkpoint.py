@@ -177,7 +177,7 @@ def find(output: str | Path, warn: Callable[[str], None]) -> Path | None:
     lack = [rank for rank, names in seen.items() if newest is not None and newest not in names]
     if lack:
         by_rank = hosts.by_rank()
-        _refuse_lost({rank: names for rank, names in seen.items()}, common, by_rank, output)
+        _refuse_lost(seen, common, by_rank, output)
         warn(
             f"checkpoint {root / str(newest)} is not on {hosts.named(lack, by_rank)}, and is passed over: the newest "
             "that all hosts have counts"
