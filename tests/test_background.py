@@ -1,5 +1,6 @@
 """Training goes on while a checkpoint is written: what is committed is the step's, and before that there is none."""
 
+import io
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ranks import run_ranks
 from tiny_runs import TIMED, metrics_of, tiny_config, train_all, weights_of
 
 from kto_dist.base.errors import UserError
+from kto_dist.model.engine_io import PutOff, writes_noted
 from kto_dist.training import checkpoint, manifest
 from kto_dist.training.config import Config
 from kto_dist.training.loop import train
@@ -135,3 +138,34 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_with_a_sentence(small_disk,
     )  # fmt: skip
     (said,) = run_ranks(_refused, 1, config)
     assert "the checkpoint of step 1 cannot be written: train.output" in said and "is full: make room" in said
+
+
+class SmallMemory(io.BytesIO):
+    def write(self, content: bytes) -> int:
+        if self.tell() + len(content) > 4000:
+            raise MemoryError
+        return super().write(content)
+
+
+class TorchCheckpointEngine:
+    """As DeepSpeed's."""
+
+    def __init__(self, zipped: bool) -> None:
+        self.zipped = zipped
+
+    def save(self, state_dict: object, path: object) -> None:
+        torch.save(state_dict, path, _use_new_zipfile_serialization=self.zipped)
+
+    def makedirs(self) -> None: ...
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_memory_has_no_room_for_is_written_at_once(tmp_path, monkeypatch, zipped):
+    writer, put_off = TorchCheckpointEngine(zipped), list[PutOff]()
+    small, large = {"a": torch.ones(10)}, {"a": torch.ones(10_000)}
+    monkeypatch.setattr(io, "BytesIO", SmallMemory)
+    with writes_noted(SimpleNamespace(checkpoint_engine=writer), put_off) as failures:
+        writer.save(small, str(tmp_path / "small.pt"))
+        writer.save(large, str(tmp_path / "large.pt"))
+    assert failures == [] and [file.path.name for file in put_off] == ["small.pt"]
+    assert torch.equal(torch.load(tmp_path / "large.pt")["a"], large["a"])

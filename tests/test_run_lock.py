@@ -159,12 +159,40 @@ def test_of_two_that_start_at_once_without_locks_the_last_to_write_has_the_folde
 @pytest.mark.parametrize(
     "since", [{"boot": "before"}, {"namespace": "gone"}, {"namespace": "gone", "host": "container"}]
 )
-def test_what_a_machine_or_a_container_held_before_it_was_ended_is_free(tmp_path, since):
-    lock = tmp_path / NAME
+def test_what_a_machine_or_a_container_held_before_it_was_ended_is_free(tmp_path, monkeypatch, since):
+    lock, clock = tmp_path / NAME, time.clock_gettime
     lock.write_text(json.dumps({**whereabouts(), "job": "theirs", **since}))
+    if "boot" in since:  # the machine has just been started
+        os.utime(lock, (time.time() - 5.0,) * 2)
+        monkeypatch.setattr(time, "clock_gettime", lambda name: 2.0 if name == time.CLOCK_BOOTTIME else clock(name))
+    said: list[str] = []
+    mine = RunLock(tmp_path, "mine", said.append)
+    mine.take()
+    assert not said
+    mine.release()
+
+
+def test_machines_that_are_called_alike_do_not_share_a_folder(tmp_path):
+    """As two containers of one name: this machine has been up for longer than the lock has not been renewed."""
+    lock, said = tmp_path / NAME, list[str]()
+    lock.write_text(json.dumps({**whereabouts(), "boot": "another", "job": "theirs"}))
+
+    def renew(text: str) -> None:
+        said.append(text)
+        os.utime(lock, (time.time() + 1.0,) * 2)
+
+    with pytest.raises(UserError, match="another run .* is at work"):
+        RunLock(tmp_path, "mine", renew, Patience(silence=60.0, between_looks=0.01)).take()
+    assert len(said) == 1
+
+
+def test_who_has_lost_its_lock_leaves_that_of_another_run(tmp_path):
+    """Stopped for so long that another machine went on without a sign of life."""
     mine = RunLock(tmp_path, "mine")
     mine.take()
+    theirs = of_another_machine(tmp_path, age=0.0)
     mine.release()
+    assert json.loads(theirs.read_text())["job"] == "theirs"
 
 
 def test_another_container_of_this_machine_that_is_at_work_is_seen(tmp_path):

@@ -59,7 +59,7 @@ def writes_noted(engine: Any, put_off: list[PutOff] | None = None) -> Iterator[l
         content = io.BytesIO()
         try:
             write(state_dict, content)
-        except MemoryError:
+        except (MemoryError, RuntimeError):  # the latter is what torch makes of the former
             content.close()
             return write(state_dict, path)
         put_off.append(PutOff(Path(path), content.getbuffer()))

@@ -70,8 +70,10 @@ class RunLock:
         self._released.set()
         if self._descriptor is None:
             return
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+        # one that was stopped for long may find that another machine has taken the folder over
+        if _read(self._path).get("job") == self._job:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
         with contextlib.suppress(OSError):  # not empty
@@ -89,7 +91,7 @@ class RunLock:
             if holder.get("job") == self._job:  # of this run, on a host that shares the folder
                 os.close(descriptor)
                 return
-            if (known and not locked) or (not (locked and _is_free_here(holder)) and self._is_held(holder)):
+            if (known and not locked) or (not (locked and _is_free_here(holder, self._path)) and self._is_held(holder)):
                 os.close(descriptor)
                 away = f", or remove {self._path} if that machine is gone" if lives(holder) is None else ""
                 raise UserError(
@@ -180,11 +182,15 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _is_free_here(holder: dict[str, Any]) -> bool:
+def _is_free_here(holder: dict[str, Any], path: Path) -> bool:
     """Whether the lock that was just taken says that its last holder is gone: one of this kernel, in whatever
-    container, would hold it still, and this machine has been started again since another one of its own."""
+    container, would hold it still. So would one of this machine since it was started, and what has its name was this
+    machine if it has not renewed the lock since: containers of two machines may be called alike."""
     own = whereabouts()
-    return own["host"] == holder.get("host") or (own["boot"] != "" and own["boot"] == holder.get("boot"))
+    if own["boot"] != "" and own["boot"] == holder.get("boot"):
+        return True
+    began = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return own["host"] == holder.get("host") and _renewed(path) < began
 
 
 def _renewed(path: Path) -> float:
