@@ -10,6 +10,7 @@ import records
 from adapter_rate_table import adapter_rate
 from cluster_table import cluster_faults
 from compare_table import compare
+from saving_table import saving
 from scaling_table import curves, memory, times
 from table_parts import Content, about, counted, table
 from trainers import NAMES, title_of
@@ -416,5 +417,6 @@ KINDS: dict[str, Callable[..., str]] = {
     "compare": compare,
     "adapter-rate": adapter_rate,
     "cluster-faults": cluster_faults,
+    "saving": saving,
     **evidence_tables.KINDS,
 }

@@ -29,7 +29,7 @@ from kto_dist.base.processes import die_with_parent
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("node-a", "node-b")
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-_PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "unshare", "nsenter", "mount")
+_PROGRAMS = ("ip", "tc", "sshd", "ssh", "ssh-keygen", "unshare", "nsenter", "mount")
 _ALL = ("--net", "--mount", "--uts", "--ipc", "--pid")
 _SECONDS_TO_START = 20.0
 _CACHE = "torchinductor_"
@@ -113,6 +113,7 @@ class Nodes:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._ports: dict[str, str] = {}
         self._made = 0
+        self._slow: set[str] = set()
         self._keys()
         for name in self.names:
             for part in OWN:
@@ -207,6 +208,22 @@ class Nodes:
     def mend(self, name: str) -> None:
         self._on_switch("link", "set", self._ports[name], "up")
 
+    def slow(self, name: str, rate: str) -> None:
+        """Its link takes so much (`2mbit`), each way, from now on; what does not fit waits for up to 400 ms."""
+        shape = ("root", "tbf", "rate", rate, "burst", "32kb", "latency", "400ms")
+        self._on_switch("qdisc", "replace", "dev", self._ports[name], *shape, program="tc")
+        self._inside(name, "tc", "qdisc", "replace", "dev", "eth0", *shape)
+        self._slow.add(name)
+
+    def quicken(self, name: str) -> None:
+        """Its link takes what it can again."""
+        self._on_switch("qdisc", "del", "dev", self._ports[name], "root", program="tc")
+        self._inside(name, "tc", "qdisc", "del", "dev", "eth0", "root")
+        self._slow.discard(name)
+
+    def is_slow(self, name: str) -> bool:
+        return name in self._slow
+
     def popen(self, name: str, words: Sequence[str], said: Path) -> "subprocess.Popen[bytes]":
         """A program on a host. Its process is the child of the one that is returned, which ends with its status."""
         enter = ["nsenter", "--target", str(self._first(name)), *_ALL]
@@ -275,8 +292,8 @@ class Nodes:
             raise RuntimeError(f"a host has ended by itself, with status {process.returncode}")
         return None
 
-    def _on_switch(self, *words: str) -> None:
-        _check(["nsenter", "--target", str(self._switch.pid), "--net", "ip", *words])
+    def _on_switch(self, *words: str, program: str = "ip") -> None:
+        _check(["nsenter", "--target", str(self._switch.pid), "--net", program, *words])
 
     def _inside(self, name: str, *words: str) -> None:
         _check(["nsenter", "--target", str(self._first(name)), "--net", *words])
