@@ -31,6 +31,10 @@ def nothing(trial: Trial) -> None:
     """Where a fault needs no mending."""
 
 
+def no_help(trial: Trial) -> bool:
+    return False
+
+
 def usual_disks(nodes: Nodes) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -213,8 +217,8 @@ class Kind:
     """Before the first start."""
     reaches: Callable[[Trial, int], bool] = further
     """Where it goes on: whether it is further than so many steps."""
-    settle: Callable[[Trial], None] = nothing
-    """What its user does when the job has ended."""
+    settle: Callable[[Trial], bool] = no_help
+    """What its user does when the job has ended; whether there was anything to do."""
     judge: Callable[[Trial], str] = lambda trial: ""
     """What is wrong when all is over, beside metrics and weights."""
 
@@ -247,6 +251,14 @@ KINDS = {
             names=(r"node-b \(rank 1\): nothing was heard", "last seen in phase", "node-b is lost"),
             early=("node-b is lost",),
             itself=True,
+        ),
+        Kind(
+            name="first-off",
+            title="the launching host is switched off, and on again",
+            inject=off(FIRST),
+            mend=on,
+            names=(),
+            early=(),
         ),
         Kind(
             name="link-down",

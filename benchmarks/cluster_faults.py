@@ -69,14 +69,16 @@ def untimed(file: Path) -> list[dict[str, Any]]:
 
 
 def apart(run: Path, kept: Path) -> float:
-    """How far weights are from those of the undisturbed job, relative to these; 0 to the bit, metrics as well."""
+    """How far weights and metrics are from those of the undisturbed job, relative to these; 0 to the bit."""
     from safetensors.torch import load_file
 
     ours, theirs = (load_file(folder / "export" / "model.safetensors") for folder in (run, kept))
     furthest = max(float((ours[name] - tensor).norm() / tensor.norm()) for name, tensor in theirs.items())
-    if furthest == 0 and untimed(run / "metrics.jsonl") != untimed(kept / "metrics.jsonl"):
+    lines, wanted = untimed(run / "metrics.jsonl"), untimed(kept / "metrics.jsonl")
+    if [list(line) for line in lines] != [list(line) for line in wanted]:
         return float("inf")
-    return furthest
+    pairs = [(line[name], other[name]) for line, other in zip(lines, wanted, strict=True) for name in line]
+    return max([furthest, *(abs(own - other) / max(1.0, abs(other)) for own, other in pairs)])
 
 
 def disturbed(kind: "Kind", nodes: Nodes, kept: Path, draw: random.Random, faults: int, failed: Path) -> list[Outcome]:

@@ -179,11 +179,11 @@ def hit(trial: Trial, again: float | None) -> Outcome:
     kind.inject(trial)
     status, ends, noticed, back, end, mended, since = 0, 0, None, None, None, False, None
     left: list[str] = []
-    restarted, tidied, looked = False, False, 0.0
+    restarted, tidied, helped, looked = False, False, False, 0.0
     while back is None:
         now, words, over = time.monotonic() - began, trial.words()[heard:], not job.runs()
-        if not restarted:
-            made = max(made, trial.made()) if trial.log() == log else made
+        if not restarted and not kind.goes_on and trial.log() == log:
+            made = max(made, trial.made())
         if noticed is None and _TOLD.search(words):
             noticed = now
         if over and not tidied and job.wait(LIMIT):
@@ -201,7 +201,7 @@ def hit(trial: Trial, again: float | None) -> Outcome:
                 status, end = found, now
             ends += 1
             if found == 0:
-                kind.settle(trial)
+                helped = kind.settle(trial)
                 back = time.monotonic() - began if kind.goes_on else None
                 break
             if ends == STARTS:
@@ -232,7 +232,7 @@ def hit(trial: Trial, again: float | None) -> Outcome:
         fault=kind.name,
         starting=starting,
         status=status,
-        itself=ends == 0,
+        itself=ends == 0 or (kind.goes_on and status == 0 and not helped),
         named=all(re.search(text, words) for text in names),
         steps_lost=0 if kind.goes_on else max(0, made - trial.point),
         notice_seconds=noticed if names else None,

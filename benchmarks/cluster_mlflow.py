@@ -26,6 +26,7 @@ HOST, RANK_0, PORT = "node-b", "node-a", 5000
 WORDS = ("tracking.enabled=true", f"tracking.uri=http://{HOST}:{PORT}")
 LONGEST_OUTAGE = 15.0
 """Seconds. Some end while the job trains, some after it has ended."""
+SLOW_LINK = "4mbit"
 _SECONDS_TO_SERVE, _SECONDS_TO_TRACK = 120.0, 120.0
 
 
@@ -52,6 +53,8 @@ def kill(trial: Trial) -> None:
     """And starts it again some seconds later."""
     _stop(trial)
     seconds = trial.draw.uniform(1.0, LONGEST_OUTAGE)
+    if trial.draw.random() < 0.5:  # the job would end before that: steps take a second from now on
+        trial.nodes.slow(HOST, SLOW_LINK)
 
     def come_back() -> None:
         time.sleep(seconds)
@@ -91,19 +94,20 @@ def has_beyond(trial: Trial, made: int) -> bool:
     return bool(found) and (found[0][0] or 0) > made + 1
 
 
-def settle(trial: Trial) -> None:
-    """Once the server is back, `kto-dist track` sends what the job could not."""
+def settle(trial: Trial) -> bool:
+    """Once the server is back, `kto-dist track` sends what the job could not. Whether that was needed."""
     for thread in threading.enumerate():
         if thread.name == _BACK:
             thread.join()
     state = json.loads((trial.run(RANK_0) / ".mlflow" / "state.json").read_text())
     if state["status"] and not (trial.run(RANK_0) / ".mlflow" / "spool.jsonl").exists():
-        return  # all has arrived
+        return False  # all has arrived
     said = trial.nodes.folder / "said-by-track"
     trial.said.append(said)
     words = [sys.executable, "-m", "kto_dist.commands.cli", "track", str(trial.nodes.disk / "run")]
     if status := trial.nodes.popen(RANK_0, words, said).wait(_SECONDS_TO_TRACK):
         raise RuntimeError(f"`kto-dist track` ends with status {status}")
+    return True
 
 
 def judge(trial: Trial) -> str:

@@ -117,9 +117,10 @@ def train_some(result_file: Path, config: str, overrides: list[str]) -> None:
 @click.command(help=__doc__.split("\n\n")[0], context_settings={"ignore_unknown_options": True})
 @click.option("--config", default="launch/demo/demo.yaml", show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the figures to this file.")
+@click.option("--beside", default="", help="What else the machine did meanwhile, in words.")
 @click.option("--run", "result", type=click.Path(path_type=Path), hidden=True)
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-def main(config: str, file: Path | None, result: Path | None, overrides: tuple[str, ...]) -> None:
+def main(config: str, file: Path | None, beside: str, result: Path | None, overrides: tuple[str, ...]) -> None:
     if result is not None:
         from kto_dist.base.exits import leave
 
@@ -131,7 +132,7 @@ def main(config: str, file: Path | None, result: Path | None, overrides: tuple[s
             lines.append(measure(config, case, way, overrides))
             click.echo(f"{case.dtype}, ZeRO {case.zero_stage}, {way}: {sum(lines[-1]['seconds']):.1f} s")
     settings = {"config": Path(config).name, "every_steps": EVERY, "steps": LAST - FIRST}
-    content = records.frame("saving", settings) | {"results": costs(lines)}
+    content = records.frame("saving", settings) | {"beside": beside, "results": costs(lines)}
     for line in content["results"]:
         if "cost" in line:
             click.echo(

@@ -26,4 +26,5 @@ def saving(content: dict[str, Any]) -> str:
     head = ["run", "checkpoints", "GiB of one", "s a step, all told", "s that one stops training"]
     head += ["s that one costs", "GiB of memory at most"]
     job = f"one rank, the demo's model, {settings['steps']} steps, a checkpoint every {settings['every_steps']}"
-    return f"{about(content, job)}\n\n{table(head, rows)}"
+    beside = f"\n\nNot measured alone: {content['beside']}." if content["beside"] else ""
+    return f"{about(content, job)}{beside}\n\n{table(head, rows)}"

@@ -138,6 +138,16 @@ def test_what_is_not_said_is_not_named(tmp_path):
     assert not hit(trial, again=None).named
 
 
+def test_a_job_that_goes_on_is_back_with_the_step_after_the_one_that_was_under_way(tmp_path):
+    def one_more(trial: FakeTrial) -> None:
+        with (trial.run("node-a") / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 8, "loss": 0.5}\n{"step": 9, "loss": 0.5}\n')
+
+    trial = trial_of(tmp_path, "slow", one_more, lambda trial: trial.steps(7))
+    found = hit(trial, again=None)
+    assert found.back_seconds is not None and found.end_seconds is None and found.itself and found.steps_lost == 0
+
+
 @pytest.mark.parametrize(
     ("points", "statuses", "words"),
     [
@@ -167,7 +177,7 @@ def test_mlflow_has_every_figure_once_in_order_of_a_run_that_has_ended(tmp_path,
 def test_the_table_counts_what_went_wrong_and_says_why():
     lines = [
         Outcome(fault="rank-killed", starting=False, itself=True, equal=True, named=True, back_seconds=20.0),
-        Outcome(fault="rank-killed", starting=True, equal=False, apart=1e9, named=True, note="the job hangs"),
+        Outcome(fault="rank-killed", starting=True, equal=False, apart=1e-7, named=True, note="the job hangs"),
         Outcome(fault="store-full", starting=True, equal=False, apart=2e-7, named=True, back_seconds=9.0),
     ]
     content = {
