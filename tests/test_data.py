@@ -221,7 +221,7 @@ def test_a_script_without_a_main_guard_may_tokenise_in_processes(tmp_path):
     )
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, [path or "." for path in sys.path]))}
     command = [sys.executable, "script.py"]
-    ran = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, timeout=100)
+    ran = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, timeout=250)
     assert ran.stdout == "40\n", ran.stderr
 
 

@@ -19,7 +19,7 @@ from kto_dist.training.config import Config
 from kto_dist.training.loop import train
 from kto_dist.training.step import StepResult
 
-SECONDS = 100
+SECONDS = 200
 """Far less than ranks wait for one that has gone."""
 
 
