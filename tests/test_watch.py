@@ -75,7 +75,7 @@ def _job(folder: Path, role: str) -> int:
     which = 0 if role == "first stopped" else 1
 
     def work() -> None:
-        comm.set_timeout(6)
+        comm.set_timeout(12)  # a rank that stops after three looks has been silent for long when that is nearly over
         doing.enter("training")
         if rank == which:
             (folder / "pid").write_text(str(os.getpid()))
