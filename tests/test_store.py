@@ -19,20 +19,23 @@ from pair_key import keys_array, pair_key
 from small_disk import remount
 
 from kto_dist.base.errors import UserError
+from kto_dist.store import store
 from kto_dist.store.shards import KEY, encode
 from kto_dist.store.storage import LocalStorage
 from kto_dist.store.store import FORMAT, Store, read_manifest
 
 
-def test_what_was_added_is_found_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("at_once", [7, store.AT_ONCE])
+def test_what_was_added_is_found_and_nothing_else(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(store, "AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     keys = keys_array([pair_key(rng.integers(0, 9, 3), rng.integers(0, 9, 4)) for _ in range(1000)])
     keys = np.unique(keys)
     values = rng.normal(size=keys.size)
-    store = Store(tmp_path, IDENTITY)
-    store.add(keys[:300], values[:300], np.full(300, 4))
-    store.add(keys[300:500], values[300:500], np.full(200, 4))
-    for reader in (store, Store(tmp_path, IDENTITY)):
+    writer = Store(tmp_path, IDENTITY)
+    writer.add(keys[:300], values[:300], np.full(300, 4))
+    writer.add(keys[300:500], values[300:500], np.full(200, 4))
+    for reader in (writer, Store(tmp_path, IDENTITY)):
         logps, found = reader.lookup(keys)
         assert found[:500].all() and not found[500:].any()
         assert (logps[:500] == values[:500]).all() and not logps[500:].any()

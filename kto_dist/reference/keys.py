@@ -21,12 +21,38 @@ from kto_dist.store.shards import KEY
 _SIDES = {"prompt": b"kto prompt", "completion": b"kto completion"}
 
 
+AT_ONCE = 2**20
+"""Pairs whose keys are added up at a time: what is made on the way stays small."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Digests:
+    """Of one side of P pairs, a digest a row: pairs are twice as many. `digests[places]` are those of (Q,) pairs."""
+
+    rows: np.ndarray
+    """(P,) rows that give this side."""
+    of_row: np.ndarray
+    """(N,) KEY, of the rows that some pair keeps whole."""
+    cut: np.ndarray
+    """(C,) pairs that keep less of their row, in order."""
+    of_cut: np.ndarray
+    """(C,) KEY"""
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:  # (Q,) int64 -> (Q,) KEY
+        found = self.of_row[self.rows[places]]
+        if self.cut.size:
+            where = np.minimum(np.searchsorted(self.cut, places), self.cut.size - 1)
+            hit = self.cut[where] == places
+            found[hit] = self.of_cut[where[hit]]
+        return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairKeys:
     keys: np.ndarray
     """(P,) KEY."""
-    prompts: np.ndarray
-    """(P,) KEY, the digest of the prompt alone: equal where pairs have the same prompt, cut alike."""
+    prompts: Digests
+    """Of the prompts alone: equal where pairs have the same prompt, cut alike."""
 
 
 def pair_keys(
@@ -39,7 +65,11 @@ def pair_keys(
     """Collective: every rank hashes its share of the rows."""
     front = _side(examples, "prompt", prompts, prompt_kept)
     back = _side(examples, "completion", completions, completion_kept)
-    return PairKeys(keys=_sum(front, back), prompts=front)
+    keys = np.empty(prompts.size, KEY)
+    for start in range(0, prompts.size, AT_ONCE):
+        places = np.arange(start, min(start + AT_ONCE, prompts.size))
+        keys[places] = _sum(front[places], back[places])
+    return PairKeys(keys=keys, prompts=front)
 
 
 def _sum(front: np.ndarray, back: np.ndarray) -> np.ndarray:
@@ -49,8 +79,8 @@ def _sum(front: np.ndarray, back: np.ndarray) -> np.ndarray:
     return keys
 
 
-def _side(examples: Examples, side: str, rows: np.ndarray, kept: np.ndarray) -> np.ndarray:  # (P,) KEY
-    """Digests of one side of every pair. A row that is cut in some pairs only has a digest for each length."""
+def _side(examples: Examples, side: str, rows: np.ndarray, kept: np.ndarray) -> Digests:
+    """A row that is cut in some pairs only has a digest for each length."""
     lengths = examples.prompt_lengths if side == "prompt" else examples.completion_lengths
     whole = kept == lengths[rows]
     wanted = np.zeros(len(examples), dtype=bool)
@@ -63,9 +93,7 @@ def _side(examples: Examples, side: str, rows: np.ndarray, kept: np.ndarray) -> 
     found = _hashed_by_all_ranks(examples, side, all_rows, all_kept)
     of_row = np.zeros(len(examples), KEY)
     of_row[shared] = found[: shared.size]
-    digests = of_row[rows]
-    digests[cut] = found[shared.size :]
-    return digests
+    return Digests(rows=rows, of_row=of_row, cut=cut, of_cut=found[shared.size :].copy())
 
 
 def _hashed_by_all_ranks(examples: Examples, side: str, rows: np.ndarray, kept: np.ndarray) -> np.ndarray:  # (R,) KEY

@@ -88,8 +88,10 @@ class RefLogps:
 
     def __init__(self, examples: Examples, prompts: np.ndarray, completions: np.ndarray, logps: np.ndarray):
         code = prompts.astype(np.int64) * len(examples) + completions
-        order = np.argsort(code, kind="stable")  # of sorted pairs (`wanted_pairs`) a stable sort is one pass
-        self._rows, self._code, self._logps = len(examples), code[order], logps[order]
+        if not (code[1:] >= code[:-1]).all():  # those of `wanted_pairs` are sorted
+            order = np.argsort(code, kind="stable")
+            code, logps = code[order], logps[order]
+        self._rows, self._code, self._logps = len(examples), code, logps
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """(P,) rows that give the prompt, (P,) rows that give the completion, of all that are known."""

@@ -30,7 +30,7 @@ from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import completion_logps
 from kto_dist.model.engines import Reference
 from kto_dist.model.memory import Memory, attempt
-from kto_dist.reference.keys import pair_keys
+from kto_dist.reference.keys import Digests, pair_keys
 from kto_dist.reference.pairs import RefLogps
 from kto_dist.reference.prefix import Trees, cost, grow, lay_out
 from kto_dist.reference.progress import Meter, Watch
@@ -196,8 +196,8 @@ class Sought:
     """(P,) tokens."""
     keys: np.ndarray
     """(P,) KEY."""
-    prompt_keys: np.ndarray
-    """(P,) KEY, equal where the prompt's tokens are."""
+    prompt_keys: Digests
+    """Equal where the prompt's tokens are."""
 
     def work(self, places: np.ndarray) -> "Work":
         """Those at (Q,) places, all different, to be scored."""

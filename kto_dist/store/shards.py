@@ -82,26 +82,25 @@ def merge(parts: Sequence[Pairs]) -> Pairs:
     """
     if not parts:
         return EMPTY
-    together = Pairs(
-        high=np.concatenate([part.high for part in parts]),
-        low=np.concatenate([part.low for part in parts]),
-        logps=np.concatenate([part.logps for part in parts]),
-        tokens=np.concatenate([part.tokens for part in parts]),
-    )
-    order = np.argsort(together.high)
-    high = together.high[order]
+    order = np.argsort(np.concatenate([part.high for part in parts]))
+
+    def sorted_column(name: str) -> np.ndarray:
+        # one after the other: the parts and the result are as much memory as a store of millions should take
+        return np.concatenate([getattr(part, name) for part in parts])[order]
+
+    high, low, logps, tokens = map(sorted_column, ("high", "low", "logps", "tokens"))
     again = 1 + np.flatnonzero(high[1:] == high[:-1])  # rows whose first half is that of the row before
-    if again.size:
-        tied = np.zeros(order.size, dtype=bool)
-        tied[again], tied[again - 1] = True, True
-        rows = order[tied]
-        rows = rows[np.lexsort((together.logps[rows], together.low[rows], together.high[rows]))]
-        order[tied] = rows
-        low = together.low[order]
-        keep = np.ones(order.size, dtype=bool)
-        keep[again] = low[again] != low[again - 1]
-        order = order[keep]
-    return together[order]
+    if not again.size:
+        return Pairs(high=high, low=low, logps=logps, tokens=tokens)
+    tied = np.zeros(order.size, dtype=bool)
+    tied[again], tied[again - 1] = True, True
+    rows = np.flatnonzero(tied)
+    ranked = rows[np.lexsort((logps[rows], low[rows], high[rows]))]
+    for column in (low, logps, tokens):
+        column[rows] = column[ranked]
+    keep = np.ones(order.size, dtype=bool)
+    keep[again] = low[again] != low[again - 1]
+    return Pairs(high=high, low=low, logps=logps, tokens=tokens)[keep]
 
 
 def disagreements(parts: Sequence[Pairs]) -> tuple[int, float]:

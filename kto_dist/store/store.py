@@ -43,6 +43,8 @@ FOLDER_DIGITS = 32
 """Of a fingerprint's 64, in the folder's name."""
 MANY_SHARDS = 2000
 """Beyond which a listing is longer than it needs to be."""
+AT_ONCE = 2**20
+"""Pairs that are looked up at a time."""
 _RENEWED_AFTER = 3600.0
 LEASE_SECONDS = 24 * 3600.0
 """A use that was not renewed for so long, by another machine, has ended without saying so."""
@@ -127,10 +129,12 @@ class Store:
             self._known = self._read()
         if self._fresh:
             self._known, self._fresh = merge([self._known, *self._fresh]), []
-        rows = self._known.find(keys)
-        found = rows >= 0
-        logps = np.zeros(keys.size)
-        logps[found] = self._known.logps[rows[found]]
+        found, logps = np.zeros(keys.size, dtype=bool), np.zeros(keys.size)
+        for start in range(0, keys.size, AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            rows = self._known.find(keys[part])
+            found[part] = rows >= 0
+            logps[part][rows >= 0] = self._known.logps[rows[rows >= 0]]
         return logps, found
 
     def begin(self, pairs: int = 0) -> None:
