@@ -37,13 +37,15 @@ def main() -> None:
 
     def after_step(result: Any) -> None:
         updates.append(machine.now())
-        if len(updates) == warm and meter is not None:
-            meter.begin()
-            updates[-1] = machine.now()
+        if meter is not None and len(updates) > warm:
+            peak.append(meter.bytes())
         if len(updates) == steps:
-            if meter is not None:
-                peak.append(meter.bytes())
             raise Enough
+        if meter is not None and len(updates) >= warm:
+            # each step anew: what was there before it, and goes in it, nobody counts
+            meter.begin()
+        if len(updates) >= warm:
+            updates[-1] = machine.now()
 
     with suppress(Enough):
         train(Config.load(config_file), watch=after_step)
@@ -51,7 +53,7 @@ def main() -> None:
         seconds = [after - before for before, after in pairwise(updates[warm - 1 :])]
         content = {
             "seconds": seconds,
-            "peak_bytes": peak[0] if meter else None,
+            "peak_bytes": max(peak, default=None),
             "held_bytes": meter.held if meter else None,
         }
         result_file.write_text(json.dumps(content))

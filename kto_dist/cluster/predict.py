@@ -233,7 +233,10 @@ class _Times:
         device += attention / (gpu.flops * shares.attention) + moved / bandwidth
         # 4 bits are unpacked to bf16, which the matmul reads
         device += (PACKED_BYTES + 2) * self.shape.packed / bandwidth
-        return shares.compute * max(device / shares.busy, host * shares.host_seconds * self.shape.layers)
+        host_seconds = host * shares.host_seconds * self.shape.layers
+        # a CPU does the host's work as well, one after the other
+        both = device / shares.busy + host_seconds if self.way.cpu else max(device / shares.busy, host_seconds)
+        return shares.compute * both
 
     def _moved(self, lengths: np.ndarray) -> float:
         """Bytes that a layer's other work goes through, forward and backward."""
