@@ -1,5 +1,6 @@
 """Training goes on while a checkpoint is written: what is committed is the step's, and before that there is none."""
 
+import contextlib
 import io
 import os
 import signal
@@ -169,3 +170,25 @@ def test_what_memory_has_no_room_for_is_written_at_once(tmp_path, monkeypatch, z
         writer.save(large, str(tmp_path / "large.pt"))
     assert failures == [] and [file.path.name for file in put_off] == ["small.pt"]
     assert torch.equal(torch.load(tmp_path / "large.pt")["a"], large["a"])
+
+
+def _steps_of_an_hour(config: Config) -> str:
+    """By the clock, from the moment that the first checkpoint is written."""
+    clock, passed = time.monotonic, [0.0]
+    time.monotonic = lambda: clock() + passed[0]
+
+    def look(result: StepResult) -> None:
+        if result.step > 2:
+            while any(thread.name == "checkpoint" for thread in threading.enumerate()):
+                time.sleep(1e-3)
+            passed[0] += 3600.0
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train(config, watch=look)
+    return said.getvalue()
+
+
+def test_a_checkpoint_is_not_said_to_take_as_long_as_the_step_beside_it(tmp_path, tiny_model, tiny_log):
+    config, _ = both(tmp_path, tiny_model, tiny_log, cluster__grace=1800.0, train__max_steps=4)
+    (said,) = run_ranks(_steps_of_an_hour, 1, config)
+    assert "KTO" in said and "cluster.grace" not in said

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -84,6 +85,9 @@ class Saving:
         once. Raises `UserError` where a disk does not take it.
         """
         self.step, self._keep, self._best = state.step, keep, best
+        self._began = time.monotonic()
+        self.seconds = 0.0
+        """That it has taken: to copy, to write and to commit, but not to wait until it was asked for."""
         self._root = folder(output)
         self._name = name_of(state.step)
         self._partial = self._root / f".partial-{self._name}"
@@ -120,8 +124,10 @@ class Saving:
         """
         with self._refusals():
             made = agree.side_by_side(self._wait)
+            began = time.monotonic()
             manifest.write(self._partial, made)
             agree.side_by_side(lambda: self._finish() if self._first else None)
+        self.seconds += time.monotonic() - began
         return self._root / self._name
 
     def _refusals(self) -> AbstractContextManager[None]:
@@ -139,6 +145,7 @@ class Saving:
                 self._written[str(file.path.relative_to(self._partial))] = entry
         except Exception as error:  # raised on all ranks by `commit`
             self._failed = error
+        self.seconds = time.monotonic() - self._began
 
     def _wait(self) -> dict[str, manifest.Entry]:
         self._thread.join()

@@ -4,7 +4,6 @@ In:  the policy after a step. Out: a checkpoint, committed at once, or after the
 has written its part. Another one, and the end of the run, wait for it.
 """
 
-import time
 from dataclasses import dataclass, field, replace
 
 from kto_dist.base.console import Console
@@ -25,7 +24,6 @@ class Saves:
     run: Run
     console: Console
     _under_way: Saving | None = field(default=None, init=False)
-    _began: float = field(default=0.0, init=False)
     _seconds: float = field(default=0.0, init=False)
     """That its step took."""
 
@@ -34,7 +32,7 @@ class Saves:
         self.finish()
         self.console.phase("checkpoint")
         section, run = self.prepared.config.checkpoint, self.run
-        self._began, self._seconds = time.monotonic(), seconds
+        self._seconds = seconds
         self._under_way = Saving(
             self.policy,
             run.folder.path,
@@ -59,7 +57,6 @@ class Saves:
             return
         saving.commit()
         first, self.run.saved = self.run.saved == 0, saving.step
-        took = time.monotonic() - self._began
-        long = beyond_grace(self._seconds, took, self.prepared.config.cluster.grace)
+        long = beyond_grace(self._seconds, saving.seconds, self.prepared.config.cluster.grace)
         if first and long is not None:
             self.console.warn(long)
