@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ranks import run_ranks
 from tiny_memory import room_for_one_prompt
 from tiny_runs import TIMED, WORSE, metrics_of, tiny_config, train_all, train_and_die_after
 
+from kto_dist.base import comm
 from kto_dist.base.errors import UserError
 from kto_dist.evaluation import generate
 from kto_dist.record.report import write_report
@@ -173,6 +175,35 @@ def test_where_a_rank_lacks_memory_half_the_prompts_at_once_give_the_same_answer
     assert answers_of(config) == answers_of(roomy) and len(answers_of(config)[0]["answers"]) == 6
     assert summary["memory"] == ["out of memory while prompts were answered: going on with 1 at once"]
     assert " ".join(said.split()).count("going on with 1 at once. To start there, set answers.batch=1") == 1
+
+
+def _others_go_on_meeting(config: Config) -> list[bool]:
+    """Whether, each time that this rank answered, collectives were over before it had."""
+    answer, ask, met, over = generate.generate, comm.any_, list[bool](), [0]
+
+    def counting(flag: bool) -> bool:
+        found = ask(flag)
+        over[0] += 1
+        return found
+
+    def slow(lm: Any, prompts: Any, *arguments: Any, **named: Any) -> Any:
+        if prompts:
+            before, deadline = over[0], time.monotonic() + 20
+            while over[0] < before + 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            met.append(over[0] >= before + 3)
+        return answer(lm, prompts, *arguments, **named)
+
+    generate.generate, comm.any_ = slow, counting
+    train_all([config])
+    return met
+
+
+def test_a_rank_without_prompts_waits_for_long_answers_and_not_in_one_collective(tmp_path, tiny_model, tiny_log):
+    """It would end the run at `cluster.timeout`."""
+    wanted = {**ASKED, "answers__while_training": 1, "evaluate__every_steps": None, "train__max_steps": 1}
+    config = tiny_config(tmp_path, tiny_model, tiny_log, **wanted)
+    assert run_ranks(_others_go_on_meeting, 2, config) == [[True, True], []]
 
 
 def _slow(config: Config) -> str:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
-from kto_dist.base import comm
+from kto_dist.base import agree, comm
 from kto_dist.base.console import Console
 from kto_dist.base.signals import Interrupted
 from kto_dist.data.examples import Examples
@@ -125,12 +126,19 @@ class Samples:
         """Collective. Each rank answers its share; None, and told, where one could not. Raises `Interrupted`."""
         lm = self.stepper.policy.model.lm
         rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
-        own: Tried | None = None
-        with suppress(Interrupted):
-            own = tried(lm, prompts[rank::ranks], decoding, batch=self.at_once.prompts, stop=stop)
-        if comm.any_(own is None):
+
+        def work() -> Tried | None:
+            if lm.device.type == "cuda":
+                torch.cuda.set_device(lm.device)  # each thread has its own
+            with suppress(Interrupted):
+                return tried(lm, prompts[rank::ranks], decoding, batch=self.at_once.prompts, stop=stop)
+            return None
+
+        # a rank with fewer prompts may have to wait for longer than a collective may last
+        found = agree.side_by_side(work)
+        shares = [share for share in found if share is not None]
+        if len(shares) < len(found):
             raise Interrupted
-        shares = [share for share in comm.gather(own) if share is not None]
         if said := self.at_once.lower(min(share.batch for share in shares)):
             self.stepper.memory.halved.append(said)
         failures = [share.why for share in shares if share.why is not None]
