@@ -89,16 +89,19 @@ def test_completions_of_a_tree_score_as_they_do_alone(name):
 
 @pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in FAMILIES), ("llama", "varlen")])
 def test_where_widths_are_rounded_up_those_of_trees_are_and_score_the_same(name, attention, monkeypatch):
-    model, trees, widths = family(name), some_trees(), []
+    model, trees, masks = family(name), some_trees(), []
     model.lm.set_attn_implementation(attention)
-    model.lm.get_input_embeddings().register_forward_pre_hook(lambda layer, inputs: widths.append(inputs[0].shape[1]))
+    decoder = getattr(model.lm, model.lm.base_model_prefix)
+    decoder.register_forward_pre_hook(lambda _, __, named: masks.append(named["attention_mask"]), with_kwargs=True)
     batch = lay_out(trees, np.arange(10))
     with torch.no_grad():
         expected = completion_logps(model, batch, model.transform, 2**28)
         monkeypatch.setitem(causal_lm.ROUND_WIDTH, "cpu", 64)
         found = completion_logps(model, batch, model.transform, 2**28)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert widths == [batch.input_ids.shape[1], 64] and widths[0] < 64
+    assert [mask.shape[1:] for mask in masks] == [(1, width, width) for width in (batch.input_ids.shape[1], 64)]
+    # not every kernel takes a position that sees nothing
+    assert batch.input_ids.shape[1] < 64 and masks[1].any(-1).all()
 
 
 def test_another_completion_of_the_tree_changes_nothing():
