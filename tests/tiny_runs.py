@@ -13,6 +13,10 @@ from kto_dist.training.config import Config
 from kto_dist.training.loop import train
 from kto_dist.training.step import StepResult
 
+GATHERED = Path(__file__).parent / "cases" / "gathered.json"
+"""Options of ZeRO-3: by default parameters below 100,000 numbers stay whole on every rank, and no hook would gather any
+of a tiny model. Here its norms stay whole, and its matrices do not."""
+
 
 def tiny_config(folder: Path, model: Path, log: Path, **overrides: Any) -> Config:
     """5 steps of 16 rows in fp32, without a report, which would take longer; `section__key=value` changes a setting."""
