@@ -31,7 +31,7 @@ def test_a_process_that_a_single_one_starts_is_alone_as_well(alone):
     assert (done.returncode, done.stdout) == (0, "1 7\n"), done.stderr
 
 
-def _meets(rank: int, size: int, port: int, seconds: float) -> subprocess.Popen[str]:
+def _meets(rank: int, size: int, port: int, seconds: float, **more: str) -> subprocess.Popen[str]:
     program = (
         "import sys; from datetime import timedelta; from kto_dist.base.meeting import meet; "
         "from kto_dist.base.errors import UserError\n"
@@ -41,7 +41,7 @@ def _meets(rank: int, size: int, port: int, seconds: float) -> subprocess.Popen[
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "KTO_DIST_HOST": f"node-{rank}"}
     return subprocess.Popen(
         [sys.executable, "-c", program, str(rank), str(size), str(seconds)],
-        env={**os.environ, **environment},
+        env={**os.environ, **environment, **more},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -60,6 +60,13 @@ def test_a_rank_that_does_not_come_is_named(port):
     said = [rank.communicate()[0] for rank in ranks]
     for words in said:
         assert "1 of 3 ranks have not come within 20 s: 1." in words and "There are those of node-0, node-2" in words
+
+
+def test_a_rank_that_an_earlier_start_has_left_does_not_join_a_later_one(port):
+    ranks = [_meets(rank, 2, port, 5, KTO_DIST_START=start) for rank, start in ((0, "later"), (1, "earlier"))]
+    said = ranks[0].communicate()[0]
+    assert "1 of 2 ranks have not come within 5 s: 1. There are those of node-0" in said
+    assert "met" not in ranks[1].communicate()[0]
 
 
 def test_hosts_that_count_other_ranks_are_named(port):

@@ -149,13 +149,16 @@ def test_statuses_of_several_processes_are_one():
     assert worst([0, -9]) == 137
 
 
-def _launcher(folder: Path, todo: dict[str, object], ignores: int | None = None) -> "subprocess.Popen[str]":
+def _launcher(
+    folder: Path, todo: dict[str, object], ignores: int | None = None, timeout: float = 20.0
+) -> "subprocess.Popen[str]":
     """In a process of its own, to be signalled; it was started to ignore one of the signals."""
     code = (
-        "import sys; sys.path[:0] = sys.argv[3:]; from test_launch import plan_of, run; from pathlib import Path; "
-        "import json; sys.exit(run(plan_of(Path(sys.argv[1]), json.loads(sys.argv[2]))).status)"
+        "import sys; sys.path[:0] = sys.argv[4:]; from test_launch import plan_of, run; from pathlib import Path; "
+        "import json; plan = plan_of(Path(sys.argv[1]), json.loads(sys.argv[2]), timeout=float(sys.argv[3])); "
+        "sys.exit(run(plan).status)"
     )
-    command = [sys.executable, "-c", code, str(folder), json.dumps(todo), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, str(folder), json.dumps(todo), str(timeout), str(Path(__file__).parent)]
     ignore = None if ignores is None else lambda: signal.signal(ignores, signal.SIG_IGN)
     return subprocess.Popen(command, env=environment(), preexec_fn=ignore)
 
@@ -189,6 +192,20 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(cluster):
     for rank in range(2):
         pid = facts_of(cluster, rank)["pid"]
         wait_for(lambda pid=pid: ended(pid))
+
+
+def test_ranks_end_where_nothing_is_heard_of_the_launcher(cluster):
+    """As of one whose host was switched off: no connection ends."""
+    job = _launcher(cluster, {"0": "wait", "1": "stubborn"}, timeout=1.0)
+    wait_for(lambda: all((cluster / f"start-{rank}-0").exists() for rank in range(2)))
+    job.send_signal(signal.SIGSTOP)
+    try:
+        for rank in range(2):
+            pid = facts_of(cluster, rank)["pid"]
+            wait_for(lambda pid=pid: ended(pid))
+    finally:
+        job.kill()
+        job.wait(60)
 
 
 def test_a_host_that_is_not_reached_is_named(cluster, capfd):

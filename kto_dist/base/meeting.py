@@ -16,7 +16,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # torch does not 
 )
 
 from kto_dist.base.errors import UserError
-from kto_dist.base.processes import host
+from kto_dist.base.processes import START, host
 
 _SECONDS_TO_READ = 3.0
 """That rank 0 stays, with the store, after something was found wrong."""
@@ -36,7 +36,8 @@ def meet(rank: int, size: int, wait: timedelta) -> Store:
             "a loopback address, and that no firewall is between"
         ) from error
     # one that starts again by torchrun meets at the same store once more
-    store = PrefixStore(f"meeting-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+    number, start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get(START, "")
+    store = PrefixStore(f"meeting-{number}-{start}", server)
     _gather(store, rank, size, wait.total_seconds())
     return store
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 HOST = "KTO_DIST_HOST"
 """Of the environment: what the launcher calls this host."""
+START = "KTO_DIST_START"
+"""Of the environment: which start of a job this is. Ranks that an earlier one has left on a host do not join it."""
 
 
 def host() -> str:

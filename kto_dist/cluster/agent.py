@@ -3,8 +3,9 @@
 Under Slurm and Kubernetes, which start programs themselves, it is `... agent train CONFIG [section.key=value ...]`,
 with NODE_RANK, NNODES, SLOTS, MASTER_ADDR and MASTER_PORT in the environment.
 
-In:  from standard input, a line of JSON: the job (`Job`); then `stop` (the ranks save and end) or `kill`. Where
-     standard input ends, the launcher is gone or cut off, and the ranks are ended.
+In:  from standard input, a line of JSON: the job (`Job`); then `here` once a second, `stop` (the ranks save and end) or
+     `kill`. Where standard input ends, or nothing comes for as long as `cluster.timeout`, the launcher is gone, stopped
+     or cut off, and the ranks are ended.
 Out: the ranks' output; the status of the worst of them.
 
 The job comes this way, and not on a command line, since it holds the environment, with tokens and passwords in it.
@@ -22,9 +23,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
+from kto_dist.base.doing import Clock
 from kto_dist.base.errors import UserError
 from kto_dist.base.exits import DONE, FAILED, LAUNCHER, MISTAKE, TERMINATED, WORDS, leave
-from kto_dist.base.processes import HOST, host, whereabouts
+from kto_dist.base.processes import HOST, START, host, whereabouts
 from kto_dist.base.secrets import masked
 from kto_dist.training.config import Config
 
@@ -58,6 +60,10 @@ class Job:
     port: int
     grace: float
     """Seconds that ranks have to save and end."""
+    silence: float = 0.0
+    """Seconds without a word of the launcher, after which it counts as gone; 0 where there is none."""
+    start: str = ""
+    """Which start of the job this is."""
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -94,6 +100,7 @@ def environment_of(job: Job, local: int, base: Mapping[str, str]) -> dict[str, s
         **base,
         **job.environment,
         HOST: job.host,
+        START: job.start,
         LAUNCHER: json.dumps(whereabouts()),
         "RANK": str(job.first + local),
         "LOCAL_RANK": str(local),
@@ -129,6 +136,11 @@ class Ranks:
         self._stopped_at: float | None = None
         self._failed_at: float | None = None
         self._said: set[int] = set()
+        self._silent, self._clock = 0.0, Clock()
+
+    def hear(self) -> None:
+        """The launcher is there."""
+        self._silent = 0.0
 
     def stop(self) -> None:
         if self._stopped_at is None:
@@ -147,7 +159,21 @@ class Ranks:
         self.kill()  # what they have started
         return worst([process.returncode for process in self._processes])
 
+    def _mind_launcher(self) -> None:
+        """A connection that was cut off ends by itself on the other side alone: the ranks would wait here for others,
+        and be in the way of the next start."""
+        before, self._silent = self._silent, self._silent + self._clock.passed()
+        if before < self._job.silence <= self._silent:
+            print(
+                f"error: on {self._job.host}: nothing was heard of the launching process for {self._silent:.0f} s: it "
+                "was stopped or cut off. The ranks of this host are ended (cluster.timeout)",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.kill()
+
     def _look(self) -> None:
+        self._mind_launcher()
         now = time.monotonic()
         for local, process in enumerate(self._processes):
             status = process.poll()
@@ -189,6 +215,7 @@ def worst(statuses: list[int]) -> int:
 def _obey(ranks: Ranks, orders: IO[str]) -> None:
     with contextlib.suppress(OSError, ValueError):
         for line in orders:
+            ranks.hear()
             if line.strip() == "stop":
                 ranks.stop()
             elif line.strip() == "kill":

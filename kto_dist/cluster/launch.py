@@ -13,6 +13,7 @@ after SIGTERM, else a failure.
 import contextlib
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,8 @@ _SECONDS_TO_FOLLOW = 15.0
 or cut off if they go on."""
 _SECONDS_TO_END = 20.0
 """Beyond what ranks have to save."""
+_SECONDS_BETWEEN_WORDS, _LEAST_SILENCE = 1.0, 10.0
+"""That agents hear of this process, and that they wait for it at least: a busy machine may keep it from saying so."""
 _SECONDS_TO_KILL = 5.0
 """That an agent which can be reached takes to end its ranks by force."""
 
@@ -72,7 +75,7 @@ Again = Callable[[Plan], "Plan | None"]
 
 def jobs_of(plan: Plan) -> list[Job]:
     """One a host; ranks are numbered host by host."""
-    size, first, jobs = sum(node.slots for node in plan.nodes), 0, []
+    size, first, jobs, start = sum(node.slots for node in plan.nodes), 0, [], uuid.uuid4().hex
     for node in plan.nodes:
         jobs.append(
             Job(
@@ -87,6 +90,8 @@ def jobs_of(plan: Plan) -> list[Job]:
                 address=plan.nodes[0].address,
                 port=plan.port,
                 grace=plan.grace,
+                silence=max(plan.timeout, _LEAST_SILENCE),
+                start=start,
             )
         )
         first += node.slots
@@ -177,8 +182,13 @@ def _wait(agents: Sequence[_Agent], plan: Plan, received: list[int]) -> None:
     """Until all have ended, or those that are left have had time enough to."""
     failed: float | None = None
     stopped: float | None = None
+    said = 0.0
     while any(agent.status == -1 for agent in agents):
         now = time.monotonic()
+        if now - said > _SECONDS_BETWEEN_WORDS:
+            said = now
+            for agent in agents:
+                agent.tell("here")
         # ranks of other hosts may end before rank 0, which has more to write, but not long after it
         if failed is None and (agents[0].status == 0 or any(agent.status > 0 for agent in agents)):
             failed = now
