@@ -11,6 +11,7 @@ from adapter_rate_table import adapter_rate
 from cluster_table import cluster_faults
 from compare_table import compare
 from saving_table import saving
+from long_log_table import long_log
 from scaling_table import curves, memory, times
 from table_parts import Content, about, counted, table
 from trainers import NAMES, title_of
@@ -409,6 +410,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "demo": demo,
     "demo-short": demo_short,
     "demo-profile": demo_profile,
+    "long-log": long_log,
     "scaling-memory": memory,
     "scaling-times": times,
     "scaling-curves": curves,
