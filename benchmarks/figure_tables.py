@@ -10,8 +10,8 @@ import records
 from adapter_rate_table import adapter_rate
 from cluster_table import cluster_faults
 from compare_table import compare
-from saving_table import saving
 from long_log_table import long_log
+from saving_table import saving
 from scaling_table import curves, memory, times
 from table_parts import Content, about, counted, table
 from trainers import NAMES, title_of
