@@ -44,3 +44,16 @@ def test_a_token_costs_the_experts_that_it_is_sent_to_and_no_others(kind):
     assert many.cost.decoder - few.cost.decoder == pytest.approx(4 * LAYERS * HIDDEN)
     assert two.cost.decoder - many.cost.decoder == pytest.approx(one)
     assert (few.inner, two.inner) == (INNER, 2 * INNER)
+
+
+def test_experts_that_are_stacked_under_another_name_count_as_experts():
+    """jetmoe has such ones in its MLP, beside experts in its attention."""
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_key_value_heads": 2, "kv_channels": 8}
+    names = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": INNER, "vocab_size": 128}
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("jetmoe", **sizes, **names))
+    stacked = sum(p.numel() for name, p in lm.named_parameters() if p.dim() == 3 and ".experts." not in name)
+    every = sum(p.numel() for name, p in lm.named_parameters() if p.dim() == 3)
+    assert 0 < stacked < every
+    whole = sum(p.numel() for name, p in lm.named_parameters() if p.dim() == 2 and ".experts." not in name)
+    assert 2 / 8 * every < shape_of(lm).cost.decoder < 2 / 8 * every + whole

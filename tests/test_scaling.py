@@ -68,11 +68,11 @@ def test_a_peak_is_of_the_tensors_that_live_and_of_those_that_come_and_go():
     others.begin()
     before = others.bytes() - 2**24  # whatever else this process holds
     assert before < empty.nbytes  # nothing was written to it
-    meter = peaks.Meter(untouched=[2**22])
+    meter = peaks.Meter(untouched=[2**26])
     meter.begin()
     first = torch.ones(2**23)
     del first
-    second, bucket = torch.ones(2**22), torch.empty(2**20)
+    second, bucket = torch.ones(2**22), torch.empty(2**24)
     # 16 MiB that lived, and 32 at the most beside them; `bucket` was named
     assert meter.bytes() - before == pytest.approx(48 * 2**20, rel=0.02)
     assert old.numel() + empty.numel() + second.numel() + bucket.numel()
