@@ -10,7 +10,7 @@ from mixtures import MIXTURES, mixture, save_mixture
 from peft import PeftModel
 from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_runs import GATHERED, TIMED, metrics_of, tiny_config, train_all, train_and_die_after
+from tiny_runs import TIMED, metrics_of, tiny_config, train_all, train_and_die_after
 from transformers import AutoModelForCausalLM
 
 from kto_dist.base.errors import UserError
@@ -42,8 +42,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def adapted(folder: Path, model: Path, log: Path, targets: str, **changes: Any) -> Config:
-    if changes.get("deepspeed__zero_stage") == 3:
-        changes["deepspeed__config"] = str(GATHERED)
     own = {"adapter__type": "lora", "adapter__rank": 4, "adapter__targets": TARGETS[targets], "train__lr": 1e-2}
     return tiny_config(folder, model, log, **{**own, "train__max_steps": 3, **changes})
 

@@ -155,7 +155,8 @@ def test_a_changed_setting_is_refused_said_or_set_aside_as_decided(tmp_path, tin
     assert resume.changes(before, state_of(config, "other rows")) == ["data.heldout is 'other rows' (was None)"]
     for name, value in OTHER.items():
         value = str(tmp_path / "ds.json") if name == "deepspeed.config" else value
-        now = state_of(tiny_config(tmp_path, tiny_model, tiny_log, **{name.replace(".", "__"): value}))
+        changed = {"deepspeed__config": None} | {name.replace(".", "__"): value}
+        now = state_of(tiny_config(tmp_path, tiny_model, tiny_log, **changed))
         said = resume.changes(before, now)
         if name in resume.REFUSED:
             with pytest.raises(UserError, match=rf"belongs to another run: {name} was .* and is "):

@@ -42,6 +42,9 @@ def tiny_config(folder: Path, model: Path, log: Path, **overrides: Any) -> Confi
     for name, value in overrides.items():
         section, key = name.split("__")
         tree.setdefault(section, {})[key] = value
+    sharding = tree.get("deepspeed", {})
+    if sharding.get("zero_stage") == 3:
+        sharding.setdefault("config", str(GATHERED))
     return Config.build(tree)
 
 
