@@ -291,7 +291,8 @@ def memory_of(pid: int) -> tuple[int, int]:
     with suppress(OSError):
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         if "RssAnon" in lines:
-            return tuple(1024 * int(lines[name].split()[0]) for name in ("RssAnon", "VmRSS"))  # type: ignore[return-value]
+            own, whole = (1024 * int(lines[name].split()[0]) for name in ("RssAnon", "VmRSS"))
+            return own, whole
     return 0, 0
 
 
