@@ -29,7 +29,7 @@ import pyarrow as pa
 from kto_dist.base.errors import UserError
 from kto_dist.data.examples import fit
 from kto_dist.data.records import short
-from kto_dist.data.rows import BadRows, Row
+from kto_dist.data.rows import BadRows, Row, line_of
 from kto_dist.data.spelling import Ids, Speller, bare, common_prefix, restored
 from kto_dist.data.template import ChatTemplate
 from kto_dist.data.texts import Text, Unfit, as_text
@@ -114,18 +114,28 @@ class Encoder:
     def __call__(self, rows: list[Row]) -> tuple[list[Part], BadRows]:
         seen = BadRows()
         eos = self.tokenizer.eos_token
-        texts = []
+        texts: list[Text | Unfit] = []
+        trouble = None
         for row in rows:
             try:
                 texts.append(as_text(row, self.template, eos if isinstance(eos, str) else None, seen))
             except Unfit as error:
-                self._refuse(row, error, seen)
+                texts.append(error)
+            except UserError as error:
+                trouble = error
+                break
+        made = iter(_tokens(self, [text for text in texts if isinstance(text, Text)], seen))
         tokens = []
-        for text, sides in zip(texts, _tokens(self, texts, seen), strict=True):
+        # in the rows' order, so that the first one that is wrong is the one that is said
+        for row, text in zip(rows, texts, strict=False):
+            sides = text if isinstance(text, Unfit) else next(made)
             if isinstance(sides, Unfit):
-                self._refuse(text.row, sides, seen)
-            else:
-                tokens.append(_Tokens(text=text, prompt=sides[0], completion=sides[1], group=sides[2]))
+                self._refuse(row, sides, seen)
+                continue
+            assert isinstance(text, Text)
+            tokens.append(_Tokens(text=text, prompt=sides[0], completion=sides[1], group=sides[2]))
+        if trouble is not None:
+            raise trouble
         if self.fraction is None:
             return [_part(self, tokens)], seen
         limit = self.fraction * 2**64
@@ -138,7 +148,7 @@ class Encoder:
         message = f"{row.source}: {error}"
         if self.on_bad_row == "error":
             raise UserError(f"{message}; correct the row, or set data.on_bad_row to skip") from None
-        seen.add(error.reason, message)
+        seen.add(error.reason, message, *_place(self, row.source))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,8 +307,7 @@ def _probability(row: Row) -> float:
 
 def _place(encoder: Encoder, place: str) -> tuple[int, int]:
     """The number of the file, -1 for one that is not among them, and the line or row in it."""
-    file, _, line = place.rpartition(":")
-    return encoder.file_numbers.get(file, -1), int(line.removeprefix("row "))
+    return encoder.file_numbers.get(place.rpartition(":")[0], -1), line_of(place)
 
 
 def _beside(row: Row) -> str | None:

@@ -1,6 +1,6 @@
 """Thumbs logs in the layouts that people have -> canonical rows.
 
-In:  `Source`s; one layout a source, recognised from its columns.
+In:  `Source`s, or stretches of them; one layout a source, recognised from its columns.
 Out: `Row`s in file order, streamed; or, for what cannot be read, a `UserError` or a count in `BadRows`.
 
 | columns                                             | known from                      | becomes          |
@@ -23,7 +23,9 @@ Beside turns, `system` goes before the prompt, `tools` and `chat_template_kwargs
 number, 0 or more) multiplies the row's loss; null counts as 1. Other columns are counted, and said once.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kto_dist.base.errors import UserError
@@ -33,7 +35,9 @@ from kto_dist.data.layouts import Layout, Scale, convert, others, recognise
 from kto_dist.data.records import BadRecord, read_records, short, unread
 from kto_dist.data.rows import BadRows as BadRows
 from kto_dist.data.rows import Row as Row
+from kto_dist.data.rows import line_of
 from kto_dist.data.sources import Source
+from kto_dist.data.stretches import Stretch
 from kto_dist.data.turns import listed_in
 
 _REPEATED = "answers that repeat the whole text of their prompt, which is trained on as if the model had said it"
@@ -55,6 +59,66 @@ class PairNumbers:
         return self.taken - 1
 
 
+@dataclass(kw_only=True, slots=True)
+class FileSoFar:
+    """What has been read of one file: all that its next row may depend on."""
+
+    layout: Layout | None = None
+    """That of the first row that could be read."""
+    begun: bool = False
+    """Whether it was read from its start."""
+    records: int = 0
+    rows: int = 0
+    problem: str = ""
+    """Of the first record that could not be read."""
+    scale: Scale = field(default_factory=Scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values. The layout is not among them: it is found again."""
+        plain = {name: getattr(self, name) for name in ("begun", "records", "rows", "problem")}
+        return {**plain, "numbers": sorted(self.scale.met)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "FileSoFar":
+        plain = {name: value for name, value in values.items() if name != "numbers"}
+        return cls(**plain, scale=Scale(values["numbers"]))
+
+    def followed_by(self, other: "FileSoFar") -> "FileSoFar":
+        """Of a stretch that follows."""
+        return FileSoFar(
+            layout=self.layout or other.layout,
+            begun=self.begun or other.begun,
+            records=self.records + other.records,
+            rows=self.rows + other.rows,
+            problem=self.problem or other.problem,
+            scale=Scale(self.scale.met | other.scale.met),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogReader:
+    """Reads a log's files, or some of them, and keeps what is found out of them meanwhile."""
+
+    sources: Sequence[Source]
+    """Of the whole log."""
+    origins: Sequence[int]
+    """The number of each source in `data.train`."""
+    mapped: Mapped
+    """When all of the log was read, `check_columns`."""
+    on_bad_row: str
+    soft: bool
+    """`data.soft_labels`."""
+    bad: BadRows = field(default_factory=BadRows)
+    pairs: PairNumbers = field(default_factory=PairNumbers)
+    files: dict[int, FileSoFar] = field(default_factory=dict)
+    """By their number."""
+
+    def read(self, stretches: Iterable[Stretch]) -> Iterator[Row]:
+        """Rows of these, in order, as they are in the whole log. Raises `UserError`."""
+        for stretch in stretches:
+            yield from _rows_of(self, stretch, self.files.setdefault(stretch.file, FileSoFar()))
+
+
 def read_rows(
     sources: Sequence[Source],
     *,
@@ -72,32 +136,10 @@ def read_rows(
     `slices` is `data.slices`, None where rows are not told apart.
     """
     mapped = Mapped(names=columns or {}, slices=slices)
-    yield from read_some(
-        sources,
-        origins or range(len(sources)),
-        mapped=mapped,
-        pairs=PairNumbers(),
-        on_bad_row=on_bad_row,
-        bad=bad,
-        soft=soft,
-    )
+    origins = origins or range(len(sources))
+    reader = LogReader(sources=sources, origins=origins, mapped=mapped, on_bad_row=on_bad_row, soft=soft, bad=bad)
+    yield from reader.read(Stretch(file=file) for file in range(len(sources)))
     check_columns(mapped)
-
-
-def read_some(
-    sources: Sequence[Source],
-    origins: Sequence[int],
-    *,
-    mapped: Mapped,
-    pairs: PairNumbers,
-    on_bad_row: str,
-    bad: BadRows,
-    soft: bool,
-) -> Iterator[Row]:
-    """Rows of some sources of a log, as `read_rows` has them. `mapped` and `pairs` are the whole log's: when all of it
-    was read, `check_columns`."""
-    for source, origin in zip(sources, origins, strict=True):
-        yield from _rows_of(source, origin, mapped, pairs, on_bad_row, bad, soft)
 
 
 def check_columns(mapped: Mapped) -> None:
@@ -111,37 +153,54 @@ def check_columns(mapped: Mapped) -> None:
         )
 
 
-def _rows_of(
-    source: Source, origin: int, mapped: Mapped, pairs: Iterator[int], on_bad_row: str, bad: BadRows, soft: bool
-) -> Iterator[Row]:
-    layout, records, rows, problem, scale = None, 0, 0, "", Scale()
-    for where, record in read_records(source, mapped.read()):
-        records += 1
+def _rows_of(log: LogReader, stretch: Stretch, so_far: FileSoFar) -> Generator[Row, None, None]:
+    source, mapped = log.sources[stretch.file], log.mapped
+    so_far.begun |= stretch.start == 0
+    if stretch.start and so_far.layout is None:
+        so_far.layout = _layout_before(log, stretch)
+    for where, record in read_records(source, mapped.read(), stretch):
+        so_far.records += 1
         try:
             if isinstance(record, BadRecord):
                 raise record
             cuts = mapped.cuts(record)
             record = mapped.under_known_names(record)
-            found = layout or recognise(record)
-            if found.label is not None and not soft:
-                scale.check(record.get(found.label), f"{where}: {found.label}")
-            converted = list(convert(found, record, where, pairs, origin, cuts, soft=soft))
-            layout = found  # a row that could be read says what the source's layout is
+            found = so_far.layout or recognise(record)
+            if found.label is not None and not log.soft:
+                so_far.scale.check(record.get(found.label), f"{where}: {found.label}")
+            origin = log.origins[stretch.file]
+            converted = list(convert(found, record, where, log.pairs, origin, cuts, soft=log.soft))
+            so_far.layout = found  # a row that could be read says what the source's layout is
         except (BadRecord, RecursionError) as error:
             message = f"{where}: {error if isinstance(error, BadRecord) else 'it nests too deep to be read'}"
-            if on_bad_row == "error":
+            if log.on_bad_row == "error":
                 raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)") from None
-            bad.add(error.reason if isinstance(error, BadRecord) else "nests too deep", message)
-            problem = problem or message
+            reason = error.reason if isinstance(error, BadRecord) else "nests too deep"
+            log.bad.add(reason, message, stretch.file, line_of(where))
+            so_far.problem = so_far.problem or message
             continue
-        _note(layout, record, converted, bad, mapped.for_cuts())
-        rows += len(converted)
+        _note(so_far.layout, record, converted, log.bad, mapped.for_cuts())
+        so_far.rows += len(converted)
         yield from converted
-    if not records:
+    if stretch.stop is not None:
+        return
+    if so_far.begun and not so_far.records:
         raise UserError(f"{source.name} holds no rows: give a file with at least one rated answer")
-    if not rows:
-        raise UserError(f"{source.name}: not one of its {records} rows could be read; the first: {problem}")
-    bad.unused.update(unread(source, mapped.read()))
+    if so_far.begun and not so_far.rows:
+        raise UserError(
+            f"{source.name}: not one of its {so_far.records} rows could be read; the first: {so_far.problem}"
+        )
+    log.bad.unused.update(unread(source, mapped.read()))
+
+
+def _layout_before(log: LogReader, stretch: Stretch) -> Layout | None:
+    """That of the file's rows before the stretch, which as a rule the first one tells."""
+    so_far = FileSoFar()
+    # what is found is found once more by whoever reads these rows
+    aside = replace(log, bad=BadRows(), pairs=PairNumbers())
+    with closing(_rows_of(aside, Stretch(file=stretch.file, stop=stretch.start), so_far)) as rows:
+        next(rows, None)
+    return so_far.layout
 
 
 def _note(layout: Layout, record: dict[str, Any], rows: list[Row], bad: BadRows, cuts: Collection[str]) -> None:

@@ -1,7 +1,7 @@
 """Which columns of a record hold what, and the rows that they make: the table in formats.py at work."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -298,28 +298,34 @@ def _label(record: dict[str, Any], name: str, soft: bool) -> float:
 class Scale:
     """The numbers among a source's labels: raises where they make no thumbs of it."""
 
-    def __init__(self) -> None:
-        self._met: set[float] = set()
+    def __init__(self, met: Iterable[float] = ()) -> None:
+        self.met = {*met}
 
     def check(self, value: Any, name: str) -> None:
         """Raises `UserError` for a rating, whose 1 would count as a thumb, and for 0 beside -1."""
         number = _number(value)
-        if number is None or number in self._met:
+        if number is None or number in self.met:
             return
-        self._met.add(number)
-        thumbs, others = self._met & {-1.0, 0.0, 1.0}, sorted(self._met - {-1.0, 0.0, 1.0})
+        self.met.add(number)
+        if trouble := self.trouble():
+            raise UserError(f"{name} has {trouble}")
+
+    def trouble(self) -> str | None:
+        """Why the numbers make no thumbs."""
+        thumbs, others = self.met & {-1.0, 0.0, 1.0}, sorted(self.met - {-1.0, 0.0, 1.0})
         if others and thumbs:
             listed = ", ".join(f"{found:g}" for found in sorted(thumbs))
-            raise UserError(
-                f"{name} has {listed} and {others[0]:g}: a rating, whose 1 would be read as a thumbs up: write true or "
+            return (
+                f"{listed} and {others[0]:g}: a rating, whose 1 would be read as a thumbs up: write true or "
                 "false in its place, make rows of it with `kto-dist mine` (labels.up_from, labels.down_to), or set "
                 "data.soft_labels where its numbers are probabilities"
             )
-        if {-1.0, 0.0} <= self._met:
-            raise UserError(
-                f"{name} has both 0 and -1, and 0 may mean no vote or thumbs down: leave out the rows without a vote, "
+        if {-1.0, 0.0} <= self.met:
+            return (
+                "both 0 and -1, and 0 may mean no vote or thumbs down: leave out the rows without a vote, "
                 "and write true or false for the others"
             )
+        return None
 
 
 def _number(value: Any) -> float | None:

@@ -1,15 +1,13 @@
-"""A log of several files on several hosts: each makes tokens of its part ahead, in a cache that all of them see.
+"""A large log on several hosts: each makes tokens of its share ahead, in a cache that all of them see.
 
-In:  a log's files, and which of how many hosts this is. Out: pieces in the cache, which `tokenise` puts together in
-place of reading the files again; where hosts see no common cache it finds the pieces of one host alone, and reads the
-rest.
+In:  a host's stretches of a log (`stretches.py`). Out: pieces in the cache, which `tokenise` puts together in place of
+reading the files again; where hosts see no common cache it finds the pieces of one host alone, and reads the rest.
 
-1. `share_out`   files -> a part a host: neighbours, about equally many bytes
-2. `PieceWriter` the parts of one host as they come from the encoder; the folder gets its name when it is whole
-3. `read_piece`  the same parts again
+1. `PieceWriter` the parts of one host as they come from the encoder; the folder gets its name when it is whole
+2. `read_piece`  the same parts again
 
-A piece belongs to one key of the cache, which knows all files and settings: numbers of files and sources in it are the
-log's, and only those of pairs begin at 0 in each piece.
+A piece belongs to one key of the cache, which knows all files and settings: numbers of files, sources and lines in it
+are the log's, and only those of pairs begin at 0 in each piece.
 """
 
 import hashlib
@@ -28,7 +26,9 @@ import pyarrow.compute as pc
 
 from kto_dist.base.files import flush, sha256_of, write_whole
 from kto_dist.data.encode import COUNTS, SCHEMA, Part
+from kto_dist.data.formats import FileSoFar
 from kto_dist.data.rows import BadRows
+from kto_dist.data.stretches import Stretch
 
 _ABOUT = "piece.json"
 _DIGEST_BYTES = 16
@@ -47,14 +47,6 @@ class Hosts:
 ALONE = Hosts(number=0, count=1)
 
 
-def share_out(sizes: Sequence[int], count: int) -> list[range]:
-    """Files of each host, by their bytes: share_out([5, 1, 1, 5], 2) -> [0..1, 2..3]. Some may be empty."""
-    middles = np.cumsum(sizes) - np.array(sizes) / 2
-    owners = np.minimum(middles * count // max(1, sum(sizes)), count - 1)
-    edges = np.searchsorted(owners, np.arange(count + 1))
-    return [range(start, stop) for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
-
-
 def folder_of(cache: Path, key: str, hosts: Hosts) -> Path:
     return cache / f".{key}.piece-{hosts.number}-of-{hosts.count}"
 
@@ -68,6 +60,10 @@ def remove_pieces(cache: Path, key: str) -> None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Read:
     """What was found out on the way, beside the rows."""
+
+    stretches: tuple[Stretch, ...]
+    files: dict[int, FileSoFar]
+    """By the number of the file, of these stretches alone."""
 
     pairs: int
     found: frozenset[str]
@@ -99,6 +95,8 @@ class PieceWriter:
     def close(self, read: Read) -> None:
         """The piece is there for others when this returns."""
         about: dict[str, Any] = {
+            "stretches": _listed(read.stretches),
+            "files": [[file, so_far.to_dict()] for file, so_far in read.files.items()],
             "splits": {split.folder.name: split.close() for split in self._splits},
             "pairs": read.pairs,
             "found": sorted(read.found),
@@ -148,11 +146,13 @@ class _Writing:
         }
 
 
-def read_piece(folder: Path, splits: Sequence[str], first_pair: int) -> tuple[Iterator[list[Part]], Read] | None:
-    """None where there is none, or it is not as it was written. `first_pair`: pairs of the files before."""
+def read_piece(
+    folder: Path, splits: Sequence[str], stretches: Sequence[Stretch], first_pair: int
+) -> tuple[Iterator[list[Part]], Read] | None:
+    """None where there is none, or it is not as it was written. `first_pair`: pairs of the stretches before."""
     try:
         about: dict[str, Any] = json.loads((folder / _ABOUT).read_bytes())
-        if about.pop("checksum") != _checksum(about):
+        if about.pop("checksum") != _checksum(about) or about["stretches"] != _listed(stretches):
             return None
         for name in splits:
             for file, digest in about["splits"][name]["sha256"].items():
@@ -161,12 +161,18 @@ def read_piece(folder: Path, splits: Sequence[str], first_pair: int) -> tuple[It
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     read = Read(
+        stretches=tuple(stretches),
+        files={file: FileSoFar.from_dict(so_far) for file, so_far in about["files"]},
         pairs=about["pairs"],
         found=frozenset(about["found"]),
         cut=frozenset(about["cut"]),
         bad=BadRows.from_dict(about["bad"]),
     )
     return _parts(folder, splits, about["splits"], first_pair), read
+
+
+def _listed(stretches: Sequence[Stretch]) -> list[list[int | None]]:
+    return [[stretch.file, stretch.start, stretch.stop] for stretch in stretches]
 
 
 def _parts(folder: Path, splits: Sequence[str], about: dict[str, Any], first_pair: int) -> Iterator[list[Part]]:

@@ -29,9 +29,15 @@ class Chunking:
     """Of a chunk."""
     alone: int = 20
     """Chunks before other processes help: starting them takes about as long as this one takes for so many."""
+    least: int = 4 * 2**20
+    """Bytes of a file that are worth a host's while: fewer are tokens before other processes have started."""
 
 
 CHUNKING = Chunking()
+
+
+class ProcessLost(UserError):
+    """A process has ended that should not have: nothing that is wrong with the rows."""
 
 
 class _Process(SpawnProcess):
@@ -71,31 +77,62 @@ def _work_on(chunk: list[Any]) -> Any:
 def over_chunks(
     work: Callable[[list[Item]], Result], items: Iterable[Item], *, workers: int | None, chunking: Chunking
 ) -> Iterator[Result]:
-    """Chunks in order: the first in this process, the rest in `workers` processes. Raises `UserError`."""
-    items = iter(items)
-    chunks = iter(lambda: list(itertools.islice(items, chunking.rows)), [])
+    """Chunks in order: the first in this process, the rest in `workers` processes.
+
+    Raises `UserError`: of several the one of the first chunk, or of the items that come first.
+    """
+    chunks = _chunks(items, chunking.rows)
     workers = workers or min(8, _cores())
     for chunk in chunks if workers == 1 else itertools.islice(chunks, chunking.alone):
-        yield work(chunk)
+        yield work(_sound(chunk))
     following = next(chunks, None)
     if following is None:
         return
+    _sound(following)
     with ProcessPoolExecutor(workers, _Context(), _start_worker, (work,)) as pool:
         pending: deque[Future[Result]] = deque()
         try:
             for chunk in itertools.chain([following], chunks):
+                if isinstance(chunk, UserError):
+                    break
                 pending.append(pool.submit(_work_on, chunk))
                 if len(pending) > 2 * workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+            _sound(chunk)
         except BrokenProcessPool:
-            raise UserError(
+            raise ProcessLost(
                 "a process that tokenises ended early, most likely because memory ran out: "
                 f"lower data.workers ({workers}); 1 starts no process"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _chunks(items: Iterable[Item], rows: int) -> Iterator[list[Item] | UserError]:
+    """The items; at last the error that ended them, when those before it have been worked on: one of these may be wrong
+    too, and stands first."""
+    chunk: list[Item] = []
+    trouble = None
+    try:
+        for item in items:
+            chunk.append(item)
+            if len(chunk) == rows:
+                yield chunk
+                chunk = []
+    except UserError as error:
+        trouble = error
+    if chunk:
+        yield chunk
+    if trouble is not None:
+        yield trouble
+
+
+def _sound(chunk: list[Item] | UserError) -> list[Item]:
+    if isinstance(chunk, UserError):
+        raise chunk
+    return chunk
 
 
 def _cores() -> int:

@@ -1,8 +1,8 @@
 """One source -> raw records, each with its place.
 
-In:  a `Source`, and the columns that the reader wants. Out: a stream of (place, record); the place is "file:line" or
-     "file:row 12", counted from 1. What is no record comes as a `BadRecord`, so that the reader decides whether it
-     stops the run.
+In:  a `Source` or a `Stretch` of it, and the columns that the reader wants. Out: a stream of (place, record); the place
+     is "file:line" or "file:row 12", counted from 1 at the file's start. What is no record comes as a `BadRecord`, so
+     that the reader decides whether it stops the run.
 
 Numbers of a class label (`datasets`' type) are read as the label's name, wherever they stand in a record
 (base/class_labels.py).
@@ -25,6 +25,7 @@ from kto_dist.base.class_labels import Namer, features_beside, features_in, name
 from kto_dist.base.errors import UserError
 from kto_dist.base.vocabulary import MINED
 from kto_dist.data.sources import Source
+from kto_dist.data.stretches import BOM, Stretch
 
 Record = dict[str, Any]
 
@@ -60,19 +61,22 @@ def loads(text: str | bytes) -> Any:
         raise ValueError("it nests too deep") from None
 
 
-def read_records(source: Source, columns: Collection[str]) -> Iterator[tuple[str, Record | BadRecord]]:
-    """Records of a source with their places, in order. Of Parquet and datasets, only `columns` are read.
+def read_records(
+    source: Source, columns: Collection[str], stretch: Stretch
+) -> Iterator[tuple[str, Record | BadRecord]]:
+    """Records of a stretch with their places, in order. Of Parquet and datasets, only `columns` are read.
 
     Raises `UserError` for a damaged file.
     """
     try:
         if source.kind in ("json", "csv"):
             namers = namers_of(features_beside(source.name))
-            for where, record in (_json_records if source.kind == "json" else _csv_records)(source.name):
+            found = _json_records(source.name, stretch) if source.kind == "json" else _csv_records(source.name)
+            for where, record in found:
                 yield where, record if isinstance(record, BadRecord) else _named(record, namers)
             return
         table = _Table(source, columns)
-        for number, record in enumerate(table.records(), 1):
+        for number, record in enumerate(table.records(stretch), 1 + table.rows_before(stretch)):
             yield source.place(number), record
     except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{source.name} is damaged or not what its name says: {error}; write it again") from None
@@ -115,11 +119,20 @@ class _Table:
         self.known = [name for name in self.names if name in columns] or self.names
         self._namers = namers_of({name: features[name] for name in self.known if name in features})
 
-    def records(self) -> Iterator[Record | BadRecord]:
+    def rows_before(self, stretch: Stretch) -> int:
+        if self._dataset is not None:
+            return stretch.start
+        return sum(self._parquet.metadata.row_group(group).num_rows for group in range(stretch.start))
+
+    def records(self, stretch: Stretch) -> Iterator[Record | BadRecord]:
         if self._dataset is None:
-            batches = self._parquet.iter_batches(_BATCH, columns=self.known)
+            every = range(self._parquet.metadata.num_row_groups)
+            groups = None if stretch.is_whole else [*every[stretch.start : stretch.stop]]
+            batches = self._parquet.iter_batches(_BATCH, row_groups=groups, columns=self.known)
         else:
-            batches = self._dataset.select_columns(self.known).with_format("arrow").iter(_BATCH)
+            every = range(len(self._dataset))
+            rows = self._dataset if stretch.is_whole else self._dataset.select(every[stretch.start : stretch.stop])
+            batches = rows.select_columns(self.known).with_format("arrow").iter(_BATCH)
         for record in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
             yield _named(record, self._namers)
 
@@ -145,12 +158,20 @@ def _opened(path: str) -> IO[bytes]:
     return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
 
 
-def _json_records(path: str) -> Iterator[tuple[str, Record | BadRecord]]:
+def _lines(file: IO[bytes], stretch: Stretch) -> Iterator[tuple[int, bytes]]:
+    """Lines of a stretch, with their numbers in the file."""
+    place, number = 0, 0
+    while place < stretch.start and (block := file.read(min(2**20, stretch.start - place))):
+        place, number = place + len(block), number + block.count(b"\n")
+    while (stretch.stop is None or place < stretch.stop) and (line := file.readline()):
+        place, number = place + len(line), number + 1
+        yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def _json_records(path: str, stretch: Stretch) -> Iterator[tuple[str, Record | BadRecord]]:
     with _opened(path) as file:
-        first = True
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+        first = stretch.start == 0  # an array is not cut
+        for number, line in _lines(file, stretch):
             if not line.strip():
                 continue
             if first and _ARRAY.match(line):

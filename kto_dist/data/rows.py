@@ -44,8 +44,8 @@ class BadRows:
 
     counts: Counter[str] = field(default_factory=Counter)
     """Reason -> rows that were skipped."""
-    examples: list[str] = field(default_factory=list)
-    """The first few messages."""
+    quoted: list[tuple[int, int, str]] = field(default_factory=list)
+    """Messages of the first few, each after the number of its file and its line."""
     unused: Counter[str] = field(default_factory=Counter)
     """Column, or key of a message -> rows that have it, where nothing reads it."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -61,11 +61,16 @@ class BadRows:
     def from_dict(cls, values: dict[str, Any]) -> "BadRows":
         """As `to_dict` made them, and JSON kept them."""
         counters = {name: Counter(values[name]) for name in ("counts", "unused", "notes")}
-        return cls(**{**values, **counters})
+        return cls(**{**values, **counters, "quoted": [(file, line, text) for file, line, text in values["quoted"]]})
 
-    def add(self, reason: str, message: str) -> None:
+    @property
+    def examples(self) -> list[str]:
+        """The first few messages, in the log's order."""
+        return [message for _, _, message in self.quoted]
+
+    def add(self, reason: str, message: str, file: int, line: int) -> None:
         self.counts[reason] += 1
-        self.examples = [*self.examples, message][:5]
+        self._quote((file, line, message))
 
     def note(self, note: str, where: str, quote: str = "", rows: int = 1) -> None:
         self.notes[note] += rows
@@ -73,7 +78,16 @@ class BadRows:
 
     def extend(self, other: "BadRows") -> None:
         self.counts.update(other.counts)
-        self.examples = [*self.examples, *other.examples][:5]
+        self._quote(*other.quoted)
         self.unused.update(other.unused)
         self.notes.update(other.notes)
         self.first = {**other.first, **self.first}
+
+    def _quote(self, *messages: tuple[int, int, str]) -> None:
+        # rows are read ahead of those that are made tokens of: what comes first here need not stand first in the log
+        self.quoted = sorted([*self.quoted, *messages], key=lambda quoted: quoted[:2])[:5]
+
+
+def line_of(place: str) -> int:
+    """The line or row of a row's place."""
+    return int(place.rpartition(":")[2].removeprefix("row "))

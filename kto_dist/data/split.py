@@ -1,6 +1,7 @@
 """One split's rows as they come -> rows.arrow, and about.json, which is written last.
 
-In:  `Part`s of the encoder, in order. Out: a folder that `examples.load` opens.
+In:  `Part`s of the encoder, in order. Out: a folder that `examples.load` opens. Its bytes depend on the rows alone, and
+     not on how they came in parts.
 """
 
 import hashlib
@@ -15,6 +16,8 @@ from kto_dist.data.encode import COUNTS, SCHEMA, Part
 from kto_dist.data.examples import ClassReport, DataReport, write_about
 from kto_dist.data.rows import BadRows
 
+_BATCH = 1000
+"""Rows of a record batch."""
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -27,6 +30,8 @@ class Split:
         self.rows = 0
         self._file = pa.OSFile(str(folder / "rows.arrow"), "wb")
         self._writer = pa.ipc.new_file(self._file, SCHEMA)
+        self._waiting: list[pa.RecordBatch] = []
+        """Less than a batch."""
         self._content = hashlib.blake2b(digest_size=16)
         self._contents: list[np.ndarray] = []
         self._counts = np.zeros((2, len(COUNTS)), np.int64)
@@ -36,14 +41,26 @@ class Split:
     def add(self, part: Part) -> None:
         self.rows += part.batch.num_rows
         if part.batch.num_rows:
-            self._writer.write_batch(part.batch)
+            self._waiting.append(part.batch)
+            if sum(batch.num_rows for batch in self._waiting) >= _BATCH:
+                self._write()
         self._content.update(part.digests)
         self._contents.append(part.contents)
         self._counts += part.counts
         self._sources += part.sources
         self._shortened_headers += part.shortened_headers
 
+    def _write(self, last: bool = False) -> None:
+        table = pa.Table.from_batches(self._waiting, SCHEMA)
+        whole = table.num_rows if last else table.num_rows - table.num_rows % _BATCH
+        for start in range(0, whole, _BATCH):
+            # taken and not sliced: a slice may keep bits of its neighbours
+            rows = table.take(np.arange(start, min(start + _BATCH, whole)))
+            self._writer.write_batch(rows.combine_chunks().to_batches()[0])
+        self._waiting = [batch for batch in table.slice(whole).to_batches() if batch.num_rows]
+
     def close(self, bad: BadRows) -> None:
+        self._write(last=True)
         self._writer.close()
         self._file.close()
         path = self.folder / "rows.arrow"
@@ -56,11 +73,11 @@ class Split:
         soft = int(((probability > 0) & (probability < 1)).sum())
         report = DataReport(
             rows_read=undesirable.kept + undesirable.dropped + desirable.kept + desirable.dropped,
-            skipped=dict(bad.counts),
+            skipped=dict(sorted(bad.counts.items())),
             skipped_examples=bad.examples,
-            unused=dict(bad.unused),
-            notes=dict(bad.notes),
-            first=bad.first,
+            unused=dict(sorted(bad.unused.items())),
+            notes=dict(sorted(bad.notes.items())),
+            first=dict(sorted(bad.first.items())),
             sources=[(int(up), int(down)) for down, up in self._sources],
             shortened_headers=self._shortened_headers,
             duplicates=duplicates,

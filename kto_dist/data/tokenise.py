@@ -3,12 +3,12 @@
 In:  `DataConfig` and the policy's tokenizer.
 Out: a folder a split (`prepare`, one process a file system), which every rank opens with `examples.load`.
 
-1. `formats.read_some`      files -> rows
+1. `formats.LogReader`      files -> rows
 2. `encode.Encoder`         1,000 rows -> prompt and completion tokens, cut to length, held-out rows apart
 3. `processes.over_chunks`  2 in several processes
 4. `split.Split`                chunks -> one Arrow file, its fingerprint and its `DataReport`
 5. `prepare`                the finished folder gets its final name: the key of all that its content depends on
-6. `ahead`                  the files shared out over hosts that see one cache, before 5 (`pieces.py`)
+6. `ahead`                  the log shared out over hosts that see one cache, before 5 (`stretches.py`, `pieces.py`)
 """
 
 import hashlib
@@ -26,12 +26,13 @@ from kto_dist.data.columns import Mapped
 from kto_dist.data.config import DataConfig
 from kto_dist.data.encode import Encoder, Part
 from kto_dist.data.examples import damage
-from kto_dist.data.formats import PairNumbers, check_columns, read_some
-from kto_dist.data.pieces import Hosts, PieceWriter, Read, folder_of, read_piece, remove_pieces, share_out
-from kto_dist.data.processes import CHUNKING, Chunking, over_chunks
+from kto_dist.data.formats import FileSoFar, LogReader, check_columns
+from kto_dist.data.pieces import Hosts, PieceWriter, Read, folder_of, read_piece, remove_pieces
+from kto_dist.data.processes import CHUNKING, Chunking, ProcessLost, over_chunks
 from kto_dist.data.rows import BadRows
 from kto_dist.data.sources import Source, find_sources
 from kto_dist.data.split import Split
+from kto_dist.data.stretches import Stretch, joined, share_out
 from kto_dist.data.template import look_at
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def ahead(
     hosts: Hosts,
     chunking: Chunking = CHUNKING,
 ) -> None:
-    """Tokenises this host's part of the files that `data.cache` lacks, for the `prepare` that follows on the first host
-    that sees it. Raises `UserError`."""
+    """Tokenises this host's share of the logs that `data.cache` lacks, for the `prepare` that follows on the first host
+    that sees it. Raises `UserError`, but not for rows that are wrong: `prepare` does, which meets them in order."""
     for log in _logs(data, tokenizer, fingerprint, chunking):
         log.ahead(hosts)
 
@@ -194,16 +195,27 @@ class _Log:
         """What is damaged of the finished folder."""
         return next((text for name in self.splits if (text := damage(self.final / name))), None)
 
+    def shares(self, hosts: int) -> list[tuple[Stretch, ...]]:
+        """What each host reads."""
+        return share_out(self.sources, hosts, self.chunking.least)
+
     def ahead(self, hosts: Hosts) -> None:
-        own = share_out([source.size() for source in self.sources], hosts.count)[hosts.number]
-        folder = folder_of(self.cache, self.key, hosts)
-        if len(self.sources) < 2 or not own or self.final.exists() or read_piece(folder, self.splits, 0):
+        if self.final.exists():
+            return
+        shares = self.shares(hosts.count)
+        own, folder = shares[hosts.number], folder_of(self.cache, self.key, hosts)
+        if sum(map(len, shares)) < 2 or not own or read_piece(folder, self.splits, own, 0):
             return
         reading = _Reading.of(self)
         with PieceWriter(folder, self.splits, self.given) as writer:
-            for parts in reading.files(own):
-                writer.add(parts)
-            writer.close(reading.so_far())
+            try:
+                for parts in reading.parts(own):
+                    writer.add(parts)
+            except ProcessLost:
+                raise
+            except UserError:
+                return
+            writer.close(reading.so_far(own))
 
     def prepare(self, warn: Callable[[str], None], hosts: int) -> Path:
         if self.final.exists():
@@ -218,12 +230,12 @@ class _Log:
             for parts in reading.all(hosts):
                 for split, part in zip(splits, parts, strict=True):
                     split.add(part)
-            check_columns(reading.mapped)
+            check_columns(reading.rows.mapped)
             for split in splits:
-                split.close(reading.bad)
+                split.close(reading.rows.bad)
             if not all(split.rows for split in splits):
                 rows = [split.rows for split in splits]
-                raise UserError(_why_empty(self.paths, self.fraction, rows, reading.bad))
+                raise UserError(_why_empty(self.paths, self.fraction, rows, reading.rows.bad))
             if self.final.exists() and self.wrong():
                 shutil.rmtree(self.final)
             try:
@@ -240,63 +252,70 @@ class _Log:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Reading:
-    """A log's rows on their way to tokens, and what is found out of them meanwhile."""
+    """A log's rows on their way to tokens."""
 
     log: _Log
     encoder: Encoder
-    mapped: Mapped
-    pairs: PairNumbers
-    bad: BadRows
+    rows: LogReader
 
     @classmethod
     def of(cls, log: _Log) -> "_Reading":
-        mapped = Mapped(names=log.data.columns or {}, slices=log.slices)
-        return cls(log=log, encoder=log.encoder(), mapped=mapped, pairs=PairNumbers(), bad=BadRows())
-
-    def files(self, own: range) -> Iterator[list[Part]]:
-        """A part a split, chunk by chunk, of these files."""
-        rows = read_some(
-            self.log.sources[own.start : own.stop],
-            self.log.origins[own.start : own.stop],
-            mapped=self.mapped,
-            pairs=self.pairs,
-            on_bad_row=self.log.data.on_bad_row,
-            bad=self.bad,
-            soft=self.log.data.soft_labels,
+        rows = LogReader(
+            sources=log.sources,
+            origins=log.origins,
+            mapped=Mapped(names=log.data.columns or {}, slices=log.slices),
+            on_bad_row=log.data.on_bad_row,
+            soft=log.data.soft_labels,
         )
-        chunks = over_chunks(self.encoder, rows, workers=self.log.data.workers, chunking=self.log.chunking)
-        for parts, bad in chunks:
-            self.bad.extend(bad)
+        return cls(log=log, encoder=log.encoder(), rows=rows)
+
+    def parts(self, stretches: Sequence[Stretch]) -> Iterator[list[Part]]:
+        """A part a split, chunk by chunk, of these."""
+        data = self.log.data
+        rows = self.rows.read(joined(stretches))
+        for parts, bad in over_chunks(self.encoder, rows, workers=data.workers, chunking=self.log.chunking):
+            self.rows.bad.extend(bad)
             yield parts
 
     def all(self, hosts: int) -> Iterator[list[Part]]:
-        """Of all files; those of pieces that hosts have made ahead are not read again."""
-        start = 0  # of the files that were in no piece
-        shares = share_out([source.size() for source in self.log.sources], hosts) if hosts > 1 else []
-        for number, share in enumerate(shares):
+        """Of the whole log; what is in pieces that hosts have made ahead is not read again."""
+        missing: list[Stretch] = []
+        for number, share in enumerate(self.log.shares(hosts)):
             folder = folder_of(self.log.cache, self.log.key, Hosts(number=number, count=hosts))
-            if not share or not folder.exists():
-                continue
-            # its pairs' numbers go on from those before
-            yield from self.files(range(start, share.start)) if start < share.start else ()
-            start = share.start
-            piece = read_piece(folder, self.log.splits, self.pairs.taken)
-            if piece is not None:
-                yield from piece[0]
-                self._take_in(piece[1])
-                start = share.stop
-        if start < len(self.log.sources):
-            yield from self.files(range(start, len(self.log.sources)))
+            if share and folder.exists():
+                yield from self.parts(missing)  # the piece's pairs are numbered on from these
+                missing = []
+                piece = read_piece(folder, self.log.splits, share, self.rows.pairs.taken)
+                if piece is not None and self._take_in(piece[1]):
+                    yield from piece[0]
+                    continue
+            missing += share
+        yield from self.parts(missing)
 
-    def _take_in(self, read: Read) -> None:
-        self.mapped.found.update(read.found)
-        self.mapped.cut.update(read.cut)
-        self.pairs.taken += read.pairs
-        self.bad.extend(read.bad)
+    def _take_in(self, read: Read) -> bool:
+        """False for rows that are wrong beside those before them: who reads them says where."""
+        known, rows = self.rows.files, self.rows
+        files = {file: known.get(file, FileSoFar()).followed_by(found) for file, found in read.files.items()}
+        ended = {stretch.file for stretch in read.stretches if stretch.stop is None}
+        if any(found.scale.trouble() or (file in ended and not found.rows) for file, found in files.items()):
+            return False
+        known.update(files)
+        rows.mapped.found.update(read.found)
+        rows.mapped.cut.update(read.cut)
+        rows.pairs.taken += read.pairs
+        rows.bad.extend(read.bad)
+        return True
 
-    def so_far(self) -> Read:
-        mapped = self.mapped
-        return Read(pairs=self.pairs.taken, found=frozenset(mapped.found), cut=frozenset(mapped.cut), bad=self.bad)
+    def so_far(self, own: Sequence[Stretch]) -> Read:
+        rows = self.rows
+        return Read(
+            stretches=tuple(own),
+            files=rows.files,
+            pairs=rows.pairs.taken,
+            found=frozenset(rows.mapped.found),
+            cut=frozenset(rows.mapped.cut),
+            bad=rows.bad,
+        )
 
 
 def _why_empty(paths: Sequence[str], fraction: float | None, rows: list[int], bad: BadRows) -> str:
