@@ -15,6 +15,7 @@ from tiny import save_tiny, thumbs, tiny_tokenizer, write_jsonl
 from tiny_memory import room_for_one_prompt
 from transformers import AutoModelForCausalLM
 
+from kto_dist.base import comm
 from kto_dist.data.config import DataConfig
 from kto_dist.data.examples import load, on_the_spot
 from kto_dist.data.tokenise import prepare
@@ -189,6 +190,28 @@ def test_models_that_do_not_fit_whole_are_told_first_and_evaluated_without_answe
     assert "answers" not in found and "auc" in found["heldout"]
     assert said.count("serve it, and give answers.model_url") == 1
     assert said.index("serve it, and give answers.model_url") < said.index("loading the reference")
+
+
+def _without_room(request: Request) -> tuple[list[dict[str, Any]], str]:
+    """In ranks of their own: the second one's device is too small."""
+    plain = generate.load_model
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        if comm.rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 GiB")
+        return plain(*arguments, **named)
+
+    generate.load_model = load
+    return all_of(request)
+
+
+def test_a_model_that_a_device_has_no_room_for_is_told_and_evaluated_without_answers(tmp_path, tiny_model):
+    request = asked(tmp_path, tiny_model, tiny_model)
+    ((found,), said), ((other,), _) = run_ranks(_without_room, 2, request)
+    for line in (found, other):
+        assert "answers" not in line and "auc" in line["heldout"]
+    why = f"out of memory while the reference ({tiny_model}) was loaded in float32 onto cpu to answer"
+    assert f"{why}, and the evaluation goes on without answers: take a device with more memory, or serve it" in said
 
 
 def _failing(request: Request) -> tuple[list[dict[str, Any]], str]:

@@ -13,7 +13,10 @@ from tiny_runs import tiny_config
 from transformers import AutoModelForCausalLM
 
 from kto_dist.base.config import to_yaml
+from kto_dist.base.errors import UserError
 from kto_dist.commands.cli import main
+from kto_dist.evaluation import chat as chats
+from kto_dist.evaluation import generate
 from kto_dist.evaluation.chat import Chat, open_chat
 from kto_dist.evaluation.generate import Source
 from kto_dist.training.chatting import chat_with
@@ -86,6 +89,27 @@ def test_turn_marks_that_are_typed_open_no_turn(tiny_model):
     assert "<|im_end|>" in forged
     row = chat.ask("and?")
     assert row["trained"].tokens
+
+
+def _too_large(*arguments: Any, **named: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 GiB")
+
+
+def test_models_that_memory_has_no_room_for_are_told_with_the_remedy(tiny_model, monkeypatch):
+    monkeypatch.setattr(generate, "load_model", _too_large)
+    with pytest.raises(UserError) as caught:
+        opened(tiny_model, tiny_model)
+    assert str(caught.value) == (
+        f"out of memory while the model ({tiny_model}) was loaded in float32 onto cpu to answer, and a chat holds both "
+        "models at once: end what else takes memory here, or take a host with more of it"
+    )
+
+
+def test_an_answer_that_memory_has_no_room_for_is_told_with_the_remedy(tiny_model, monkeypatch):
+    chat = opened(tiny_model, tiny_model)
+    monkeypatch.setattr(chats, "stream", _too_large)
+    with pytest.raises(UserError, match=r"was answered: lower --max-tokens, begin a new conversation \(/new\), or end"):
+        chat.ask("why?")
 
 
 def a_run(folder: Path, model: Path, reference: Path, log: Path) -> Path:

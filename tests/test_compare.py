@@ -1,5 +1,6 @@
 """Losses side by side: what is run, which half chooses, that nothing is scored twice, and what is told."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,12 @@ import compare as result_file
 import compare_table
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from ranks import run_ranks
+from tiny import tiny_tokenizer
 from tiny_runs import metrics_of, tiny_config, train_all
 
 from kto_dist.base.config import to_yaml
@@ -20,12 +23,14 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.commands import launcher
 from kto_dist.commands.cli import main
-from kto_dist.comparison.answers import Answered
+from kto_dist.comparison.answers import Answered, CannotAnswer, answered
 from kto_dist.comparison.compare import compare, sources_of
 from kto_dist.comparison.config import ComparisonConfig
-from kto_dist.comparison.measure import choose, halves
+from kto_dist.comparison.measure import START, choose, halves
 from kto_dist.comparison.plan import planned
 from kto_dist.comparison.report import answer_lines
+from kto_dist.data import tokenise
+from kto_dist.data.examples import load
 from kto_dist.evaluation import generate, kept
 from kto_dist.evaluation.answers import Answer, figures_of
 from kto_dist.evaluation.config import JudgeConfig
@@ -233,6 +238,41 @@ def test_models_that_answer_are_packed_as_those_that_were_trained(tmp_path, tiny
     found = sources_of(config, [run], SimpleNamespace(rows=[SimpleNamespace(method="kto", name=run.name)]))
     assert {name: source.quantization for name, source in found.items()} == {"start": "nf4", "kto": "nf4"}
     assert (found["kto"].path, found["kto"].adapter) == (str(tiny_model), str(export))
+
+
+def answers_of_the_start(folder, model, log, **changes):
+    config = comparison(folder, model, log, answers__in_evaluate=3, answers__max_tokens=4, **changes)
+    examples = load(tokenise.prepare(config.data, tiny_tokenizer())[1])
+    return answered(
+        config,
+        {START: generate.Source(path=str(model), name="the start")},
+        examples,
+        np.ones(len(examples), bool),
+        tiny_tokenizer(),
+        SimpleNamespace(name="nobody"),
+        START,
+        START,
+        Console(),
+    )
+
+
+def test_a_disk_too_full_for_answers_is_told_with_its_setting(tmp_path, tiny_model, tiny_log, small_disk):
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    with pytest.raises(UserError, match=r"^answers cannot be written: answers\.cache \(.*\) is full: make room"):
+        answers_of_the_start(tmp_path, tiny_model, tiny_log, answers__cache=str(small_disk / "answers"))
+
+
+def test_a_model_that_memory_has_no_room_for_is_one_that_cannot_answer(tmp_path, tiny_model, tiny_log, monkeypatch):
+    def too_large(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 GiB")
+
+    monkeypatch.setattr(generate, "load_model", too_large)
+    with pytest.raises(CannotAnswer) as caught:
+        answers_of_the_start(tmp_path, tiny_model, tiny_log)
+    assert str(caught.value).startswith(f"out of memory while the start ({tiny_model}) was loaded in float32 onto cpu")
+    assert caught.value.remedy == "take a device with more memory"
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_status(tmp_path, tiny_model, tiny_log):

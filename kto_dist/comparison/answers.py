@@ -23,7 +23,7 @@ from kto_dist.data.examples import Examples
 from kto_dist.evaluation.answers import Answer, Kept, asked_of, figures_of, in_words, pick_prompts
 from kto_dist.evaluation.contest import Contest, Pair, contest
 from kto_dist.evaluation.decoding import Decoding
-from kto_dist.evaluation.generate import AtOnce, Source, load_whole, settings_in, stops_of, tried
+from kto_dist.evaluation.generate import AtOnce, NoRoom, Source, load_whole, settings_in, stops_of, tried
 from kto_dist.evaluation.intervals import Interval
 from kto_dist.evaluation.judges import Judge
 from kto_dist.model.causal_lm import pick_dtype
@@ -37,6 +37,10 @@ SAMPLES = 8
 
 class CannotAnswer(Exception):
     """A model's family, or its memory, does not let it generate."""
+
+    def __init__(self, why: str, remedy: str):
+        super().__init__(why)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,11 +143,16 @@ def _answers(
     keys = [decoding.key(prompt) for prompt in prompts]
     lacking = [place for place, key in enumerate(keys) if kept.get(key) is None]
     if lacking:
-        lm = load_whole(source, dtype, comm.device())
+        try:
+            lm = load_whole(source, dtype, comm.device())
+        except NoRoom as why:
+            raise CannotAnswer(str(why), "take a device with more memory") from None
         own = tried(lm, [prompts[place] for place in lacking], decoding, batch=at_once.prompts)
         at_once.lower(own.batch)
         if own.why is not None:
-            raise CannotAnswer(f"{type(lm).__name__} answers no prompts ({own.why})")
+            raise CannotAnswer(
+                f"{type(lm).__name__} answers no prompts ({own.why})", "lower answers.max_tokens where memory ran out"
+            )
         del lm
         release()
         fresh = {keys[place]: answer for place, answer in zip(lacking, in_words(tokenizer, own.made), strict=True)}

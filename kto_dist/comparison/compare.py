@@ -73,8 +73,8 @@ def compare(config: ComparisonConfig, run_one: RunOne, console: Console) -> Outc
             answers = answered(config, sources, heldout, reported, tokenizer, judge, START, against, console)
         except CannotAnswer as why:
             console.warn(
-                f"{why}, and the comparison goes on without answers: lower answers.max_tokens where memory ran out; "
-                "answers.in_evaluate=0 leaves them out"
+                f"{why}, and the comparison goes on without answers: {why.remedy}; answers.in_evaluate=0 leaves them "
+                "out"
             )
     _tell(config, found, answers, runs, commands, console)
     return found
@@ -85,7 +85,7 @@ def sources_of(config: ComparisonConfig, runs: list[Planned], found: Outcome) ->
     own = config.model
     folders = {run.name: str(run.folder.path) for run in runs}
     shared = Source(path=own.path, trust_remote_code=own.trust_remote_code, quantization=own.quantization)
-    start = {START: replace(shared, gguf_file=own.gguf_file, adapter=config.adapter.start)}
+    start = {START: replace(shared, gguf_file=own.gguf_file, adapter=config.adapter.start, name="the start")}
     models = {row.method: model_of(folders[row.name]) for row in found.rows if row.name in folders}
     return start | {
         method: replace(shared, path=model.path, gguf_file=model.gguf_file, adapter=model.adapter, name=method)

@@ -21,9 +21,10 @@ from kto_dist.data.encode import Encoder
 from kto_dist.data.rows import Row
 from kto_dist.data.template import look_at
 from kto_dist.evaluation.decoding import Decoding, Generated
-from kto_dist.evaluation.generate import Source, load_whole, stops_of, stream
+from kto_dist.evaluation.generate import NoRoom, Source, load_whole, stops_of, stream
 from kto_dist.model.causal_lm import ScoringModel, completion_logps, pick_dtype
 from kto_dist.model.loading import load_tokenizer
+from kto_dist.model.memory import is_out_of_memory
 
 Side = Literal["trained", "reference"]
 SIDES: tuple[Side, ...] = ("trained", "reference")
@@ -90,6 +91,11 @@ class Chat:
             thread.start()
         for thread in threads:
             thread.join()
+        if failed and is_out_of_memory(failed[0]):
+            raise UserError(
+                "out of memory while what was typed was answered: lower --max-tokens, begin a new conversation (/new), "
+                f"or {_more_room(self.models['trained'].device)}"
+            ) from None
         if failed:
             raise failed[0]
         said = {side: self._said(prompts[side], made[side]) for side in SIDES}
@@ -133,6 +139,15 @@ class Chat:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).rstrip("\ufffd")
 
 
+def _more_room(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "end what else takes memory here, or take a host with more of it"
+    return (
+        "end what else takes memory on this device, or name another one by CUDA_VISIBLE_DEVICES, which takes the CPU "
+        "where it is empty"
+    )
+
+
 def open_chat(
     trained: Source,
     reference: Source,
@@ -147,10 +162,13 @@ def open_chat(
 ) -> Chat:
     """Loads both. Raises `UserError`."""
     tokenizer = load_tokenizer(trained.path, trained.gguf_file, trust_remote_code=trained.trust_remote_code)
-    models: dict[Side, PreTrainedModel] = {
-        "trained": load_whole(trained, pick_dtype(dtype, device), device),
-        "reference": load_whole(reference, pick_dtype(dtype, device), device),
-    }
+    models: dict[Side, PreTrainedModel] = {}
+    sources: dict[Side, Source] = {"trained": trained, "reference": reference}
+    for side, source in sources.items():
+        try:
+            models[side] = load_whole(source, pick_dtype(dtype, device), device)
+        except NoRoom as why:
+            raise UserError(f"{why}, and a chat holds both models at once: {_more_room(device)}") from None
     if system and not tokenizer.chat_template:
         raise UserError("--system needs a tokenizer with a chat template, and this one has none: leave it out")
     decoding = Decoding(

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kto_dist.base import comm
+from kto_dist.base.errors import UserError
 from kto_dist.base.signals import Interrupted
 from kto_dist.data.batch import Cutting, collate
 from kto_dist.data.template import look_at
@@ -56,8 +57,24 @@ class Source:
     """In messages."""
 
 
+class NoRoom(UserError):
+    """A model does not fit into its device's memory whole."""
+
+
 def load_whole(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model on one device, to generate. Raises `UserError`."""
+    """A model on one device, to generate. Raises `UserError`; `NoRoom`, without the remedy, where memory runs out."""
+    try:
+        return _loaded(source, dtype, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        error.__traceback__ = None  # its frames hold the half of it that did fit
+    release()
+    kind = str(dtype).removeprefix("torch.")
+    raise NoRoom(f"out of memory while {source.name} ({source.path}) was loaded in {kind} onto {device} to answer")
+
+
+def _loaded(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     config = load_config(source.path, source.gguf_file, trust_remote_code=source.trust_remote_code)
     lm = load_model(
         source.path,

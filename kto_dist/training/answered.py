@@ -26,7 +26,7 @@ from kto_dist.evaluation.config import AnswersConfig
 from kto_dist.evaluation.contest import Contest, Pair, contest
 from kto_dist.evaluation.decoding import Decoding
 from kto_dist.evaluation.endpoint import Endpoint, all_of
-from kto_dist.evaluation.generate import AtOnce, Source, Tried, load_whole, settings_in, stops_of, tried
+from kto_dist.evaluation.generate import AtOnce, NoRoom, Source, Tried, load_whole, settings_in, stops_of, tried
 from kto_dist.evaluation.intervals import Interval, Mean, Ratio, intervals
 from kto_dist.evaluation.judges import Judge
 from kto_dist.model.memory import release
@@ -36,7 +36,7 @@ from kto_dist.reference.setup import ReferenceSetup, find_reference
 from kto_dist.training.config import Config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLES = 20
 """Prompts whose answers stand in the JSON file."""
@@ -86,6 +86,13 @@ class Answered:
 class _CannotAnswer(Exception):
     """A model's family, or its memory, does not let it generate; raised on all ranks alike."""
 
+    def __init__(self, why: str, remedy: str):
+        super().__init__(why)
+        self.remedy = remedy
+
+
+_SERVE = "serve it, and give answers.model_url and answers.reference_url"
+
 
 def unanswerable(config: Config, models: Sequence[str]) -> str | None:
     """Why no prompts are going to be answered, where some are asked for; None where they are. `models`: their names."""
@@ -95,8 +102,7 @@ def unanswerable(config: Config, models: Sequence[str]) -> str | None:
         return None
     return (
         "no prompts are answered: reference.zero_stage or reference.offload says that a model does not fit on a "
-        "device whole; serve it, and give answers.model_url and answers.reference_url; answers.in_evaluate=0 "
-        "silences this"
+        f"device whole; {_SERVE}; answers.in_evaluate=0 silences this"
     )
 
 
@@ -131,8 +137,7 @@ def answered(
         found, drawn = _all_answers(config, models, examples, rows, decoding, tokenizer, console)
     except _CannotAnswer as why:
         console.warn(
-            f"{why}, and the evaluation goes on without answers: lower answers.max_tokens where memory ran out; "
-            "answers.in_evaluate=0 leaves them out"
+            f"{why}, and the evaluation goes on without answers: {why.remedy}; answers.in_evaluate=0 leaves them out"
         )
         return None
     on_policy = _on_policy(config, models, [examples.prompt(int(row)) for row in rows], drawn, console)
@@ -213,8 +218,9 @@ def _made(
             trust_remote_code=setup.trust_remote_code,
             adapter=None if setup.adapter is None else str(setup.adapter),
             quantization=setup.quantization,
+            name=setup.role,
         )
-        lm = agree.together(lambda: load_whole(source, setup.dtype, setup.device))
+        lm = _loaded(source, setup)
         rank, ranks = comm.rank(comm.DATA), comm.size(comm.DATA)
         for decoding, own, places in zip(ways, keys, lacking, strict=True):
 
@@ -226,7 +232,10 @@ def _made(
             shares = agree.side_by_side(work)
             at_once.lower(min(share.batch for share in shares))
             if failures := [share.why for share in shares if share.why is not None]:
-                raise _CannotAnswer(f"{type(lm).__name__} answers no prompts ({failures[0]})")
+                raise _CannotAnswer(
+                    f"{type(lm).__name__} answers no prompts ({failures[0]})",
+                    "lower answers.max_tokens where memory ran out",
+                )
             made = in_words(tokenizer, [shares[n % ranks].made[n // ranks] for n in range(len(places))])
             fresh = {own[place]: answer for place, answer in zip(places, made, strict=True)}
 
@@ -239,6 +248,24 @@ def _made(
         del lm
         release()
     return agree.on_main(lambda: [_all(kept, own) for own in keys])
+
+
+def _loaded(source: Source, setup: ReferenceSetup) -> "PreTrainedModel":
+    """Collective. On every rank. Raises `_CannotAnswer` on all of them where one has no room for it."""
+
+    def load() -> "PreTrainedModel | str":
+        try:
+            return load_whole(source, setup.dtype, setup.device)
+        except NoRoom as why:
+            return str(why)
+
+    own = agree.together(load)
+    said = comm.gather(own if isinstance(own, str) else None)
+    if isinstance(own, str) or any(said):
+        del own
+        release()
+        raise _CannotAnswer(next(text for text in said if text), f"take a device with more memory, or {_SERVE}")
+    return own
 
 
 def _all(kept: Kept | None, keys: Sequence[str]) -> list[Answer]:
