@@ -17,7 +17,7 @@ from tiny_runs import tiny_config
 
 from kto_dist.base.errors import UserError
 from kto_dist.model.engines import Reference
-from kto_dist.reference.logps import lazily
+from kto_dist.reference.logps import lazily, more_room
 from kto_dist.reference.scoring import LoadedReference, Outcome, ShardSize
 from kto_dist.training.config import Config
 from kto_dist.training.precompute import precompute
@@ -60,11 +60,20 @@ def _without_room(config: Config) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize(("stage", "remedy"), [(0, "reference.zero_stage=3, or"), (3, "use more devices, or")])
+@pytest.mark.parametrize(
+    ("stage", "remedy"), [(0, "shard it over several hosts with reference.zero_stage=3"), (3, "use more hosts")]
+)
 def test_a_model_that_does_not_fit_is_told_with_the_remedy(tmp_path, tiny_model, tiny_log, stage, remedy):
     config = tiny_config(tmp_path, tiny_model, tiny_log, reference__zero_stage=stage)
     (said,) = run_ranks(_without_room, 1, config)
-    assert said.startswith(f"out of memory while the reference ({tiny_model}) was loaded in float32 onto cpu: ")
+    start = f"out of memory while the reference ({tiny_model}) was loaded in float32 onto cpu: "
+    # its memory is where offload=cpu would put the weights
+    assert said == f"{start}{remedy}, or keep its weights on a disk with reference.offload=nvme"
+
+
+@pytest.mark.parametrize(("sharded", "remedy"), [(False, "reference.zero_stage=3, or"), (True, "use more devices, or")])
+def test_a_model_that_a_gpu_has_no_room_for_may_lie_in_the_hosts_memory(sharded, remedy):
+    said = more_room(torch.device("cuda", 0), sharded=sharded)
     assert remedy in said and said.endswith("reference.offload=cpu or nvme")
 
 

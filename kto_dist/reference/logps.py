@@ -235,13 +235,23 @@ def _engine(setup: ReferenceSetup, engine: Engine) -> Reference:
         if not is_out_of_memory(error):
             raise
         error.__traceback__ = None  # its frames hold the half of it that did fit
-    remedy = "shard it over several devices with reference.zero_stage=3, or keep its weights in the host's memory with "
-    if setup.placement.sharded:
-        remedy = "use more devices, or keep its weights elsewhere with "
     dtype = str(setup.dtype).removeprefix("torch.")
     raise UserError(
         f"out of memory while {setup.role} ({setup.path}) was loaded in {dtype} onto {setup.device}: "
-        f"{remedy}reference.offload=cpu or nvme"
+        f"{more_room(setup.device, sharded=setup.placement.sharded)}"
+    )
+
+
+def more_room(device: torch.device, *, sharded: bool) -> str:
+    """What to do where a model does not fit."""
+    if device.type == "cpu":  # its memory is the host's, where offloaded weights would lie as well
+        more = "use more hosts" if sharded else "shard it over several hosts with reference.zero_stage=3"
+        return f"{more}, or keep its weights on a disk with reference.offload=nvme"
+    if sharded:
+        return "use more devices, or keep its weights elsewhere with reference.offload=cpu or nvme"
+    return (
+        "shard it over several devices with reference.zero_stage=3, or keep its weights in the host's memory with "
+        "reference.offload=cpu or nvme"
     )
 
 
