@@ -76,6 +76,15 @@ def test_hosts_that_count_other_ranks_are_named(port):
         assert "the job has 3 ranks by rank 0 on node-0, and 2 by rank 1 on node-1 (WORLD_SIZE)" in words
 
 
+def test_a_port_that_another_job_has_is_told_with_what_names_another():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        (said, _) = _meets(0, 2, taken, 20).communicate()
+    assert said.startswith(f"MASTER_PORT {taken} is taken on node-0, where rank 0 is") and "--master-port" in said
+
+
 def test_a_first_rank_that_cannot_be_reached_is_named(port):
     (said, _) = _meets(1, 2, port, 2).communicate()
     assert f"rank 1 on node-1 does not reach rank 0 at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}" in said

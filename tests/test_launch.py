@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -300,6 +302,25 @@ def test_a_host_that_lacks_something_is_named_with_the_setting(cluster, config):
     (cluster / "down-127.0.0.3").unlink()
     done = CliRunner().invoke(main, command(cluster, config, "--dry-run", f"model.path={cluster}/none"))
     assert done.exit_code == 2 and f"127.0.0.2: model.path: {cluster}/none is not there" in done.output
+
+
+def _port(cluster, config, *words):
+    done = CliRunner().invoke(main, command(cluster, config, "--dry-run", *words))
+    assert done.exit_code == 0, done.output
+    return int(re.search(r"rank 0 at 127\.0\.0\.2:(\d+)", done.output)[1])
+
+
+def test_without_a_look_at_the_hosts_the_first_one_is_asked_for_a_free_port(cluster, config):
+    with socket.socket() as probe:
+        probe.bind(("", _port(cluster, config, "--no-preflight")))
+    assert [line.split("\t")[0] for line in (cluster / "asked").read_text().splitlines()] == ["127.0.0.2"]
+    assert _port(cluster, config, "--no-preflight") != 29500
+
+
+def test_a_port_that_is_named_is_taken(cluster, config):
+    assert _port(cluster, config, "--no-preflight", "--master-port", "4321") == 4321
+    assert not (cluster / "asked").exists()
+    assert _port(cluster, config, "--master_port=4321") == 4321
 
 
 def test_an_ssh_that_is_not_there_is_named(cluster, config):

@@ -30,6 +30,11 @@ def meet(rank: int, size: int, wait: timedelta) -> Store:
     try:
         server = TCPStore(address, port, is_master=serves, wait_for_workers=False, timeout=wait)
     except RuntimeError as error:
+        if serves and "address already in use" in str(error).lower():
+            raise UserError(
+                f"MASTER_PORT {port} is taken on {host()}, where rank 0 is, as by another job: name another port, by "
+                "--master-port of kto-dist launch, --master_port of deepspeed, or MASTER_PORT under a scheduler"
+            ) from error
         raise UserError(
             f"rank {rank} on {host()} does not reach rank 0 at MASTER_ADDR {address}, MASTER_PORT {port} "
             f"({_first_line(error)}): check that its host runs the job, that the name leads there from here and not to "

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kto_dist.base.errors import UserError
 from kto_dist.cluster.hostfile import Node
 from kto_dist.cluster.probe import Facts, Question, existing
 from kto_dist.cluster.remote import Answer, Reach
@@ -110,6 +111,15 @@ def look(config: Config, nodes: Sequence[Node], reach: Reach) -> Report:
         port=0 if head is None else head.port,
         unreachable=unreachable,
     )
+
+
+def free_port(node: Node, reach: Reach) -> int:
+    """One that is free on a host, at which nothing else is looked. Raises `UserError` where it does not answer."""
+    question = json.dumps(asdict(Question(name=node.name, head=node.address)))
+    found, wrong = _facts([node], reach.ask([node], "kto_dist.cluster.probe", [question], _SECONDS_TO_ANSWER))
+    if wrong:
+        raise UserError(f"{wrong[0]} (it was asked for a free port, which --master-port names as well)")
+    return found[node.name].port
 
 
 def _touched(path: Path) -> bool:

@@ -39,6 +39,13 @@ ALLREDUCE = "kto_dist.cluster.allreduce"
     metavar="COMMAND",
     help="How hosts are reached. By default with a keep-alive that fits cluster.timeout.",
 )
+@click.option(
+    "--master-port",
+    "--master_port",
+    "port",
+    type=click.IntRange(1, 65535),
+    help="Of the first host, where ranks meet; default: one that is free there.",
+)
 @click.option("--preflight/--no-preflight", "looks", default=True, help="Whether hosts are looked at first.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
@@ -49,6 +56,7 @@ def launch(
     max_restarts: int,
     more: tuple[str, ...],
     ssh: str | None,
+    port: int | None,
     looks: bool,
     config: Path,
     overrides: tuple[str, ...],
@@ -70,12 +78,14 @@ def launch(
         words=(job, str(config), *overrides),
         environment=forwarded(os.environ, more),
         folder=os.getcwd(),
-        port=29500,
+        port=port or 0,
         grace=settings.cluster.grace,
         timeout=settings.cluster.timeout,
     )
     if looks:
         plan = _looked_at(plan, settings)
+    elif port is None:
+        plan = replace(plan, port=preflight.free_port(plan.nodes[0], reach))
     if dry_run:
         for line in _shown(plan):
             click.echo(line)
@@ -86,7 +96,7 @@ def launch(
         raise SystemExit(status)
 
     def again(plan: Plan) -> Plan | None:
-        return _on_who_is_left(plan, settings)
+        return _on_who_is_left(replace(plan, port=port or 0), settings)
 
     raise SystemExit(supervise(plan, restarts=max_restarts, again=again))
 
@@ -106,7 +116,7 @@ def _looked_at(plan: Plan, settings: Config) -> Plan:
         click.echo(f"warning: {doubt}")
     if found.wrong:
         raise UserError("\n".join(["the hosts are not ready:", *(f"  {text}" for text in found.wrong)]))
-    return replace(plan, port=found.port, environment={**found.environment, **plan.environment})
+    return replace(plan, port=plan.port or found.port, environment={**found.environment, **plan.environment})
 
 
 def _on_who_is_left(plan: Plan, settings: Config) -> Plan | None:
@@ -126,7 +136,7 @@ def _on_who_is_left(plan: Plan, settings: Config) -> Plan | None:
     if found.wrong:
         click.echo("\n".join(["error: the hosts are not ready:", *(f"  {text}" for text in found.wrong)]), err=True)
         return None
-    return replace(plan, nodes=tuple(nodes), port=found.port)
+    return replace(plan, nodes=tuple(nodes), port=plan.port or found.port)
 
 
 def _shown(plan: Plan) -> Sequence[str]:
