@@ -336,6 +336,10 @@ def test_an_ssh_that_is_not_there_is_named(cluster, config):
         ({"source": "def"}, "b has another this package's source (def) than a (abc)"),
         ({"gpus": ["A100, 40960"] * 8}, "b has other devices (8 x A100, 40960 MiB) than a (8 x H100, 81559 MiB)"),
         ({"gpus": ["H100, 81559"] * 4}, "b has 4 GPUs and slots=8 in the hostfile"),
+        (
+            {"lost": "the name is not known there: [Errno -2]", "route": ""},
+            "b does not find a, the first host, where ranks meet (the name is not known there: [Errno -2]): make it kn",
+        ),
         ({"clock": 1100.0}, "the clock of b differs from that of a by +100 s"),
         ({"problems": {"train.output": "/x cannot be written"}}, "b: train.output: /x cannot be written"),
     ],

@@ -77,6 +77,16 @@ def test_a_first_host_by_a_name_that_every_host_has_for_itself_is_wrong():
     assert wrong("localhost") == wrong("127.0.0.2", "127.0.0.3") == wrong("node-0", "localhost") == []
 
 
+def test_a_host_that_does_not_find_the_first_one_says_why():
+    found = look(Question(name="b", head="127.0.0.2"))
+    assert (found.lost, found.route) == ("", "lo")
+    unknown = look(Question(name="b", head="no..name"))  # which no resolver is asked for
+    assert unknown.lost.startswith("the name is not known there: ") and unknown.route == ""
+    # where nothing may be sent as if to one host
+    away = look(Question(name="b", head="255.255.255.255"))
+    assert away.lost.startswith("no way leads to 255.255.255.255: ") and away.route == ""
+
+
 class Answering(Reach):
     """Hosts that are sound, and note what they were asked."""
 

@@ -61,6 +61,7 @@ def facts(**more: object) -> Facts:
         "loopback": "",
         "interfaces": ["eth0"],
         "route": "eth0",
+        "lost": "",
         "open_files": 65536,
         "disks": {"/dev/shm": 100.0},
         "problems": {},

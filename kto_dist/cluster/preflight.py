@@ -162,6 +162,11 @@ def judge(
         ):
             if own != other:
                 wrong.append(f"{node.name} has another {what} ({own}) than {first} ({other}): install the same on both")
+        if facts.lost and len(nodes) > 1:
+            wrong.append(
+                f"{node.name} does not find {nodes[0].address}, the first host, where ranks meet ({facts.lost}): make "
+                "it known there, by DNS or /etc/hosts, or write the address that every host reaches in the hostfile"
+            )
         if set(facts.gpus) != set(head.gpus):
             wrong.append(
                 f"{node.name} has other devices ({_kinds(facts.gpus)}) than {first} ({_kinds(head.gpus)}): take hosts "

@@ -60,6 +60,8 @@ class Facts:
     """With an address, without the loopback."""
     route: str
     """The interface towards rank 0's host; empty where it is not known."""
+    lost: str
+    """Why rank 0's host is not found by its name; empty where it is."""
     open_files: int
     disks: dict[str, float]
     """GiB that are free, by setting; and of /dev/shm."""
@@ -84,6 +86,7 @@ def look(question: Question) -> Facts:
             problems[setting] = f"{name} is not there"
         elif not os.access(name, os.R_OK):
             problems[setting] = f"{name} cannot be read"
+    own, lost = _way(question.head)
     return Facts(
         python=platform.python_version(),
         versions={package: _version(package) for package in PACKAGES},
@@ -95,7 +98,8 @@ def look(question: Question) -> Facts:
         port=_free_port(),
         loopback=_loopback(),
         interfaces=[name for _, name in socket.if_nameindex() if name != "lo"],
-        route=_route(question.head),
+        route=_interface(own),
+        lost=lost,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         disks=disks,
         problems=problems,
@@ -169,18 +173,31 @@ def _loopback() -> str:
     return address if address.startswith("127.") else ""
 
 
-def _route(head: str) -> str:
-    """By the address that a datagram to it would come from; none is sent."""
+def _way(head: str) -> tuple[str, str]:
+    """The address of this host that a datagram to another one would come from, and why there is none. None is sent."""
+    reason = ""
+    if not head:
+        return "", ""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((head, 9))
-            own = probe.getsockname()[0]
-    except OSError:
-        return ""
+        found = socket.getaddrinfo(head, 9, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError) as error:
+        return "", f"the name is not known there: {error}"
+    for family, kind, _, _, address in sorted(found, key=lambda entry: entry[0] != socket.AF_INET):
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)
+                return str(probe.getsockname()[0]), ""
+        except OSError as error:
+            reason = reason or f"no way leads to {address[0]}: {error}"
+    return "", reason
+
+
+def _interface(own: str) -> str:
+    """With this address."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == own for address in addresses):
+        if own and any(address.address == own for address in addresses):
             return name
     return ""
 
