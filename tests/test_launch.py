@@ -196,7 +196,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(cluster):
         wait_for(lambda pid=pid: ended(pid))
 
 
-def test_ranks_end_where_nothing_is_heard_of_the_launcher(cluster):
+def test_ranks_end_where_nothing_is_heard_of_the_launcher(cluster, capfd):
     """As of one whose host was switched off: no connection ends."""
     job = _launcher(cluster, {"0": "wait", "1": "stubborn"}, timeout=1.0)
     wait_for(lambda: all((cluster / f"start-{rank}-0").exists() for rank in range(2)))
@@ -208,6 +208,7 @@ def test_ranks_end_where_nothing_is_heard_of_the_launcher(cluster):
     finally:
         job.kill()
         job.wait(60)
+    assert "it was cut off, or stopped, as Ctrl-Z does. The ranks of this host are ended" in capfd.readouterr().err
 
 
 def test_a_host_that_is_not_reached_is_named(cluster, capfd):

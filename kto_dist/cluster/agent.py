@@ -166,7 +166,7 @@ class Ranks:
         if before < self._job.silence <= self._silent:
             print(
                 f"error: on {self._job.host}: nothing was heard of the launching process for {self._silent:.0f} s: it "
-                "was stopped or cut off. The ranks of this host are ended (cluster.timeout)",
+                "was cut off, or stopped, as Ctrl-Z does. The ranks of this host are ended (cluster.timeout)",
                 file=sys.stderr,
                 flush=True,
             )
