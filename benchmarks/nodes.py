@@ -31,7 +31,8 @@ NAMES = ("node-a", "node-b")
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 _PROGRAMS = ("ip", "tc", "sshd", "ssh", "ssh-keygen", "unshare", "nsenter", "mount")
 _ALL = ("--net", "--mount", "--uts", "--ipc", "--pid")
-_SECONDS_TO_START = 20.0
+_SECONDS_TO_START = 600.0
+"""Of a machine that is busy with other things; one that has ended is not waited for."""
 _CACHE = "torchinductor_"
 """How the name of torch's cache begins, which a user's runs share."""
 OWN = ("disk", "scratch", "shm")
@@ -176,7 +177,7 @@ class Nodes:
                 preexec_fn=die_with_parent,
             )
         self._running[name] = process
-        _until(lambda: self._first(name) is not None)
+        _until(lambda: self._first(name) is not None and b"Server listening" in log.read_bytes())
         self._made += 1
         port = self._ports[name] = f"port-{self._made}"
         self._on_switch("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(self._first(name)))
@@ -185,13 +186,14 @@ class Nodes:
         self._inside(name, "ip", "link", "set", "eth0", "address", f"02:00:00:00:00:{number:02x}")
         self._inside(name, "ip", "addr", "add", f"{_address(number)}/24", "dev", "eth0")
         self._inside(name, "ip", "link", "set", "eth0", "up")
-        _until(lambda: b"Server listening" in log.read_bytes())
 
     def kill(self, name: str) -> None:
         """Switches it off: SIGKILL to all of its processes at once, and no word over the network."""
-        process = self._running.pop(name)
-        if (first := self._first_of(process)) is not None:
-            with contextlib.suppress(RuntimeError):
+        process, first = self._running.pop(name), None
+        with contextlib.suppress(RuntimeError):  # it has ended by itself
+            first = self._first_of(process)
+        if first is not None:
+            with contextlib.suppress(RuntimeError, KeyError):  # it has no link yet
                 self.cut(name)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(first, signal.SIGKILL)

@@ -41,6 +41,13 @@ def whole(tmp_path_factory, tiny_model, tiny_log) -> Config:
     return config
 
 
+def test_a_host_that_ends_while_it_starts_is_not_waited_for(tmp_path):
+    nodes = Nodes(tmp_path / "nodes")
+    (nodes.folder / "ssh" / "sshd_config").write_text("Nonsense\n")
+    with pytest.raises(RuntimeError, match="a host has ended by itself"), nodes:
+        pass
+
+
 class Hosts:
     """The config on every host's own disk, and starts of it."""
 
