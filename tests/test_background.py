@@ -91,6 +91,34 @@ def test_what_is_written_later_is_the_step_that_was_copied(tmp_path, tiny_model,
     are_alike(config, whole)
 
 
+def _fails_and_begins_again(config: Config) -> None:
+    """In one process. The first run fails while its checkpoint of step 2 is held up."""
+    failing = threading.Event()
+
+    def wait() -> None:
+        failing.wait(600)
+        time.sleep(1.0)  # a run that waits for nobody has left by then
+
+    def fail(result: StepResult) -> None:
+        if result.step == 3:
+            failing.set()
+            raise LookupError("of a watcher")
+
+    _when_opened("optim_states", wait)
+    with pytest.raises(LookupError):
+        train(config, watch=fail)
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+    assert saved(config) == [".partial-step-00000002"]
+    train(config)
+
+
+def test_a_run_that_fails_leaves_no_writer_to_the_next_one_of_its_process(tmp_path, tiny_model, tiny_log):
+    config, whole = both(tmp_path, tiny_model, tiny_log, deepspeed__zero_stage=2)
+    run_ranks(_fails_and_begins_again, 1, config)
+    run_ranks(train_all, 1, [whole])
+    are_alike(config, whole)
+
+
 def _dies_when_opened(config: Config, name: str) -> None:
     _when_opened(name, lambda: os.kill(os.getpid(), signal.SIGKILL))
     train(config)

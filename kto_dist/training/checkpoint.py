@@ -34,6 +34,8 @@ from kto_dist.objective.config import ObjectiveConfig
 from kto_dist.training import manifest, random_states, scattered
 
 STATE = "state.json"
+_PIECE = 64 * 2**20
+"""Bytes that are written before it is asked whether they are still wanted."""
 _NAME = re.compile(r"step-\d{8,}")
 NO_ADAPTER: dict[str, Any] = {
     "model.quantization": "none",
@@ -92,6 +94,7 @@ class Saving:
         self._name = name_of(state.step)
         self._partial = self._root / f".partial-{self._name}"
         self._written: dict[str, manifest.Entry] = {}
+        self._given_up = threading.Event()
         self._failed: Exception | None = None
         put_off: list[PutOff] = []
         partial = self._partial
@@ -130,6 +133,12 @@ class Saving:
         self.seconds += time.monotonic() - began
         return self._root / self._name
 
+    def give_up(self) -> None:
+        """Of a run that ends otherwise: when this returns, nothing more is written. What there is of it is cleared by
+        the next start."""
+        self._given_up.set()
+        self._thread.join()
+
     def _refusals(self) -> AbstractContextManager[None]:
         return disks.refusals(f"the checkpoint of step {self.step}", "train.output", self._root)
 
@@ -138,7 +147,10 @@ class Saving:
             while files:
                 file = files.pop()  # its memory is free again when it is written
                 with file.path.open("wb") as disk:
-                    disk.write(file.content)
+                    for start in range(0, len(file.content), _PIECE):
+                        if self._given_up.is_set():
+                            return
+                        disk.write(file.content[start : start + _PIECE])
                     disk.flush()
                     os.fsync(disk.fileno())
                 entry = manifest.Entry(size=len(file.content), sha256=hashlib.sha256(file.content).hexdigest())

@@ -127,6 +127,7 @@ def _train(
     evaluations, saves = Evaluations(stepper, run, console, watching), Saves(policy, prepared, run, console)
     before = evaluations.begin(first)
     with (
+        saves,
         sigterm_noted() as terminated,
         console.steps("training", first, plan.steps) as show,
         profiled(config.train.profile, plan.steps - first, run.folder.path, console) as profiling,

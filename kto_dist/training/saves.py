@@ -27,6 +27,14 @@ class Saves:
     _seconds: float = field(default=0.0, init=False)
     """That its step took."""
 
+    def __enter__(self) -> "Saves":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A run that fails leaves no thread behind which writes where the next one does."""
+        if self._under_way is not None:
+            self._under_way.give_up()
+
     def save(self, step: int, best: Best | None, seconds: float, *, at_once: bool) -> None:
         """Collective. Of the policy after `step` updates, the last of which took `seconds`. Raises `UserError`."""
         self.finish()
@@ -52,10 +60,11 @@ class Saves:
 
     def finish(self) -> None:
         """Collective. Waits for the checkpoint that is under way, if one is."""
-        saving, self._under_way = self._under_way, None
+        saving = self._under_way
         if saving is None:
             return
         saving.commit()
+        self._under_way = None
         first, self.run.saved = self.run.saved == 0, saving.step
         long = beyond_grace(self._seconds, saving.seconds, self.prepared.config.cluster.grace)
         if first and long is not None:
