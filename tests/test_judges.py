@@ -16,6 +16,7 @@ from kto_dist.evaluation.contest import Contest, Pair, contest
 from kto_dist.evaluation.endpoint import Endpoint
 from kto_dist.evaluation.judges import Comparison, judge_of, read_verdict
 from kto_dist.evaluation.table import answer_lines
+from kto_dist.record.mlflow_judge import TASK
 
 ASKED = [
     Comparison(prompt="q", first="a long answer", second="short"),
@@ -97,6 +98,20 @@ def test_mlflows_judge_works_with_a_local_server(monkeypatch):
         judge = judge_of(JudgeConfig(by="mlflow", model="openai:/tiny", base_url=server.url, parallel=1))
         assert judge(ASKED) == ["first", "second", "tie"]
     assert {path for path, *_ in server.asked} == {"/v1/chat/completions"}
+
+
+@pytest.mark.parametrize("by", ["endpoint", "mlflow"])
+def test_a_judge_that_is_asked_in_other_words_is_another_one(by):
+    """What it has said is kept by this: its question, and all that decides the reply."""
+
+    def known_by(**changes: Any) -> str:
+        given = {"by": by, "model": "openai:/x", "base_url": "http://localhost:9/v1", "instructions": "Be strict."}
+        return judge_of(JudgeConfig(**given | changes)).identity
+
+    question = TASK if by == "mlflow" else "[The user's message]"
+    assert any(question in str(fact) for fact in json.loads(known_by()))
+    changes = {"model": "openai:/y", "base_url": "http://localhost:8/v1", "instructions": "Be kind.", "max_tokens": 7}
+    assert len({known_by(), *(known_by(**{name: value}) for name, value in changes.items())}) == 5
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The largest micro-batch: no step of any choice of rows has a fuller one."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,5 +54,6 @@ def test_a_packed_one_holds_the_longest_and_leaves_room_for_none_that_it_may_hav
     assert len(chosen) == most or not left.size or total + left.min() > TOKENS
 
 
-def test_nothing_has_no_largest_micro_batch():
-    assert not fullest(np.zeros((0, 1), np.int64), cutting(packed=True), most=4).size
+@pytest.mark.parametrize("packed", [True, False])
+def test_nothing_has_no_largest_micro_batch(packed):
+    assert not fullest(np.zeros((0, 1), np.int64), cutting(packed=packed), most=4).size

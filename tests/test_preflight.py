@@ -121,6 +121,12 @@ def test_held_out_rows_are_looked_for_on_every_host(tmp_path):
     assert all(str(tmp_path / "held.jsonl") in question.read.values() for question in Answering.asked)
 
 
+def test_an_adapter_to_go_on_with_is_looked_for_on_every_host(tmp_path):
+    words = ["adapter.type=lora", f"adapter.start={tmp_path}/adapter"]
+    preflight.look(config_of(tmp_path, *words), NODES, Answering())
+    assert [question.read["adapter.start"] for question in Answering.asked] == [f"{tmp_path}/adapter"] * 2
+
+
 def test_a_place_into_which_nobody_may_look_is_a_problem_of_its_setting(tmp_path, monkeypatch):
     """As below another user's private folder: the look itself once ended there, with a traceback."""
     exists, private = Path.exists, tmp_path / "private"

@@ -34,7 +34,7 @@ def test_things_are_shared_out_as_neighbours_of_about_equal_weight():
     assert neighbours([5, 1, 1, 5], 2) == [range(2), range(2, 4)]
     assert neighbours([10, 10, 10], 3) == [range(1), range(1, 2), range(2, 3)]
     assert neighbours([100, 1], 3) == [range(0), range(1), range(1, 2)]
-    for sizes in ([1], [0, 0], [3, 9, 1, 1, 1, 30, 2]):
+    for sizes in ([1], [0, 0], [1, 0], [3, 9, 1, 1, 1, 30, 2]):
         for count in (1, 2, 5):
             shares = neighbours(sizes, count)
             assert len(shares) == count and [place for share in shares for place in share] == [*range(len(sizes))]
