@@ -47,7 +47,11 @@ def test_linear_layers_but_the_head_lie_in_4_bits_of_the_dtype_that_is_computed_
     assert layer.numel() * layer.element_size() == plain.model.layers[0].mlp.up_proj.weight.numel() // 2
     # arithmetic is that of whole weights, memory that of packed ones
     assert cost_of(lm).decoder == cost_of(plain).decoder
-    assert shape_of(lm).parameters < shape_of(plain).parameters
+    packed, whole = shape_of(lm), shape_of(plain)
+    assert packed.parameters == whole.parameters and whole.packed == 0
+    assert packed.packed == packed.parameters - 2 * packed.head - sum(
+        p.numel() for p in plain.parameters() if p.dim() == 1
+    )
 
 
 @needs_package

@@ -2,9 +2,10 @@
 
 In:  a GPU's name, how many, how many a node. Out: `Cluster`, whose methods give seconds.
 
-Peaks, memory and links are the makers' figures of the eight-GPU machines that these are sold in, in one direction. What
-is reached of them are the shares below: of compute and bandwidth as one H200 has shown in the runs of docs/figures.md,
-of links as is usual of NCCL, which nobody has measured here. A collective takes
+Peaks and links are the makers' figures of the eight-GPU machines that these are sold in, in one direction; memory is
+what torch shows of them, from which a run's own estimate starts as well. What is reached of the peaks are the shares
+below: of compute and bandwidth as one H200 has shown in the runs of docs/figures.md, of other GPUs as others have
+published (docs/planning.md), of links as is usual of NCCL, which nobody has measured here. A collective takes
 alpha * log2(ranks) + bytes / bandwidth: one alpha and one bandwidth within a node, others between nodes.
 """
 
@@ -23,31 +24,37 @@ class Gpu:
     flops: float
     """Dense bf16 peak."""
     memory: float
-    """Bytes."""
+    """Bytes, as `torch.cuda.get_device_properties` has them."""
     bandwidth: float
     """Of its memory."""
     link: float
     """To the others of its node."""
     network: float
-    """Of the whole node to others."""
+    """Of eight of them to other nodes: each has a card of its own."""
     host: float
     """To its share of the host's memory."""
+    matmul: float = 0.70
+    """Of the peak, in matmuls; the H200's profile in docs/figures.md shows it of matmuls of 16,384 rows."""
+    attention: float = 0.30
+    """Of the peak, by what attention must compute: rows of 360 tokens reach 0.17 on an H200, long ones more."""
 
 
 GB = 1e9
+GIB = 2.0**30
 _A100 = Gpu(
     name="A100",
     flops=PEAKS["A100"],
-    memory=80 * GB,
+    memory=79.25 * GIB,
     bandwidth=2039 * GB,
     link=300 * GB,
     network=200 * GB,
     host=25 * GB,
+    attention=0.50,
 )
 _H100 = Gpu(
     name="H100",
     flops=PEAKS["H100"],
-    memory=80 * GB,
+    memory=79.1 * GIB,
     bandwidth=3350 * GB,
     link=450 * GB,
     network=400 * GB,
@@ -57,24 +64,43 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         _A100,
-        replace(_A100, name="A100-40GB", memory=40 * GB, bandwidth=1555 * GB),
+        replace(_A100, name="A100-40GB", memory=39.4 * GIB, bandwidth=1555 * GB),
         _H100,
-        replace(_H100, name="H200", flops=PEAKS["H200"], memory=141 * GB, bandwidth=4800 * GB),
-        replace(_H100, name="B200", flops=PEAKS["B200"], memory=180 * GB, bandwidth=8000 * GB, link=900 * GB),
-        replace(_H100, name="MI300X", flops=PEAKS["MI300X"], memory=192 * GB, bandwidth=5300 * GB, link=448 * GB),
+        replace(_H100, name="H200", flops=PEAKS["H200"], memory=139.8 * GIB, bandwidth=4800 * GB),
+        # its attention runs kernels of older GPUs
+        replace(
+            _H100,
+            name="B200",
+            flops=PEAKS["B200"],
+            memory=178.35 * GIB,
+            bandwidth=7670 * GB,
+            link=900 * GB,
+            attention=0.16,
+        ),
+        # others have measured 620 TFLOP/s of its peak in matmuls
+        replace(
+            _H100,
+            name="MI300X",
+            flops=PEAKS["MI300X"],
+            memory=191.9 * GIB,
+            bandwidth=5300 * GB,
+            link=448 * GB,
+            matmul=0.45,
+            attention=0.20,
+        ),
     )
 }
 MOST_GPUS = 4096
+_CARDS = 8
+"""Of a node that `Gpu.network` is of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shares:
-    """What is reached of a peak, and what the host takes: the assumptions, in one place."""
+    """What is reached of every GPU's figures, and what the host takes: the assumptions, in one place."""
 
-    matmul: float = 0.70
-    """Of the bf16 peak; the H200's profile in docs/figures.md shows it of matmuls of 16,384 rows."""
-    attention: float = 0.30
-    """Of the bf16 peak, by what attention must compute: rows of 360 tokens reach 0.17 there, long ones more."""
+    experts: float = 0.50
+    """Of what matmuls reach, in those of experts, whose rows are parted; from what others have published."""
     busy: float = 0.92
     """Of the time, that the device computes; the same profile."""
     memory: float = 0.70
@@ -124,6 +150,11 @@ class Cluster:
         """GPUs of a node."""
         return min(self.gpus, self.per_node)
 
+    @property
+    def network(self) -> float:
+        """Bytes a second of a node to others: rings run over all of its cards at once."""
+        return self.gpu.network * self.per_node / _CARDS
+
     def gather(self, size: float, messages: int = 1) -> float:
         """Seconds until all ranks have what is `size` bytes together, each of which has a part; or have reduced as
         much to parts. In so many messages."""
@@ -133,8 +164,7 @@ class Cluster:
         bandwidth = self.gpu.link
         if self.nodes > 1:
             alpha += self.shares.alpha_between * math.log2(self.nodes)
-            # rings run over all of a node's cards at once
-            bandwidth = min(bandwidth, self.gpu.network)
+            bandwidth = min(bandwidth, self.network)
         return messages * alpha + size * (self.gpus - 1) / self.gpus / (bandwidth * self.shares.links)
 
     def reduce(self, size: float, messages: int = 1) -> float:

@@ -99,6 +99,7 @@ def way_here(config: Config, shape: Shape, here: Cluster) -> Way:
         packed=pick_packing("train.packing", config.train.packing, attention, found, config.data.max_length),
         logits_bytes=mebibytes * 2**20,
         cpu=device.type == "cpu",
+        eager_row=config.data.max_length if attention == "eager" and device.type == "cuda" else 0,
     )
     return _with_tokens(way, config, shape, here)
 

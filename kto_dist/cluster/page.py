@@ -1,55 +1,63 @@
-"""A plan for people, and for programs: lines of a table, and plain values for JSON."""
+"""A plan for people, and for programs: lines of a table, what is said above and below it, and plain values for JSON."""
 
 from dataclasses import asdict
 from typing import Any
 
 from kto_dist.cluster.plan import Plan
 from kto_dist.cluster.predict import Prediction
+from kto_dist.model.adapters import Rehearsed
+from kto_dist.model.loading import shortened
 
 COLUMNS = (
-    "",
+    "fits",
     "ZeRO",
     "offload",
-    "checkpointing",
+    "ckpt",
     "tokens",
     "weights",
-    "gradients",
+    "grads",
     "optimizer",
-    "head",
     "activations",
-    "margin",
-    "GiB a GPU",
-    "s a step",
+    "at hand",
+    "GiB/GPU",
+    "s/step",
     "tokens/s",
     "mfu",
     "hours",
     "cost",
 )
 
+_SET_UP = COLUMNS[: COLUMNS.index("tokens")]
+MEMORY = (*_SET_UP, *COLUMNS[COLUMNS.index("weights") : COLUMNS.index("GiB/GPU") + 1])
+SPEED = (*_SET_UP, "tokens", *COLUMNS[COLUMNS.index("GiB/GPU") :])
+"""The columns of two tables in place of one, where a terminal is narrow."""
+WIDTH = 120
+"""Of a terminal that is not."""
+
 
 def lines(plan: Plan) -> list[tuple[str, ...]]:
-    """A line a way, as `COLUMNS` name them; memory in GiB."""
+    """A line a way, as `COLUMNS` name them; memory in GiB, whose parts add up but for the margin."""
     return [_line(plan, way, place == 0) for place, way in enumerate(plan.ways)]
 
 
 def _line(plan: Plan, way: Prediction, first: bool) -> tuple[str, ...]:
     held, memory, set_up = way.memory.held, way.memory, way.way
-    parts = (held.weights + held.gathered, held.gradients, held.optimizer, held.head, memory.activations, memory.margin)
-    offload = [
-        name for name, on in (("optimizer", set_up.offload_optimizer), ("weights", set_up.offload_parameters)) if on
-    ]
+    weights, kept = held.weights + held.gathered, memory.activations
+    # the most of logits, a backward and an update
+    parts = (weights, held.gradients, held.optimizer, kept, memory.peak - held.rest - kept)
+    offload = {(0, 0): "none", (1, 0): "optimizer", (0, 1): "weights", (1, 1): "both"}
     cost = plan.cost(way)
     speed = (
         f"{way.seconds.total:.3g}",
         f"{way.tokens_per_second:,.0f}",
         f"{way.mfu:.0%}",
-        f"{plan.hours(way):,.1f}",
-        "" if cost is None else f"{cost:,.0f}",
+        _short(plan.hours(way)),
+        "" if cost is None else _short(cost),
     )
     return (
-        "too large" if way.trouble else "best" if first else "",
+        "no" if way.trouble else "best" if first else "yes",
         str(set_up.zero_stage),
-        " + ".join(offload) or "none",
+        offload[set_up.offload_optimizer, set_up.offload_parameters],
         "yes" if set_up.checkpointing else "no",
         f"{set_up.tokens:,}",
         *(f"{part / 2**30:.1f}" for part in parts),
@@ -58,10 +66,9 @@ def _line(plan: Plan, way: Prediction, first: bool) -> tuple[str, ...]:
     )
 
 
-def sentences(plan: Plan) -> list[str]:
-    """What the table is about, and what stands behind it."""
-    cluster, work, shares = plan.cluster, plan.workload, plan.cluster.shares
-    gpu, best = cluster.gpu, plan.best
+def above(plan: Plan, adapter: Rehearsed | None = None) -> list[str]:
+    """What the table is about, and the best way."""
+    cluster, work, gpu = plan.cluster, plan.workload, plan.cluster.gpu
     said = [
         "computed, not measured: "
         f"{plan.shape.parameters:,} parameters, {plan.shape.trained:,} trained ({plan.method}), "
@@ -73,6 +80,64 @@ def sentences(plan: Plan) -> list[str]:
         said.append(
             f"{work.cut:.0%} of these rows are longer than data.max_length ({work.max_length:,}) and are cut to it"
         )
+    if adapter is not None and adapter.experts:
+        said.append(
+            f"the adapter leaves {len(adapter.experts)} parameters of experts ({shortened(adapter.experts)}) as they "
+            "are, and in 16 bits: they are no linear layers; name them in adapter.targets to adapt them too"
+        )
+    if plan.idle:
+        said.append(
+            f"{plan.idle:,} of the {cluster.gpus:,} GPUs have no row in a step of {work.global_batch:,}: raise "
+            "train.global_batch, or take fewer"
+        )
+    if (slow := _slow(plan)) is not None:
+        said.append(slow)
+    if plan.best is not None:
+        said.append(_best(plan, plan.best))
+    return said
+
+
+def _slow(plan: Plan) -> str | None:
+    layers = plan.layers
+    what = []
+    if layers.attention == "eager":
+        what.append("attention is eager and keeps a weight for every pair of positions of a row")
+    if not layers.packed:
+        what.append("rows are padded to the longest of a micro-batch")
+    if not layers.fused:
+        what.append("layers are plain ones, no fused kernels")
+    if not what:
+        return None
+    return f"as this family runs with what is installed here: {'; '.join(what)}"
+
+
+def _best(plan: Plan, best: Prediction) -> str:
+    """In one line, for who reads no more."""
+    way, cost = best.way, plan.cost(best)
+    set_up = [f"ZeRO {way.zero_stage}", *_offloaded(best), *(["checkpointing"] if way.checkpointing else [])]
+    return (
+        f"best: {', '.join(set_up)}, {way.tokens:,} tokens a micro-batch: {best.memory.device / 2**30:,.0f} of "
+        f"{plan.cluster.gpu.memory / 2**30:,.0f} GiB a GPU, {best.seconds.total:.3g} s a step, "
+        f"{best.tokens_per_second:,.0f} tokens/s ({best.tokens_per_second / plan.cluster.gpus:,.0f} a GPU), "
+        f"mfu {best.mfu:.0%}, {_short(plan.hours(best))} hours"
+        + ("" if cost is None else f", {_short(cost)} at {plan.price:g} a GPU and hour")
+    )
+
+
+def _short(value: float) -> str:
+    """With two figures at the least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}" if value >= 10 else f"{value:.2g}"
+
+
+def _offloaded(way: Prediction) -> list[str]:
+    both = ("optimizer", way.way.offload_optimizer), ("weights", way.way.offload_parameters)
+    return [f"{name} in host memory" for name, on in both if on]
+
+
+def below(plan: Plan) -> list[str]:
+    """What stands behind the table."""
+    cluster, shares = plan.cluster, plan.cluster.shares
+    gpu, best, said = cluster.gpu, plan.best, []
     if best is not None:
         parts = ", ".join(f"{name} {value:.3g}" for name, value in asdict(best.seconds).items() if value > 0)
         said.append(f"seconds of a step of the best: {parts}; {best.microbatches} micro-batches a rank")
@@ -81,14 +146,21 @@ def sentences(plan: Plan) -> list[str]:
             said.append(f"offloaded: {host / 2**30:,.0f} GiB of a node's memory")
     reference = plan.reference
     said.append(
-        f"reference pass, once: {reference.pairs:,} pairs in {reference.seconds / 3600:.2f} hours, "
-        f"{'sharded, ' if reference.sharded else ''}{reference.memory / 2**30:.1f} GiB a GPU; hours and cost include it"
+        f"reference pass, once: {reference.pairs:,} pairs in {_short(reference.seconds / 3600)} hours, "
+        f"{'sharded, ' if reference.sharded else ''}{'in host memory, ' if reference.offload else ''}"
+        f"{reference.memory / 2**30:.1f} GiB a GPU; hours and cost include it"
     )
     said.append(
-        f"assumed: {shares.matmul:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s in matmuls, "
-        f"{shares.attention:.0%} in attention, "
+        "at hand: for a moment beside what is held, the most of logits with the gradient of the head, of a layer's "
+        "backward, and of an update; what a GPU takes has a margin beside these parts, of "
+        f"{plan.ways[0].memory.margin / 2**30:.1f} GiB, for what the allocator loses and what CUDA and NCCL take"
+    )
+    said.append(
+        f"assumed: {gpu.matmul:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s in matmuls, "
+        + (f"{gpu.matmul * shares.experts:.0%} in those of experts, " if plan.shape.sent else "")
+        + f"{gpu.attention:.0%} in attention, "
         f"{shares.memory:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s, {shares.links:.0%} of links of {gpu.link / 1e9:.0f} "
-        f"GB/s in a node and {gpu.network / 1e9:.0f} GB/s a node, {shares.alpha_inside * 1e6:.0f} and "
+        f"GB/s in a node and {cluster.network / 1e9:.0f} GB/s a node, {shares.alpha_inside * 1e6:.0f} and "
         f"{shares.alpha_between * 1e6:.0f} microseconds a message, {shares.overlap:.0%} of ZeRO-3's collectives hidden,"
         f" {shares.host_seconds * 1e3:.1f} ms of the host for a layer's forward"
         + (f", all compute times {shares.compute:.3g} as measured" if shares.compute != 1 else "")
@@ -104,12 +176,22 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "gpu": plan.cluster.gpu.name,
         "gpus": plan.cluster.gpus,
         "nodes": plan.cluster.nodes,
+        "gpus_per_node": plan.cluster.per_node,
+        "gpus_without_a_row": plan.idle,
+        "host_memory": plan.cluster.host_memory,
+        "price": plan.price,
+        "layers": asdict(plan.layers),
+        "prompt_tokens": float(plan.workload.prompts.mean()),
+        "completion_tokens": float(plan.workload.answers.mean()),
+        "rows_cut": plan.workload.cut,
+        "max_length": plan.workload.max_length,
+        "kl_pairs_per_step": plan.workload.kl_pairs,
         "parameters": plan.shape.parameters,
         "trained": plan.shape.trained,
         "rows": plan.workload.rows,
         "steps": plan.workload.steps,
         "global_batch": plan.workload.global_batch,
-        "assumptions": asdict(plan.cluster.shares),
+        "assumptions": {**asdict(plan.cluster.gpu), **asdict(plan.cluster.shares)},
         "reference": asdict(plan.reference),
         "ways": [
             {

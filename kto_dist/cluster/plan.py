@@ -12,13 +12,19 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kto_dist.base.errors import UserError
 from kto_dist.cluster.hardware import Cluster
 from kto_dist.cluster.predict import Prediction, ReferencePass, Way, predict, predict_reference
 from kto_dist.cluster.workload import Workload
+from kto_dist.model.adapters import Rehearsed, pick_adapter, rehearse
+from kto_dist.model.attention import pick_attention, pick_packing
+from kto_dist.model.config import AdapterConfig
 from kto_dist.model.footprint import MOST_TOKENS, SHARE_OF_MEMORY, Shape, budget, shape_of, with_adapter
+from kto_dist.model.kernels import pick_kernels
+from kto_dist.model.loading import model_class
 from kto_dist.training.config import Config
 
 Method = Literal["full", "lora", "qlora"]
@@ -40,6 +46,13 @@ class Plan:
     reference: ReferencePass
     price: float | None
     """Of a GPU and hour."""
+    layers: "Layers"
+
+    @property
+    def idle(self) -> int:
+        """GPUs that have no row of a step."""
+        units = self.workload.global_batch // self.workload.unit
+        return max(0, self.cluster.gpus - units)
 
     @property
     def best(self) -> Prediction | None:
@@ -52,9 +65,53 @@ class Plan:
         return None if self.price is None else self.hours(way) * self.cluster.gpus * self.price
 
 
-def shape_for(lm: PreTrainedModel, method: Method, rank: int) -> Shape:
-    """`rank`: of an adapter."""
-    return shape_of(lm) if method == "full" else with_adapter(lm, rank, packed=method == "qlora")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layers:
+    """How a family computes on a GPU."""
+
+    attention: str = "varlen"
+    """Of the table of attentions."""
+    fused: bool = True
+    """Layers of fused kernels."""
+    packed: bool = True
+    """Rows end to end, without padding."""
+    checkpointing: bool = True
+    """Whether the family can compute layers again."""
+
+
+def layers_on_gpu(config: Config, found: PretrainedConfig) -> Layers:
+    """As a run would pick them there, with the packages that are installed here; what the config asks for by name is
+    taken to be there. Raises `UserError`."""
+    gpu, model, train = torch.device("cuda"), config.model, config.train
+    attention, kernels = str(model.attention), str(model.kernels)
+    if attention == "auto":
+        attention = pick_attention("model.attention", attention, found, gpu, torch.bfloat16)
+    if kernels == "auto":
+        kernels = pick_kernels("model.kernels", kernels, found, gpu)
+    return Layers(
+        attention=attention,
+        fused=kernels == "liger",
+        packed=pick_packing("train.packing", train.packing, attention, found, config.data.max_length),
+        checkpointing=bool(getattr(model_class(found), "supports_gradient_checkpointing", False)),
+    )
+
+
+def adapter_for(config: Config, method: Method, rank: int, found: PretrainedConfig) -> Rehearsed | None:
+    """What the config's adapter, or one of this rank, comes to in the model; None where all of it is trained. Raises
+    `UserError` where the model has no place for it."""
+    if method == "full":
+        return None
+    section = config.adapter if config.adapter.type != "none" else AdapterConfig(type="lora", rank=rank)
+    adapter = pick_adapter(section, base=config.model.path, seed=0)
+    assert adapter is not None
+    return rehearse(found, adapter, trust_remote_code=config.model.trust_remote_code)
+
+
+def shape_for(lm: PreTrainedModel, method: Method, rank: int, adapter: Rehearsed | None = None) -> Shape:
+    """`rank`: of an adapter beside every linear layer, where none is given."""
+    if method == "full":
+        return shape_of(lm)
+    return with_adapter(lm, rank, packed=method == "qlora", trained=None if adapter is None else adapter.trained)
 
 
 def plan(
@@ -65,30 +122,33 @@ def plan(
     *,
     method: Method = "full",
     price: float | None = None,
-    fused: bool = True,
-    packed: bool = True,
+    layers: Layers = Layers(),
+    reference: Shape | None = None,
 ) -> Plan:
-    """`fused`, `packed`: whether layers are fused kernels, and rows lie end to end, as on GPUs that have both."""
+    """Predicts every way. `reference`: where it is another model."""
     found = [
         predict(shape, workload, cluster, way)
-        for way in ways(config, shape, workload, cluster, method=method, fused=fused, packed=packed)
+        for way in ways(config, shape, workload, cluster, method=method, layers=layers)
     ]
-    found.sort(key=lambda way: (bool(way.trouble), way.seconds.total))
+    # of those that do not fit the closest first
+    found.sort(key=lambda way: (True, _excess(way, cluster)) if way.trouble else (False, way.seconds.total))
     fitting = [way for way in found if not way.trouble]
     if fitting:
         as_fast = [way for way in fitting if way.seconds.total <= _ALIKE * fitting[0].seconds.total]
         best = min(as_fast, key=_effort)
         found.remove(best)
         found.insert(0, best)
-    reference = predict_reference(shape, workload, cluster, found[0].way, config.reference.tokens_per_batch)
+    tokens = config.reference.tokens_per_batch
+    scored = predict_reference(reference or shape, workload, cluster, found[0].way, tokens)
     return Plan(
         method=method,
         shape=shape,
         workload=workload,
         cluster=cluster,
         ways=found,
-        reference=reference,
+        reference=scored,
         price=price,
+        layers=layers,
     )
 
 
@@ -99,15 +159,15 @@ def ways(
     cluster: Cluster,
     *,
     method: Method,
-    fused: bool,
-    packed: bool,
+    layers: Layers,
 ) -> Iterator[Way]:
-    """Each with as many tokens a micro-batch as fit, and at least the longest row, even where that does not."""
+    """Each with as many tokens a micro-batch as fit, and at least the longest row that may come, even where that does
+    not."""
     mebibytes = config.train.logits_mebibytes or 2048
     # packed weights cannot be sharded, nor can they lie elsewhere
     stages = (1, 2) if method == "qlora" else (1, 2, 3)
     for stage, optimizer, parameters, checkpointing in product(stages, (False, True), (False, True), (False, True)):
-        if parameters and stage != 3:
+        if (parameters and stage != 3) or (checkpointing and not layers.checkpointing):
             continue
         way = Way(
             zero_stage=stage,
@@ -116,12 +176,15 @@ def ways(
             checkpointing=checkpointing,
             tokens=1,
             bf16=config.train.dtype != "fp32",
-            fused=fused,
-            packed=packed,
+            fused=layers.fused,
+            packed=layers.packed,
             logits_bytes=mebibytes * 2**20,
+            eager_row=workload.max_length if layers.attention == "eager" else 0,
         )
         fitting = budget(shape, way.sharding(cluster.gpus), cluster.gpu.memory)
-        yield replace(way, tokens=max(workload.longest, min(fitting, _enough(workload, cluster))))
+        # a config has room for rows as long as it says, whether there are any or not
+        least = workload.max_length * workload.unit
+        yield replace(way, tokens=max(least, min(fitting, _enough(workload, cluster))))
 
 
 def _enough(workload: Workload, cluster: Cluster) -> int:
@@ -131,6 +194,11 @@ def _enough(workload: Workload, cluster: Cluster) -> int:
     while tokens < 1.1 * step / cluster.gpus and tokens < MOST_TOKENS:
         tokens *= 2
     return tokens
+
+
+def _excess(way: Prediction, cluster: Cluster) -> float:
+    """Times what there is of a GPU's or of a host's memory."""
+    return max(way.memory.device / cluster.gpu.memory, way.memory.host / cluster.host_memory)
 
 
 def _effort(way: Prediction) -> tuple[int, int, int, int]:
@@ -143,11 +211,10 @@ def ready_config(config: Config, plan: Plan, *, rank: int) -> Config:
     """The config with the best way's settings. Raises `UserError` where none fits, or this version cannot run it."""
     best = plan.best
     if best is None:
-        closest = min(plan.ways, key=lambda way: way.memory.device)
+        less = {"full": ", or --method lora", "lora": ", or --method qlora", "qlora": ""}[plan.method]
         raise UserError(
             f"nothing fits on {plan.cluster.gpus} {plan.cluster.gpu.name}: the least that was found takes "
-            f"{closest.memory.device / 2**30:,.0f} GiB of {plan.cluster.gpu.memory / 2**30:,.0f} a GPU; take more "
-            "GPUs, larger ones, a shorter data.max_length, or --method lora"
+            f"{plan.ways[0].trouble}; take larger GPUs, more of them, a shorter data.max_length{less}"
         )
     way = best.way
     changes: dict[str, dict[str, Any]] = {
@@ -158,12 +225,15 @@ def ready_config(config: Config, plan: Plan, *, rank: int) -> Config:
             "offload_optimizer": "cpu" if way.offload_optimizer else "none",
             "offload_parameters": "cpu" if way.offload_parameters else "none",
         },
-        "reference": {"zero_stage": 3 if plan.reference.sharded else 0, "offload": "none"},
+        "reference": {
+            "zero_stage": 3 if plan.reference.sharded else 0,
+            "offload": "cpu" if plan.reference.offload else "none",
+        },
     }
-    if plan.method == "qlora":
-        # the packed model is the reference, and a whole copy of it lies on every device
+    if plan.method != "qlora":
+        changes["model"]["quantization"] = "none"
+    elif config.model.quantization == "none":
         changes["model"]["quantization"] = "nf4"
-        changes["reference"]["zero_stage"] = 0
     tree = config.model_dump(mode="json", by_alias=True)
     if plan.method == "full":
         tree["adapter"] = {"type": "none"}
@@ -178,7 +248,9 @@ def ready_config(config: Config, plan: Plan, *, rank: int) -> Config:
 
 def method_of(config: Config) -> Method:
     """What a config trains."""
-    return "full" if config.adapter.type == "none" else "lora"
+    if config.adapter.type == "none":
+        return "full"
+    return "lora" if config.model.quantization == "none" else "qlora"
 
 
 def room(plan: Plan) -> float:

@@ -15,12 +15,14 @@ import numpy as np
 from kto_dist.cluster.hardware import Cluster
 from kto_dist.cluster.workload import StepLoad, Workload, step_load
 from kto_dist.model.footprint import (
+    LIVE,
     PACKED_BYTES,
     SHARE_OF_MEMORY,
     Held,
     Shape,
     Sharding,
     activation_bytes,
+    attention_weights,
     backward_bytes,
     held,
     layer_bytes,
@@ -47,6 +49,8 @@ class Way:
     logits_bytes: int
     cpu: bool = False
     """Not on a GPU."""
+    eager_row: int = 0
+    """As `Sharding` has it."""
 
     def sharding(self, ranks: int) -> Sharding:
         return Sharding(
@@ -59,6 +63,7 @@ class Way:
             logits_bytes=self.logits_bytes,
             fused=self.fused,
             cpu=self.cpu,
+            eager_row=self.eager_row,
         )
 
 
@@ -127,7 +132,7 @@ class Prediction:
 def predict(shape: Shape, workload: Workload, cluster: Cluster, way: Way) -> Prediction:
     """Raises `ValueError` where a micro-batch cannot hold the longest row."""
     load = step_load(workload, cluster.gpus, way.tokens, packed=way.packed)
-    memory = memory_of(shape, cluster, way, load)
+    memory = memory_of(shape, cluster, way, load, 0 if way.cpu else workload.longest)
     seconds = _Times(shape, cluster, way).step(load)
     whole = _flops(shape, load)
     return Prediction(
@@ -141,15 +146,21 @@ def predict(shape: Shape, workload: Workload, cluster: Cluster, way: Way) -> Pre
     )
 
 
-def memory_of(shape: Shape, cluster: Cluster, way: Way, load: StepLoad) -> Memory:
+def memory_of(shape: Shape, cluster: Cluster, way: Way, load: StepLoad, longest: int = 0) -> Memory:
+    """`longest`: tokens of a row that a step of average rows may not have, and another one has."""
     sharding = way.sharding(cluster.gpus)
+    batches = list(load.batches)
+    if longest:
+        # eager attention is charged for as many of them as there is room for
+        times = max(1, min(way.tokens, load.largest) // longest) if way.eager_row else 1
+        batches.append((np.full(times, longest), load.most_rows))
     # master weights, moments and sums; and the weights
     optimizer = 16 * shape.trained if way.offload_optimizer else 0
     weights = weight_bytes(shape, way) if way.offload_parameters else 0
     return Memory(
         held=held(shape, sharding, load.most_rows),
-        activations=max((activation_bytes(shape, sharding, lengths) for lengths, _ in load.batches), default=0.0),
-        backward=max((backward_bytes(shape, sharding, *batch) for batch in load.batches), default=0.0),
+        activations=max((activation_bytes(shape, sharding, lengths) for lengths, _ in batches), default=0.0),
+        backward=max((backward_bytes(shape, sharding, *batch) for batch in batches), default=0.0),
         update=update_bytes(shape, sharding),
         margin=(1 - SHARE_OF_MEMORY) * cluster.gpu.memory,
         host=(optimizer + weights) / cluster.nodes,
@@ -162,11 +173,13 @@ def weight_bytes(shape: Shape, way: Way) -> float:
 
 
 def _trouble(memory: Memory, cluster: Cluster) -> str:
-    if memory.device > cluster.gpu.memory:
-        return f"{memory.device / 2**30:,.0f} of {cluster.gpu.memory / 2**30:,.0f} GiB"
-    if memory.host > cluster.host_memory:
-        return f"{memory.host / 2**30:,.0f} of {cluster.host_memory / 2**30:,.0f} GiB of a node's own memory"
-    return ""
+    needs = (
+        (memory.device, cluster.gpu.memory, "a GPU"),
+        (memory.host, cluster.host_memory, "of a node's own memory"),
+    )
+    return " and ".join(
+        f"{taken / 2**30:,.0f} of {there / 2**30:,.0f} GiB {whose}" for taken, there, whose in needs if taken > there
+    )
 
 
 def _flops(shape: Shape, load: StepLoad) -> float:
@@ -212,25 +225,28 @@ class _Times:
         attention = self.shape.cost.forward(lengths, rows) - matmul
         if self.shape.adapter:
             matmul += 2 * self.shape.trained * float(lengths.sum())
-        return self._pass(matmul, attention, self._moved(lengths) / 3, 1.0)
+        matmul += self._of_experts(lengths)
+        return self._pass(matmul, attention, self._moved(lengths) / 3 + 3 / 8 * self._beside(lengths), 1.0)
 
     def backward(self, lengths: np.ndarray, rows: int) -> float:
         """With what checkpointing computes again."""
         tokens = float(lengths.sum())
         attention = 2 * (self.shape.cost.forward(lengths, 0) - 2 * self.shape.cost.decoder * tokens)
         matmul = _backward_flops(self.shape, lengths, rows) - attention
+        matmul += (1 if self.shape.adapter else 2) * self._of_experts(lengths)
         shares = self.cluster.shares
         host = shares.host_backward if self.way.zero_stage < 2 else shares.host_hooks
-        seconds = self._pass(matmul, attention, self._moved(lengths) * 2 / 3 + self._summed(), host)
+        moved = self._moved(lengths) * 2 / 3 + 5 / 8 * self._beside(lengths) + self._summed()
+        seconds = self._pass(matmul, attention, moved, host)
         return seconds + (self.forward(lengths, 0) if self.way.checkpointing else 0.0)
 
     def _pass(self, matmul: float, attention: float, moved: float, host: float) -> float:
         """`host`: times the host's work for a forward."""
         gpu, shares = self.cluster.gpu, self.cluster.shares
         bandwidth = gpu.bandwidth * shares.memory
-        read = (2 if self.way.bf16 else 4) * self.shape.cost.decoder
-        device = max(matmul / (gpu.flops * shares.matmul), read / bandwidth)
-        device += attention / (gpu.flops * shares.attention) + moved / bandwidth
+        read = (2 if self.way.bf16 else 4) * self.shape.cost.stored
+        device = max(matmul / (gpu.flops * gpu.matmul), read / bandwidth)
+        device += attention / (gpu.flops * gpu.attention) + moved / bandwidth
         # 4 bits are unpacked to bf16, which the matmul reads
         device += (PACKED_BYTES + 2) * self.shape.packed / bandwidth
         host_seconds = host * shares.host_seconds * self.shape.layers
@@ -238,12 +254,23 @@ class _Times:
         both = device / shares.busy + host_seconds if self.way.cpu else max(device / shares.busy, host_seconds)
         return shares.compute * both
 
+    def _beside(self, lengths: np.ndarray) -> float:
+        """Bytes that an adapter's narrow matmuls go through, forward and backward: what their layers take and give, and
+        the gradients of both (`model/lora_layers.py`)."""
+        return (8 if self.way.bf16 else 16) * self.shape.adapted * float(lengths.sum())
+
+    def _of_experts(self, lengths: np.ndarray) -> float:
+        """FLOP of other matmuls that would take as long as theirs take longer, in a forward."""
+        return (1 / self.cluster.shares.experts - 1) * 2 * self.shape.cost.experts * float(lengths.sum())
+
     def _moved(self, lengths: np.ndarray) -> float:
         """Bytes that a layer's other work goes through, forward and backward."""
         width = 1 if self.way.bf16 else 2
         kept = width * layer_bytes(self.shape, fused=self.way.fused) * self.shape.layers
         passes = self.cluster.shares.traffic if self.way.fused else self.cluster.shares.traffic_plain
-        return passes * kept * float(lengths.sum())
+        weights = attention_weights(self.shape, self.way.sharding(self.cluster.gpus), lengths)[0]
+        eager = self.cluster.shares.traffic_plain * weights * self.shape.layers if self.way.eager_row else 0.0
+        return passes * kept * float(lengths.sum()) + eager
 
     def _summed(self) -> float:
         """Bytes: a micro-batch's gradients are added to the sums; ZeRO 2 and 3 go through them five times more."""
@@ -286,6 +313,8 @@ class ReferencePass:
 
     sharded: bool
     """ZeRO-3, where a whole copy does not fit on one device."""
+    offload: bool
+    """And in host memory, where all devices together do not hold it either."""
     pairs: int
     seconds: float
     memory: float
@@ -294,25 +323,33 @@ class ReferencePass:
 
 def predict_reference(shape: Shape, workload: Workload, cluster: Cluster, way: Way, tokens: int) -> ReferencePass:
     """`tokens`: of a batch of the pass."""
-    whole = 2 if way.bf16 else 4
-    weights = float(whole * shape.parameters)
-    logits = min(way.logits_bytes, tokens * shape.vocabulary * 4)
-    # a forward holds a layer at a time
-    work = logits + tokens * layer_bytes(shape, fused=way.fused)
-    sharded = weights + work > SHARE_OF_MEMORY * cluster.gpu.memory
+    width = 2 if way.bf16 else 4
+    weights = weight_bytes(shape, way)
     lengths = workload.prompts + workload.answers
     mean, answer = float(lengths.mean()), float(workload.answers.mean())
     rows = max(1, int(tokens / mean))
     batch = np.full(rows, max(1, round(mean)))
+    # a forward holds a layer at a time, and a chunk of logits
+    logits = min(way.logits_bytes, tokens * shape.vocabulary * 4)
+    work = logits + tokens * layer_bytes(shape, fused=way.fused) + width * shape.unpacked
+    if way.eager_row:
+        long_rows = np.full(max(1, tokens // way.eager_row), way.eager_row)
+        work += attention_weights(shape, way.sharding(1), long_rows)[0]
+    room = SHARE_OF_MEMORY * cluster.gpu.memory
+    gathered = width * min(shape.parameters, max(LIVE, shape.largest))
+    sharded = weights + work > room and not shape.packed
+    offload = sharded and (cluster.gpus == 1 or weights / cluster.gpus + gathered + work > room)
     times = _Times(shape, cluster, way)
     seconds = times.forward(batch, round(answer * rows))
     if sharded:
         wait = cluster.gather(weights, shape.layers)
+        wait += weights / cluster.gpus / cluster.gpu.host if offload else 0.0
         seconds += max(0.0, wait - cluster.shares.overlap * seconds)
-    batches = -(-workload.reference_pairs // (rows * cluster.gpus))
+    own = (0.0 if offload else weights / cluster.gpus) + gathered if sharded else weights
     return ReferencePass(
         sharded=sharded,
+        offload=offload,
         pairs=workload.reference_pairs,
-        seconds=batches * seconds,
-        memory=(weights / cluster.gpus if sharded else weights) + work,
+        seconds=-(-workload.reference_pairs // (rows * cluster.gpus)) * seconds,
+        memory=own + work,
     )

@@ -1,6 +1,8 @@
 """`kto-dist plan`: what a run would take of a cluster, computed before it is rented."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from kto_dist.training.config import Config
 
 if TYPE_CHECKING:
     from kto_dist.cluster.workload import Workload
+    from kto_dist.model.footprint import Shape
 
 
 @click.command(short_help="Compute memory, time and cost on a cluster, and the best settings.")
@@ -74,37 +77,48 @@ def _plan(
     **lengths: Any,
 ) -> None:
     from kto_dist.cluster import hardware, page
-    from kto_dist.cluster.plan import method_of, ready_config, shape_for
+    from kto_dist.cluster.plan import adapter_for, layers_on_gpu, method_of, ready_config, shape_for
     from kto_dist.cluster.plan import plan as planned
     from kto_dist.commands.entry import quiet
-    from kto_dist.model.loading import load_config, without_contents
+    from kto_dist.model.loading import check_context, load_config, without_contents
 
     quiet()
-    method, rank = method or method_of(settings), rank or settings.adapter.rank or 16
+    own = settings.adapter.rank
+    if rank is not None and settings.adapter.type != "none" and rank != own:
+        raise UserError(
+            f"--rank ({rank}) is not adapter.rank of CONFIG ({own}): leave it out, or set adapter.rank={rank}"
+        )
+    method, rank = method or method_of(settings), rank or own or 16
     cluster = hardware.cluster_of(gpu, gpus, per_node, host_memory * 2**30)
     model = settings.model
     found = load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code)
+    check_context(found, settings.data.max_length)
     lm = without_contents(found, trust_remote_code=model.trust_remote_code)
+    layers, adapter = layers_on_gpu(settings, found), adapter_for(settings, method, rank, found)
     workload = _workload(settings, **lengths)
     if measure:
         factor = _measured(config, overrides, settings, shape_for(lm, method_of(settings), rank), workload)
         cluster = hardware.calibrated(cluster, factor)
     made = planned(
         settings,
-        shape_for(lm, method, rank),
+        shape_for(lm, method, rank, adapter),
         workload,
         cluster,
         method=method,
         price=price,
-        fused=model.kernels != "none",
-        packed=settings.train.packing is not False,
+        layers=layers,
+        reference=_other_reference(settings),
     )
-    for line in page.sentences(made):
+    for line in page.above(made, adapter):
         click.echo(line)
-    table = Table(*page.COLUMNS)
-    for cells in page.lines(made):
-        table.add_row(*cells)
-    show(table)
+    narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < page.WIDTH
+    for columns in (page.SPEED, page.MEMORY) if narrow else (page.COLUMNS,):
+        table = Table(*columns, padding=(0, 1, 0, 0))
+        for cells in page.lines(made):
+            table.add_row(*(cells[page.COLUMNS.index(name)] for name in columns))
+        show(table)
+    for line in page.below(made):
+        click.echo(line)
     if as_json is not None:
         _write(as_json, json.dumps(page.to_dict(made), indent=1) + "\n")
     if write is not None:
@@ -112,6 +126,19 @@ def _plan(
         click.echo(f"config: {write}")
     elif made.best is None:
         ready_config(settings, made, rank=rank)
+
+
+def _other_reference(settings: Config) -> "Shape | None":
+    """Of the model that is the reference, where it is not the policy's."""
+    from kto_dist.model.footprint import shape_of
+    from kto_dist.model.loading import load_config, without_contents
+
+    section = settings.reference
+    if section.path is None:
+        return None
+    trust = section.trust_remote_code
+    found = load_config(section.path, section.gguf_file, "reference.path", trust_remote_code=trust)
+    return shape_of(without_contents(found, trust_remote_code=trust))
 
 
 def _workload(

@@ -57,6 +57,10 @@ class Cost:
     """Of `decoder`, what has no gradient."""
     frozen_head: int = 0
     """Of `head`."""
+    experts: float = 0.0
+    """Of `decoder`, those of experts."""
+    stored: float = 0.0
+    """As `decoder`, with all experts: what a pass reads."""
 
     def backward(self, lengths: np.ndarray, head_rows: int) -> float:
         """FLOP of the backward after `forward`."""
@@ -89,16 +93,19 @@ def cost_of(lm: PreTrainedModel) -> Cost:
     """Of a causal language model, sharded or not."""
     config = lm.config.get_text_config()
     looked_up = {id(p) for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    passed_by = looked_up | of_other_senses(lm)
     head = lm.get_output_embeddings().weight
     experts, routed = experts_of(config)
-    decoder = frozen = 0.0
+    decoder = frozen = of_all_experts = stored = 0.0
     for name, parameter in lm.named_parameters():
-        if parameter is head or id(parameter) in looked_up or len(_shape(parameter)) < 2:
+        if parameter is head or id(parameter) in passed_by or len(_shape(parameter)) < 2:
             continue
         # some families name no experts, and stack them
         of_experts = ".experts." in name or (len(_shape(parameter)) == 3 and _shape(parameter)[0] == experts)
         share = routed / experts if experts and routed and of_experts else 1.0
         decoder += share * math.prod(_shape(parameter))
+        stored += math.prod(_shape(parameter))
+        of_all_experts += share * math.prod(_shape(parameter)) if of_experts else 0.0
         frozen += 0.0 if parameter.requires_grad else share * math.prod(_shape(parameter))
     size = math.prod(_shape(head))
     return Cost(
@@ -107,7 +114,21 @@ def cost_of(lm: PreTrainedModel) -> Cost:
         attention=_attention(config),
         frozen_decoder=frozen,
         frozen_head=0 if head.requires_grad else size,
+        experts=of_all_experts if experts and routed else 0.0,
+        stored=stored,
     )
+
+
+def of_other_senses(lm: nn.Module) -> set[int]:
+    """Parameters, by `id`, of towers for images and sounds, which no token of a text passes."""
+    whole: Any = lm.config
+    text = whole.get_text_config()
+    towers = [
+        part
+        for part in lm.modules()
+        if isinstance(part, PreTrainedModel) and not isinstance(part.config, (type(whole), type(text)))
+    ]
+    return {id(parameter) for tower in towers for parameter in tower.parameters()}
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -132,11 +153,24 @@ def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:
     layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", None)
     if not heads:
         return ()
-    width = heads * (largest(config, "head_dim") or config.hidden_size // heads)
+    width = round(heads * head_width(config))
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
-    windows = {"sliding_attention": window, "full_attention": None}
+    windows = {
+        "sliding_attention": window,
+        "full_attention": None,
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+    }
     return tuple((width, windows[kind]) for kind in kinds if kind in windows)
+
+
+def head_width(config: Any) -> float:
+    """Of a head of attention: of its queries and its values on average, where they differ (MLA, whose `head_dim` is the
+    part that turns with the position)."""
+    turned, other = (getattr(config, f"qk_{part}_head_dim", None) or 0 for part in ("rope", "nope"))
+    if turned + other:
+        return (turned + other + (getattr(config, "v_head_dim", None) or turned + other)) / 2
+    return float(largest(config, "head_dim") or config.hidden_size // config.num_attention_heads)
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

@@ -8,6 +8,10 @@ asks with and keeps):
 
     plain layers   13 H + 4 A + 4 K + 8 F    measured as 100 KB at H 2048, F 8192
     fused layers    8 H + 4 A + 4 K + 6 F    norms keep their input alone, the gated product is made again
+    no gate         4 F in place of 8 F      what the activation takes and gives; 10 F of one written out (gelu_new)
+    LayerNorm       8 H in place of 13 H
+    experts         4 E H beside             a token's copy for each of the E that it is sent to, and what each gives
+    eager           6 bytes a head and pair of positions beside: softmax in fp32, and what it is rounded to
 
 With checkpointing a layer keeps its input, 2 H, and one layer at a time all of it.
 
@@ -24,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from kto_dist.model import slices
-from kto_dist.model.attention import largest
-from kto_dist.model.devices import Cost, cost_of, experts_of, stated
+from kto_dist.model.devices import Cost, cost_of, experts_of, head_width, of_other_senses, stated
 
 SHARE_OF_MEMORY = 0.85
 """The rest is what the allocator loses to fragments, and what CUDA and NCCL take for themselves."""
@@ -35,7 +39,7 @@ MOST_TOKENS = 65536
 _BUCKET = 5 * 10**8
 """Parameters whose gradients ZeRO 2 and 3 reduce at a time (DeepSpeed's `reduce_bucket_size`): on a GPU the bucket has
 this size, however few they are."""
-_LIVE = 10**9
+LIVE = 10**9
 """Parameters that ZeRO-3 holds gathered at a time (DeepSpeed's `stage3_max_live_parameters`)."""
 _SUB_GROUP = 10**9
 """And those that it updates at a time (`sub_group_size`)."""
@@ -43,6 +47,7 @@ _BLOCK = 4 * 2**20
 """Bytes of wide logits that the kernels' pass over rows takes at a time on a CPU (`kto_kernels.rows`)."""
 PACKED_BYTES = 0.5 + 0.016
 """A weight in 4 bits, and its share of the scales (NF4, blocks of 64, scales quantised once more)."""
+_LINEAR = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +75,20 @@ class Shape:
     kept: int
     """Key-value heads times their size."""
     cost: Cost
+    largest: int = 0
+    """Parameters of the module that has most by itself: ZeRO-3 gathers them at once, however many they are."""
+    largest_trained: int = 0
+    """And of those that have a gradient, which is whole until it is reduced."""
+    unpacked: int = 0
+    """Of what is packed, the largest layer, which is unpacked for its product."""
+    adapted: int = 0
+    """Widths of the layers that an adapter lies beside, in and out, together."""
+    sent: int = 0
+    """Experts that a token is sent to."""
+    inner_bytes: int = 8
+    """Of each of `inner`, in plain layers."""
+    norm_bytes: int = 13
+    """Of each of `hidden`, in plain layers: of what norms and residuals keep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +106,8 @@ class Sharding:
     """Layers whose norms and gated products are fused kernels."""
     cpu: bool = False
     """Not on a GPU."""
+    eager_row: int = 0
+    """Positions of the longest row, where attention keeps its weights (`eager`); 0 where it does not."""
 
     @property
     def sums_in_place(self) -> bool:
@@ -122,12 +143,21 @@ def shape_of(lm: PreTrainedModel) -> Shape:
     """Of a causal language model, sharded or not, or without contents (on the device `meta`)."""
     config = lm.config.get_text_config()
     sizes = [(math.prod(_size(p)), p.requires_grad) for p in lm.parameters()]
+    packed = [math.prod(_size(p)) for p in lm.parameters() if hasattr(p, "quant_state")]
     head = lm.get_output_embeddings().weight
     heads = getattr(config, "num_attention_heads", None) or 1
-    width = largest(config, "head_dim") or config.hidden_size // heads
+    width = head_width(config) if getattr(config, "num_attention_heads", None) else config.hidden_size
+    routed = experts_of(config)[1] or 0
     return Shape(
         parameters=sum(size for size, _ in sizes),
         trained=sum(size for size, trained in sizes if trained),
+        packed=sum(packed),
+        unpacked=max(packed, default=0),
+        largest=_largest(lm),
+        largest_trained=max((size for size, trained in sizes if trained), default=0),
+        sent=math.ceil(routed),
+        inner_bytes=_inner_bytes(lm, config),
+        norm_bytes=8 if _has_layer_norms(lm) else 13,
         head=math.prod(_size(head)),
         head_trained=head.requires_grad,
         vocabulary=_size(head)[0],
@@ -135,25 +165,52 @@ def shape_of(lm: PreTrainedModel) -> Shape:
         hidden=config.hidden_size,
         inner=_inner(config),
         heads=heads,
-        asked=heads * width,
-        kept=(getattr(config, "num_key_value_heads", None) or heads) * width,
+        asked=round(heads * width),
+        kept=round((getattr(config, "num_key_value_heads", None) or heads) * width),
         cost=cost_of(lm),
     )
 
 
-def with_adapter(lm: PreTrainedModel, rank: int, *, packed: bool = False) -> Shape:
-    """Of a model of which an adapter of this rank beside every linear layer but the head is trained; `packed`: and
-    whose linear layers lie in 4 bits (QLoRA)."""
+def with_adapter(lm: PreTrainedModel, rank: int, *, packed: bool = False, trained: int | None = None) -> Shape:
+    """Of a model of which an adapter is trained: of so many weights, or of this rank beside every linear layer but the
+    head; `packed`: and whose linear layers lie in 4 bits (QLoRA). Experts that are stacked are no linear layers."""
     head = lm.get_output_embeddings()
-    linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
-    whole = shape_of(lm)
+    linear = [m.weight for m in lm.modules() if isinstance(m, _LINEAR) and m is not head]
+    of_all, sizes = rank * sum(sum(_size(w)) for w in linear), [math.prod(_size(w)) for w in linear]
     return replace(
-        whole,
-        trained=sum(rank * (m.in_features + m.out_features) for m in linear),
-        packed=sum(m.in_features * m.out_features for m in linear) if packed else 0,
+        shape_of(lm),
+        trained=of_all if trained is None else trained,
+        adapted=(of_all if trained is None else trained) // rank,
+        largest_trained=max((rank * max(_size(w)) for w in linear), default=0),
+        packed=sum(sizes) if packed else 0,
+        unpacked=max(sizes, default=0) if packed else 0,
         head_trained=False,
         adapter=True,
     )
+
+
+def _largest(lm: nn.Module) -> int:
+    """Parameters of one module's own, at the most."""
+    return max(sum(math.prod(_size(p)) for p in m.parameters(recurse=False)) for m in lm.modules())
+
+
+def _has_layer_norms(lm: nn.Module) -> bool:
+    elsewhere = of_other_senses(lm)
+    return any(isinstance(m, nn.LayerNorm) and id(m.weight) not in elsewhere for m in lm.modules())
+
+
+def _inner_bytes(lm: nn.Module, config: Any) -> int:
+    """Of a gated MLP: its gate before and after the activation, what is multiplied by it, and the product."""
+    hidden, inner = config.hidden_size, stated(config, "intermediate_size", "ffn_hidden_size") or 4 * config.hidden_size
+    if experts_of(config)[0]:
+        return 8
+    matrices = [sorted(_size(p)) for p in lm.parameters() if len(_size(p)) == 2]
+    ends = sum(size == sorted((hidden, inner)) for size in matrices)
+    joined = sum(size == sorted((hidden, 2 * inner)) for size in matrices)  # gate and other half in one
+    if joined or ends > 2 * config.num_hidden_layers:
+        return 8
+    written_out = stated(config, "hidden_act", "activation_function", "activation") == "gelu_new"
+    return 10 if written_out else 4
 
 
 def _inner(config: Any) -> int:
@@ -180,19 +237,27 @@ def held(shape: Shape, sharding: Sharding, head_rows: int | None = None) -> Held
     states = shape.trained * (12 if sharding.bf16 or stage else 8) / (ranks if stage else 1)
     return Held(
         weights=0.0 if sharding.offload_parameters else whole / apart,
-        # a rank alone has them whole already
-        gathered=width * min(shape.parameters, _LIVE) if stage == 3 and ranks > 1 else 0.0,
+        gathered=_gathered(shape, sharding),
         gradients=own_bytes + (0.0 if sharding.offload_optimizer else sums),
         optimizer=0.0 if sharding.offload_optimizer else states,
         head=_head_bytes(shape, sharding, head_rows),
     )
 
 
+def _gathered(shape: Shape, sharding: Sharding) -> float:
+    """Of whole weights at hand; a rank alone has them whole already."""
+    width = 2 if sharding.bf16 else 4
+    if sharding.stage == 3 and sharding.ranks > 1:
+        return width * min(shape.parameters, max(LIVE, shape.largest))
+    return width * shape.unpacked
+
+
 def _bucket_bytes(shape: Shape, sharding: Sharding) -> float:
-    """Of what ZeRO 2 and 3 collect gradients in."""
+    """Of what ZeRO 2 and 3 collect gradients in, or of a gradient that is larger."""
     if sharding.sums_in_place:
         return 0.0
-    return (2 if sharding.bf16 else 4) * (min(shape.trained, _BUCKET) if sharding.cpu else _BUCKET)
+    collected = min(shape.trained, _BUCKET) if sharding.cpu else max(_BUCKET, shape.largest_trained)
+    return (2 if sharding.bf16 else 4) * collected
 
 
 def _head_bytes(shape: Shape, sharding: Sharding, rows: int | None) -> float:
@@ -243,15 +308,18 @@ def token_bytes(shape: Shape, sharding: Sharding) -> float:
     """What a token of a micro-batch keeps until its backward."""
     width = 1 if sharding.bf16 else 2
     layer = width * layer_bytes(shape, fused=sharding.fused, cpu=sharding.cpu)
+    # a token's share of attention's weights; a backward has their gradients beside, of one layer
+    weights = _weight_bytes(sharding) * shape.heads * sharding.eager_row
     if sharding.checkpointing:
-        return shape.layers * 2 * width * shape.hidden + layer
-    return shape.layers * layer
+        return shape.layers * 2 * width * shape.hidden + layer + 3 * weights
+    return shape.layers * (layer + weights) + 2 * weights
 
 
 def layer_bytes(shape: Shape, *, fused: bool, cpu: bool = False) -> float:
     """Of one layer and token in bf16, as the table above says."""
-    norms = 8 if fused or cpu else 13
-    return norms * shape.hidden + 4 * shape.asked + 4 * shape.kept + (6 if fused else 8) * shape.inner
+    norms = 8 if fused or cpu else shape.norm_bytes
+    inner = min(6, shape.inner_bytes) if fused else shape.inner_bytes
+    return (norms + 4 * shape.sent) * shape.hidden + 4 * shape.asked + 4 * shape.kept + inner * shape.inner
 
 
 def activation_bytes(shape: Shape, sharding: Sharding, lengths: np.ndarray) -> float:  # (S,) tokens of each sequence
@@ -260,14 +328,14 @@ def activation_bytes(shape: Shape, sharding: Sharding, lengths: np.ndarray) -> f
     ends = 4 * width * shape.hidden * tokens  # what the last norm takes and gives
     if sharding.checkpointing:
         return ends + 2 * width * shape.layers * shape.hidden * tokens
-    return ends + shape.layers * (_layer(shape, sharding, tokens) + _attention_weights(shape, sharding, lengths)[0])
+    return ends + shape.layers * (_layer(shape, sharding, tokens) + attention_weights(shape, sharding, lengths)[0])
 
 
 def backward_bytes(shape: Shape, sharding: Sharding, lengths: np.ndarray, head_rows: int) -> float:  # (S,)
     """What a backward has beside what was kept: the gradient of the head's weights, ZeRO 2's bucket, and of the layer
     at hand gradients of the MLP or of attention's weights; with checkpointing the layer itself."""
     width, tokens = 1 if sharding.bf16 else 2, float(lengths.sum())
-    weights, of_group = _attention_weights(shape, sharding, lengths)
+    weights, of_group = attention_weights(shape, sharding, lengths)
     work = max(6 * width * shape.inner * tokens, 2 * of_group) + _head_gradient(shape, sharding, head_rows)
     work += _bucket_bytes(shape, sharding) if sharding.stage == 2 else 0.0
     return work + (_layer(shape, sharding, tokens) + weights if sharding.checkpointing else 0.0)
@@ -277,14 +345,21 @@ def _layer(shape: Shape, sharding: Sharding, tokens: float) -> float:
     return (1 if sharding.bf16 else 2) * layer_bytes(shape, fused=sharding.fused, cpu=sharding.cpu) * tokens
 
 
-def _attention_weights(shape: Shape, sharding: Sharding, lengths: np.ndarray) -> tuple[float, float]:
-    """Of one layer, and of those of its sequences that are computed at a time; on a CPU alone, where they are short."""
+def attention_weights(shape: Shape, sharding: Sharding, lengths: np.ndarray) -> tuple[float, float]:
+    """Of one layer, and of those of its sequences that are computed at a time; on a CPU alone, where they are short,
+    and wherever attention is `eager`, of whole rows."""
     if not sharding.cpu:
-        return 0.0, 0.0
+        weights = _weight_bytes(sharding) * shape.heads * float((lengths.astype(np.float64) ** 2).sum())
+        return (weights, weights) if sharding.eager_row else (0.0, 0.0)
     shortest = slices.SHORT.get(torch.bfloat16 if sharding.bf16 else torch.float32, 0)
     every, of_group = slices.weights_kept(lengths[lengths <= shortest])
     each = (2 if sharding.bf16 else 4) * shape.heads
     return each * every, each * of_group
+
+
+def _weight_bytes(sharding: Sharding) -> int:
+    """Of a weight of eager attention: the softmax in fp32, and what it is rounded to."""
+    return 6 if sharding.bf16 else 4
 
 
 def budget(shape: Shape, sharding: Sharding, memory: float) -> int:
@@ -304,5 +379,6 @@ def tokens_that_fit(lm: PreTrainedModel, sharding: Sharding, memory: int) -> int
 
 
 def _size(parameter: Tensor) -> tuple[int, ...]:
-    """Of all ranks' parts together."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Of all ranks' parts together; of what is packed into 4 bits, unpacked."""
+    packed = getattr(parameter, "quant_state", None)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape) if packed is None else packed.shape)

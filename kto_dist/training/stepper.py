@@ -24,6 +24,7 @@ from kto_dist.model.options import zero_stage
 from kto_dist.objective.objective import batch_loss, labels_of, survey
 from kto_dist.reference.logps import ReferenceLogps
 from kto_dist.reference.pairs import RefLogps
+from kto_dist.training.config import Config
 from kto_dist.training.largest import largest_kl_pairs, largest_rows
 from kto_dist.training.prepare import PreparedTraining
 from kto_dist.training.schedule import learning_rate
@@ -39,6 +40,21 @@ class HeldOut:
     """All held-out rows; None where a part was looked at alone."""
     part: Evaluated | None
     """The part that `evaluate.tokens` leaves; None where it leaves all."""
+
+
+def sharding_of(config: Config, dtype: torch.dtype, kernels: str, attention: str, ranks: int) -> Sharding:
+    """What of a run on GPUs decides their memory. `kernels`, `attention`: as they were picked."""
+    return Sharding(
+        stage=zero_stage(config.deepspeed, dtype),
+        ranks=ranks,
+        bf16=dtype == torch.bfloat16,
+        offload_optimizer=config.deepspeed.offload_optimizer != "none",
+        offload_parameters=config.deepspeed.offload_parameters != "none",
+        checkpointing=config.model.gradient_checkpointing,
+        logits_bytes=(config.train.logits_mebibytes or 2048) * 2**20,
+        fused=kernels == "liger",
+        eager_row=config.data.max_length if attention == "eager" else 0,
+    )
 
 
 @dataclass
@@ -67,18 +83,8 @@ class Stepper:
 
     def _estimate(self) -> int:
         """Collective. What the smallest device is estimated to hold."""
-        config = self.prepared.config
-        mebibytes = config.train.logits_mebibytes or 2048
-        sharding = Sharding(
-            stage=zero_stage(config.deepspeed, self.prepared.dtype),
-            ranks=comm.world_size(),
-            bf16=self.prepared.dtype == torch.bfloat16,
-            offload_optimizer=config.deepspeed.offload_optimizer != "none",
-            offload_parameters=config.deepspeed.offload_parameters != "none",
-            checkpointing=config.model.gradient_checkpointing,
-            logits_bytes=mebibytes * 2**20,
-            fused=self.prepared.kernels == "liger",
-        )
+        prepared = self.prepared
+        sharding = sharding_of(prepared.config, prepared.dtype, prepared.kernels, prepared.attention, comm.world_size())
         memory = torch.cuda.get_device_properties(comm.device()).total_memory
         own = tokens_that_fit(self.policy.model.lm, sharding, memory)
         return int(comm.min_(torch.tensor([own]), comm.WORLD)[0])
