@@ -16,7 +16,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.base.files import create_whole
 from kto_dist.base.processes import whereabouts
 from kto_dist.store.gc import collect, plan_gc
-from kto_dist.store.leases import LeaseLost, Leases, is_piece
+from kto_dist.store.leases import Lease, LeaseLost, Leases, is_piece, pieces_held
 from kto_dist.store.storage import LocalStorage, Storage, open_storage
 from kto_dist.store.store import Store
 
@@ -162,13 +162,113 @@ def test_what_is_left_of_pieces_that_are_done_is_swept_up_and_no_living_holders_
     assert leases_in(folder) == ["piece-b.0.json", "piece-c.0.json"]
 
 
+def _held(folder: Storage, clock: Clock) -> Lease:
+    """A lease of 100 seconds, renewed by nobody but `keep`."""
+    lease = Lease(folder, "a", 0, 100.0, clock)
+    assert lease.begin()
+    return lease
+
+
+def _taken_over(folder: Storage) -> None:
+    LocalStorage.create(folder, "piece-a.1.json", json.dumps({"token": "other", "seconds": 100.0}).encode())
+    folder.remove("piece-a.0.json")
+
+
+def test_a_holder_that_was_stopped_asks_whether_it_still_has_its_piece_before_it_goes_on(tmp_path):
+    folder, clock = LocalStorage(tmp_path), Clock()
+    lease = _held(folder, clock)
+    before = folder.read("piece-a.0.json")
+    lease.keep()
+    assert folder.read("piece-a.0.json") == before  # it has just said so
+    clock.now = 300.0  # longer than its lease, which nobody has missed
+    lease.keep()
+    assert folder.read("piece-a.0.json") != before
+    clock.now = 600.0
+    _taken_over(folder)
+    with pytest.raises(LeaseLost):
+        lease.keep()
+    lease.end()
+    assert leases_in(folder) == ["piece-a.1.json"]
+
+
+def test_a_holder_whose_piece_is_taken_while_it_renews_its_lease_gives_way(tmp_path):
+    class Slow(LocalStorage):
+        """Between the look and the write another process takes over."""
+
+        def write(self, name, data):
+            _taken_over(self)
+            super().write(name, data)
+
+    clock = Clock()
+    lease = _held(Slow(tmp_path), clock)
+    clock.now = 60.0
+    with pytest.raises(LeaseLost):
+        lease.keep()
+    assert leases_in(LocalStorage(tmp_path)) == ["piece-a.1.json"]
+    lease.end()
+
+
+def test_a_holder_that_goes_on_just_as_its_lease_is_taken_keeps_its_piece(tmp_path):
+    class Awake(LocalStorage):
+        """Its holder goes on as soon as somebody creates the next term."""
+
+        def create(self, name, data):
+            if name == "piece-a.1.json":
+                of_another_machine(self, "a", beat=2)
+            return super().create(name, data)
+
+    clock = Clock()
+    of_another_machine(LocalStorage(tmp_path), "a", beat=1)
+    desk = Leases(Awake(tmp_path), clock=clock)
+    assert desk.take(["a"]) is None
+    clock.now = 11.0
+    assert desk.take(["a"]) is None
+    assert leases_in(LocalStorage(tmp_path)) == ["piece-a.0.json"]
+
+
+def test_who_waits_knows_for_whom(tmp_path):
+    folder = LocalStorage(tmp_path)
+    of_another_machine(folder, "a", pid=12)
+    of_another_machine(folder, "b", pid=13)
+    desk = Leases(folder)
+    assert desk.take(["a", "b"]) is None
+    assert desk.holders(["a"]) == ["process 12 on elsewhere"]
+    folder.remove("piece-a.0.json")
+    assert desk.take(["b"]) is None and not desk.holders(["a"])
+
+
+def test_pieces_of_processes_of_this_machine_that_are_gone_are_held_by_nobody(tmp_path):
+    folder = LocalStorage(tmp_path)
+    of_another_machine(folder, "a")
+    with subprocess.Popen(["true"]) as process:
+        folder.write("piece-b.0.json", json.dumps(whereabouts(process.pid)).encode())
+    folder.write("piece-c.0.json", b"{")
+    assert pieces_held(folder) == {"a", "c"}
+
+
+def test_a_lease_that_is_replaced_while_it_is_read_over_nfs_is_read_again(tmp_path, monkeypatch):
+    folder, real, asked = LocalStorage(tmp_path), Path.read_bytes, []
+    of_another_machine(folder, "a")
+
+    def stale_at_first(path):
+        asked.append(path)
+        if len(asked) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    desk = Leases(folder)
+    monkeypatch.setattr(Path, "read_bytes", stale_at_first)
+    assert desk.take(["a"]) is None and len(asked) == 2
+
+
 @pytest.mark.parametrize("content", (b"", b"[]", b"{"))
 def test_a_lease_that_cannot_be_read_counts_for_its_time(tmp_path, content):
     folder, clock = LocalStorage(tmp_path), Clock()
+    clock.now = 1000.0
     folder.write("piece-a.0.json", content)
     desk = Leases(folder, seconds=5.0, clock=clock)
     assert desk.take(["a"]) is None
-    clock.now = 5.1
+    clock.now = 1005.1
     with desk.take(["a"]) as lease:
         assert lease.piece == "a"
 
@@ -188,6 +288,25 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "store").write_text("a file")
     with pytest.raises(UserError, match="creating files in .*store, and that fails.*without --worker"):
         Leases(LocalStorage(tmp_path / "store"))
+
+
+def test_a_full_disk_is_told_as_one(tmp_path):
+    class Full(LocalStorage):
+        room = 2
+
+        def create(self, name, data):
+            self.room -= 1
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().create(name, data)
+
+    desk = Leases(Full(tmp_path))
+    with pytest.raises(UserError, match="cannot be worked on.*it is full: make room"):
+        desk.take(["a"])
+    full = Full(tmp_path)
+    full.room = 0
+    with pytest.raises(UserError, match="that fails: .*No space left on device; make room"):
+        Leases(full)
 
 
 def test_a_file_is_created_by_one_alone_where_there_are_no_hard_links(tmp_path, monkeypatch):

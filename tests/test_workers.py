@@ -1,20 +1,20 @@
 """Workers that come and go fill one store: whole, each pair once but for what the killed ones had in hand."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from pair_key import keys_array, pair_key
 from ranks import run_ranks
 from reference_runs import Noted, logps_of_pairs, noted, pieces_of, score, scored_and_found, with_forward, work
 from tiny import save_tiny
@@ -23,9 +23,10 @@ from tiny_runs import tiny_config
 from kto_dist.base.config import to_yaml
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
-from kto_dist.reference.pieces import Tally, cut_pieces
-from kto_dist.reference.worker import TERMS, Terms, Working, join
-from kto_dist.store.shards import Pairs, merge
+from kto_dist.base.exits import Stopped
+from kto_dist.data import tokenise
+from kto_dist.reference.worker import TERMS, Working
+from kto_dist.store.leases import is_piece
 from kto_dist.store.storage import LocalStorage
 from kto_dist.store.tools import summarise, verify
 from kto_dist.training.config import Config
@@ -89,7 +90,7 @@ def test_workers_that_are_killed_or_come_late_fill_a_store_once_beside_one_of_an
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 def test_many_workers_fill_a_store_once(tmp_path, tiny_model, tiny_log, seed):
     fill_with_workers(tmp_path, tiny_model, tiny_log, seed, killed=5, late=2)
 
@@ -138,6 +139,46 @@ def test_a_pass_without_leases_says_that_workers_are_at_work(tmp_path, tiny_mode
     assert not before and len(after) == 1 and "workers have 1 pieces of this reference in hand" in after[0]
 
 
+def _makes_tokens(config: Config) -> int:
+    real = tokenise.over_chunks
+
+    def slowly(*arguments: Any, **more: Any) -> Any:
+        with open(f"{config.train.output}-tokenised", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(1)
+        return real(*arguments, **more)
+
+    tokenise.over_chunks = slowly
+    return work(config, Working(piece_tokens=PIECE)).scored_once
+
+
+def test_workers_that_start_together_make_tokens_of_the_rows_once(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=2)
+    with ThreadPoolExecutor(3) as pool:
+        scored = [ranks[0] for ranks in pool.map(lambda _: run_ranks(_makes_tokens, 1, config), range(3))]
+    assert len(Path(f"{config.train.output}-tokenised").read_text().split()) == 1
+    assert sum(scored) == sum(run_ranks(pieces_of, 1, config, PIECE)[0])
+    assert not list(Path(config.data.cache).glob("piece-*"))
+
+
+def _with_late_listings(config: Config) -> tuple[int, int]:
+    """Pairs of all pieces, and what a worker has scored that sees no shard before it is two seconds old."""
+    real = LocalStorage.files
+    LocalStorage.files = lambda self: [
+        file for file in real(self) if is_piece(file.name) or file.modified < time.time() - 2
+    ]
+    notes = Noted(config)
+    work(config, Working(piece_tokens=PIECE), notes.watch, with_forward(notes.wrap))
+    return sum(pieces_of(config, PIECE)), noted(config)
+
+
+def test_a_worker_knows_what_it_has_stored_before_a_listing_does(tmp_path, tiny_model, tiny_log):
+    pairs, scored = run_ranks(_with_late_listings, 1, tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=2))[
+        0
+    ]
+    assert pairs == scored
+
+
 def _heldout_too(config: Config) -> tuple[int, int, tuple[int, int]]:
     first = work(config, Working(piece_tokens=PIECE))
     again = work(config, Working())
@@ -164,11 +205,152 @@ def test_a_worker_needs_no_launcher_heeds_none_and_gives_its_piece_back_on_sigte
             time.sleep(0.01)
         worker.send_signal(signal.SIGTERM)
         said = worker.stdout.read()
-    assert worker.returncode in (-signal.SIGTERM, 0), said
+    assert worker.returncode in (-signal.SIGTERM, 143, 0), said
     assert not list((tmp_path / "store").glob("*/piece-*"))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "are stored" in done.stdout, done.stdout + done.stderr
     assert run_ranks(scored_and_found, 1, config)[0][0] == 0
+
+
+def _stopped(config: Config, batches: int) -> tuple[int, str]:
+    """The exit status of a worker that gets a SIGTERM in the midst of its first shard, and what it says."""
+
+    def stop(done: int) -> None:
+        if done == batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    notes = Noted(config, stop)
+    try:
+        work(config, Working(piece_tokens=PIECE), notes.watch, with_forward(notes.wrap))
+    except Stopped as stopped:
+        return stopped.exit_code, str(stopped)
+    return 0, "nothing"
+
+
+@pytest.mark.parametrize("batches", (1, 3))
+def test_a_worker_that_gets_a_sigterm_loses_nothing_of_what_it_has_scored(tmp_path, tiny_model, tiny_log, batches):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__tokens_per_batch=96)
+    status, said = run_ranks(_stopped, 1, config, batches)[0]
+    assert status == 143 and "what it has scored is stored" in said
+    (summary,) = summarise(config.reference.store)
+    assert 0 < summary.pairs == noted(config) < min(run_ranks(pieces_of, 1, config, PIECE)[0])
+    assert not list(Path(config.reference.store).glob("*/piece-*")) and not summary.users
+
+
+def _said(config: Config, working: Working, **options: Any) -> tuple[int, list[str]]:
+    """What a worker has scored, and all that it has said and warned of."""
+    said: list[str] = []
+    before = Console.say, Console.warn
+    Console.say = Console.warn = lambda self, text: said.append(text)
+    try:
+        return work(config, working, **options).scored_once, said
+    finally:
+        Console.say, Console.warn = before
+
+
+def _too_late(config: Config) -> tuple[int, list[str], list[str]]:
+    work(config, Working(piece_tokens=PIECE))
+    (terms,) = Path(config.reference.store).glob(f"*/{TERMS}")
+    terms.write_text(json.dumps({**json.loads(terms.read_text()), "device": "another"}))
+    files = sorted(terms.parent.iterdir())
+    LocalStorage.write = LocalStorage.create = None  # whoever writes fails
+    scored, said = _said(config, Working())
+    return scored, said, [file.name for file in files if not file.exists()]
+
+
+def test_a_worker_that_comes_when_all_is_done_says_so_on_any_device_and_writes_nothing(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=2)
+    scored, said, gone = run_ranks(_too_late, 1, config)[0]
+    assert scored == 0 and not gone
+    assert any("pairs are stored, 0 scored here" in text for text in said), said
+
+
+def _on_a_full_disk(config: Config) -> tuple[str, list[str], int]:
+    """What a worker says whose second shard finds no room, the leases that it leaves, and what the next one scores."""
+    real, shards = LocalStorage.write, []
+
+    def write(self: LocalStorage, name: str, data: bytes) -> None:
+        shards.extend([name] if name.endswith(".parquet") else [])
+        if len(shards) == 2 and name == shards[1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, name, data)
+
+    LocalStorage.write = write
+    refused = ""
+    try:
+        work(config, Working(piece_tokens=PIECE))
+    except UserError as error:
+        refused = str(error)
+    left = [file.name for file in Path(config.reference.store).glob("*/piece-*")]
+    return refused, left, work(config, Working()).scored_once
+
+
+def test_a_worker_whose_disk_is_full_says_so_and_leaves_its_piece_to_others(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=2)
+    refused, left, scored = run_ranks(_on_a_full_disk, 1, config)[0]
+    assert "is full: make room; what has been scored so far is kept" in refused and not left
+    pieces = run_ranks(pieces_of, 1, config, PIECE)[0]
+    # only the first shard, of a piece or less, was kept
+    assert sum(pieces) - max(pieces) <= scored < sum(pieces)
+    assert run_ranks(scored_and_found, 1, config)[0][0] == 0
+
+
+def _loses_shards(config: Config) -> tuple[list[str], int]:
+    store, removed = Path(config.reference.store), []
+
+    def remove(done: int) -> None:
+        if done == 12:
+            removed.extend(store.glob("*/*.parquet"))
+            shutil.rmtree(store)
+
+    notes = Noted(config, remove)
+    _, said = _said(config, Working(piece_tokens=PIECE), watch=notes.watch, engine=with_forward(notes.wrap))
+    return said, len(removed)
+
+
+def test_a_store_that_is_removed_meanwhile_is_filled_again(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__tokens_per_batch=96)
+    said, removed = run_ranks(_loses_shards, 1, config)[0]
+    assert removed and sum("shards are gone from the reference store" in text for text in said) == 1
+    assert run_ranks(scored_and_found, 1, config)[0][0] == 0
+
+
+def _beside_another_config(config: Config) -> list[str]:
+    work(config, Working(piece_tokens=PIECE))
+    (folder,) = Path(config.reference.store).iterdir()
+    for shard in folder.glob("*.parquet"):
+        shard.unlink()
+    (folder / "piece-ab.0.json").write_text("{}")
+    return _said(config, Working())[1]
+
+
+def test_a_worker_says_that_those_of_another_config_are_at_work(tmp_path, tiny_model, tiny_log):
+    said = run_ranks(_beside_another_config, 1, tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1))[0]
+    assert sum("1 pieces that other workers have, or were killed with, are none of this config's" in t for t in said)
+
+
+def _after_a_pass(config: Config) -> tuple[str, list[str]]:
+    """What a worker on another device than an earlier pass is told, and a pass on another device than workers."""
+    score(config)
+    (terms,) = Path(config.reference.store).glob(f"*/{TERMS}")
+    terms.write_text(json.dumps({**json.loads(terms.read_text()), "torch": "another"}))
+    for shard in terms.parent.glob("*.parquet"):
+        shard.unlink()
+    refused, said, console = "", [], Console()
+    try:
+        work(config, Working())
+    except UserError as error:
+        refused = str(error)
+    console.warn = said.append
+    score(config, console)
+    return refused, [text for text in said if "round otherwise" in text]
+
+
+def test_a_pass_without_leases_says_what_it_computes_on_and_what_others_did(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    refused, said = run_ranks(_after_a_pass, 1, config)[0]
+    assert "torch is another there and" in refused and "--any-device" in refused
+    assert len(said) == 1 and "torch is another there and" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -184,13 +366,6 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, tiny_model, tiny_
     command = [sys.executable, "-m", "kto_dist.commands.cli", "precompute", str(path), *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr
-
-
-def _some_pairs(rng: np.random.Generator, pairs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(P,) keys, prompts, tokens."""
-    prompts = rng.integers(0, pairs // 3, pairs)
-    keys = keys_array([pair_key([int(prompt)], [place]) for place, prompt in enumerate(prompts)])
-    return keys, prompts, rng.integers(1, 60, pairs)
 
 
 def _on_s3(environment: dict[str, str], config: Config) -> tuple[int, int]:
@@ -226,14 +401,9 @@ class Stolen:
 
 
 def _robbed(config: Config) -> tuple[int, list[str]]:
-    said: list[str] = []
-    before = Console.warn
-    Console.warn = lambda self, text: said.append(text)
-    try:
-        outcome = work(config, Working(piece_tokens=PIECE, lease_seconds=0.2), engine=with_forward(Stolen(config).wrap))
-    finally:
-        Console.warn = before
-    return outcome.scored_once, [text for text in said if "lease" in text]
+    working = Working(piece_tokens=PIECE, lease_seconds=0.2)
+    scored, said = _said(config, working, engine=with_forward(Stolen(config).wrap))
+    return scored, [text for text in said if "a lease was" in text]
 
 
 def test_a_worker_that_has_lost_its_piece_gives_it_up_and_says_so(tmp_path, tiny_model, tiny_log):
@@ -241,55 +411,3 @@ def test_a_worker_that_has_lost_its_piece_gives_it_up_and_says_so(tmp_path, tiny
     scored, said = run_ranks(_robbed, 1, config)[0]
     assert len(said) == 1 and "another worker may have its piece" in said[0]
     assert run_ranks(scored_and_found, 1, config)[0][0] == 0 and scored
-
-
-@pytest.mark.parametrize("most", (1, 40, 200, 10_000))
-def test_pieces_are_the_same_in_whatever_order_the_rows_come(most):
-    rng = np.random.default_rng(0)
-    keys, prompts, tokens = _some_pairs(rng, 90)
-    pieces = cut_pieces(keys, prompts, tokens, most=most)
-    order = rng.permutation(90)
-    other = cut_pieces(keys[order], rng.permutation(90)[prompts][order], tokens[order], most=most)
-    assert pieces.names == other.names and len(set(pieces.names)) == len(pieces)
-    for number in range(len(pieces)):
-        assert set(keys[pieces[number]].tolist()) == set(keys[order][other[number]].tolist())
-    assert sorted(pieces.places.tolist()) == list(range(90))
-    assert (pieces.of_pair[pieces.places] == np.repeat(np.arange(len(pieces)), np.diff(pieces.starts))).all()
-
-
-def test_a_prompt_is_cut_only_where_it_is_wider_than_a_piece():
-    keys, prompts, tokens = _some_pairs(np.random.default_rng(1), 300)
-    pieces = cut_pieces(keys, prompts, tokens, most=400)
-    for prompt in np.unique(prompts):
-        width = int(tokens[prompts == prompt].sum())
-        assert len(set(pieces.of_pair[prompts == prompt].tolist())) <= 1 + (width - 1) // 400
-    sizes = [int(tokens[pieces[number]].sum()) for number in range(len(pieces))]
-    assert max(sizes) < 2 * 400 + 60 and len(sizes) > 10
-
-
-def test_other_pairs_are_another_piece():
-    keys, prompts, tokens = _some_pairs(np.random.default_rng(2), 30)
-    names = cut_pieces(keys, prompts, tokens, most=10_000).names
-    assert names != cut_pieces(keys[1:], prompts[1:], tokens[1:], most=10_000).names
-
-
-def test_a_tally_knows_what_has_come():
-    keys, _, _ = _some_pairs(np.random.default_rng(3), 40)
-    tally = Tally(keys[:30])
-    nothing = np.zeros(20)
-    shard = merge([Pairs(high=keys["high"][20:], low=keys["low"][20:], logps=nothing, tokens=nothing)])
-    tally.add([shard])
-    assert tally.found.tolist() == [False] * 20 + [True] * 10
-
-
-def test_the_first_workers_terms_are_everyones(tmp_path):
-    folder = LocalStorage(tmp_path)
-    own = Terms(device="a", torch="1", piece_tokens=100)
-    assert join(folder, own, any_device=False) == own
-    assert join(folder, replace(own, piece_tokens=7), any_device=False) == own
-    assert join(folder, replace(own, torch="2"), any_device=True) == own
-    with pytest.raises(UserError, match="torch is 1 there and 2 here"):
-        join(folder, replace(own, torch="2"), any_device=False)
-    folder.write(TERMS, b"{")
-    with pytest.raises(UserError, match="damaged.*remove it"):
-        join(folder, own, any_device=False)

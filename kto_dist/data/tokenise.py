@@ -82,6 +82,11 @@ def prepare(
     return rows, heldout
 
 
+def folders(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", fingerprint: str) -> list[Path]:
+    """That `prepare` makes, the training rows' last. Raises `UserError`."""
+    return [log.final for log in _logs(data, tokenizer, fingerprint, CHUNKING)]
+
+
 def ahead(
     data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",

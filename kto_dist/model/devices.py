@@ -36,11 +36,17 @@ def named_device(device: torch.device) -> str:
     """What decides how it rounds, as far as a name tells: the GPU, or the processor and its vector units."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    # a virtual machine may lack what the processor of its name has
+    units = [
+        torch.backends.cpu.get_cpu_capability(),
+        *(unit for unit in ("amx_bf16", "avx512_bf16") if known.get(unit)),
+    ]
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+                return ", ".join([line.partition(":")[2].strip(), *units])
+    return ", ".join([platform.machine(), *units])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

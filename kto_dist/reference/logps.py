@@ -11,17 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 
-import torch
-
 from kto_dist.base import agree, comm, restart
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
-from kto_dist.base.signals import before_sigterm
 from kto_dist.data.examples import check_ids
 from kto_dist.model import ops
 from kto_dist.model.adapters import from_folder
 from kto_dist.model.checks import check_scoring
-from kto_dist.model.devices import named_device
 from kto_dist.model.engines import Reference
 from kto_dist.model.memory import is_out_of_memory
 from kto_dist.model.weights import Weights
@@ -30,7 +26,7 @@ from kto_dist.reference.prefix import sharing_is_exact
 from kto_dist.reference.progress import Progress, Watch
 from kto_dist.reference.scoring import LoadedReference, Outcome, reference_logps
 from kto_dist.reference.setup import ReferenceSetup
-from kto_dist.reference.worker import BATCHES_A_PIECE, Terms, Worker, Working, join
+from kto_dist.reference.worker import Worker, Working, join, note, own_terms
 from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.store.leases import Leases, pieces_held
 from kto_dist.store.store import Store
@@ -74,6 +70,8 @@ def score_reference(
 
     def load_it() -> LoadedReference:
         _mention_workers(store, console)
+        if comm.is_main():
+            note(store.folder, own_terms(setup.settings), console.warn)
         return _load(setup, fingerprint, console, begin, engine)
 
     with store, lazily(load_it) as load:
@@ -125,14 +123,9 @@ def fill_store(
 ) -> Outcome:
     """Scores pieces of what the store lacks, beside other workers, in a process alone; returns when it lacks nothing.
 
-    Raises `UserError`, also where the store's workers compute on another device.
+    Raises `UserError`, also where the store's workers compute on another device, and `Stopped` after a SIGTERM.
     """
     _check_tokens(lists, setup)
-    own = Terms(
-        device=named_device(setup.device),
-        torch=torch.__version__,
-        piece_tokens=working.piece_tokens or BATCHES_A_PIECE * setup.settings.cutting.tokens,
-    )
 
     @contextmanager
     def shown(title: str) -> Iterator[Watch]:
@@ -145,21 +138,15 @@ def fill_store(
     ):
         for text in other_precisions(setup.store, fingerprint):
             console.warn(text)
-        leases = Leases(store.folder, working.lease_seconds)
-        terms = join(store.folder, own, any_device=working.any_device)
-        worker = Worker(
-            lists,
-            store=store,
-            leases=leases,
-            load=load,
-            settings=setup.settings,
-            piece_tokens=terms.piece_tokens,
-            say=console.say,
-            warn=console.warn,
-        )
-        # a machine that is taken away says so with a SIGTERM: others need not wait for the lease to end
-        with before_sigterm(leases.give_back), restart.before(lambda failed: leases.give_back()):
-            outcome = worker.fill(shown)
+        worker = Worker(lists, store=store, load=load, settings=setup.settings, say=console.say, warn=console.warn)
+        # where nothing is missing no folder need be written, and any device will do
+        if worker.look():
+            leases = Leases(store.folder, working.lease_seconds)
+            own = own_terms(setup.settings, worker.tokens, working.piece_tokens)
+            terms = join(store.folder, own, any_device=working.any_device)
+            with restart.before(lambda failed: leases.give_back()):
+                worker.fill(leases, terms.piece_tokens, shown)
+        outcome = worker.outcome()
     console.say(
         f"reference: all of {outcome.pairs:,} pairs are stored, {outcome.scored_once:,} scored here in "
         f"{outcome.seconds:.1f} s"
@@ -172,9 +159,9 @@ def _mention_workers(store: Store, console: Console) -> None:
     with contextlib.suppress(OSError):
         if pieces := pieces_held(store.folder):
             console.warn(
-                f"workers have {pieces:,} pieces of this reference in hand (kto-dist precompute --worker), and this "
-                "pass scores whatever is not stored yet, a second time: wait until they are done, or start one of them "
-                "in place of this"
+                f"workers have {len(pieces):,} pieces of this reference in hand (kto-dist precompute --worker), or "
+                "were killed with them on other machines, and this pass scores whatever is not stored yet, a second "
+                "time: wait until they are done, or start one of them in place of this"
             )
 
 

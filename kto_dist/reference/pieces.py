@@ -15,6 +15,9 @@ import numpy as np
 
 from kto_dist.store.shards import Pairs
 
+CUT = 1
+"""Of `cut_pieces`; it rises with any change of what it returns. Workers with different pieces score the same pairs."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:
@@ -87,6 +90,9 @@ class Tally:
         )
         self.found = np.zeros(keys.size, dtype=bool)
         """(P,)"""
+
+    def forget(self) -> None:
+        self.found[:] = False
 
     def add(self, shards: list[Pairs]) -> None:
         for shard in shards:

@@ -20,11 +20,13 @@ other micro-batches as well.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from kto_dist.base import agree, comm
+from kto_dist.base.exits import Stopped
 from kto_dist.data.batch import Cutting, MicroBatch, MicroBatches, collate, cut, pair_lengths, pair_tokens
 from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import completion_logps
@@ -328,6 +330,10 @@ def score_work(
     )
     start, ranks = 0, comm.size(comm.DATA)
     own = settings.shard.first
+
+    def add(places: np.ndarray, values: np.ndarray) -> None:
+        store.add(work.keys[places], values, work.completion_kept[places])
+
     while start < order.size:
         began = time.monotonic()
         stop = max(start + 1, int(np.searchsorted(pairs_before, pairs_before[start] + own * ranks, "right")) - 1)
@@ -338,11 +344,15 @@ def score_work(
         def score(cutting: Cutting, window: np.ndarray = window) -> tuple[np.ndarray, np.ndarray]:
             batches = _micro_batches(work, trees, cutting, window)
             return attempt(
-                lambda: _score_shard(batches, engine, settings, meter), "the reference pass", again=not engine.sharded
+                lambda: _score_shard(batches, engine, settings, meter, add),
+                "the reference pass",
+                again=not engine.sharded,
             )
 
         places, values = memory.within(score, lambda: None)
-        _write(store, work, places, values)
+        # The others learn of a full disk here. It is also where ranks meet: without that they would drift apart over
+        # hours, until the last exchange meets its time-out.
+        agree.together(partial(add, places, values))
         logps[places], found[places] = values, True
         meter.meet()
         rate = pairs / max(time.monotonic() - began, 1e-9)
@@ -356,8 +366,13 @@ def score_work(
 
 
 def _score_shard(
-    batches: MicroBatches, engine: Reference, settings: PassSettings, meter: Meter
+    batches: MicroBatches,
+    engine: Reference,
+    settings: PassSettings,
+    meter: Meter,
+    add: Callable[[np.ndarray, np.ndarray], None],
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q,) places in the work, (Q,) fp64
+    """`add` stores what there is where whoever watches stops the pass, which only one does that has no other ranks."""
     places, values = [np.zeros(0, np.int64)], [np.zeros(0)]
     for batch in batches:
         with torch.no_grad():
@@ -370,14 +385,12 @@ def _score_shard(
             )
         places.append(batch.position.numpy())
         values.append(scored.cpu().numpy())
-        meter.add(places[-1])
+        try:
+            meter.add(places[-1])
+        except Stopped:
+            add(np.concatenate(places), np.concatenate(values))
+            raise
     return np.concatenate(places), np.concatenate(values)
-
-
-def _write(store: Store, work: Work, places: np.ndarray, values: np.ndarray) -> None:
-    """Collective: the others learn of a full disk here. It is also where ranks meet: without that they would drift
-    apart over hours, until the last exchange meets its time-out."""
-    agree.together(lambda: store.add(work.keys[places], values, work.completion_kept[places]))
 
 
 def _micro_batches(work: Work, trees: Trees | None, cutting: Cutting, window: np.ndarray) -> MicroBatches:

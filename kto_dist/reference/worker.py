@@ -6,7 +6,8 @@
 
 A worker is a process alone: no launcher starts it, and it meets the others in the store only. Each cuts the pairs into
 the same pieces (`pieces.py`). One that is killed costs its piece, or what of it was not yet stored; one that comes late
-takes what is left. A pass without workers (`scoring.reference_logps`) is one piece that nobody else can take.
+takes what is left. A pass without workers (`scoring.reference_logps`) takes no pieces, and leaves a note as well
+(`note`) of what it computes on.
 """
 
 import contextlib
@@ -16,20 +17,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 from kto_dist.base.errors import UserError
+from kto_dist.base.exits import TERMINATED, Stopped
+from kto_dist.base.signals import before_sigterm, sigterm_noted
+from kto_dist.model.devices import named_device
 from kto_dist.reference.pairs import PairList
-from kto_dist.reference.pieces import Pieces, Tally, cut_pieces
+from kto_dist.reference.pieces import CUT, Pieces, Tally, cut_pieces
 from kto_dist.reference.progress import Progress, Watch
 from kto_dist.reference.scoring import LoadedReference, Outcome, PassSettings, Sought, distinct, score_work, seek
 from kto_dist.store.contents import told
-from kto_dist.store.leases import SECONDS, Lease, LeaseLost, Leases
+from kto_dist.store.leases import SECONDS, Lease, LeaseLost, Leases, pieces_held
 from kto_dist.store.storage import Storage
 from kto_dist.store.store import Store
 
 TERMS = "workers.json"
 BATCHES_A_PIECE = 32
 """Micro-batches of the first worker: a minute or less of a model that is worth a GPU."""
+MOST_PIECES = 2000
+"""Of what the first worker finds: each is a shard or more, and a worker lists them between any two pieces."""
+SECONDS_BETWEEN_LINES = 600.0
+"""While a worker waits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +51,8 @@ class Terms:
     """With what it was built for: other kernels round otherwise."""
     piece_tokens: int
     """That a piece is cut at: with other pieces they would score the same pairs."""
+    cut: int = 1
+    """How pieces are cut, a number that rises with `cut_pieces`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +67,16 @@ class Working:
     """Of silence, after which others take its piece."""
 
 
+def own_terms(settings: PassSettings, tokens: int = 0, piece_tokens: int | None = None) -> Terms:
+    """Of this process. `tokens`: of all pairs, which are cut into `MOST_PIECES` at the most."""
+    return Terms(
+        device=named_device(settings.device),
+        torch=torch.__version__,
+        piece_tokens=piece_tokens or max(BATCHES_A_PIECE * settings.cutting.tokens, -(-tokens // MOST_PIECES)),
+        cut=CUT,
+    )
+
+
 def join(folder: Storage, own: Terms, *, any_device: bool) -> Terms:
     """The terms of the store's workers, which are `own` for the first. Raises `UserError` where those of others
     differ."""
@@ -68,23 +89,50 @@ def join(folder: Storage, own: Terms, *, any_device: bool) -> Terms:
             f"{TERMS} in {folder} is damaged, so it is unknown on which device its pairs were scored: remove it, and "
             "the next worker writes its own"
         )
-    differing = [
-        f"{name} is {theirs} there and {mine} here"
-        for name in ("device", "torch")
-        if (theirs := getattr(found, name)) != (mine := getattr(own, name))
-    ]
-    if differing and not any_device:
+    if found.cut != own.cut:
         raise UserError(
-            f"the workers of this store round otherwise than this one would ({'; '.join(differing)}): use the same "
+            f"another version of kto_dist cuts the pairs of {folder} into other pieces ({found.cut} there and "
+            f"{own.cut} here): use one version for all workers, or remove {TERMS} there once none is at work"
+        )
+    if (differing := _differing(found, own)) and not any_device:
+        raise UserError(
+            f"the pairs of this store were scored where numbers round otherwise than here ({differing}): use the same "
             "devices and torch for one model, or add --any-device, which mixes log-probs that differ by a rounding"
         )
     return found
 
 
+def note(folder: Storage, own: Terms, warn: Callable[[str], None]) -> None:
+    """What a pass without leases computes on, for workers that come after it; `warn` where they were there before it,
+    and it rounds otherwise. Never an error: who may not write will hear of it when there is something to store."""
+    with contextlib.suppress(OSError):
+        found = _read_terms(folder)
+        if found is None:
+            folder.create(TERMS, json.dumps(asdict(own), indent=1).encode())
+        elif differing := _differing(found, own):
+            warn(
+                f"pairs of this reference were scored where numbers round otherwise than here ({differing}), so its "
+                "log-probs differ by a rounding: for numbers of one kind give another reference.store"
+            )
+
+
+def _differing(found: Terms, own: Terms) -> str:
+    return "; ".join(
+        f"{name} is {theirs} there and {mine} here"
+        for name in ("device", "torch")
+        if (theirs := getattr(found, name)) != (mine := getattr(own, name))
+    )
+
+
 def _read_terms(folder: Storage) -> Terms | None:
+    """None where there are none, or they are damaged."""
     for attempt in range(5):  # where there are no hard links its writer may be in the middle of it
         try:
-            return Terms(**json.loads(folder.read(TERMS)))
+            said = json.loads(folder.read(TERMS))
+            # another version may say more
+            return Terms(**{name: said[name] for name in Terms.__slots__ if name in said})
+        except FileNotFoundError:
+            return None
         except (ValueError, TypeError):
             time.sleep(0.2 * attempt)
     return None
@@ -98,134 +146,176 @@ class _List:
     sought: Sought
     places: np.ndarray
     """(D,) of the different ones."""
-    pieces: Pieces
-    of_pair: np.ndarray
-    """(D,) which piece each is in."""
     tokens: np.ndarray
     """(D,)"""
     tally: Tally
 
-    def open(self) -> list[str]:
-        """Names of the pieces that lack pairs, the longest first."""
-        return [self.pieces.names[number] for number in np.unique(self.of_pair[~self.tally.found])]
+    def missing(self) -> int:
+        return int((~self.tally.found).sum())
 
-    def missing(self, name: str) -> np.ndarray:
-        """(M,) places of a piece's pairs that are to be scored."""
-        piece = self.pieces[self.pieces.names.index(name)]
-        return self.places[piece[~self.tally.found[piece]]]
+    def cut(self, piece_tokens: int) -> Pieces:
+        group = distinct(self.sought.prompt_keys[self.places])[1]
+        return cut_pieces(self.sought.keys[self.places], group, self.tokens, most=piece_tokens)
 
 
-def _list(pairs: PairList, settings: PassSettings, piece_tokens: int) -> _List:
+def _list(pairs: PairList, settings: PassSettings) -> _List:
     sought = seek(pairs.examples, pairs.prompts, pairs.completions, settings.cutting)
     places = distinct(sought.keys)[0]
-    tokens = (sought.prompt_kept + sought.completion_kept)[places]
-    group = distinct(sought.prompt_keys[places])[1]
-    pieces = cut_pieces(sought.keys[places], group, tokens, most=piece_tokens)
     return _List(
         title=pairs.title,
         sought=sought,
         places=places,
-        pieces=pieces,
-        of_pair=pieces.of_pair,
-        tokens=tokens,
+        tokens=(sought.prompt_kept + sought.completion_kept)[places],
         tally=Tally(sought.keys[places]),
     )
 
 
 class Worker:
-    """What one process does for a store, list by list; `fill` is the whole of it."""
+    """What one process does for a store, list by list: `look`, and `fill` where something is missing."""
 
     def __init__(
         self,
         lists: Sequence[PairList],
         *,
         store: Store,
-        leases: Leases,
         load: Callable[[], LoadedReference],
         settings: PassSettings,
-        piece_tokens: int,
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ):
-        self._lists = [_list(pairs, settings, piece_tokens) for pairs in lists]
-        self._store, self._leases, self._load, self._settings = store, leases, load, settings
+        self._started = time.monotonic()
+        self._lists = [_list(pairs, settings) for pairs in lists]
+        self._store, self._load, self._settings = store, load, settings
         self._say, self._warn = say, warn
+        self._stopping: Callable[[], bool] = lambda: False
         self._scored = self._read = 0
         self._scoring_seconds = 0.0
         self._shared = False
 
-    def fill(self, watch: Callable[[str], contextlib.AbstractContextManager[Watch]]) -> Outcome:
-        """Returns when the store holds every pair. `watch`: what shows the progress of a list, by its title.
+    @property
+    def tokens(self) -> int:
+        """Of all different pairs, stored or not."""
+        return sum(int(each.tokens.sum()) for each in self._lists)
 
-        Raises `UserError`.
-        """
-        started = time.monotonic()
-        self._refresh()
-        missing = sum(int((~each.tally.found).sum()) for each in self._lists)
-        if missing:
-            self._store.begin(missing)
-        for each in self._lists:
-            with watch(each.title) as shown:
-                self._fill(each, _Speed(each, shown))
-        self._leases.sweep({name for each in self._lists for name in each.pieces.names})
-        pairs = sum(each.places.size for each in self._lists)
-        return Outcome(
-            pairs=pairs,
-            hits=pairs - self._scored,
-            scored_once=self._scored,
-            scored_tokens=self._read,
-            scoring_seconds=self._scoring_seconds,
-            seconds=time.monotonic() - started,
-            shared=self._shared,
-        )
-
-    def _refresh(self) -> None:
+    def look(self) -> int:
+        """Pairs that the store lacks. Raises `UserError`."""
         shards = self._store.news()
         for each in self._lists:
             each.tally.add(shards)
+        return sum(each.missing() for each in self._lists)
 
-    def _fill(self, each: _List, speed: "_Speed") -> None:
-        waiting = False
-        while names := each.open():
-            lease = self._leases.take(names)
+    def fill(
+        self,
+        leases: Leases,
+        piece_tokens: int,
+        watch: Callable[[str], contextlib.AbstractContextManager[Watch]],
+    ) -> None:
+        """Returns when the store holds every pair. `watch`: what shows the progress of a list, by its title.
+
+        Raises `UserError`, and `Stopped` after the micro-batch during which a SIGTERM came: what was scored is stored
+        then, and the piece given back.
+        """
+        cut = [each.cut(piece_tokens) for each in self._lists]
+        names = {name for pieces in cut for name in pieces.names}
+        with contextlib.suppress(OSError):
+            if others := pieces_held(self._store.folder) - names:
+                self._warn(
+                    f"{len(others):,} pieces that other workers have, or were killed with, are none of this config's: "
+                    "pairs that both need may be scored twice; workers share them where log, model and settings are "
+                    "the same"
+                )
+        with sigterm_noted() as self._stopping:
+            while missing := self.look():
+                self._store.begin(missing)
+                for each, pieces in zip(self._lists, cut, strict=True):
+                    with watch(each.title) as shown:
+                        self._fill(each, pieces, leases, _Speed(each, shown))
+                if self._store.has_lost():
+                    self._warn("shards are gone from the reference store that were there: their pairs are scored again")
+                    for each in self._lists:
+                        each.tally.forget()
+        leases.sweep(names)
+
+    def outcome(self) -> Outcome:
+        """Of all until now."""
+        pairs = sum(each.places.size for each in self._lists)
+        return Outcome(
+            pairs=pairs,
+            hits=max(0, pairs - self._scored),
+            scored_once=self._scored,
+            scored_tokens=self._read,
+            scoring_seconds=self._scoring_seconds,
+            seconds=time.monotonic() - self._started,
+            shared=self._shared,
+        )
+
+    def _fill(self, each: _List, pieces: Pieces, leases: Leases, speed: "_Speed") -> None:
+        said: float | None = None
+        of_pair = pieces.of_pair
+        # those that lack pairs, the longest first
+        while names := [pieces.names[number] for number in np.unique(of_pair[~each.tally.found])]:
+            self._stop_if_asked()
+            lease = leases.take(names)
             if lease is None:
-                if not waiting:
-                    self._say(f"{each.title}: waiting for {len(names):,} pieces that other workers have")
-                waiting = True
-                time.sleep(self._leases.pause)
+                if said is None or time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    self._say(_waiting(each.title, names, leases))
+                time.sleep(leases.pause)
             else:
                 with lease:
                     # whoever had it before has stored what it scored by now
-                    self._refresh()
+                    self.look()
                     speed.refreshed()
+                    piece = pieces[pieces.names.index(lease.piece)]
                     try:
-                        self._score(each, lease, speed)
+                        self._score(each, piece[~each.tally.found[piece]], lease, speed)
                     except LeaseLost:
                         self._warn(
                             "a lease was not renewed in time, and another worker may have its piece: what was scored "
                             "of it and not yet stored is given up"
                         )
-            self._refresh()
+            self.look()
             speed.refreshed()
 
-    def _score(self, each: _List, lease: Lease, speed: "_Speed") -> None:
-        """Raises `LeaseLost` where another worker has the piece by now; what is stored of it stays."""
-        work = each.sought.work(each.missing(lease.piece))
-        if not work.keys.size:
+    def _score(self, each: _List, missing: np.ndarray, lease: Lease, speed: "_Speed") -> None:
+        """`missing`: (M,) of the different pairs. Raises `LeaseLost` where another worker has the piece by now; what is
+        stored of it stays."""
+        if not missing.size:
             return
-        reference = self._load()
+        work = each.sought.work(each.places[missing])
+        self._stop_if_asked()
+        # loading may take longer than a machine has that is taken away
+        with before_sigterm(lease.end):
+            reference = self._load()
         began, tokens = time.monotonic(), int(work.tokens.sum())
 
         def watch(progress: Progress) -> None:
-            lease.keep()
             speed.tell((progress.done, tokens * progress.done // progress.total))
+            # last, since a write may follow
+            lease.keep()
+            self._stop_if_asked()
 
         scored = score_work(work, reference, self._settings, self._store, watch, self._warn)
+        # stored, whatever a listing shows: one may lag behind
+        each.tally.found[missing] = True
         self._settings = scored.settings
         self._scored += work.keys.size
         self._read += tokens
         self._scoring_seconds += time.monotonic() - began
         self._shared |= scored.shared
+
+    def _stop_if_asked(self) -> None:
+        if self._stopping():
+            raise Stopped("a signal ended this worker: what it has scored is stored, and its piece is free", TERMINATED)
+
+
+def _waiting(title: str, names: list[str], leases: Leases) -> str:
+    holders = leases.holders(names)
+    who = f" ({', '.join(holders[:3])}{' ...' if len(holders) > 3 else ''})" if holders else ""
+    return (
+        f"{title}: waiting for {len(names):,} {'piece' if len(names) == 1 else 'pieces'} that other workers have{who}; "
+        "one is taken over when its worker ends, or says nothing for the time of its lease"
+    )
 
 
 class _Speed:

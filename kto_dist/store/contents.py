@@ -11,7 +11,7 @@ from typing import Any
 
 from kto_dist.base.errors import UserError
 from kto_dist.store.shards import BadShard, Pairs, decode
-from kto_dist.store.storage import Root, Storage, open_storage
+from kto_dist.store.storage import FULL, Root, Storage, open_storage
 from kto_dist.store.store import FOLDER_DIGITS, MANIFEST, read_manifest
 
 
@@ -31,10 +31,10 @@ def told(root: Root, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"the store ({root}) {what}: {error}; check the path and its permissions, or a URL's connection and "
-            "credentials"
-        ) from None
+        remedy = "check the path and its permissions, or a URL's connection and credentials"
+        if error.errno in FULL:
+            remedy = "it is full: make room; what has been scored so far is kept"
+        raise UserError(f"the store ({root}) {what}: {error}; {remedy}") from None
 
 
 def folders_of(root: Root, prefix: str = "") -> list[tuple[str, Storage]]:

@@ -6,7 +6,9 @@ The holder writes its lease again every quarter of that time. A lease is over wh
 machine, is gone, or when the file has stayed as it is for so long by the clock of whoever watches it: no clock of
 another machine is believed. Who then creates the file of the next term, which again only one can, has the piece, and
 removes the file of the term before. So two processes never take one piece by the same right; one that was stopped for
-longer than its lease finds when it goes on that it has lost it (`Lease.lost`).
+longer than its lease asks when it goes on, ahead of what it would store, whether it has lost it (`Lease.keep`). The
+holder writes and then looks for a next term, the other one creates it and then looks whether the holder has written:
+whichever comes second sees the first.
 
 In:  a folder of a store, and names of pieces. Out: `Lease`, to be held in a `with`.
 """
@@ -22,9 +24,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kto_dist.base.errors import UserError
-from kto_dist.base.processes import lives, whereabouts
+from kto_dist.base.processes import lives, named, whereabouts
 from kto_dist.store.contents import told
-from kto_dist.store.storage import Storage
+from kto_dist.store.storage import FULL, Storage
 
 SECONDS = 120.0
 """Of silence, after which a holder on another machine has lost its lease."""
@@ -44,19 +46,40 @@ def is_piece(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def pieces_held(folder: Storage) -> int:
-    """Pieces that somebody has; or had, and was killed. Raises `OSError`."""
-    return len({found[1] for file in folder.files() if (found := _NAME.fullmatch(file.name))})
+def pieces_held(folder: Storage) -> set[str]:
+    """Pieces that somebody has; or had, and was killed on another machine. Raises `OSError`."""
+    held = ((piece, _read(folder, _file(piece, term))) for piece, term in _terms(folder).items())
+    return {piece for piece, said in held if said is None or lives(said) is not False}
+
+
+def _terms(folder: Storage) -> dict[str, int]:
+    """The newest term of every piece that somebody has."""
+    terms: dict[str, int] = {}
+    for file in folder.files():
+        if found := _NAME.fullmatch(file.name):
+            terms[found[1]] = max(int(found[2]), terms.get(found[1], 0))
+    return terms
+
+
+def _file(piece: str, term: int) -> str:
+    return f"piece-{piece}.{term}.json"
+
+
+def _awake() -> float:
+    """Seconds, which pass while this process is stopped, and while its machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class Lease:
     """One piece, while it is held. Renews itself in a thread."""
 
-    def __init__(self, folder: Storage, piece: str, term: int, seconds: float):
+    def __init__(self, folder: Storage, piece: str, term: int, seconds: float, clock: Callable[[], float] = _awake):
+        """`clock`: for what this process may sleep through."""
         self.piece = piece
-        self._folder, self._file, self._seconds = folder, f"piece-{piece}.{term}.json", seconds
+        self._folder, self._term, self._seconds, self._clock = folder, term, seconds, clock
+        self._file = _file(piece, term)
         self._said = {"token": uuid.uuid4().hex, "seconds": seconds, **whereabouts()}
-        self._beat, self._renewed = 0, time.monotonic()
+        self._beat, self._renewed = 0, clock()
         self._ended, self._lost = threading.Event(), threading.Event()
         self._writing = threading.RLock()
         """Nothing is written once the piece was given back. A signal's handler may end what its own thread ends."""
@@ -67,16 +90,21 @@ class Lease:
         return self._lost.is_set()
 
     def keep(self) -> None:
-        """Raises `LeaseLost`."""
+        """To be called ahead of what only a holder may do. Raises `LeaseLost`."""
+        # late by two turns: this process was stopped, or its machine slept, and its thread may come only after this
+        if not self.lost and self._clock() - self._renewed > 2 * self._seconds / RENEWALS:
+            with self._writing:
+                if not self._ended.is_set():
+                    self._renew()
         if self.lost:
             raise LeaseLost(self.piece)
 
     def begin(self) -> bool:
         """Creates the file, and renews it from now on; False where another process has created it."""
+        self._renewed = self._clock()
         # an answer that was lost on its way is asked for again: the file may be there, and ours
         if not self._folder.create(self._file, self._content()) and not self._is_ours():
             return False
-        self._renewed = time.monotonic()
         threading.Thread(target=self._keep_renewing, daemon=True, name="lease").start()
         return True
 
@@ -108,14 +136,18 @@ class Lease:
 
     def _renew(self) -> bool:
         """False where the lease is lost."""
+        began = self._clock()
         try:
             if self._is_ours():
                 self._beat += 1
                 self._folder.write(self._file, self._content())
-                self._renewed = time.monotonic()
-                return True
+                # it was another's already, who has removed the file between the look and the write
+                if _terms(self._folder).get(self.piece, self._term) <= self._term:
+                    self._renewed = began
+                    return True
+                self._folder.remove(self._file)
         except OSError:
-            if time.monotonic() - self._renewed < self._seconds:
+            if self._clock() - self._renewed < self._seconds:
                 return True
         self._lost.set()
         return False
@@ -128,7 +160,7 @@ class Leases:
         """Raises `UserError` where two processes could create one file here."""
         self._folder, self._seconds, self._clock = folder, seconds, clock
         self._seen: dict[str, tuple[bytes, float]] = {}
-        """Files of other holders: their content, and when it was first seen."""
+        """Newest files of other holders: their content, and when it was first seen."""
         self._held: Lease | None = None
         self._check_creation()
 
@@ -143,19 +175,29 @@ class Leases:
             return self._take(pieces)
 
     def _take(self, pieces: Sequence[str]) -> Lease | None:
-        terms = self._terms()
+        terms = _terms(self._folder)
+        newest = {_file(*held) for held in terms.items()}
+        self._seen = {name: seen for name, seen in self._seen.items() if name in newest}
         free = [piece for piece in pieces if piece not in terms]
         while free:
             piece = free.pop(random.randrange(min(_CHOICES, len(free))))
             if lease := self._begin(piece, 0):
                 return lease
         for piece in pieces:
-            if piece not in terms or not self._is_over(name := f"piece-{piece}.{terms[piece]}.json"):
+            if piece not in terms or (last := self._last_words(name := _file(piece, terms[piece]))) is None:
                 continue
             if lease := self._begin(piece, terms[piece] + 1):
+                if self._has_gone_on(name, last):
+                    lease.end()
+                    continue
                 self._folder.remove(name)
                 return lease
         return None
+
+    def holders(self, pieces: Collection[str]) -> list[str]:
+        """Who has some of them, as `take` has found it last."""
+        held = ((_NAME.fullmatch(name), data) for name, (data, _) in self._seen.items())
+        return sorted({named(_parsed(data) or {}) for found, data in held if found and found[1] in pieces})
 
     def sweep(self, done: Collection[str]) -> None:
         """Removes what holders that are gone have left of pieces that are done: who was killed right after the last
@@ -163,7 +205,7 @@ class Leases:
         with contextlib.suppress(OSError):
             for file in self._folder.files():
                 found = _NAME.fullmatch(file.name)
-                if found and found[1] in done and self._is_over(file.name):
+                if found and found[1] in done and self._last_words(file.name) is not None:
                     self._folder.remove(file.name)
 
     def give_back(self) -> None:
@@ -177,32 +219,31 @@ class Leases:
         if not lease.begin():
             return None
         # a listing that was made while another process took the piece over may have shown neither of the two files
-        if self._terms().get(piece, term) > term:
+        if _terms(self._folder).get(piece, term) > term:
             lease.end()
             return None
         return lease
 
-    def _terms(self) -> dict[str, int]:
-        """The newest term of every piece that somebody has."""
-        terms: dict[str, int] = {}
-        for file in self._folder.files():
-            if found := _NAME.fullmatch(file.name):
-                terms[found[1]] = max(int(found[2]), terms.get(found[1], 0))
-        return terms
-
-    def _is_over(self, name: str) -> bool:
+    def _last_words(self, name: str) -> bytes | None:
+        """What a lease that is over says; None while it is not."""
         try:
             data = self._folder.read(name)
         except FileNotFoundError:  # it was given back just now
-            return False
+            return None
         said = _parsed(data) or {}
         if said and lives(said) is False:
-            return True
-        before, since = self._seen.get(name, (b"", 0.0))
+            return data
+        before, since = self._seen.get(name, (None, 0.0))
         if data != before:
             self._seen[name] = (data, self._clock())
-            return False
-        return self._clock() - since > float(said.get("seconds", self._seconds))
+            return None
+        return data if self._clock() - since > float(said.get("seconds", self._seconds)) else None
+
+    def _has_gone_on(self, name: str, last: bytes) -> bool:
+        """Whether a holder has said something after its last words; it was stopped, and not gone."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._folder.read(name) != last
+        return False
 
     def _check_creation(self) -> None:
         name = f".create.{uuid.uuid4().hex}"
@@ -210,9 +251,14 @@ class Leases:
             first, second = (self._folder.create(name, text) for text in (b"1", b"2"))
             self._folder.remove(name)
         except OSError as error:
+            remedy = (
+                "make room"
+                if error.errno in FULL
+                else "give a folder or a bucket that this user may write to, or use `kto-dist precompute` without "
+                "--worker"
+            )
             raise UserError(
-                f"workers take pieces by creating files in {self._folder}, and that fails: {error}; give a folder or a "
-                "bucket that this user may write to, or use `kto-dist precompute` without --worker"
+                f"workers take pieces by creating files in {self._folder}, and that fails: {error}; {remedy}"
             ) from None
         if not first or second:
             raise UserError(

@@ -8,6 +8,7 @@ Everything here raises `OSError`, whatever a cloud's library calls its troubles,
 there.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from kto_dist.base.files import create_whole, write_whole
 
 _WHOLE_PUT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "memory"}
 """Object stores whose PUT is whole or not at all. Others (sftp, smb, http ...) show a file while it is written."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +142,12 @@ class LocalStorage:
             return []
 
     def read(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        # NFS: it was replaced while it was read, and is looked up again
         return (self.path / name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:

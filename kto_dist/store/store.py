@@ -8,7 +8,7 @@ A store is a folder (or a URL); every reference model has a sub-folder of its ow
     <store>/<fingerprint>/used.json               when it was last used, to the hour
     <store>/<fingerprint>/use-<id>.json           a job is at work here: `kto-dist store gc` leaves the folder alone
     <store>/<fingerprint>/piece-<id>.<n>.json     a worker scores a piece of what is missing (see leases.py)
-    <store>/<fingerprint>/workers.json            what workers must have in common (see reference/worker.py)
+    <store>/<fingerprint>/workers.json            what its pairs were scored on (see reference/worker.py)
     <store>/<fingerprint>/<name>.damaged          set aside: not what its name says
 
 Any number of jobs read and write at the same time without locks: a shard appears whole or not at all, under a name of
@@ -34,7 +34,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.base.processes import lives, named, whereabouts
 from kto_dist.store.fingerprint import Fingerprint
 from kto_dist.store.shards import BYTES_A_PAIR, NAME, BadShard, Pairs, decode, encode, merge
-from kto_dist.store.storage import Root, Storage, open_storage
+from kto_dist.store.storage import FULL, Root, Storage, open_storage
 
 FORMAT = 2
 MANIFEST, USED = "manifest.json", "used.json"
@@ -48,7 +48,6 @@ AT_ONCE = 2**20
 _RENEWED_AFTER = 3600.0
 LEASE_SECONDS = 24 * 3600.0
 """A use that was not renewed for so long, by another machine, has ended without saying so."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -196,12 +195,23 @@ class Store:
         """
         return list(self._read_new(self._told).values())
 
+    def has_lost(self) -> bool:
+        """Whether shards are gone that `news` has told of; it then tells again all that is there."""
+        try:
+            lost = self._told - {file.name for file in self.folder.files()}
+        except OSError as error:
+            raise self._refusal(error, "cannot be read") from None
+        if lost:
+            self._told.clear()
+        return bool(lost)
+
     def _read(self) -> Pairs:
         return merge(list(self._read_new(set()).values()))
 
     def _read_new(self, seen: set[str]) -> dict[str, Pairs]:
         """The shards that are not in `seen`, which gets their names."""
         read: dict[str, Pairs] = {}
+        bad: set[str] = set()
         anew = not seen
         # Merging shards replaces many by one, perhaps while they are listed or read. A listing that was begun after
         # the last byte was read, and names nothing new, shows that nothing was missed.
@@ -222,9 +232,11 @@ class Store:
                 if isinstance(result, Pairs):
                     read[name] = result
                 else:
+                    bad.add(name)
                     self._warn(f"{name} in the reference store {result}: set aside, its pairs will be scored again")
             if set(names) - seen:  # a listing may show for a while what is gone
                 time.sleep(0.05 * attempt)
+        seen -= bad - set(names)
         if anew and len(names) > MANY_SHARDS:
             self._warn(
                 f"the reference store has {len(names):,} shards for this model, and opens faster with few: "
@@ -251,7 +263,7 @@ class Store:
             return bad
 
     def _refusal(self, error: OSError, what: str) -> UserError:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             remedy = "is full: make room; what has been scored so far is kept"
         elif error.errno in _READ_ONLY or isinstance(error, PermissionError):
             remedy = "give a folder that this user may write to, or one that holds every pair already"

@@ -4,11 +4,16 @@
 metrics. `work` does the same as one of several workers (`reference/worker.py`), which are no runs: they come and go.
 """
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from kto_dist.base import agree, comm, restart
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
+from kto_dist.base.signals import before_sigterm
 from kto_dist.model.memory import NeedsRestart
 from kto_dist.record import tracking
 from kto_dist.record.environment import environment_tags
@@ -18,6 +23,8 @@ from kto_dist.reference.progress import Progress, Watch
 from kto_dist.reference.record import PassRecord
 from kto_dist.reference.scoring import Outcome
 from kto_dist.reference.worker import Working
+from kto_dist.store.leases import Leases
+from kto_dist.store.storage import LocalStorage
 from kto_dist.training.agreement import begin_together
 from kto_dist.training.config import Config
 from kto_dist.training.prepare import find, prepare, wanted
@@ -55,7 +62,7 @@ def precompute(config: Config, watch: Watch | None = None) -> Outcome:
 def work(config: Config, working: Working | None = None, watch: Watch = lambda progress: None) -> Outcome:
     """Scores pieces of what the store lacks until it lacks nothing, beside whatever other workers there are.
 
-    Raises `UserError`.
+    Raises `UserError`, and `Stopped` after a SIGTERM.
     """
     comm.init()
     if comm.world_size() > 1:
@@ -64,9 +71,27 @@ def work(config: Config, working: Working | None = None, watch: Watch = lambda p
             "for each device"
         )
     console = Console()
-    prepared = prepare(config, console)
+    prepared = prepare(config, console, partial(_turn, Path(config.data.cache), console))
     setup, fingerprint = find(prepared, console)
     return fill_store(wanted(prepared, console), setup, fingerprint, console, working or Working(), watch)
+
+
+@contextmanager
+def _turn(cache: Path, console: Console, folders: Callable[[], list[Path]]) -> Iterator[None]:
+    """Of workers that start together on one `data.cache` one makes the tokens, and the others wait for them."""
+    wanted = folders()
+    if all(folder.exists() for folder in wanted):
+        yield
+        return
+    leases, lease, said = Leases(LocalStorage(cache)), None, False
+    with before_sigterm(leases.give_back):
+        while (lease := leases.take([wanted[-1].name])) is None and not all(folder.exists() for folder in wanted):
+            if not said:
+                console.say(f"waiting for {', '.join(leases.holders([wanted[-1].name]))}, which makes the tokens")
+            said = True
+            time.sleep(leases.pause)
+        with lease or nullcontext():
+            yield
 
 
 def _open_run(config: Config, fingerprint: str, console: Console) -> Tracker:

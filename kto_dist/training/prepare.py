@@ -5,6 +5,7 @@ In:  the config. Out: `Prepared`, or `PreparedTraining` for who is going to trai
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,15 @@ class PreparedTraining(Prepared):
     """Where what goes along into the export lies; on rank 0."""
 
 
-def prepare(config: Config, console: Console) -> Prepared:
+Turn = Callable[[Callable[[], list[Path]]], AbstractContextManager[None]]
+"""Inside, it is this process's turn to make the folders that it is given a question for."""
+
+
+def prepare(config: Config, console: Console, turn: Turn = lambda folders: nullcontext()) -> Prepared:
     """Collective. Raises `UserError` for whatever can be known to be wrong of the rows before long work starts.
 
-    Nothing here asks whether this machine could run the policy: the reference pass may have one of its own.
+    Nothing here asks whether this machine could run the policy: the reference pass may have one of its own. `turn`: for
+    processes that know nothing of each other, and would make tokens of the same rows.
     """
     model_config, tokenizer = agree.together(lambda: _models(config))
 
@@ -101,9 +107,10 @@ def prepare(config: Config, console: Console) -> Prepared:
         agree.side_by_side(
             lambda: data.ahead(config.data, tokenizer, print_name, share) if comm.local_rank() == 0 else None
         )
-    folder, apart = agree.once_per_host(
-        lambda: data.prepare(config.data, tokenizer, print_name, warn=damaged.append, hosts=share.count)
-    )
+    with turn(lambda: data.folders(config.data, tokenizer, print_name)):
+        folder, apart = agree.once_per_host(
+            lambda: data.prepare(config.data, tokenizer, print_name, warn=damaged.append, hosts=share.count)
+        )
     for text in dict.fromkeys(text for texts in comm.gather(damaged) for text in texts):
         console.warn(text)
     train, heldout = load(folder), None if apart is None else load(apart)
