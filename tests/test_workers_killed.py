@@ -135,6 +135,9 @@ class Scored:
 def _worker(config: Config, number: int, fate: Fate, notes: Path, host: str) -> int:
     """Its own number of pairs."""
     platform.node = lambda: host
+    if host == "there":  # with a clock that is an hour ahead
+        real = time.time
+        time.time = lambda: real() + 3600
     assert whereabouts()["host"] == host
     time.sleep(fate.late)
     strikes = Strikes(fate, notes)
