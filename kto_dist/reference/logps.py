@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 
+import torch
+
 from kto_dist.base import agree, comm, restart
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
