@@ -111,11 +111,18 @@ def _no_flash(place: Place) -> str | None:
     """What varlen on a GPU and flash_attention_2 share."""
     if place.dtype not in (torch.bfloat16, torch.float16):
         return f"its kernel takes bf16 and fp16, not {str(place.dtype).removeprefix('torch.')}"
-    # without a GPU here one is planned for: all that are known there are newer
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(place.device) < (8, 0):
+    if _capability(place.device) < (8, 0):
         return "its kernel needs a GPU of compute capability 8.0 (Ampere) or newer"
     size = _head_size(place.config)
     return f"its kernel takes heads of 256 at the most, not {size}" if size > 256 else None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Without a GPU here one is planned for, and those that plans know are Ampere or newer."""
+    try:
+        return torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError):
+        return (8, 0)
 
 
 def _head_size(config: PretrainedConfig) -> int:
