@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -23,10 +22,10 @@ from tiny_runs import tiny_config
 from kto_dist.base.config import to_yaml
 from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
-from kto_dist.base.exits import Stopped
+from kto_dist.base.processes import whereabouts
 from kto_dist.data import tokenise
 from kto_dist.reference.worker import TERMS, Working
-from kto_dist.store.leases import is_piece
+from kto_dist.store.leases import Leases, is_piece
 from kto_dist.store.storage import LocalStorage
 from kto_dist.store.tools import summarise, verify
 from kto_dist.training import precompute
@@ -192,50 +191,31 @@ def test_a_worker_alone_scores_all_that_a_run_needs_and_a_second_one_nothing(tmp
     assert scored and (again, missing) == (0, 0) and found >= scored
 
 
-def test_a_worker_needs_no_launcher_heeds_none_and_gives_its_piece_back_on_sigterm(tmp_path, tiny_model, tiny_log):
-    path = tmp_path / "config.yaml"
-    config = tiny_config(tmp_path, tiny_model, tiny_log)
-    path.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "kto_dist.commands.cli", "precompute", str(path), "--worker"]
-    # as one of four under some launcher
-    ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    with subprocess.Popen(
-        command, env={**os.environ, **ranks}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as worker:
-        while worker.poll() is None and not list((tmp_path / "store").glob("*/piece-*")):
-            time.sleep(0.01)
-        worker.send_signal(signal.SIGTERM)
-        said = worker.stdout.read()
-    assert worker.returncode in (-signal.SIGTERM, 143, 0), said
-    assert not list((tmp_path / "store").glob("*/piece-*"))
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "are stored" in done.stdout, done.stdout + done.stderr
-    assert run_ranks(scored_and_found, 1, config)[0][0] == 0
+def _waits(config: Config) -> tuple[list[str], int]:
+    """What a worker says of a piece that another has, which then gives it back; and what it scores."""
+    real, held, said = Leases.take, [], []
+
+    def take(self: Leases, pieces: list[str]) -> Any:
+        if not held:
+            (folder,) = Path(config.reference.store).iterdir()
+            held.append(folder / f"piece-{pieces[0]}.0.json")
+            held[0].write_text(json.dumps({**whereabouts(), "host": "elsewhere", "pid": 12, "seconds": 100.0}))
+        return real(self, pieces)
+
+    def say(self: Console, text: str) -> None:
+        if "waiting" in text:
+            said.append(text)
+            held[0].unlink()
+
+    Leases.take, Console.say = take, say
+    return said, work(config, Working(piece_tokens=PIECE, lease_seconds=1.0)).scored_once
 
 
-def _stopped(config: Config, batches: int) -> tuple[int, str]:
-    """The exit status of a worker that gets a SIGTERM in the midst of its first shard, and what it says."""
-
-    def stop(done: int) -> None:
-        if done == batches:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    notes = Noted(config, stop)
-    try:
-        work(config, Working(piece_tokens=PIECE), notes.watch, with_forward(notes.wrap))
-    except Stopped as stopped:
-        return stopped.exit_code, str(stopped)
-    return 0, "nothing"
-
-
-@pytest.mark.parametrize("batches", (1, 3))
-def test_a_worker_that_gets_a_sigterm_loses_nothing_of_what_it_has_scored(tmp_path, tiny_model, tiny_log, batches):
-    config = tiny_config(tmp_path, tiny_model, tiny_log, reference__tokens_per_batch=96)
-    status, said = run_ranks(_stopped, 1, config, batches)[0]
-    assert status == 143 and "what it has scored is stored" in said
-    (summary,) = summarise(config.reference.store)
-    assert 0 < summary.pairs == noted(config) < sum(run_ranks(pieces_of, 1, config, PIECE)[0])
-    assert not list(Path(config.reference.store).glob("*/piece-*")) and not summary.users
+def test_a_worker_that_waits_says_for_whom_and_does_the_rest(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    said, scored = run_ranks(_waits, 1, config)[0]
+    assert len(said) == 1 and "waiting for 1 piece that other workers have (process 12 on elsewhere)" in said[0]
+    assert scored == sum(run_ranks(pieces_of, 1, config, PIECE)[0])
 
 
 def _said(config: Config, working: Working, **options: Any) -> tuple[int, list[str]]:
