@@ -23,7 +23,7 @@ from kto_dist.data import tokenise
 from kto_dist.data.config import DataConfig
 from kto_dist.data.formats import LogReader
 from kto_dist.data.pieces import Hosts
-from kto_dist.data.processes import Chunking
+from kto_dist.data.processes import Chunking, ProcessLost
 from kto_dist.data.rows import Row
 from kto_dist.data.stretches import Stretch
 from kto_dist.data.tokenise import ahead, prepare, tokenizer_fingerprint
@@ -218,15 +218,38 @@ def test_numbers_that_are_a_rating_only_together_are_refused_as_alone(tmp_path):
             prepare(data, TOKENIZER, chunking=chunking, hosts=hosts)
 
 
+def test_a_process_that_is_lost_ends_the_job_on_its_host_and_leaves_no_piece(tmp_path, monkeypatch):
+    def lost(*_: object, **__: object) -> None:
+        raise ProcessLost("memory ran out")
+
+    log_of(tmp_path / "log")
+    shared = data_of(tmp_path, "shared")
+    monkeypatch.setattr(tokenise, "over_chunks", lost)
+    with pytest.raises(UserError, match="memory ran out"):
+        ahead(shared, TOKENIZER, FINGERPRINT, Hosts(number=0, count=2))
+    assert [*Path(shared.cache).iterdir()] == []
+
+
 def test_a_piece_of_other_cuts_is_not_believed(tmp_path):
     write_jsonl(tmp_path / "log" / "log.jsonl", thumbs(60, 9))
     alone = made(prepare(data_of(tmp_path, "alone"), TOKENIZER))
     shared = data_of(tmp_path, "shared")
     size = (tmp_path / "log" / "log.jsonl").stat().st_size
-    # of three hosts the middle one has nothing where parts have to be large, and else a third
-    for number, least in ((0, size // 2 - 100), (1, 1), (2, 1)):
-        ahead(shared, TOKENIZER, FINGERPRINT, Hosts(number=number, count=3), Chunking(least=least))
-    assert made(prepare(shared, TOKENIZER, chunking=Chunking(least=1), hosts=3)) == alone
+    # where parts have to be large, the second of four hosts has the first half, and else the second quarter
+    for number, least in ((0, 1), (1, size * 3 // 10), (2, 1), (3, 1)):
+        ahead(shared, TOKENIZER, FINGERPRINT, Hosts(number=number, count=4), Chunking(least=least))
+    assert len([*Path(shared.cache).iterdir()]) == 4
+    assert made(prepare(shared, TOKENIZER, chunking=Chunking(least=1), hosts=4)) == alone
+
+
+def test_a_file_without_one_usable_row_is_refused_as_alone(tmp_path):
+    write_jsonl(tmp_path / "log" / "log.jsonl", [{"prompt": "a", "completion": "b", "label": "perhaps"}] * 20)
+    shared, chunking = data_of(tmp_path, "shared"), Chunking(least=1)
+    for number in range(2):
+        ahead(shared, TOKENIZER, FINGERPRINT, Hosts(number=number, count=2), chunking)
+    for data, hosts in ((data_of(tmp_path, "alone"), 1), (shared, 2)):
+        with pytest.raises(UserError, match=r"not one of its 20 rows could be read; the first: .*log\.jsonl:1: "):
+            prepare(data, TOKENIZER, chunking=chunking, hosts=hosts)
 
 
 @pytest.mark.parametrize("rows", [1, 9, 1000])
@@ -234,6 +257,9 @@ def test_what_is_made_does_not_depend_on_how_rows_are_handed_out(tmp_path, rows)
     """A chunk is read before it becomes tokens: rows that fail here and there mix in another order."""
     log = [*thumbs(1300, 9), *thumbs(3, 3)]
     no = {"prompt": [{"role": "user", "content": "no"}], "completion": "d", "label": True}
+    # noticed as tokens are made, and as the next row is read
+    log[0] = {**no, "prompt": [{"role": "user", "content": "yes", "with": 1}], "completion": "d<|im_end|>"}
+    log[1] = {"prompt": "ab", "completion": "ab c", "label": False, "mood": 1}
     for number in range(2, 30, 3):
         log[number] = no if number % 2 else {**log[number], "label": "perhaps"}
     write_jsonl(tmp_path / "log" / "log.jsonl", log)
@@ -243,6 +269,7 @@ def test_what_is_made_does_not_depend_on_how_rows_are_handed_out(tmp_path, rows)
     assert first == second
     said = [example.partition(": ")[0].rpartition(":")[2] for example in report(first[0])["skipped_examples"]]
     assert said == ["3", "6", "9", "12", "15"]
+    assert len(report(first[0])["unused"]) == len(report(first[0])["notes"]) == 2
     wrong = outcome(data_of(tmp_path, "c", on_bad_row="error"), chunking=Chunking(rows=rows))
     assert "log.jsonl:3: " in wrong
 
