@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_told_by_what_is_lacking_and_by_what_takes_less():
             "full",
             "takes .* of 79 GiB a GPU and 6,.* of 1,863 GiB of a node's own memory; take .*, or --method lora$",
         ),
-        ("qlora", "takes 2.. of 79 GiB a GPU; take larger GPUs, more of them, a shorter data.max_length$"),
+        ("qlora", "takes 2.. of 79 GiB a GPU; take larger GPUs, a shorter .*, whose weights ZeRO 3 shards$"),
     ):
         made = planned(shape_for(lm, method, 16), "H100", 8, method=method)
         assert made.best is None
@@ -165,7 +165,9 @@ def test_a_reference_of_its_own_is_planned_as_what_it_is(tmp_path):
     words = ["--rows", "1000", "--prompt-tokens", "300", "--completion-tokens", "300", "--json", str(tmp_path / "p")]
     done = CliRunner().invoke(main, ["plan", str(given), *words])
     assert done.exit_code == 0, done.output
-    reference = json.loads((tmp_path / "p").read_text())["reference"]
+    made = json.loads((tmp_path / "p").read_text())
+    reference = made["reference"]
+    assert made["model"] == str(small)
     assert reference["sharded"] and reference["memory"] > 2 * 70e9 / 8
 
 

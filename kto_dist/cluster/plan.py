@@ -211,10 +211,15 @@ def ready_config(config: Config, plan: Plan, *, rank: int) -> Config:
     """The config with the best way's settings. Raises `UserError` where none fits, or this version cannot run it."""
     best = plan.best
     if best is None:
-        less = {"full": ", or --method lora", "lora": ", or --method qlora", "qlora": ""}[plan.method]
+        # weights in 4 bits lie whole on every GPU, where more of them are no help
+        remedy = {
+            "full": "larger GPUs, more of them, a shorter data.max_length, or --method lora",
+            "lora": "larger GPUs, more of them, a shorter data.max_length, or --method qlora",
+            "qlora": "larger GPUs, a shorter data.max_length, or --method lora, whose weights ZeRO 3 shards",
+        }[plan.method]
         raise UserError(
             f"nothing fits on {plan.cluster.gpus} {plan.cluster.gpu.name}: the least that was found takes "
-            f"{plan.ways[0].trouble}; take larger GPUs, more of them, a shorter data.max_length{less}"
+            f"{plan.ways[0].trouble}; take {remedy}"
         )
     way = best.way
     changes: dict[str, dict[str, Any]] = {

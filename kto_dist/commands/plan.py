@@ -120,7 +120,7 @@ def _plan(
     for line in page.below(made):
         click.echo(line)
     if as_json is not None:
-        _write(as_json, json.dumps(page.to_dict(made), indent=1) + "\n")
+        _write(as_json, json.dumps({"model": model.path, **page.to_dict(made)}, indent=1) + "\n")
     if write is not None:
         _write(write, to_yaml(ready_config(settings, made, rank=rank)))
         click.echo(f"config: {write}")
