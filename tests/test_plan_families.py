@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from real_configs import PUBLISHED, WAY, config_of, outline, planned, write
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kto_dist.cluster import page
 from kto_dist.cluster.hardware import GPUS, cluster_of
@@ -21,6 +21,7 @@ from kto_dist.cluster.predict import predict
 from kto_dist.cluster.workload import of_means, step_load
 from kto_dist.model.adapters import injected, pick_adapter
 from kto_dist.model.config import AdapterConfig
+from kto_dist.model.devices import cost_of, of_other_senses
 from kto_dist.model.footprint import (
     activation_bytes,
     budget,
@@ -228,3 +229,11 @@ def test_of_experts_all_are_read_and_few_are_multiplied():
     cost = shape_of(outline("Qwen3-30B-A3B")).cost
     assert cost.experts == pytest.approx(48 * 8 * 3 * 2048 * 768)
     assert cost.stored - cost.decoder == pytest.approx(48 * 120 * 3 * 2048 * 768)
+
+
+def test_parts_of_a_model_of_text_are_no_towers():
+    """blt has models of its own for bytes and for patches, each with a config of its own."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("blt"))
+    assert not of_other_senses(lm) and cost_of(lm).decoder > 0
+    assert of_other_senses(outline("gemma-3-27b"))

@@ -127,13 +127,7 @@ def cost_of(lm: PreTrainedModel) -> Cost:
 
 def of_other_senses(lm: nn.Module) -> set[int]:
     """Parameters, by `id`, of towers for images and sounds, which no token of a text passes."""
-    whole: Any = lm.config
-    text = whole.get_text_config()
-    towers = [
-        part
-        for part in lm.modules()
-        if isinstance(part, PreTrainedModel) and not isinstance(part.config, (type(whole), type(text)))
-    ]
+    towers = [m for m in lm.modules() if isinstance(m, PreTrainedModel) and "text" not in m.input_modalities]
     return {id(parameter) for tower in towers for parameter in tower.parameters()}
 
 
