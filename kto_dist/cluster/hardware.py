@@ -49,7 +49,7 @@ _A100 = Gpu(
     link=300 * GB,
     network=200 * GB,
     host=25 * GB,
-    attention=0.50,
+    attention=0.50,  # as FlashAttention 2 states
 )
 _H100 = Gpu(
     name="H100",
@@ -67,7 +67,7 @@ GPUS = {
         replace(_A100, name="A100-40GB", memory=39.4 * GIB, bandwidth=1555 * GB),
         _H100,
         replace(_H100, name="H200", flops=PEAKS["H200"], memory=139.8 * GIB, bandwidth=4800 * GB),
-        # its attention runs kernels of older GPUs
+        # its attention runs kernels of older GPUs; an assumption
         replace(
             _H100,
             name="B200",
@@ -77,7 +77,7 @@ GPUS = {
             link=900 * GB,
             attention=0.16,
         ),
-        # others have measured 620 TFLOP/s of its peak in matmuls
+        # others have measured about 620 TFLOP/s in matmuls; attention is an assumption
         replace(
             _H100,
             name="MI300X",
