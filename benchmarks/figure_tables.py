@@ -169,16 +169,17 @@ def reference(content: Content) -> str:
     return with_legend(f"{about(content, job, turns)}\n\n{text}", content, losses)
 
 
-def store(content: Content) -> str:
-    plan, held = content["plan"], content["store"]
+def store(reference: Content, content: Content) -> str:
+    """Pairs of a plan from `reference.py`, the rest from `store.py`."""
+    plan = reference["plan"]
     rows = [
         [f"find the pairs of {plan['rows']:,} rows", f"{plan['find_seconds']:.1f} s"],
         [f"hash the keys of {plan['pairs']:,} pairs, on one rank", f"{plan['hash_seconds']:.1f} s"],
-        [f"open a store of {held['pairs']:,} pairs that the system has in its cache", f"{held['open_seconds']:.1f} s"],
-        ["its process's peak", f"{held['peak_bytes'] / GIB:.1f} GiB"],
-        ["a thousand look-ups", f"{held['lookup_ms_per_1000']:.1f} ms"],
-        ["a pair on disk", f"{held['bytes_per_pair']:.0f} bytes"],
     ]
+    for held in (content["few"], content["all"]):
+        seconds, gib = f"{held['seconds']:.1f} s", f"{held['peak_bytes'] / GIB:.2f} GiB"
+        rows.append([f"look {held['pairs']:,} pairs up in a store of {content['pairs']:,}", f"{seconds}, {gib}"])
+    rows.append(["a pair on disk", f"{content['bytes_per_pair']:.0f} bytes"])
     return f"{about(content)}\n\n{table(['', ''], rows)}"
 
 

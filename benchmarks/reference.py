@@ -11,7 +11,6 @@ In:  a model folder and a log of thumbs. Out: a table, and with `--json` a file 
              loop runs the same model over the same pairs, in batches of as many tokens, with a plain head, and stores
              nothing
 4. before    finding a run's pairs and hashing their keys, for a million rows of short random tokens
-5. store     opening one of ten million pairs, and looking a step's rows up (`store.py`)
 
 Not measured: several ranks, ZeRO-3, offload, GPUs.
 """
@@ -30,7 +29,6 @@ import numpy as np
 import records
 from rich.console import Console
 from rich.table import Table
-from store import measure_store
 from throughput import job_dtype, start
 from trainers import Job
 from workload import write_rows
@@ -163,7 +161,6 @@ def compared(
 @click.option("--repeats", default=3, show_default=True, help="runs of each implementation")
 @click.option("--threads", default=machine.cores(), show_default="all cores", help="threads of a process")
 @click.option("--plan-rows", default=1_000_000, show_default=True, help="rows to find and hash pairs of; 0: leave out")
-@click.option("--store-pairs", default=10_000_000, show_default=True, help="pairs of the store; 0: leave out")
 @click.option(
     "--implementation",
     "names",
@@ -184,11 +181,10 @@ def main(
     repeats: int,
     threads: int,
     plan_rows: int,
-    store_pairs: int,
     names: tuple[str, ...],
     file: Path | None,
 ) -> None:
-    """Measures the reference pass on the same pairs with kto_dist, a bare loop and TRL, and the store."""
+    """Measures the reference pass on the same pairs with kto_dist, a bare loop and TRL."""
     if not Path(model, "config.json").exists():
         raise click.UsageError(f"--model ({model}) holds no model: run `make demo` once, or name a folder")
     if rows % 4:
@@ -196,8 +192,6 @@ def main(
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="kto-reference-") as folder:
         plan = measure_plan(plan_rows) if plan_rows else None
-        (Path(folder) / "store").mkdir()
-        store = measure_store(store_pairs, f"{folder}/store") if store_pairs else None
         job = Job(
             name="kto_dist",
             model=str(Path(model).resolve()),
@@ -223,15 +217,14 @@ def main(
                 rate = work.reference_pairs / runs[name][-1]["seconds"]
                 console.print(f"run {repeat + 1} of {repeats}, {NAMES[name]}: {rate:.1f} pairs/s")
     lines = compared(runs, work.reference_pairs, work.reference_tokens, console)
-    for title, figures in (("finding pairs", plan), ("store", store)):
-        if figures:
-            console.print(f"{title}: " + ", ".join(f"{key} {value:,.4g}" for key, value in figures.items()))
+    if plan:
+        console.print("finding pairs: " + ", ".join(f"{key} {value:,.4g}" for key, value in plan.items()))
     if file:
         settings = {key: value for key, value in asdict(job).items() if key not in ("folder", "model", "name")}
         settings |= {"model": Path(model).name, "log": Path(log).name, "repeats": repeats}
         settings |= {"pairs": work.reference_pairs, "tokens": work.reference_tokens}
         frame = records.frame("reference", settings)
-        records.write_json(file, frame | {"results": lines, "plan": plan, "store": store})
+        records.write_json(file, frame | {"results": lines, "plan": plan})
 
 
 if __name__ == "__main__":

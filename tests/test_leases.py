@@ -342,6 +342,6 @@ def test_news_of_a_store_are_told_once_whoever_stored_them(folder):
     fill(store, range(10), IDENTITY)
     fill(other, range(10, 30), IDENTITY)
     assert sorted(len(shard) for shard in store.news()) == [10, 20]
-    assert not store.news()
+    assert not list(store.news())
     fill(other, range(30, 33), IDENTITY)
     assert [len(shard) for shard in store.news()] == [3]

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,15 +20,14 @@ from pair_key import keys_array, pair_key
 from small_disk import remount
 
 from kto_dist.base.errors import UserError
-from kto_dist.store import store
-from kto_dist.store.shards import KEY, encode
+from kto_dist.store.shards import BYTES_A_PAIR, KEY, Wanted, distinct, encode
 from kto_dist.store.storage import LocalStorage
 from kto_dist.store.store import FORMAT, Store, read_manifest
 
 
-@pytest.mark.parametrize("at_once", [7, store.AT_ONCE])
+@pytest.mark.parametrize("at_once", [1, 4])
 def test_what_was_added_is_found_and_nothing_else(tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(store, "AT_ONCE", at_once)
+    monkeypatch.setattr(LocalStorage, "concurrency", at_once)
     rng = np.random.default_rng(0)
     keys = keys_array([pair_key(rng.integers(0, 9, 3), rng.integers(0, 9, 4)) for _ in range(1000)])
     keys = np.unique(keys)
@@ -39,6 +39,45 @@ def test_what_was_added_is_found_and_nothing_else(tmp_path, monkeypatch, at_once
         logps, found = reader.lookup(keys)
         assert found[:500].all() and not found[500:].any()
         assert (logps[:500] == values[:500]).all() and not logps[500:].any()
+
+
+def test_equal_keys_have_one_value_and_lists_are_told_together(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    fill(store, range(20))
+    fill(store, range(20, 30), noise=1.0)
+    numbers = np.random.default_rng(0).integers(0, 40, 200)
+    lists = [Wanted(keys_of(numbers)), Wanted(keys_of(range(0, 40, 3)))]
+    store.tell(*lists)
+    for wanted, asked in zip(lists, (numbers, np.arange(0, 40, 3)), strict=True):
+        logps, found = wanted.values()
+        expected = value_of(IDENTITY, asked) + (asked >= 20)
+        assert (found == (asked < 30)).all() and (logps == np.where(found, expected, 0)).all()
+
+
+def test_distinct_keys_stand_where_they_come_first():
+    draw = np.random.default_rng(0)
+    for high, low in ((3, 3), (1, 9), (50, 2), (2**63, 2)):
+        keys = np.empty(200, KEY)
+        keys["high"], keys["low"] = draw.integers(0, high, 200), draw.integers(0, low, 200)
+        first, same_as = distinct(keys)
+        assert (keys[first][same_as] == keys).all() and first.size == np.unique(keys).size
+        assert all((keys[:place] != keys[place]).all() for place in first.tolist())
+
+
+def test_a_store_far_larger_than_what_is_wanted_takes_the_memory_of_a_few_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalStorage, "concurrency", 2)
+    writer, draw = Store(tmp_path, IDENTITY), np.random.default_rng(0)
+    size = 10_000
+    for _ in range(30):
+        keys = draw.integers(0, 2**63, (size, 2)).astype("<u8").view(KEY).ravel()
+        writer.add(keys, np.zeros(size), np.ones(size))
+    tracemalloc.start()
+    try:
+        assert Store(tmp_path, IDENTITY).lookup(keys[:100])[1].all()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * BYTES_A_PAIR * size  # 30 shards are three times as much
 
 
 def test_keys_that_agree_in_their_first_half_are_told_apart(tmp_path):

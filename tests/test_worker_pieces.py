@@ -59,7 +59,7 @@ def test_a_tally_knows_what_has_come():
     tally = Tally(keys[:30])
     nothing = np.zeros(20)
     shard = merge([Pairs(high=keys["high"][20:], low=keys["low"][20:], logps=nothing, tokens=nothing)])
-    tally.add([shard])
+    tally.add(shard)
     assert tally.found.tolist() == [False] * 20 + [True] * 10
 
 

@@ -6,6 +6,7 @@ lacks something, and is gone afterwards. `fill_store` does the same as one of se
 
 import contextlib
 import operator
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from kto_dist.model.weights import Weights
 from kto_dist.reference.pairs import PairList, RefLogps
 from kto_dist.reference.prefix import sharing_is_exact
 from kto_dist.reference.progress import Progress, Watch
-from kto_dist.reference.scoring import LoadedReference, Outcome, reference_logps
+from kto_dist.reference.scoring import LoadedReference, Outcome, look_up, reference_logps
 from kto_dist.reference.setup import ReferenceSetup
 from kto_dist.reference.worker import Worker, Working, join, note, own_terms
 from kto_dist.store.fingerprint import Fingerprint
@@ -76,15 +77,15 @@ def score_reference(
             note(store.folder, own_terms(setup.settings), console.warn)
         return _load(setup, fingerprint, console, begin, engine)
 
+    started = time.monotonic()
     with store, lazily(load_it) as load:
+        looked_up = look_up(lists, store, setup.settings.cutting)
         for pairs in lists:
             before = sum(outcome.scored_once for _, outcome in results)
             with console.progress(f"{called}: {pairs.title}") as show:
                 results.append(
                     reference_logps(
-                        pairs.examples,
-                        pairs.prompts,
-                        pairs.completions,
+                        looked_up,
                         store=store,
                         load=load,
                         settings=setup.settings,
@@ -94,6 +95,7 @@ def score_reference(
                 )
             warnings.tell()
     total = reduce(operator.add, (outcome for _, outcome in results))
+    total = replace(total, seconds=time.monotonic() - started)
     scored = f"{total.scored_once:,} scored" + (" with shared prompts" if total.shared else "")
     repeats = f", {total.repeated:,} repeats of these" if total.repeated else ""
     found = f"{total.hits:,} from the store"

@@ -94,7 +94,6 @@ class Tally:
     def forget(self) -> None:
         self.found[:] = False
 
-    def add(self, shards: list[Pairs]) -> None:
-        for shard in shards:
-            rows = self._sorted.find(shard.keys())
-            self.found[self._order[rows[rows >= 0]]] = True
+    def add(self, shard: Pairs) -> None:
+        rows = self._sorted.find(shard.keys())
+        self.found[self._order[rows[rows >= 0]]] = True

@@ -1,7 +1,7 @@
-"""The pass over one list of pairs: looked up in the store, and what it lacks scored by the reference.
+"""The pass over lists of pairs: looked up in the store, and what it lacks scored by the reference.
 
-1. `reference_logps`  looks pairs up; what some rank's store lacks is scored by all ranks together
-2. `seek`             pairs -> their keys and lengths; `Sought.work`: some of them, to be scored
+1. `seek`             pairs -> their keys and lengths; `Sought.work`: some of them, to be scored
+2. `look_up`          what the store knows of all lists; `reference_logps`: of one list, and scores what is missing
 3. `score_work`       shard by shard, written by the rank that computed it, and exchanged over the process group
 4. `Work`             the pairs to score, each alone or, with shared prompts, in trees (`prefix.py`)
 5. `ShardSize`        how much is scored between two writes
@@ -18,7 +18,7 @@ other micro-batches as well.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,10 +32,11 @@ from kto_dist.data.examples import Examples
 from kto_dist.model.causal_lm import completion_logps
 from kto_dist.model.engines import Reference
 from kto_dist.model.memory import Memory, attempt
-from kto_dist.reference.keys import Digests, pair_keys
-from kto_dist.reference.pairs import RefLogps
+from kto_dist.reference.keys import AT_ONCE, Digests, pair_keys
+from kto_dist.reference.pairs import PairList, RefLogps
 from kto_dist.reference.prefix import Trees, cost, grow, lay_out
 from kto_dist.reference.progress import Meter, Watch
+from kto_dist.store.shards import Wanted, distinct
 from kto_dist.store.store import Store
 
 
@@ -134,55 +135,6 @@ class Outcome:
         return {f"reference/{name}": float(value) for name, value in figures.items()}
 
 
-def reference_logps(
-    examples: Examples,
-    prompts: np.ndarray,  # (P,) rows
-    completions: np.ndarray,  # (P,) rows
-    *,
-    store: Store,
-    load: Callable[[], LoadedReference],
-    settings: PassSettings,
-    watch: Watch,
-    warn: Callable[[str], None] = lambda text: None,
-) -> tuple[RefLogps, Outcome]:
-    """Collective. `load` is called (on every rank) only when something is missing: see `logps.py`.
-
-    Raises `UserError`, on all ranks alike, when the store cannot take what was scored.
-    """
-    started = time.monotonic()
-    sought = seek(examples, prompts, completions, settings.cutting)
-    logps, found = _exchange(*agree.together(lambda: store.lookup(sought.keys)))
-    # decided before anything is scored, and on all ranks
-    missing = np.flatnonzero(~found)
-    outcome = Outcome(
-        pairs=prompts.size,
-        hits=prompts.size - missing.size,
-        scored_once=0,
-        scored_tokens=0,
-        scoring_seconds=0.0,
-        seconds=0.0,
-        shared=False,
-    )
-    if missing.size:
-        # Rows with equal text share a key: one of them is scored for all.
-        first, same_as = distinct(sought.keys[missing])
-        todo = missing[first]
-        agree.together(lambda: store.begin(todo.size))
-        work = sought.work(todo)
-        reference = load()
-        loaded = time.monotonic()
-        scored = score_work(work, reference, settings, store, watch, warn)
-        logps[missing] = scored.logps[same_as]
-        outcome = replace(
-            outcome,
-            scored_once=todo.size,
-            scored_tokens=int(work.tokens.sum()),
-            scoring_seconds=time.monotonic() - loaded,
-            shared=scored.shared,
-        )
-    return RefLogps(examples, prompts, completions, logps), replace(outcome, seconds=time.monotonic() - started)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sought:
     """P pairs, as the store knows them."""
@@ -229,15 +181,75 @@ def seek(examples: Examples, prompts: np.ndarray, completions: np.ndarray, cutti
     )
 
 
-def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(U,) where each key stands first, and (P,) which of these every key is. (`np.unique` compares records slowly.)"""
-    order = np.lexsort((keys["low"], keys["high"]))
-    ordered = keys[order]
-    new = np.ones(keys.size, dtype=bool)
-    new[1:] = (ordered["high"][1:] != ordered["high"][:-1]) | (ordered["low"][1:] != ordered["low"][:-1])
-    same_as = np.empty(keys.size, np.int64)
-    same_as[order] = np.cumsum(new) - 1
-    return order[new], same_as
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LookedUp:
+    """A list, and what is known of its pairs."""
+
+    sought: Sought
+    wanted: Wanted
+
+
+def look_up(lists: Sequence[PairList], store: Store, cutting: Cutting) -> list[LookedUp]:
+    """Collective. What the store knows of all lists; each shard is read once for it."""
+    found = []
+    for pairs in lists:
+        sought = seek(pairs.examples, pairs.prompts, pairs.completions, cutting)
+        found.append(LookedUp(sought=sought, wanted=Wanted(sought.keys)))
+    agree.together(lambda: store.tell(*(each.wanted for each in found)))
+    return found
+
+
+def reference_logps(
+    lists: list[LookedUp],
+    *,
+    store: Store,
+    load: Callable[[], LoadedReference],
+    settings: PassSettings,
+    watch: Watch,
+    warn: Callable[[str], None] = lambda text: None,
+) -> tuple[RefLogps, Outcome]:
+    """Collective. Those of the first list, which is taken off; the others are told what was scored for it. `load` is
+    called (on every rank) only when something is missing: see `logps.py`.
+
+    Raises `UserError`, on all ranks alike, when the store cannot take what was scored.
+    """
+    started = time.monotonic()
+    looked_up = lists.pop(0)
+    sought = looked_up.sought
+    logps, found = _exchange(*looked_up.wanted.values())
+    # decided before anything is scored, and on all ranks
+    missing = np.flatnonzero(~found)
+    outcome = Outcome(
+        pairs=sought.keys.size,
+        hits=sought.keys.size - missing.size,
+        scored_once=0,
+        scored_tokens=0,
+        scoring_seconds=0.0,
+        seconds=0.0,
+        shared=False,
+    )
+    del looked_up, found  # memory: there may be many millions
+    if missing.size:
+        # Rows with equal text share a key: one of them is scored for all.
+        first, same_as = distinct(sought.keys[missing])
+        todo = missing[first]
+        agree.together(lambda: store.begin(todo.size))
+        work = sought.work(todo)
+        reference = load()
+        loaded = time.monotonic()
+        scored = score_work(work, reference, settings, store, watch, warn)
+        logps[missing] = scored.logps[same_as]
+        for later in lists:
+            later.wanted.take(work.keys["high"], work.keys["low"], scored.logps)
+        outcome = replace(
+            outcome,
+            scored_once=todo.size,
+            scored_tokens=int(work.tokens.sum()),
+            scoring_seconds=time.monotonic() - loaded,
+            shared=scored.shared,
+        )
+    refs = RefLogps(sought.examples, sought.prompts, sought.completions, logps)
+    return refs, replace(outcome, seconds=time.monotonic() - started)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -420,10 +432,12 @@ def _micro_batches(work: Work, trees: Trees | None, cutting: Cutting, window: np
 
 
 def _exchange(logps: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every rank's values, everywhere; where several have one, the lowest rank's counts, so that all agree."""
-    if comm.world_size() == 1:
-        return logps, found
-    owner = torch.from_numpy(np.where(found, comm.rank(), comm.world_size()))
-    comm.min_(owner, comm.WORLD)
-    mine = torch.from_numpy(logps) * (owner == comm.rank())
-    return comm.sum_(mine, comm.WORLD).numpy(), (owner < comm.world_size()).numpy()
+    """Every rank's values, everywhere, in place; where several have one, the lowest rank's counts, so that all agree."""
+    ranks = comm.world_size()
+    for start in range(0, logps.size if ranks > 1 else 0, AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        owner = torch.from_numpy(np.where(found[part], comm.rank(), ranks))
+        comm.min_(owner, comm.WORLD)
+        mine = torch.from_numpy(logps[part]) * (owner == comm.rank())
+        logps[part], found[part] = comm.sum_(mine, comm.WORLD).numpy(), (owner < ranks).numpy()
+    return logps, found

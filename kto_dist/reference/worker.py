@@ -26,9 +26,10 @@ from kto_dist.model.devices import named_device
 from kto_dist.reference.pairs import PairList
 from kto_dist.reference.pieces import CUT, Pieces, Tally, cut_pieces
 from kto_dist.reference.progress import Progress, Watch
-from kto_dist.reference.scoring import LoadedReference, Outcome, PassSettings, Sought, distinct, score_work, seek
+from kto_dist.reference.scoring import LoadedReference, Outcome, PassSettings, Sought, score_work, seek
 from kto_dist.store.contents import told
 from kto_dist.store.leases import SECONDS, Lease, LeaseLost, Leases, pieces_held
+from kto_dist.store.shards import distinct
 from kto_dist.store.storage import Storage
 from kto_dist.store.store import Store
 
@@ -199,9 +200,9 @@ class Worker:
 
     def look(self) -> int:
         """Pairs that the store lacks. Raises `UserError`."""
-        shards = self._store.news()
-        for each in self._lists:
-            each.tally.add(shards)
+        for shard in self._store.news():
+            for each in self._lists:
+                each.tally.add(shard)
         return sum(each.missing() for each in self._lists)
 
     def fill(

@@ -55,20 +55,67 @@ class Pairs:
     def find(self, keys: np.ndarray) -> np.ndarray:  # (Q,) KEY -> (Q,) int64, the row of each, -1 where it is not here
         # In their order a search begins where the one before ended, in memory that is cached.
         order = np.argsort(keys["high"])
-        high, low = keys["high"][order], keys["low"][order]
-        rows = np.full(keys.size, -1)
-        place = np.searchsorted(self.high, high)
-        # the same first half with another second half is one in 2^64; walk over such neighbours all the same
-        pending = np.flatnonzero(place < len(self))
-        while pending.size:
-            here = place[pending]
-            same_high = self.high[here] == high[pending]
-            hit = same_high & (self.low[here] == low[pending])
-            rows[order[pending[hit]]] = here[hit]
-            pending = pending[same_high & ~hit]
-            place[pending] += 1
-            pending = pending[place[pending] < len(self)]
+        rows = np.empty(keys.size, np.int64)
+        rows[order] = _find(self.high, self.low, keys["high"][order], keys["low"][order])
         return rows
+
+
+def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (P,) KEY
+    """(U,) where each key stands first, in their order, and (P,) which of these every key is. (`np.unique` compares
+    records slowly, and so does a sort by both halves: the first one alone tells nearly all keys apart.)"""
+    order = np.argsort(keys["high"])
+    high = keys["high"][order]
+    again = 1 + np.flatnonzero(high[1:] == high[:-1])
+    tied = np.zeros(keys.size, dtype=bool)
+    tied[again], tied[again - 1] = True, True
+    rows = np.flatnonzero(tied)
+    among = order[rows]
+    order[rows] = among[np.lexsort((among, keys["low"][among], high[rows]))]
+    new = np.ones(keys.size, dtype=bool)
+    new[again] = keys["low"][order[again]] != keys["low"][order[again - 1]]
+    same_as = np.empty(keys.size, np.int64)
+    same_as[order] = np.cumsum(new) - 1
+    return order[new], same_as
+
+
+def _find(high: np.ndarray, low: np.ndarray, sought_high: np.ndarray, sought_low: np.ndarray) -> np.ndarray:
+    """(Q,) int64, the row of each among (P,) keys that are sorted by their first half; -1 where it is none."""
+    rows = np.full(sought_high.size, -1)
+    place = np.searchsorted(high, sought_high)
+    # the same first half with another second half is one in 2^64; walk over such neighbours all the same
+    pending = np.flatnonzero(place < high.size)
+    while pending.size:
+        here = place[pending]
+        same_high = high[here] == sought_high[pending]
+        hit = same_high & (low[here] == sought_low[pending])
+        rows[pending[hit]] = here[hit]
+        pending = pending[same_high & ~hit]
+        place[pending] += 1
+        pending = pending[place[pending] < high.size]
+    return rows
+
+
+class Wanted:
+    """Values of P pairs, taken from one shard after the other: a store may hold far more than a run wants, and more
+    than there is memory for. Of several values of a pair the smallest counts, as in `merge`."""
+
+    def __init__(self, keys: np.ndarray):  # (P,) KEY, in whatever order; equal ones have one value
+        first, self._of_pair = distinct(keys)
+        self._high, self._low = keys["high"][first], keys["low"][first]
+        self._logps = np.full(self._high.size, np.inf)
+
+    def take(self, high: np.ndarray, low: np.ndarray, logps: np.ndarray) -> None:
+        """(Q,) each: keys, and their values. Fastest where they are sorted, as in a shard."""
+        rows = _find(self._high, self._low, high, low)
+        hit = rows >= 0
+        np.minimum.at(self._logps, rows[hit], logps[hit])
+
+    def values(self) -> tuple[np.ndarray, np.ndarray]:  # (P,) fp64, (P,) bool
+        """And whether each has come; one that has not is 0."""
+        logps = self._logps[self._of_pair]
+        found = np.isfinite(logps)
+        logps[~found] = 0
+        return logps, found
 
 
 EMPTY = Pairs(high=np.zeros(0, np.uint64), low=np.zeros(0, np.uint64), logps=np.zeros(0), tokens=np.zeros(0, np.int32))

@@ -23,7 +23,7 @@ import json
 import platform
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import Any
@@ -33,7 +33,7 @@ import numpy as np
 from kto_dist.base.errors import UserError
 from kto_dist.base.processes import lives, named, whereabouts
 from kto_dist.store.fingerprint import Fingerprint
-from kto_dist.store.shards import BYTES_A_PAIR, NAME, BadShard, Pairs, decode, encode, merge
+from kto_dist.store.shards import BYTES_A_PAIR, NAME, BadShard, Pairs, Wanted, decode, encode
 from kto_dist.store.storage import FULL, Root, Storage, open_storage
 
 FORMAT = 2
@@ -43,8 +43,6 @@ FOLDER_DIGITS = 32
 """Of a fingerprint's 64, in the folder's name."""
 MANY_SHARDS = 2000
 """Beyond which a listing is longer than it needs to be."""
-AT_ONCE = 2**20
-"""Pairs that are looked up at a time."""
 _RENEWED_AFTER = 3600.0
 LEASE_SECONDS = 24 * 3600.0
 """A use that was not renewed for so long, by another machine, has ended without saying so."""
@@ -52,7 +50,7 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Store:
-    """The log-probs of one reference. Cheap to open; the first `lookup` reads and checks the shards.
+    """The log-probs of one reference. Cheap to open; each `lookup` reads and checks all shards, and keeps nothing.
 
     Reading needs no permission to write. `begin` asks for it ahead of the first `add`, and `close` ends the use.
     """
@@ -74,8 +72,6 @@ class Store:
         self._settle_manifest(fingerprint, model)
         with contextlib.suppress(OSError):  # a store that cannot be written can be read all the same
             _note_use(self.folder)
-        self._known: Pairs | None = None
-        self._fresh: list[Pairs] = []
         self._told: set[str] = set()
         self._lease: str | None = None
         self._renewed = 0.0
@@ -124,17 +120,16 @@ class Store:
 
     def lookup(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (P,) KEY -> (P,) fp64, (P,) bool
         """Values and whether each was found; a value that was not found is 0."""
-        if self._known is None:
-            self._known = self._read()
-        if self._fresh:
-            self._known, self._fresh = merge([self._known, *self._fresh]), []
-        found, logps = np.zeros(keys.size, dtype=bool), np.zeros(keys.size)
-        for start in range(0, keys.size, AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            rows = self._known.find(keys[part])
-            found[part] = rows >= 0
-            logps[part][rows >= 0] = self._known.logps[rows[rows >= 0]]
-        return logps, found
+        wanted = Wanted(keys)
+        self.tell(wanted)
+        return wanted.values()
+
+    def tell(self, *lists: Wanted) -> None:
+        """Gives each of them what is stored, for which every shard is read once. Takes the memory of a few shards,
+        however much the store holds."""
+        for pairs in self._read(set()):
+            for wanted in lists:
+                wanted.take(pairs.high, pairs.low, pairs.logps)
 
     def begin(self, pairs: int = 0) -> None:
         """To be called ahead of long work: raises `UserError` unless `pairs` more can be written, and says that this
@@ -174,7 +169,6 @@ class Store:
                 self._renew()
         except OSError as error:
             raise self._refusal(error, f"cannot take {keys.size:,} more pairs") from None
-        self._fresh.append(merge([decode(name, data, self._digest)]))
 
     def close(self) -> None:
         """Ends the use; what was read stays usable."""
@@ -188,12 +182,12 @@ class Store:
         self.folder.write(self._lease, json.dumps({"time": time.time(), **whereabouts()}).encode())
         self._renewed = time.monotonic()
 
-    def news(self) -> list[Pairs]:
-        """What has come since this was asked last, by whomever; the first time all that is there.
+    def news(self) -> Iterator[Pairs]:
+        """What has come since this was asked last, by whomever, a shard at a time; the first time all that is there.
 
-        `lookup` is answered by what it has read itself, and knows nothing of this.
+        `lookup` knows nothing of this.
         """
-        return list(self._read_new(self._told).values())
+        return self._read(self._told)
 
     def has_lost(self) -> bool:
         """Whether shards are gone that `news` has told of; it then tells again all that is there."""
@@ -205,35 +199,26 @@ class Store:
             self._told.clear()
         return bool(lost)
 
-    def _read(self) -> Pairs:
-        return merge(list(self._read_new(set()).values()))
-
-    def _read_new(self, seen: set[str]) -> dict[str, Pairs]:
+    def _read(self, seen: set[str]) -> Iterator[Pairs]:
         """The shards that are not in `seen`, which gets their names."""
-        read: dict[str, Pairs] = {}
         bad: set[str] = set()
         anew = not seen
         # Merging shards replaces many by one, perhaps while they are listed or read. A listing that was begun after
         # the last byte was read, and names nothing new, shows that nothing was missed.
         for attempt in range(10):
-            try:
-                names = [file.name for file in self.folder.files() if NAME.fullmatch(file.name)]
-                wanted = [name for name in names if name not in seen]
-                if not wanted and (attempt or not anew):
-                    break
-                with ThreadPoolExecutor(max_workers=self.folder.concurrency) as pool:
-                    results = dict(zip(wanted, pool.map(self._read_shard, wanted), strict=True))
-            except OSError as error:
-                raise self._refusal(error, "cannot be read") from None
-            for name, result in results.items():
-                if result is None:
-                    continue
-                seen.add(name)
-                if isinstance(result, Pairs):
-                    read[name] = result
-                else:
-                    bad.add(name)
-                    self._warn(f"{name} in the reference store {result}: set aside, its pairs will be scored again")
+            names = self._listed()
+            wanted = [name for name in names if name not in seen]
+            if not wanted and (attempt or not anew):
+                break
+            # as many at a time as the storage likes: what is read waits in memory until it is taken
+            for start in range(0, len(wanted), self.folder.concurrency):
+                for name, result in self._read_some(wanted[start : start + self.folder.concurrency]):
+                    seen.add(name)
+                    if isinstance(result, Pairs):
+                        yield result
+                    else:
+                        bad.add(name)
+                        self._warn(f"{name} in the reference store {result}: set aside, its pairs will be scored again")
             if set(names) - seen:  # a listing may show for a while what is gone
                 time.sleep(0.05 * attempt)
         seen -= bad - set(names)
@@ -242,7 +227,21 @@ class Store:
                 f"the reference store has {len(names):,} shards for this model, and opens faster with few: "
                 f"`kto-dist store gc {self._root}` merges them"
             )
-        return read
+
+    def _listed(self) -> list[str]:
+        try:
+            return [file.name for file in self.folder.files() if NAME.fullmatch(file.name)]
+        except OSError as error:
+            raise self._refusal(error, "cannot be read") from None
+
+    def _read_some(self, names: Sequence[str]) -> list[tuple[str, Pairs | BadShard]]:
+        """Those of them that are not gone."""
+        try:
+            with ThreadPoolExecutor(max_workers=self.folder.concurrency) as pool:
+                results = list(pool.map(self._read_shard, names))
+        except OSError as error:
+            raise self._refusal(error, "cannot be read") from None
+        return [(name, result) for name, result in zip(names, results, strict=True) if result is not None]
 
     def _read_shard(self, name: str) -> Pairs | BadShard | None:
         """None where it is gone."""
