@@ -95,13 +95,18 @@ class Split:
 
 def _repeated(contents: list[np.ndarray], desirable: np.ndarray) -> tuple[int, int]:
     """Rows that repeat another's tokens and label, and rows whose tokens stand there with both labels."""
-    if not len(desirable):
-        return 0, 0
-    _, content, rows = np.unique(np.concatenate(contents), return_inverse=True, return_counts=True)
-    up = np.bincount(content, weights=desirable).astype(np.int64)
-    down = rows - up
-    first = np.count_nonzero(up) + np.count_nonzero(down)
-    return int(rows.sum() - first), int(rows[(up > 0) & (down > 0)].sum())
+    every = np.concatenate(contents) if contents else np.zeros(0, np.uint64)
+    up, down = np.sort(every[desirable]), np.sort(every[~desirable])
+    again = sum(int(np.count_nonzero(side[1:] == side[:-1])) for side in (up, down))
+    return again, _held(up, down) + _held(down, up)
+
+
+def _held(those: np.ndarray, others: np.ndarray) -> int:
+    """How many are among the others; both are sorted."""
+    if not others.size:
+        return 0
+    place = np.minimum(np.searchsorted(others, those), others.size - 1)
+    return int(np.count_nonzero(others[place] == those))
 
 
 def _quantiles(column: pa.ChunkedArray) -> dict[str, int]:

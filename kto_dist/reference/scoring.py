@@ -432,7 +432,7 @@ def _micro_batches(work: Work, trees: Trees | None, cutting: Cutting, window: np
 
 
 def _exchange(logps: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every rank's values, everywhere, in place; where several have one, the lowest rank's counts, so that all agree."""
+    """Every rank's values, everywhere, in place; where several have one, the lowest rank's counts: all agree."""
     ranks = comm.world_size()
     for start in range(0, logps.size if ranks > 1 else 0, AT_ONCE):
         part = slice(start, start + AT_ONCE)
