@@ -194,3 +194,16 @@ def test_a_narrow_terminal_has_two_tables_that_hold_what_one_does():
         places = [page.COLUMNS.index(name) for name in columns]
         widths = [max(len(line[place]) for line in (page.COLUMNS, *page.lines(made))) for place in places]
         assert sum(widths) + len(widths) - 1 <= 80
+
+
+def test_files_in_few_bits_are_planned_in_16_and_that_is_said(tmp_path):
+    folder = write("gpt-oss-20b", tmp_path / "m")
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(content))
+    given = tmp_path / "given.yaml"
+    given.write_text(yaml.safe_dump({"model": {"path": str(folder)}, "data": {"train": "x"}}))
+    words = ["--rows", "1000", "--prompt-tokens", "300", "--completion-tokens", "300", "--gpu", "B200"]
+    done = CliRunner().invoke(main, ["plan", str(given), *words])
+    assert done.exit_code == 0 and "are quantised (mxfp4)" in done.output, done.output
+    assert "20,914,757,184 parameters" in done.output

@@ -109,6 +109,12 @@ def _plan(
         layers=layers,
         reference=_other_reference(settings),
     )
+    if (packed := getattr(found, "quantization_config", None)) is not None:
+        kind = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+        click.echo(
+            f"the files of model.path are quantised ({kind}), by its config.json, and are planned in 16 bits: weights "
+            "that stay packed in memory cannot be trained, so have a checkpoint in bf16"
+        )
     for line in page.above(made, adapter):
         click.echo(line)
     narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < page.WIDTH
