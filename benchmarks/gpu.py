@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import scaling_table
+
 HERE = Path(__file__).resolve().parent
 ALL = ("kto_dist", "bare-liger", "trl", "trl-liger", "kto_dist-eager", "bare", "kto_dist-stage1", "kto_dist-sdpa")
 
@@ -110,7 +112,7 @@ STAGES = (
             "--adapter-stages",
             "2",
         ],
-        tiny=["--only", "memory", "--stages", "2", "--adapter-stages", "", "--global-batch", "4", "--limit", "200"],
+        tiny=["--stages", "2", "--adapter-stages", "", "--global-batch", "4", "--case", "ZeRO 2", "--case", "one rank"],
     ),
     Stage(
         name="lengths",
@@ -204,6 +206,8 @@ def gist(file: Path) -> list[str]:
                 f"{line['tokens_per_second']:9,.0f} tokens/s{step}{mfu}, {line['peak_bytes'] / 2**30:.1f} GiB"
             )
         lines += [f"left out: {name}: {why.splitlines()[0][:120]}" for name, why in content["left_out"].items()]
+    elif kind == "scaling":
+        lines = scaling_table.gist(content)
     else:
         for line in content.get("results", []):
             if "times_the_floor" in line and "pass" in line:

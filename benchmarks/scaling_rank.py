@@ -18,7 +18,8 @@ import peaks
 from trainers import Enough
 
 BUCKETS = (2 * 5 * 10**8, 4 * 5 * 10**8)
-"""Bytes of ZeRO 2's buffer for gradients, to which a rank alone on a CPU never writes (`model.zero_sums`)."""
+"""Bytes of ZeRO 2's and 3's buffer for gradients, which few parameters fill in part: a rank alone on a CPU never writes
+to ZeRO 2's (`model.zero_sums`)."""
 
 
 def main() -> None:

@@ -35,18 +35,31 @@ def times(*files: dict[str, Any]) -> str:
     rows = []
     for content in files:
         for line in content["results"]:
-            if line["memory"]:
+            if "calibrated_seconds" not in line:
                 continue
             apart = f"{line['no_compute']:.0%}" if "no_compute" in line else ""
             saved = f"{line['checkpoint_seconds']:.2f}" if "checkpoint_seconds" in line else ""
-            seconds = line.get("calibrated_seconds", line["computed_seconds"])
             # what a checkpoint costs is not computed
-            ratio = "" if line["checkpoints"] else f"{seconds / line['seconds_per_step']:.2f}"
+            ratio = "" if line["checkpoints"] else f"{line['calibrated_seconds'] / line['seconds_per_step']:.2f}"
             model = content["settings"]["model"]
             rows.append([model, line["case"], f"{line['seconds_per_step']:.3f}", ratio, apart, saved])
     head = ["model", "run", "s a step", "computed after calibration, of it"]
     head += ["share that one rank alone does not take", "s a checkpoint"]
     return f"*{files[0]['device']}; {files[0]['date']}.*\n\n{_table(head, rows)}"
+
+
+def gist(content: dict[str, Any]) -> list[str]:
+    """A line a run, for a terminal."""
+    found = []
+    for line in content["results"]:
+        shown = f"{line['case']:36}"
+        if line["memory"] and "computed_bytes" in line:
+            shown += f"{line['bytes'] / MIB:9,.1f} MiB, computed {line['computed_bytes'] / line['bytes']:.2f} of it"
+        seconds = line.get("calibrated_seconds", line.get("computed_seconds"))
+        if seconds is not None:
+            shown += f"{line['seconds_per_step']:9.4f} s, computed {seconds / line['seconds_per_step']:.2f} of it"
+        found.append(shown)
+    return found
 
 
 def curves(content: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.cluster import page
 from kto_dist.cluster.hardware import GPUS, Cluster, calibrated, cluster_of
-from kto_dist.cluster.measure import STEPS, measure
 from kto_dist.cluster.plan import method_of, plan, ready_config, shape_for
 from kto_dist.cluster.predict import Prediction, Way, predict, predict_reference
 from kto_dist.cluster.workload import of_means, of_rows, step_load
@@ -159,6 +158,7 @@ def test_time_moves_the_right_way():
     assert lora.backwards < 0.7 * node.backwards and lora.collectives < node.collectives
     slower = seconds(calibrated(cluster_of("H100", 8), 1.5))
     assert slower.forwards == pytest.approx(1.5 * node.forwards) and slower.collectives == node.collectives
+    assert slower.optimizer == pytest.approx(1.5 * node.optimizer)
 
 
 def test_a_collective_takes_alpha_and_beta_of_its_links():
@@ -169,6 +169,16 @@ def test_a_collective_takes_alpha_and_beta_of_its_links():
     assert between.gather(1e12) == pytest.approx(1e12 * 15 / 16 / (400e9 * share), rel=1e-3)
     assert inside.gather(0, 10) == pytest.approx(10 * 3 * inside.shares.alpha_inside)
     assert between.gather(0) > inside.gather(0) and inside.reduce(1e9) == 2 * inside.gather(1e9)
+
+
+def test_at_stage_2_all_ranks_reduce_all_of_a_bucket_and_gather_the_update():
+    shape, work, cluster = shape_of(outline("8b")), of_means(config_of(), 10**5, 200, 300), cluster_of("H100", 8)
+    found = predict(shape, work, cluster, WAY)
+    batches = found.microbatches // 2
+    size, buckets = 2 * shape.trained, -(-shape.trained // (5 * 10**8))
+    assert found.seconds.collectives == pytest.approx(
+        batches * cluster.reduce(size, buckets) + cluster.gather(size, buckets)
+    )
 
 
 @pytest.mark.parametrize("gpus", (1, 8, 64, 4096))
@@ -287,11 +297,24 @@ def test_memory_is_that_of_the_phase_which_takes_most():
     shape, work = shape_of(outline("135m")), of_means(config_of(), 10_000, 2, 2)
     way = replace(WAY, zero_stage=3, checkpointing=True, tokens=1024)
     alone, many = (predict(shape, work, cluster_of("B200", gpus), way).memory for gpus in (1, 8))
-    assert alone.update == 4 * shape.trained > alone.activations + alone.held.head
+    # at ZeRO 3 the bucket laid end to end, and a rank's share in fp32
+    assert alone.update == (2 + 4) * shape.trained > alone.activations + alone.held.head
     assert alone.peak == alone.held.rest + alone.update
-    assert many.update == alone.update / 8 and many.peak == many.held.total + many.activations
+    assert many.update == (2 + 4 / 8) * shape.trained
+    large = predict(shape_of(outline("8b")), work, cluster_of("B200", 8), way).memory
+    assert large.backward > (2 + 4 / 8) * 5 * 10**8 == large.update
     assert predict(shape, work, cluster_of("B200", 1), WAY).memory.update == 0
     assert predict(shape, work, cluster_of("B200", 1), replace(WAY, zero_stage=1)).memory.update == 6 * shape.trained
+    # gradients come with the first backward, when activations go
+    for stage, bf16 in ((0, False), (1, True)):
+        once = replace(WAY, zero_stage=stage, bf16=bf16)
+        alone, several = (
+            predict(shape, work, cluster_of("B200", 1), replace(once, tokens=tokens)).memory for tokens in (16384, 128)
+        )
+        assert (alone.to_come, several.to_come) == ((2 if bf16 else 4) * shape.trained, 0)
+        with_logits = alone.activations + max(alone.held.head, alone.backward)
+        assert alone.peak == alone.held.rest + max(with_logits - alone.to_come, alone.update)
+        assert several.peak >= several.held.total + several.activations
     # few completions of long prompts: a layer that is made again takes more than logits
     long_rows = of_means(config_of(), 10_000, 900, 2)
     long = predict(shape, long_rows, cluster_of("B200", 1), replace(way, tokens=16384)).memory
@@ -336,19 +359,32 @@ def test_a_reference_that_is_too_large_for_a_gpu_is_sharded():
     assert small.seconds > predict_reference(shape_of(outline("8b")), work, cluster_of("H100", 64), WAY, 8192).seconds
 
 
-def test_a_planned_steps_micro_batches_are_as_many_as_in_training(tmp_path, tiny_model, tiny_log):
+@pytest.mark.parametrize("packed", (True, False))
+def test_a_planned_steps_micro_batches_are_those_of_training(tmp_path, tiny_model, tiny_log, packed):
     prepared = prepare(tiny_config(tmp_path, tiny_model, tiny_log), Console())
     work = of_rows(prepared)
     assert work.rows == len(prepared.train) and work.steps == prepared.plan.steps
     rows = step_rows(prepared.plan, 0)
+    # of the very rows: their order does not count
+    work = replace(work, prompts=work.prompts[rows], answers=work.answers[rows])
     for tokens, ranks in ((128, 1), (256, 2), (4096, 2)):
         cutting = Cutting(
-            max_length=96, prompt_limit=prepared.plan.prompt_limit, tokens=tokens, packed=True, apart=None
+            max_length=96,
+            prompt_limit=prepared.plan.prompt_limit,
+            tokens=tokens,
+            packed=packed,
+            apart=None,
+            multiple=1 if packed else 64,
         )
         real = microbatches(prepared.train, rows, rows, cutting, rank=0, ranks=ranks)
-        planned = step_load(work, ranks, tokens)
-        assert abs(len(planned.batches) - len(real)) <= 1 + len(real) // 4
-        assert planned.largest <= tokens
+        planned = step_load(work, ranks, tokens, packed=packed, multiple=cutting.multiple)
+        assert len(planned.batches) == len(real)
+        wide = [-(-batch.longest // cutting.multiple) * cutting.multiple for batch in real]
+        expected = [
+            batch.input_ids.shape[0] * width if not packed else batch.tokens
+            for batch, width in zip(real, wide, strict=True)
+        ]
+        assert [int(lengths.sum()) for lengths, _ in planned.batches] == expected
 
 
 @pytest.mark.parametrize(
@@ -359,7 +395,7 @@ def test_a_planned_steps_micro_batches_are_as_many_as_in_training(tmp_path, tiny
         (["--gpus", "12"], "--gpus (12) must be a multiple of --per-node (8)"),
         (["--rows", "5"], "go together"),
         (["train.dtype=fp32"], "train.dtype (fp32) is not planned for"),
-        (["--measure"], "--measure runs steps of the config on a GPU of this machine, and torch finds none"),
+        (["--measure"], "--measure runs steps of the config on the GPUs of this machine, and torch finds none"),
     ],
 )
 def test_a_mistake_is_told(tmp_path, tiny_model, tiny_log, words, message):
@@ -397,30 +433,3 @@ def test_the_command_needs_no_weights_and_no_data(tmp_path, tiny_model):
     made = json.loads(out.read_text())
     assert made["computed"] and made["ways"][0]["fits"] and made["ways"][0]["cost"] > 0
     assert Config.load(ready).train.tokens_per_microbatch == made["ways"][0]["way"]["tokens"]
-
-
-def test_a_short_run_here_scales_what_is_computed(tmp_path, tiny_model, tiny_log):
-    config = tiny_config(tmp_path, tiny_model, tiny_log)
-    shape = shape_of(LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model)))
-    asked = []
-
-    def run(overrides, folder):
-        asked.extend(overrides)
-        output = Path(next(word for word in overrides if word.startswith("train.output=")).partition("=")[2])
-        output.mkdir()
-        lines = [{"seconds": 9.0 if step < 3 else 0.5} for step in range(STEPS)]
-        (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return 0
-
-    found = measure(config, shape, of_means(config, 80, 20, 20), run)
-    assert found.seconds == 0.5 and found.factor == pytest.approx(0.5 / found.computed) and found.device == "cpu"
-    assert f"train.max_steps={STEPS}" in asked
-    Config.load(_written(tmp_path, config), asked)
-    with pytest.raises(UserError, match="ended with status 3"):
-        measure(config, shape, of_means(config, 80, 20, 20), lambda overrides, folder: 3)
-
-
-def _written(folder: Path, config: Config) -> Path:
-    path = folder / "given.yaml"
-    path.write_text(to_yaml(config))
-    return path

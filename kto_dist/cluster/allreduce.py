@@ -6,6 +6,7 @@ In:  the launcher's environment. Out: on rank 0 a line: latency of a small all-r
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -19,23 +20,40 @@ _SMALL, _LARGE = 20, 3
 _MEBIBYTES = 64
 
 
-def measure() -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Links:
+    """Of an all-reduce over all ranks."""
+
+    latency: float
+    """Seconds for 4 bytes."""
+    bandwidth: float
+    """Bytes a second that every rank sends and receives in a ring, of a large one."""
+
+
+def links() -> Links:
     """Collective."""
-    device = comm.device()
+    device, ranks = comm.device(), comm.world_size()
     small, large = torch.zeros(1, device=device), torch.zeros(_MEBIBYTES * 2**18, device=device)
-    comm.sum_(small, comm.WORLD)  # the first one opens connections
+    for warm in (small, large):  # the first one opens connections
+        comm.sum_(warm, comm.WORLD)
     latency = _seconds(lambda: comm.sum_(small, comm.WORLD), _SMALL)
     seconds = _seconds(lambda: comm.sum_(large, comm.WORLD), _LARGE)
-    ranks = comm.world_size()
     # what every rank sends and receives in a ring
-    bandwidth = 2 * (ranks - 1) / ranks * _MEBIBYTES * 2**20 / seconds
+    return Links(latency=latency, bandwidth=2 * (ranks - 1) / ranks * _MEBIBYTES * 2**20 / seconds)
+
+
+def measure() -> str:
+    """Collective."""
+    found = links()
     return (
-        f"all-reduce of {ranks} ranks on {device.type}: {1e3 * latency:.2f} ms for 4 bytes, "
-        f"{bandwidth / 1e9:.2f} GB/s for {_MEBIBYTES} MiB"
+        f"all-reduce of {comm.world_size()} ranks on {comm.device().type}: {1e3 * found.latency:.2f} ms for 4 bytes, "
+        f"{found.bandwidth / 1e9:.2f} GB/s for {_MEBIBYTES} MiB"
     )
 
 
 def _seconds(work: Callable[[], object], times: int) -> float:
+    if comm.device().type == "cuda":
+        torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(times):
         work()

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, replace
 
 from kto_dist.base.errors import UserError
+from kto_dist.cluster.allreduce import Links
 from kto_dist.model.devices import PEAKS
 
 
@@ -106,7 +107,9 @@ class Shares:
     memory: float = 0.70
     """Of the memory's bandwidth."""
     links: float = 0.80
-    """Of links within a node and between nodes; an assumption."""
+    """Of links between nodes; an assumption."""
+    links_inside: float = 0.80
+    """Of links within a node; an assumption, until `--measure` has seen several GPUs."""
     overlap: float = 0.5
     """Of ZeRO-3's collectives, hidden behind compute where there is enough of it; an assumption."""
     host_seconds: float = 1.5e-3
@@ -115,10 +118,14 @@ class Shares:
     """Times so much in a backward without hooks (ZeRO 0 and 1); the same machine."""
     host_hooks: float = 3.0
     """And with hooks that reduce gradients as they come (ZeRO 2 and 3)."""
+    hook_seconds: float = 6.5e-5
+    """The host's work for what ZeRO 3 does around one module, whether or not it has weights, in a forward as in a
+    backward. From a CPU (docs/planning.md): what a step of a tiny model takes longer than at ZeRO 2, divided by the
+    modules that it passes, and by how much slower than the H200's that host is. On a GPU it was not measured."""
     host_adam: float = 100 * GB
     """Bytes a second and node that the optimizer on the host goes through; an assumption."""
     alpha_inside: float = 5e-6
-    """Seconds of a message within a node; an assumption."""
+    """Seconds of a message within a node; an assumption, as `links_inside` is."""
     alpha_between: float = 15e-6
     """And between nodes; an assumption."""
     traffic: float = 5.6
@@ -127,7 +134,7 @@ class Shares:
     traffic_plain: float = 12.5
     """And of plain layers; from the step that they take."""
     compute: float = 1.0
-    """What a measured run takes of the time that is computed for it (`--measure`)."""
+    """What a measured run takes of the time that is computed for it, collectives apart (`--measure`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +147,8 @@ class Cluster:
     host_memory: float = 2000 * GB
     """Bytes of a node."""
     shares: Shares = Shares()
+    links_measured: bool = False
+    """Whether those within a node were."""
 
     @property
     def nodes(self) -> int:
@@ -161,11 +170,11 @@ class Cluster:
         if self.gpus == 1:
             return 0.0
         alpha = self.shares.alpha_inside * math.log2(max(2, self.local))
-        bandwidth = self.gpu.link
+        bandwidth = self.gpu.link * self.shares.links_inside
         if self.nodes > 1:
             alpha += self.shares.alpha_between * math.log2(self.nodes)
-            bandwidth = min(bandwidth, self.network)
-        return messages * alpha + size * (self.gpus - 1) / self.gpus / (bandwidth * self.shares.links)
+            bandwidth = min(bandwidth, self.network * self.shares.links)
+        return messages * alpha + size * (self.gpus - 1) / self.gpus / bandwidth
 
     def reduce(self, size: float, messages: int = 1) -> float:
         """Seconds until all ranks have the sum of what is `size` bytes on each."""
@@ -188,3 +197,10 @@ def cluster_of(name: str, gpus: int, per_node: int = 8, host_memory: float = 200
 def calibrated(cluster: Cluster, compute: float) -> Cluster:
     """With the time that a measured run took of what was computed for it."""
     return replace(cluster, shares=replace(cluster.shares, compute=compute))
+
+
+def linked(cluster: Cluster, links: Links, ranks: int, link: float) -> Cluster:
+    """With the links within a node as so many ranks have found them, where the maker's are `link` bytes a second."""
+    alpha = links.latency / 2 / math.log2(ranks)
+    shares = replace(cluster.shares, alpha_inside=alpha, links_inside=links.bandwidth / link)
+    return replace(cluster, shares=shares, links_measured=True)

@@ -1,15 +1,14 @@
 """A short run here, and what it takes of the time that is computed for it.
 
 In:  a config. Out: `Measured`. The run is a real one, of a few steps, in a temporary folder; its reference log-probs go
-into the config's own store, where the run that follows finds them.
+into the config's own store, where the run that follows finds them. Of several ranks the links between them are measured
+after it.
 """
 
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +17,10 @@ import torch
 
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
-from kto_dist.cluster.hardware import GPUS, Cluster, Gpu
-from kto_dist.cluster.predict import Way, predict
+from kto_dist.cluster.allreduce import Links
+from kto_dist.cluster.hardware import GPUS, Cluster, Gpu, calibrated, linked
+from kto_dist.cluster.predict import Way, factor, load_of, predict
+from kto_dist.cluster.rates import Rates, rates
 from kto_dist.cluster.workload import Workload
 from kto_dist.model.attention import pick_attention, pick_packing
 from kto_dist.model.causal_lm import pick_dtype
@@ -39,19 +40,26 @@ Run = Callable[[list[str], Path], int]
 class Measured:
     """Medians of the steps that count."""
 
-    device: str
+    here: Cluster
+    """What it was measured on."""
     seconds: float
     """Of a step, as measured."""
     computed: float
-    """And as computed."""
+    """And as computed, with links as they are here."""
+    factor: float
+    """Times what is computed, collectives apart."""
+    links: Links | None
+    """Between the ranks of this machine; None of a rank alone."""
 
-    @property
-    def factor(self) -> float:
-        return self.seconds / self.computed
+    def applied(self, cluster: Cluster) -> Cluster:
+        """What was measured here, to a cluster: a share of what its makers say stays that share."""
+        if self.links is not None:
+            cluster = linked(cluster, self.links, self.here.gpus, self.here.gpu.link)
+        return calibrated(cluster, self.factor)
 
 
 def measure(config: Config, shape: Shape, workload: Workload, run: Run, ranks: int = 1) -> Measured:
-    """Raises `UserError` where the run fails."""
+    """`ranks`: that the run has. Raises `UserError` where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         overrides = [
@@ -69,9 +77,16 @@ def measure(config: Config, shape: Shape, workload: Workload, run: Run, ranks: i
         if status:
             raise UserError(f"--measure runs {STEPS} steps of the config here, and they ended with status {status}")
         seconds = step_seconds(output)
-    here = this_machine(ranks)
-    computed = predict(shape, workload, here, way_here(config, shape, here)).seconds.total
-    return Measured(device=here.gpu.name, seconds=seconds, computed=computed)
+    found = rates_here(ranks)
+    here = this_machine(found, ranks)
+    way = way_here(config, shape, here)
+    return Measured(
+        here=here,
+        seconds=seconds,
+        computed=predict(shape, workload, here, way).seconds.total,
+        factor=factor(shape, here, way, load_of(workload, here, way), seconds),
+        links=found.links,
+    )
 
 
 def step_seconds(output: Path) -> float:
@@ -113,61 +128,43 @@ def _with_tokens(way: Way, config: Config, shape: Shape, here: Cluster) -> Way:
     return replace(way, tokens=max(found, config.data.max_length))
 
 
-def this_machine(ranks: int = 1, threads: int | None = None) -> Cluster:
-    """Its GPU, where that is a known one, else what a matmul and a copy show of its processor; takes a second.
+def rates_here(ranks: int = 1, threads: int | None = None) -> Rates:
+    """Of this machine's processor, and of the links between so many ranks on it; `threads`: as `rates` has it."""
+    if torch.cuda.is_available() and ranks == 1:
+        return Rates(flops=0.0, bandwidth=0.0)
+    return rates(ranks, threads)
 
-    `threads`: of a rank, each of which has as many cores to itself; None: ranks share what torch takes.
-    """
+
+def this_machine(found: Rates, ranks: int = 1) -> Cluster:
+    """Its GPUs, where these are of a known kind, else its processor, of which each rank has what was found."""
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        known = next((gpu for key, gpu in GPUS.items() if key in name), None)
-        if known is None:
-            raise UserError(f"--measure needs a GPU that is known ({', '.join(GPUS)}), and this one is a {name}")
-        memory = float(torch.cuda.get_device_properties(0).total_memory)
-        return Cluster(gpu=replace(known, memory=memory), gpus=ranks)
-    with _threads(threads):
-        flops, bandwidth = _matmul_rate(), _copy_rate()
-    if threads is None:
-        flops, bandwidth = flops / ranks, bandwidth / ranks
-    memory = psutil.virtual_memory().total / ranks
+        gpu = _gpu()
+        here = Cluster(gpu=gpu, gpus=ranks, per_node=ranks)
+        return here if found.links is None else linked(here, found.links, ranks, gpu.link)
+    link = found.links.bandwidth if found.links else found.bandwidth
     gpu = Gpu(
         name="cpu",
-        flops=flops,
-        memory=memory,
-        bandwidth=bandwidth,
-        link=bandwidth / 4,
-        network=bandwidth / 4,
-        host=bandwidth,
+        flops=found.flops,
+        memory=psutil.virtual_memory().total / ranks,
+        bandwidth=found.bandwidth,
+        link=link,
+        network=link,
+        host=found.bandwidth,
     )
-    return Cluster(gpu=gpu, gpus=ranks)
+    here = Cluster(gpu=gpu, gpus=ranks, per_node=ranks)
+    shares = here.shares
+    crowded = replace(
+        shares,
+        host_seconds=found.crowding * shares.host_seconds,
+        hook_seconds=found.crowding * shares.hook_seconds,
+    )
+    here = replace(here, shares=crowded)
+    return here if found.links is None else linked(here, found.links, ranks, link)
 
 
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _matmul_rate(size: int = 1024) -> float:
-    """FLOP a second of this process, in bf16 where that is what training uses."""
-    a = torch.ones(size, size, dtype=pick_dtype("auto", torch.device("cpu")))
-    return 2 * size**3 / _best_of(lambda: a @ a)
-
-
-def _copy_rate(size: int = 2**26) -> float:
-    """Bytes read and written a second."""
-    a, b = torch.ones(size // 4), torch.ones(size // 4)
-    return 2 * size / _best_of(lambda: b.copy_(a))
-
-
-def _best_of(work: Callable[[], object], times: int = 5) -> float:
-    seconds = []
-    for _ in range(times):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def _gpu() -> Gpu:
+    name = torch.cuda.get_device_name()
+    known = next((gpu for key, gpu in GPUS.items() if key in name), None)
+    if known is None:
+        raise UserError(f"--measure needs a GPU that is known ({', '.join(GPUS)}), and this one is a {name}")
+    return replace(known, memory=float(torch.cuda.get_device_properties(0).total_memory))

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from kto_dist.cluster.measure import Measured
 from kto_dist.cluster.plan import Plan
 from kto_dist.cluster.predict import Prediction
 from kto_dist.model.adapters import Rehearsed
@@ -64,6 +65,22 @@ def _line(plan: Plan, way: Prediction, first: bool) -> tuple[str, ...]:
         f"{memory.device / 2**30:.1f}",
         *(speed if not way.trouble else ("",) * len(speed)),
     )
+
+
+def of_measured(found: Measured) -> list[str]:
+    """What a short run here has shown."""
+    here, links = found.here, found.links
+    said = [
+        f"measured here, on {here.gpus} {here.gpu.name}: {found.seconds:.3g} s a step, {found.computed:.3g} computed; "
+        f"compute times below are taken {found.factor:.3g} times"
+    ]
+    if links is not None:
+        said.append(
+            f"links within a node were measured between {here.gpus} ranks: {1e6 * links.latency:.0f} microseconds for "
+            f"an all-reduce of 4 bytes, {links.bandwidth / 1e9:,.0f} GB/s of the maker's {here.gpu.link / 1e9:,.0f}; "
+            "those between nodes are assumed"
+        )
+    return said
 
 
 def above(plan: Plan, adapter: Rehearsed | None = None) -> list[str]:
@@ -159,10 +176,12 @@ def below(plan: Plan) -> list[str]:
         f"assumed: {gpu.matmul:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s in matmuls, "
         + (f"{gpu.matmul * shares.experts:.0%} in those of experts, " if plan.shape.sent else "")
         + f"{gpu.attention:.0%} in attention, "
-        f"{shares.memory:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s, {shares.links:.0%} of links of {gpu.link / 1e9:.0f} "
-        f"GB/s in a node and {cluster.network / 1e9:.0f} GB/s a node, {shares.alpha_inside * 1e6:.0f} and "
+        f"{shares.memory:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s, {shares.links_inside:.0%} of links of "
+        f"{gpu.link / 1e9:.0f} GB/s in a node{' (as measured)' if cluster.links_measured else ''} and "
+        f"{shares.links:.0%} of {cluster.network / 1e9:.0f} GB/s a node, {shares.alpha_inside * 1e6:.0f} and "
         f"{shares.alpha_between * 1e6:.0f} microseconds a message, {shares.overlap:.0%} of ZeRO-3's collectives hidden,"
-        f" {shares.host_seconds * 1e3:.1f} ms of the host for a layer's forward"
+        f" {shares.host_seconds * 1e3:.1f} ms of the host for a layer's forward and "
+        f"{shares.hook_seconds * 1e6:.0f} microseconds for a module of ZeRO 3"
         + (f", all compute times {shares.compute:.3g} as measured" if shares.compute != 1 else "")
     )
     return said

@@ -5,16 +5,20 @@ In:  a model's `Shape`, a `Workload`, a `Cluster`, and one `Way` to run it. Out:
 The memory is that of `model/footprint.py`, which `train.tokens_per_microbatch: auto` starts from as well. The seconds
 of a micro-batch are the larger of what the device and what the host takes. The device: matmuls and attention at a
 share of the peak or, with few tokens, what reading the weights takes; the rest of a layer by the bytes that it moves.
-Beside these: collectives and copies to the host, and the optimizer by the bytes that it moves.
+Beside these: collectives and copies to the host, and the optimizer by the bytes that it moves. What a measured run
+takes of all this but the collectives is `Shares.compute`, which `factor` finds.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from kto_dist.cluster.hardware import Cluster
+from kto_dist.cluster.hardware import Cluster, calibrated
 from kto_dist.cluster.workload import StepLoad, Workload, step_load
+from kto_dist.model.causal_lm import ROUND_WIDTH
 from kto_dist.model.footprint import (
+    BUCKET,
     LIVE,
     PACKED_BYTES,
     SHARE_OF_MEMORY,
@@ -24,6 +28,7 @@ from kto_dist.model.footprint import (
     activation_bytes,
     attention_weights,
     backward_bytes,
+    gradients_to_come,
     held,
     layer_bytes,
     update_bytes,
@@ -52,6 +57,11 @@ class Way:
     eager_row: int = 0
     """As `Sharding` has it."""
 
+    @property
+    def multiple(self) -> int:
+        """Of positions: rows are padded to as many as one."""
+        return 1 if self.packed or self.cpu else ROUND_WIDTH["cuda"]
+
     def sharding(self, ranks: int) -> Sharding:
         return Sharding(
             stage=self.zero_stage,
@@ -77,6 +87,8 @@ class Memory:
     """What a backward takes beside them, when the logits have gone."""
     update: float
     """What the update takes for a moment, when there are neither activations nor logits."""
+    to_come: float
+    """Of gradients, those that are not there when activations are at their most: no backward was before."""
     margin: float
     """What the allocator loses to fragments, and what CUDA and NCCL take."""
     host: float
@@ -85,7 +97,8 @@ class Memory:
     @property
     def peak(self) -> float:
         """Of what tensors take."""
-        return self.held.rest + max(self.activations + max(self.held.head, self.backward), self.update)
+        work = self.activations + max(self.held.head, self.backward) - self.to_come
+        return self.held.rest + max(work, self.update)
 
     @property
     def device(self) -> float:
@@ -131,7 +144,7 @@ class Prediction:
 
 def predict(shape: Shape, workload: Workload, cluster: Cluster, way: Way) -> Prediction:
     """Raises `ValueError` where a micro-batch cannot hold the longest row."""
-    load = step_load(workload, cluster.gpus, way.tokens, packed=way.packed)
+    load = load_of(workload, cluster, way)
     memory = memory_of(shape, cluster, way, load, 0 if way.cpu else workload.longest)
     seconds = _Times(shape, cluster, way).step(load)
     whole = _flops(shape, load)
@@ -144,6 +157,30 @@ def predict(shape: Shape, workload: Workload, cluster: Cluster, way: Way) -> Pre
         tokens_per_second=load.tokens / seconds.total,
         mfu=whole / seconds.total / (cluster.gpu.flops * cluster.gpus),
     )
+
+
+def load_of(workload: Workload, cluster: Cluster, way: Way) -> StepLoad:
+    """Of a step. Raises `ValueError` where a micro-batch cannot hold the longest row."""
+    return step_load(workload, cluster.gpus, way.tokens, packed=way.packed, multiple=way.multiple)
+
+
+def factor(shape: Shape, cluster: Cluster, way: Way, load: StepLoad, seconds: float) -> float:
+    """Times what is computed, collectives apart, for a step of so many seconds as measured. Where collectives alone
+    were to take longer than that, they are to blame as well: measured over computed, of the whole."""
+
+    def total(compute: float) -> float:
+        return _Times(shape, calibrated(cluster, compute), way).step(load).total
+
+    low, high = 0.0, 1.0
+    if total(low) >= seconds:
+        return seconds / total(1.0)
+    while total(high) < seconds:
+        high *= 2
+    # a straight line, but for collectives that compute hides
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) < seconds else (low, middle)
+    return high
 
 
 def memory_of(shape: Shape, cluster: Cluster, way: Way, load: StepLoad, longest: int = 0) -> Memory:
@@ -162,6 +199,7 @@ def memory_of(shape: Shape, cluster: Cluster, way: Way, load: StepLoad, longest:
         activations=max((activation_bytes(shape, sharding, lengths) for lengths, _ in batches), default=0.0),
         backward=max((backward_bytes(shape, sharding, *batch) for batch in batches), default=0.0),
         update=update_bytes(shape, sharding),
+        to_come=gradients_to_come(shape, sharding) if len(load.batches) < 2 else 0.0,
         margin=(1 - SHARE_OF_MEMORY) * cluster.gpu.memory,
         host=(optimizer + weights) / cluster.nodes,
     )
@@ -209,15 +247,16 @@ class _Times:
         forwards = sum(self.forward(*batch) for batch in load.batches)
         backwards = sum(self.backward(*batch) for batch in load.batches)
         waits = self.collectives(len(load.kl_batches), len(load.batches))
+        compute = self.cluster.shares.compute
         if self.way.zero_stage == 3:
-            waits = max(0.0, waits - self.cluster.shares.overlap * (survey + forwards + backwards))
+            waits = max(0.0, waits - self.cluster.shares.overlap * compute * (survey + forwards + backwards))
         return Seconds(
-            survey=survey,
-            forwards=forwards,
-            backwards=backwards,
+            survey=compute * survey,
+            forwards=compute * forwards,
+            backwards=compute * backwards,
             collectives=waits,
-            offload=self.offload(len(load.kl_batches), len(load.batches)),
-            optimizer=self.optimizer(),
+            offload=compute * self.offload(len(load.kl_batches), len(load.batches)),
+            optimizer=compute * self.optimizer(),
         )
 
     def forward(self, lengths: np.ndarray, rows: int) -> float:
@@ -235,13 +274,13 @@ class _Times:
         matmul = _backward_flops(self.shape, lengths, rows) - attention
         matmul += (1 if self.shape.adapter else 2) * self._of_experts(lengths)
         shares = self.cluster.shares
-        host = shares.host_backward if self.way.zero_stage < 2 else shares.host_hooks
+        host = shares.host_backward if self.way.zero_stage < 2 or self._in_place else shares.host_hooks
         moved = self._moved(lengths) * 2 / 3 + 5 / 8 * self._beside(lengths) + self._summed()
         seconds = self._pass(matmul, attention, moved, host)
         return seconds + (self.forward(lengths, 0) if self.way.checkpointing else 0.0)
 
     def _pass(self, matmul: float, attention: float, moved: float, host: float) -> float:
-        """`host`: times the host's work for a forward."""
+        """`host`: times the host's work for a forward, ZeRO-3's hooks apart."""
         gpu, shares = self.cluster.gpu, self.cluster.shares
         bandwidth = gpu.bandwidth * shares.memory
         read = (2 if self.way.bf16 else 4) * self.shape.cost.stored
@@ -250,9 +289,10 @@ class _Times:
         # 4 bits are unpacked to bf16, which the matmul reads
         device += (PACKED_BYTES + 2) * self.shape.packed / bandwidth
         host_seconds = host * shares.host_seconds * self.shape.layers
+        if self.way.zero_stage == 3:
+            host_seconds += shares.hook_seconds * self.shape.modules
         # a CPU does the host's work as well, one after the other
-        both = device / shares.busy + host_seconds if self.way.cpu else max(device / shares.busy, host_seconds)
-        return shares.compute * both
+        return device / shares.busy + host_seconds if self.way.cpu else max(device / shares.busy, host_seconds)
 
     def _beside(self, lengths: np.ndarray) -> float:
         """Bytes that an adapter's narrow matmuls go through, forward and backward: what their layers take and give, and
@@ -276,7 +316,12 @@ class _Times:
         """Bytes: a micro-batch's gradients are added to the sums; ZeRO 2 and 3 go through them five times more."""
         width = 2 if self.way.bf16 else 4
         once = 2 * width + 8
-        return (once + (9 * width if self.way.zero_stage >= 2 else 0)) * self.shape.trained
+        more = 0 if self.way.zero_stage < 2 or self._in_place else 9 * width
+        return (once + more) * self.shape.trained
+
+    @property
+    def _in_place(self) -> bool:
+        return self.way.sharding(self.cluster.gpus).sums_in_place
 
     def collectives(self, surveys: int, batches: int) -> float:
         shape, cluster, stage = self.shape, self.cluster, self.way.zero_stage
@@ -284,10 +329,12 @@ class _Times:
         if stage == 3:
             gathers = (surveys + 2 * batches) * cluster.gather(weight_bytes(shape, self.way), shape.layers)
             return gathers + batches * cluster.gather(width * shape.trained, shape.layers)
+        buckets = math.ceil(shape.trained / BUCKET)
+        update = cluster.gather(width * shape.trained, buckets) if stage else 0.0
         if stage == 2:
-            return batches * cluster.gather(width * shape.trained, 8) + cluster.gather(width * shape.trained, 8)
-        update = cluster.gather(width * shape.trained, 8) if stage else 0.0
-        return cluster.reduce(4 * shape.trained, 8) + update
+            # all ranks reduce all of a bucket, and each keeps its part (`use_multi_rank_bucket_allreduce`)
+            return batches * cluster.reduce(width * shape.trained, buckets) + update
+        return cluster.reduce(4 * shape.trained, buckets) + update
 
     def offload(self, surveys: int, batches: int) -> float:
         shape, cluster, seconds = self.shape, self.cluster, 0.0
@@ -326,9 +373,10 @@ def predict_reference(shape: Shape, workload: Workload, cluster: Cluster, way: W
     width = 2 if way.bf16 else 4
     weights = weight_bytes(shape, way)
     lengths = workload.prompts + workload.answers
-    mean, answer = float(lengths.mean()), float(workload.answers.mean())
-    rows = max(1, int(tokens / mean))
-    batch = np.full(rows, max(1, round(mean)))
+    answer, mean = float(workload.answers.mean()), max(1, round(float(lengths.mean())))
+    mean = -(-mean // way.multiple) * way.multiple
+    rows = max(1, tokens // mean)
+    batch = np.full(rows, mean)
     # a forward holds a layer at a time, and a chunk of logits
     logits = min(way.logits_bytes, tokens * shape.vocabulary * 4)
     work = logits + tokens * layer_bytes(shape, fused=way.fused) + width * shape.unpacked
@@ -340,7 +388,7 @@ def predict_reference(shape: Shape, workload: Workload, cluster: Cluster, way: W
     sharded = weights + work > room and not shape.packed
     offload = sharded and (cluster.gpus == 1 or weights / cluster.gpus + gathered + work > room)
     times = _Times(shape, cluster, way)
-    seconds = times.forward(batch, round(answer * rows))
+    seconds = cluster.shares.compute * times.forward(batch, round(answer * rows))
     if sharded:
         wait = cluster.gather(weights, shape.layers)
         wait += weights / cluster.gpus / cluster.gpu.host if offload else 0.0

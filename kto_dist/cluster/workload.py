@@ -58,10 +58,10 @@ class StepLoad:
     """Micro-batches of the rank that has most at each turn, and what all ranks have together."""
 
     batches: list[tuple[np.ndarray, int]]
-    """(S,) tokens of each sequence, and the completion rows of all."""
+    """(S,) tokens of each sequence, padding included, and the completion rows of all."""
     kl_batches: list[tuple[np.ndarray, int]]
     whole: tuple[np.ndarray, int]
-    """Of the step, over all ranks."""
+    """Of the step, over all ranks, without padding."""
     kl_whole: tuple[np.ndarray, int]
 
     @property
@@ -126,14 +126,21 @@ def _workload(config: Config, prompts: np.ndarray, answers: np.ndarray, rows: in
     )
 
 
-def step_load(workload: Workload, ranks: int, tokens: int, *, packed: bool = True) -> StepLoad:
-    """Of a step of average rows. Of more ranks than `_CUT` so many are looked at, with their part of the rows."""
+def step_load(workload: Workload, ranks: int, tokens: int, *, packed: bool = True, multiple: int = 1) -> StepLoad:
+    """Of a step of average rows. Of more ranks than `_CUT` so many are looked at, with their part of the rows.
+    `multiple`: as `cut` has it."""
     cut_ranks = min(ranks, _CUT)
     rows, answers, kl, kl_answers = _rows(workload, max(workload.unit, workload.global_batch * cut_ranks // ranks))
     whole, whole_answers, kl_whole, kl_whole_answers = _rows(workload, workload.global_batch)
+
+    def fullest(lengths: np.ndarray, answers: np.ndarray, unit: int) -> list[tuple[np.ndarray, int]]:
+        shares = cut(lengths, tokens=tokens, ranks=cut_ranks, packed=packed, unit=unit, multiple=multiple)
+        # of each turn the first rank's is the largest
+        return [(_run(lengths[batch], packed, multiple), int(answers[batch].sum())) for batch in shares[0]]
+
     return StepLoad(
-        batches=_fullest(rows, answers, cut_ranks, tokens, packed, workload.unit),
-        kl_batches=_fullest(kl, kl_answers, cut_ranks, tokens, packed, 1) if kl.size else [],
+        batches=fullest(rows, answers, workload.unit),
+        kl_batches=fullest(kl, kl_answers, 1) if kl.size else [],
         whole=(whole, int(whole_answers.sum())),
         kl_whole=(kl_whole, int(kl_whole_answers.sum())),
     )
@@ -160,9 +167,8 @@ def _typical(workload: Workload, size: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(order[places])
 
 
-def _fullest(
-    lengths: np.ndarray, answers: np.ndarray, ranks: int, tokens: int, packed: bool, unit: int
-) -> list[tuple[np.ndarray, int]]:
-    shares = cut(lengths, tokens=tokens, ranks=ranks, packed=packed, unit=unit)
-    # of each turn the first rank's is the largest
-    return [(lengths[batch], int(answers[batch].sum())) for batch in shares[0]]
+def _run(lengths: np.ndarray, packed: bool, multiple: int) -> np.ndarray:  # (S,) tokens
+    """(S,) positions of each sequence of a micro-batch, as a forward has them."""
+    if packed or not lengths.size:
+        return lengths
+    return np.full_like(lengths, -(-lengths.max() // multiple) * multiple)

@@ -17,6 +17,7 @@ from kto_dist.model.config import check_model_path
 from kto_dist.training.config import Config
 
 if TYPE_CHECKING:
+    from kto_dist.cluster.measure import Measured
     from kto_dist.cluster.workload import Workload
     from kto_dist.model.footprint import Shape
 
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 @click.option("--prompt-tokens", type=click.FloatRange(min=1), help="With --rows: the mean length of a prompt.")
 @click.option("--completion-tokens", type=click.FloatRange(min=1), help="With --rows: of a completion.")
 @click.option(
-    "--measure", is_flag=True, help="Run a few steps here first, and scale all compute times by what they take."
+    "--measure",
+    is_flag=True,
+    help="Run a few steps here first, on all GPUs, and compute with what they take and with the links between them.",
 )
 @click.option("--json", "as_json", type=click.Path(path_type=Path), help="Write everything that was computed to FILE.")
 @click.option("--write", type=click.Path(path_type=Path), help="Write CONFIG with the best settings to FILE.")
@@ -97,8 +100,8 @@ def _plan(
     layers, adapter = layers_on_gpu(settings, found), adapter_for(settings, method, rank, found)
     workload = _workload(settings, **lengths)
     if measure:
-        factor = _measured(config, overrides, settings, shape_for(lm, method_of(settings), rank), workload)
-        cluster = hardware.calibrated(cluster, factor)
+        here = _measured(config, overrides, settings, shape_for(lm, method_of(settings), rank), workload)
+        cluster = here.applied(cluster)
     made = planned(
         settings,
         shape_for(lm, method, rank, adapter),
@@ -162,27 +165,29 @@ def _workload(
     return workload.of_means(settings, rows, prompt_tokens, completion_tokens)
 
 
-def _measured(config: Path, overrides: tuple[str, ...], settings: Config, shape: Any, workload: "Workload") -> float:
+def _measured(
+    config: Path, overrides: tuple[str, ...], settings: Config, shape: Any, workload: "Workload"
+) -> "Measured":
     import torch
 
     from kto_dist.cluster.measure import measure
+    from kto_dist.cluster.page import of_measured
     from kto_dist.commands import launcher
 
     if not torch.cuda.is_available():
         raise UserError(
-            "--measure runs steps of the config on a GPU of this machine, and torch finds none here: a processor's "
+            "--measure runs steps of the config on the GPUs of this machine, and torch finds none here: a processor's "
             "time says nothing of a GPU's; leave it out"
         )
 
     def run(more: list[str], folder: Path) -> int:
-        return launcher.run("train", [str(config), *overrides, *more], 1, folder=folder)
+        # as `kto-dist train` would: a model that several GPUs share may not fit on one
+        return launcher.run("train", [str(config), *overrides, *more], folder=folder)
 
-    found = measure(settings, shape, workload, run)
-    click.echo(
-        f"measured here, on one {found.device}: {found.seconds:.3g} s a step, {found.computed:.3g} computed; compute "
-        f"times below are taken {found.factor:.3g} times"
-    )
-    return found.factor
+    found = measure(settings, shape, workload, run, torch.cuda.device_count())
+    for line in of_measured(found):
+        click.echo(line)
+    return found
 
 
 def _write(path: Path, text: str) -> None:

@@ -36,7 +36,7 @@ from kto_dist.model.devices import Cost, cost_of, experts_of, head_width, of_oth
 SHARE_OF_MEMORY = 0.85
 """The rest is what the allocator loses to fragments, and what CUDA and NCCL take for themselves."""
 MOST_TOKENS = 65536
-_BUCKET = 5 * 10**8
+BUCKET = 5 * 10**8
 """Parameters whose gradients ZeRO 2 and 3 reduce at a time (DeepSpeed's `reduce_bucket_size`): on a GPU the bucket has
 this size, however few they are."""
 LIVE = 10**9
@@ -45,6 +45,8 @@ _SUB_GROUP = 10**9
 """And those that it updates at a time (`sub_group_size`)."""
 _BLOCK = 4 * 2**20
 """Bytes of wide logits that the kernels' pass over rows takes at a time on a CPU (`kto_kernels.rows`)."""
+_BESIDE = 4
+"""Modules of peft's in place of a linear layer, beside itself: that layer, a dropout, two matrices."""
 PACKED_BYTES = 0.5 + 0.016
 """A weight in 4 bits, and its share of the scales (NF4, blocks of 64, scales quantised once more)."""
 _LINEAR = (nn.Linear, Conv1D)
@@ -66,6 +68,8 @@ class Shape:
     head_trained: bool
     vocabulary: int
     layers: int
+    modules: int
+    """That a forward passes: ZeRO-3 has hooks at each."""
     hidden: int
     inner: int
     """Of the MLP that a token passes: of experts, all that it is sent to."""
@@ -108,6 +112,11 @@ class Sharding:
     """Not on a GPU."""
     eager_row: int = 0
     """Positions of the longest row, where attention keeps its weights (`eager`); 0 where it does not."""
+
+    @property
+    def own_sums(self) -> bool:
+        """Whether gradients are summed in the parameters' own, and lie nowhere else."""
+        return self.stage == 0 and not self.bf16
 
     @property
     def sums_in_place(self) -> bool:
@@ -162,6 +171,7 @@ def shape_of(lm: PreTrainedModel) -> Shape:
         head_trained=head.requires_grad,
         vocabulary=_size(head)[0],
         layers=config.num_hidden_layers,
+        modules=sum(not isinstance(module, nn.ModuleList | nn.ModuleDict) for module in lm.modules()),
         hidden=config.hidden_size,
         inner=_inner(config),
         heads=heads,
@@ -177,13 +187,15 @@ def with_adapter(lm: PreTrainedModel, rank: int, *, packed: bool = False, traine
     head = lm.get_output_embeddings()
     linear = [m.weight for m in lm.modules() if isinstance(m, _LINEAR) and m is not head]
     of_all, sizes = rank * sum(sum(_size(w)) for w in linear), [math.prod(_size(w)) for w in linear]
+    whole = shape_of(lm)
     return replace(
-        shape_of(lm),
+        whole,
         trained=of_all if trained is None else trained,
         adapted=(of_all if trained is None else trained) // rank,
         largest_trained=max((rank * max(_size(w)) for w in linear), default=0),
         packed=sum(sizes) if packed else 0,
         unpacked=max(sizes, default=0) if packed else 0,
+        modules=whole.modules + _BESIDE * len(linear),
         head_trained=False,
         adapter=True,
     )
@@ -230,7 +242,7 @@ def held(shape: Shape, sharding: Sharding, head_rows: int | None = None) -> Held
     whole += width * shape.trained if shape.adapter else 0
     apart = ranks if stage == 3 else 1
     # without ZeRO in fp32 the gradients are their own sums; at stage 2 they lie where the logits were
-    own_bytes = 0.0 if (stage == 0 and not sharding.bf16) or stage == 2 else width * shape.trained
+    own_bytes = 0.0 if sharding.own_sums or stage == 2 else width * shape.trained
     if stage == 3:
         own_bytes = _bucket_bytes(shape, sharding)
     sums = 4 * shape.trained / (ranks if stage >= 2 else 1)
@@ -256,7 +268,7 @@ def _bucket_bytes(shape: Shape, sharding: Sharding) -> float:
     """Of what ZeRO 2 and 3 collect gradients in, or of a gradient that is larger."""
     if sharding.sums_in_place:
         return 0.0
-    collected = min(shape.trained, _BUCKET) if sharding.cpu else max(_BUCKET, shape.largest_trained)
+    collected = min(shape.trained, BUCKET) if sharding.cpu else max(BUCKET, shape.largest_trained)
     return (2 if sharding.bf16 else 4) * collected
 
 
@@ -294,14 +306,29 @@ def _head_gradient(shape: Shape, sharding: Sharding, rows: int | None) -> float:
     return shape.head * ((width + 4 * _in_chunks(shape, sharding, rows)) if sharding.cpu else 8)
 
 
+def gradients_to_come(shape: Shape, sharding: Sharding) -> float:
+    """Of what is held, gradients that the first backward of a step brings: of one micro-batch they are not there when
+    activations are at their most. Those of ZeRO 2 and 3 lie in buffers."""
+    if sharding.stage > 1:
+        return 0.0
+    return (2 if sharding.bf16 else 4) * shape.trained
+
+
 def update_bytes(shape: Shape, sharding: Sharding) -> float:
-    """What an update takes for a moment beside what is held, when there are neither activations nor logits: gradients
-    laid end to end, ZeRO 0 and 1 to reduce a bucket of them, in the weights' dtype as well; ZeRO 3 of a sub-group."""
+    """What comes for a moment beside what is held, when there are neither activations nor logits: gradients laid end to
+    end, ZeRO 0 and 1 to reduce a bucket of them, in the weights' dtype as well; at ZeRO 3 those of a sub-group to
+    update, or those of the last bucket to reduce."""
+    if sharding.stage == 3:
+        reduced = _reduced_bytes(shape, sharding)
+        return max(reduced, 0.0 if sharding.offload_optimizer else 4 * min(shape.trained, _SUB_GROUP) / sharding.ranks)
     if sharding.offload_optimizer or sharding.stage == 2:
         return 0.0
-    if sharding.stage == 3:
-        return 4 * min(shape.trained, _SUB_GROUP) / sharding.ranks
-    return (6 if sharding.bf16 else 4) * min(shape.trained, _BUCKET)
+    return (6 if sharding.bf16 else 4) * min(shape.trained, BUCKET)
+
+
+def _reduced_bytes(shape: Shape, sharding: Sharding) -> float:
+    """Of ZeRO 3's bucket when it is reduced: its gradients laid end to end, and a rank's share of them in fp32."""
+    return ((2 if sharding.bf16 else 4) + 4 / sharding.ranks) * min(shape.trained, BUCKET)
 
 
 def token_bytes(shape: Shape, sharding: Sharding) -> float:
@@ -338,6 +365,8 @@ def backward_bytes(shape: Shape, sharding: Sharding, lengths: np.ndarray, head_r
     weights, of_group = attention_weights(shape, sharding, lengths)
     work = max(6 * width * shape.inner * tokens, 2 * of_group) + _head_gradient(shape, sharding, head_rows)
     work += _bucket_bytes(shape, sharding) if sharding.stage == 2 else 0.0
+    # one bucket holds them all until activations have gone, several are reduced before
+    work += _reduced_bytes(shape, sharding) if sharding.stage == 3 and shape.trained > BUCKET else 0.0
     return work + (_layer(shape, sharding, tokens) + weights if sharding.checkpointing else 0.0)
 
 
