@@ -235,7 +235,7 @@ def _refuse_other_questions(layout: Layout, record: dict[str, Any], prompt: str 
     if layout.prompt in TURNS or layout.prompt is None:
         return
     asked = (*GUESSES, "instruction", "history")
-    names = [name for name in asked if name not in layout.used() and is_there(record.get(name))]
+    names = [name for name in asked if is_there(record.get(name)) and name not in layout.used()]
     held = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt or ())
     for name in names:
         if not isinstance(record[name], str) or record[name].strip() not in held:
@@ -250,7 +250,7 @@ def others(layout: Layout, record: dict[str, Any]) -> list[str]:
     """Columns with a value that nothing reads."""
     used = layout.used()
     if layout.label is not None:
-        used -= {name for name in LABELS if name != layout.label and _meaning(record.get(name)) is None}
+        used -= {name for name in LABELS if name in record and name != layout.label and _meaning(record[name]) is None}
     return [name for name, value in record.items() if name not in used and is_there(value)]
 
 
@@ -284,7 +284,7 @@ def _label(record: dict[str, Any], name: str, soft: bool) -> float:
         raise BadRecord(
             "unknown label", f"{name} ({short(value)}) must be true or false, or one of {[*UP]} or {[*DOWN]}{hint}"
         )
-    for other in (other for other in LABELS if other != name):
+    for other in (other for other in LABELS if other in record and other != name):
         # a column of comments may be called feedback as well
         if _probability(record.get(other), soft) not in (None, label):
             raise BadRecord(
