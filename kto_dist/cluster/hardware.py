@@ -6,7 +6,8 @@ Peaks and links are the makers' figures of the eight-GPU machines that these are
 what torch shows of them, from which a run's own estimate starts as well. What is reached of the peaks are the shares
 below: of compute and bandwidth as one H200 has shown in the runs of docs/figures.md, of other GPUs as others have
 published (docs/planning.md), of links as is usual of NCCL, which nobody has measured here. A collective takes
-alpha * log2(ranks) + bytes / bandwidth: one alpha and one bandwidth within a node, others between nodes.
+alpha * steps + bytes / bandwidth, one alpha and one bandwidth within a node, others between nodes. A gather has as many
+steps as there are ranks, in a ring; a sum twice the depth of a tree.
 """
 
 import math
@@ -166,19 +167,26 @@ class Cluster:
 
     def gather(self, size: float, messages: int = 1) -> float:
         """Seconds until all ranks have what is `size` bytes together, each of which has a part; or have reduced as
-        much to parts. In so many messages."""
+        much to parts. In so many messages, each of which goes round a ring of all ranks: NCCL knows no other way."""
         if self.gpus == 1:
             return 0.0
-        alpha = self.shares.alpha_inside * math.log2(max(2, self.local))
-        bandwidth = self.gpu.link * self.shares.links_inside
-        if self.nodes > 1:
-            alpha += self.shares.alpha_between * math.log2(self.nodes)
-            bandwidth = min(bandwidth, self.network * self.shares.links)
-        return messages * alpha + size * (self.gpus - 1) / self.gpus / bandwidth
+        round_trip = self.shares.alpha_inside * (self.gpus - self.nodes) + self.shares.alpha_between * (self.nodes - 1)
+        return messages * round_trip + self._passed(size)
 
     def reduce(self, size: float, messages: int = 1) -> float:
-        """Seconds until all ranks have the sum of what is `size` bytes on each."""
-        return 2 * self.gather(size, messages)
+        """Seconds until all ranks have the sum of what is `size` bytes on each: up a tree, and down."""
+        if self.gpus == 1:
+            return 0.0
+        depth = self.shares.alpha_inside * math.log2(self.local) + self.shares.alpha_between * math.log2(self.nodes)
+        return 2 * (messages * depth + self._passed(size))
+
+    def _passed(self, size: float) -> float:
+        return size * (self.gpus - 1) / self.gpus / self._bandwidth
+
+    @property
+    def _bandwidth(self) -> float:
+        inside = self.gpu.link * self.shares.links_inside
+        return min(inside, self.network * self.shares.links) if self.nodes > 1 else inside
 
 
 def cluster_of(name: str, gpus: int, per_node: int = 8, host_memory: float = 2000 * GB) -> Cluster:

@@ -234,6 +234,17 @@ def _backward_flops(shape: Shape, lengths: np.ndarray, rows: int) -> float:
     return whole - (0 if shape.head_trained else 2 * shape.cost.head * rows)
 
 
+_PREFETCHED = 5 * 10**7
+"""Parameters that ZeRO-3 fetches at a time, where matrices are smaller (DeepSpeed's `stage3_prefetch_bucket_size`)."""
+_MATRICES = 7
+"""Of a layer: larger ones are fetched one by one."""
+
+
+def _messages(shape: Shape) -> int:
+    """Of ZeRO-3, in a pass."""
+    return shape.layers * min(_MATRICES, math.ceil(shape.parameters / shape.layers / _PREFETCHED))
+
+
 @dataclass(frozen=True, slots=True)
 class _Times:
     """Seconds of the parts of a step."""
@@ -327,8 +338,8 @@ class _Times:
         shape, cluster, stage = self.shape, self.cluster, self.way.zero_stage
         width = 2 if self.way.bf16 else 4
         if stage == 3:
-            gathers = (surveys + 2 * batches) * cluster.gather(weight_bytes(shape, self.way), shape.layers)
-            return gathers + batches * cluster.gather(width * shape.trained, shape.layers)
+            gathers = (surveys + 2 * batches) * cluster.gather(weight_bytes(shape, self.way), _messages(shape))
+            return gathers + batches * cluster.gather(width * shape.trained, _messages(shape))
         buckets = math.ceil(shape.trained / BUCKET)
         update = cluster.gather(width * shape.trained, buckets) if stage else 0.0
         if stage == 2:
@@ -390,7 +401,7 @@ def predict_reference(shape: Shape, workload: Workload, cluster: Cluster, way: W
     times = _Times(shape, cluster, way)
     seconds = cluster.shares.compute * times.forward(batch, round(answer * rows))
     if sharded:
-        wait = cluster.gather(weights, shape.layers)
+        wait = cluster.gather(weights, _messages(shape))
         wait += weights / cluster.gpus / cluster.gpu.host if offload else 0.0
         seconds += max(0.0, wait - cluster.shares.overlap * seconds)
     own = (0.0 if offload else weights / cluster.gpus) + gathered if sharded else weights
