@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks
 from small_disk import mounted, remount
 from tiny_runs import metrics_of, tiny_config, train_all
@@ -31,6 +32,26 @@ def test_a_checkpoint_that_does_not_fit_is_a_message_and_the_next_start_goes_on(
         run_ranks(train_all, world, [config])
         assert len(metrics_of(config)) == 5
         assert [path.name for path in (output / "checkpoints").glob("*step*")] == ["step-00000005"]
+
+
+def _one_file_does_not_fit(config: Config) -> None:
+    """In a process of its own: what is written after it does."""
+    save = torch.save
+
+    def refuse(content: object, path: object, **settings: object) -> None:
+        if "optim_states" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, path, **settings)
+
+    torch.save = refuse
+    train(config)
+
+
+def test_a_checkpoint_of_which_one_file_did_not_fit_is_none(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log)
+    with pytest.raises(UserError, match=r"the checkpoint of step 5 cannot be written: .* is full: make room"):
+        run_ranks(_one_file_does_not_fit, 1, config)
+    assert not list((Path(config.train.output) / "checkpoints").glob("step-*"))
 
 
 def _full_from(config: Config, disk: Path, step: int) -> None:
