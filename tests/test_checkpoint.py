@@ -116,7 +116,8 @@ def test_another_policys_checkpoint_is_refused_although_the_reference_is_the_sam
 
 
 def test_a_checkpoint_that_calls_the_losss_section_kto_is_gone_on_from(tmp_path, tiny_model, tiny_log):
-    config = tiny_config(tmp_path, tiny_model, tiny_log, checkpoint__every_steps=2)
+    noted = {"objective__beta": 0.2, "objective__kl_pairs_per_step": 8}  # which the defaults are not
+    config = tiny_config(tmp_path, tiny_model, tiny_log, checkpoint__every_steps=2, **noted)
     with pytest.raises(RuntimeError, match="died"):
         run_ranks(_die_while_saving, 1, config)
     folder = checkpoint.folder(config.train.output) / "step-00000002"

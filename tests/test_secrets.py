@@ -9,6 +9,7 @@ import yaml
 from tiny_runs import tiny_config
 
 from kto_dist.base.config import to_yaml
+from kto_dist.base.console import Console
 
 
 def test_no_file_and_no_line_of_a_run_holds_a_password(tmp_path, tiny_model, tiny_log):
@@ -30,6 +31,16 @@ def test_no_file_and_no_line_of_a_run_holds_a_password(tmp_path, tiny_model, tin
         [sys.executable, "-m", "kto_dist.commands.cli", "config", str(written)], capture_output=True, text=True
     )
     assert "***@127.0.0.1:9" in shown.stdout and "hidden" not in shown.stdout
+
+
+def test_whatever_comes_to_the_console_is_shown_without_its_passwords(capsys):
+    """As words of a library, which knows nothing of them."""
+    console = Console()
+    console.say("connected to http://me:hidden@host/a")
+    console.warn("lost postgresql://me:hidden@host/b")
+    assert capsys.readouterr().out.split() == [
+        "connected", "to", "http://***@host/a", "warning:", "lost", "postgresql://***@host/b"
+    ]  # fmt: skip
 
 
 def test_a_run_that_is_passed_around_keeps_its_other_settings(tmp_path, tiny_model, tiny_log):
