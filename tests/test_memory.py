@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from kto_dist.base import comm, restart
 from kto_dist.base.config import to_yaml
 from kto_dist.base.errors import UserError
+from kto_dist.model.memory import more_room
 from kto_dist.training import stepper
 from kto_dist.training.config import Config
 from kto_dist.training.loop import train
@@ -259,14 +260,23 @@ def _train_without_room_for_states(config: Config) -> None:
 
 def test_no_memory_for_the_optimizers_step_is_told_with_what_to_change(tmp_path, tiny_model, tiny_log):
     config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1, deepspeed__zero_stage=1)
-    with pytest.raises(UserError, match=r"optimizer's step.*use more devices, a higher stage, or deepspeed.offload_op"):
+    with pytest.raises(UserError, match=r"optimizer's step.*devices, a higher stage, or take a host with more memory$"):
         run_ranks(_train_without_room_for_states, 1, config)
 
 
 def test_what_is_too_much_for_any_micro_batch_is_told_with_the_remedy(tmp_path, tiny_model, tiny_log):
     config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
-    with pytest.raises(UserError, match=r"\(\d+ tokens\) alone in a micro-batch: lower data.max_length"):
+    with pytest.raises(UserError, match=r"\(\d+ tokens\) alone in a micro-batch: lower data.max_length.*more memory$"):
         run_ranks(_train_without_room, 1, config)
+
+
+def test_a_gpus_states_may_lie_in_the_hosts_memory_and_those_of_a_cpu_do(monkeypatch):
+    for device, remedy in (
+        ("cpu", "take a host with more memory"),
+        ("cuda", "offload (deepspeed.offload_optimizer: cpu)"),
+    ):
+        monkeypatch.setattr(comm, "device", lambda device=device: torch.device(device))
+        assert more_room() == remedy
 
 
 def _train_without_room(config: Config) -> None:

@@ -56,6 +56,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def more_room() -> str:
+    """What helps where the optimizer's states take it: those of a CPU lie where offloaded ones would."""
+    if comm.device().type == "cpu":
+        return "take a host with more memory"
+    return "offload (deepspeed.offload_optimizer: cpu)"
+
+
 def ends_suddenly(device: torch.device) -> bool:
     """Whether what does not fit is refused at once, where a host begins to swap, or ends a process."""
     return device.type == "cuda"
@@ -138,6 +145,6 @@ class Memory:
             raise UserError(
                 f"out of memory in {phase}, with the longest row ({self.longest} tokens) alone in a micro-batch: lower "
                 "data.max_length, turn on model.gradient_checkpointing, shard more (deepspeed.zero_stage: 3), or "
-                "offload (deepspeed.offload_optimizer: cpu)"
+                f"{more_room()}"
             )
         return max(self.longest, self.cutting.tokens // 2)

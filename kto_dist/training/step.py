@@ -20,7 +20,7 @@ from kto_dist.base import comm
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import Cutting, MicroBatch, microbatches, pair_lengths, step_kl_pairs, step_rows
 from kto_dist.model.causal_lm import Forward
-from kto_dist.model.memory import attempt, is_out_of_memory
+from kto_dist.model.memory import attempt, is_out_of_memory, more_room
 from kto_dist.model.profile import part
 from kto_dist.model.router import load_of
 from kto_dist.objective import metrics
@@ -245,5 +245,5 @@ def _update(policy: Engine, lr: float) -> Tensor | float:
             raise
         raise UserError(
             "out of memory in the optimizer's step, whose states (8 bytes a parameter) are sharded from "
-            "deepspeed.zero_stage 1 on: use more devices, a higher stage, or deepspeed.offload_optimizer: cpu"
+            f"deepspeed.zero_stage 1 on: use more devices, a higher stage, or {more_room()}"
         ) from None
