@@ -252,7 +252,7 @@ def test_a_file_without_one_usable_row_is_refused_as_alone(tmp_path):
             prepare(data, TOKENIZER, chunking=chunking, hosts=hosts)
 
 
-@pytest.mark.parametrize("rows", [1, 9, 1000])
+@pytest.mark.parametrize("rows", [1, 9, 2000])
 def test_what_is_made_does_not_depend_on_how_rows_are_handed_out(tmp_path, rows):
     """A chunk is read before it becomes tokens: rows that fail here and there mix in another order."""
     log = [*thumbs(1300, 9), *thumbs(3, 3)]

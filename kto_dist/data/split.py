@@ -54,7 +54,7 @@ class Split:
         table = pa.Table.from_batches(self._waiting, SCHEMA)
         whole = table.num_rows if last else table.num_rows - table.num_rows % _BATCH
         for start in range(0, whole, _BATCH):
-            # taken and not sliced: a slice may keep bits of its neighbours
+            # taken and not sliced: Arrow writes a slice's texts in other bytes than the same texts on their own
             rows = table.take(np.arange(start, min(start + _BATCH, whole)))
             self._writer.write_batch(rows.combine_chunks().to_batches()[0])
         self._waiting = [batch for batch in table.slice(whole).to_batches() if batch.num_rows]
