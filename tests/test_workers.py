@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,43 @@ def test_a_worker_alone_scores_all_that_a_run_needs_and_a_second_one_nothing(tmp
     config = tiny_config(tmp_path, tiny_model, tiny_log, data__heldout=0.3, train__max_steps=2)
     scored, again, (missing, found) = run_ranks(_heldout_too, 1, config)[0]
     assert scored and (again, missing) == (0, 0) and found >= scored
+
+
+def _taken(config: Config, before: Callable[[], object], working: Working) -> tuple[int, int]:
+    """Of a worker: the pieces among which it could choose at first, and what it has scored. `before` happens when it
+    has looked what is missing, and has no piece yet."""
+    real, seen = Leases.take, []
+
+    def take(self: Leases, pieces: list[str]) -> Any:
+        seen.append(len(pieces))
+        if len(seen) == 1:
+            before()
+        return real(self, pieces)
+
+    Leases.take = take
+    scored = work(config, working).scored_once
+    return seen[0], scored
+
+
+def _overtaken(config: Config) -> int:
+    return _taken(config, lambda: score(config), Working(piece_tokens=PIECE))[1]
+
+
+def test_a_worker_that_has_taken_a_piece_looks_again_what_it_lacks(tmp_path, tiny_model, tiny_log):
+    assert run_ranks(_overtaken, 1, tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)) == [0]
+
+
+def _with_other_batches(config: Config) -> int:
+    work(config, Working(piece_tokens=PIECE))
+    for shard in Path(config.reference.store).glob("*/*.parquet"):
+        shard.unlink()
+    return _taken(config, lambda: None, Working(piece_tokens=2 * PIECE))[0]
+
+
+def test_all_workers_of_a_store_cut_the_pieces_of_the_first_one(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    pieces = len(run_ranks(pieces_of, 1, config, PIECE)[0])
+    assert run_ranks(_with_other_batches, 1, config) == [pieces] and pieces > 2
 
 
 def _waits(config: Config) -> tuple[list[str], int]:

@@ -45,7 +45,7 @@ def test_a_worker_needs_no_launcher_heeds_none_and_gives_its_piece_back_on_sigte
     assert run_ranks(scored_and_found, 1, config)[0][0] == 0
 
 
-def _stopped(config: Config, batches: int) -> tuple[int, str]:
+def _stopped(config: Config, batches: int | None) -> tuple[int, str]:
     """The exit status of a worker that gets a SIGTERM in the midst of its first shard, and what it says."""
 
     def stop(done: int) -> None:
@@ -66,8 +66,11 @@ def test_a_worker_that_gets_a_sigterm_loses_nothing_of_what_it_has_scored(tmp_pa
     status, said = run_ranks(_stopped, 1, config, batches)[0]
     assert status == 143 and "what it has scored is stored" in said
     (summary,) = summarise(config.reference.store)
-    assert 0 < summary.pairs == noted(config) < sum(run_ranks(pieces_of, 1, config, PIECE)[0])
+    pairs = sum(run_ranks(pieces_of, 1, config, PIECE)[0])
+    assert 0 < summary.pairs == noted(config) < pairs
     assert not list(Path(config.reference.store).glob("*/piece-*")) and not summary.users
+    # the next one scores what its piece still lacked, and no more
+    assert run_ranks(_stopped, 1, config, None)[0][0] == 0 and noted(config) == pairs
 
 
 class Terminated(Reference):
