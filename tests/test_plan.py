@@ -352,6 +352,7 @@ def test_a_cpus_head_takes_narrow_logits_and_blocks_of_wide_ones():
     assert held(frozen, cpu, head_rows=2).head == 2 * 49152 * (2 + 3 * 4)
     assert held(frozen, cpu, head_rows=100).head == 100 * 49152 * 2 + 3 * 2**22
     assert held(shape, cpu).head == 2**31 + 6 * shape.head + 3 * 2**22  # several chunks
+    assert held(frozen, replace(cpu, bf16=False), head_rows=2).head == 2 * 49152 * 4 * (1 + 2)  # wide already
 
 
 def test_a_reference_that_is_too_large_for_a_gpu_is_sharded():

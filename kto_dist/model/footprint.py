@@ -283,8 +283,8 @@ def _head_bytes(shape: Shape, sharding: Sharding, rows: int | None) -> float:
     gradient = _head_gradient(shape, sharding, rows)
     if not sharding.cpu:
         return logits + gradient
-    # a block of wide logits, their softmax and its gradient, unless the blocks are more than all rows
-    blocks = 3 * min(_BLOCK, logits * (2 if sharding.bf16 else 1))
+    # a block of logits made wide, their softmax and its gradient, unless the blocks are more than all rows
+    blocks = 3 * min(_BLOCK, 2 * logits) if sharding.bf16 else 2 * min(_BLOCK, logits)
     # of one chunk the gradient comes after the last block
     return logits + (gradient + blocks if _in_chunks(shape, sharding, rows) else max(gradient, blocks))
 
