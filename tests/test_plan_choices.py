@@ -22,7 +22,7 @@ from kto_dist.cluster.plan import (
     ready_config,
     shape_for,
 )
-from kto_dist.cluster.predict import predict_reference
+from kto_dist.cluster.predict import predict, predict_reference
 from kto_dist.cluster.workload import of_means
 from kto_dist.commands.cli import main
 from kto_dist.model.footprint import (
@@ -207,3 +207,17 @@ def test_files_in_few_bits_are_planned_in_16_and_that_is_said(tmp_path):
     done = CliRunner().invoke(main, ["plan", str(given), *words])
     assert done.exit_code == 0 and "are quantised (mxfp4)" in done.output, done.output
     assert "20,914,757,184 parameters" in done.output
+
+
+def test_memory_is_that_of_a_step_with_the_longest_row():
+    """Which a step of average rows does not have."""
+    config = config_of(data__max_length=8192, train__global_batch=8, reference__tokens_per_batch=8192)
+    work = of_means(config, 1000, 50, 50)
+    one_long = work.prompts.copy()
+    one_long[0] = 8000
+    shape, way = shape_of(outline("Llama-3.1-8B")), replace(WAY, tokens=8192)
+    usual, long = (
+        predict(shape, replace(work, prompts=prompts), cluster_of("H100", 8), way).memory
+        for prompts in (work.prompts, one_long)
+    )
+    assert long.activations > 8 * usual.activations
