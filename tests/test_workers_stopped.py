@@ -65,6 +65,8 @@ def test_a_worker_that_gets_a_sigterm_loses_nothing_of_what_it_has_scored(tmp_pa
     config = tiny_config(tmp_path, tiny_model, tiny_log, reference__tokens_per_batch=96)
     status, said = run_ranks(_stopped, 1, config, batches)[0]
     assert status == 143 and "what it has scored is stored" in said
+    # after the micro-batch at hand
+    assert len(Path(f"{config.train.output}-scored").read_text().split()) == batches
     (summary,) = summarise(config.reference.store)
     pairs = sum(run_ranks(pieces_of, 1, config, PIECE)[0])
     assert 0 < summary.pairs == noted(config) < pairs
