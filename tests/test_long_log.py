@@ -20,6 +20,8 @@ def test_a_log_has_several_answers_a_prompt_far_apart(tmp_path):
     assert rows[0]["prompt"] == rows[1000]["prompt"] != rows[1]["prompt"]
     assert 0.5 < sum(row["label"] for row in rows) / 4000 < 0.7
     assert all(8 <= len(row["prompt"].split()) <= 24 for row in rows)
+    words = {word for row in rows for word in (row["prompt"] + row["completion"]).split()}
+    assert words <= {f"w{number}" for number in range(500)} and len(words) > 400  # those that the model knows
 
 
 def test_made_tokens_are_rows_as_a_log_would_give(tmp_path, tiny_model):
