@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from nodes import NAMES, Job, Nodes, why_not
@@ -46,6 +47,8 @@ def test_a_host_that_ends_while_it_starts_is_not_waited_for(tmp_path):
     (nodes.folder / "ssh" / "sshd_config").write_text("Nonsense\n")
     with pytest.raises(RuntimeError, match="a host has ended by itself"), nodes:
         pass
+    # nor does the switch stay
+    assert "sleep" not in [child.name() for child in psutil.Process().children()]
 
 
 class Hosts:
