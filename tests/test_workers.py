@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from kto_dist.data import tokenise
 from kto_dist.reference.worker import TERMS, Working
 from kto_dist.store.leases import Leases, is_piece
 from kto_dist.store.storage import LocalStorage
+from kto_dist.store.store import Store
 from kto_dist.store.tools import summarise, verify
 from kto_dist.training import precompute
 from kto_dist.training.config import Config
+from kto_dist.training.prepare import find, prepare
 
 PIECE = 300
 """Tokens, of about ten pairs."""
@@ -346,6 +349,19 @@ def _beside_another_config(config: Config) -> list[str]:
 def test_a_worker_says_that_those_of_another_config_are_at_work(tmp_path, tiny_model, tiny_log):
     said = run_ranks(_beside_another_config, 1, tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1))[0]
     assert sum("1 pieces that other workers have, or were killed with, are none of this config's" in t for t in said)
+
+
+def _beside_another_precision(config: Config) -> list[str]:
+    _, fingerprint = find(prepare(config, Console()), Console())
+    with Store(config.reference.store, replace(fingerprint, dtype="bfloat16")) as other:
+        other.begin()
+        return _said(config, Working(piece_tokens=PIECE))[1]
+
+
+def test_a_worker_says_that_others_score_the_same_weights_in_another_precision(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    said = run_ranks(_beside_another_precision, 1, config)[0]
+    assert sum("dtype bfloat16 there and float32 here" in text for text in said) == 1
 
 
 def _after_a_pass(config: Config) -> tuple[str, list[str]]:
