@@ -196,7 +196,7 @@ def store(config: Any) -> dict[str, Any]:
     """Leaves out the pairs of the steps that are going to run."""
     from kto_dist.base.console import Console
     from kto_dist.data.batch import step_kl_pairs, step_rows
-    from kto_dist.reference.scoring import seek
+    from kto_dist.reference.scoring import ShardSize, seek
     from kto_dist.store.store import Store
     from kto_dist.training.prepare import find, prepare, wanted
 
@@ -215,8 +215,8 @@ def store(config: Any) -> dict[str, Any]:
     # rows with equal text share a key
     keys = sought.keys[~np.isin(sought.keys["high"], sought.keys["high"][real])]
     with Store(setup.store, fingerprint) as filled:
-        for start in range(0, keys.size, 2**20):
-            part = keys[start : start + 2**20]
+        for start in range(0, keys.size, a_shard := ShardSize().largest):
+            part = keys[start : start + a_shard]
             filled.add(part, np.full(part.size, -50.0), np.ones(part.size, np.int32))
     return {"pairs": int(keys.size)}
 
