@@ -12,7 +12,8 @@
 3. curves    tokens a second and GPU for an 8 billion parameter model, 1 to 4,096 GPUs, as computed
 
 The planner is given the very rows of the steps that are measured: what is tested is its arithmetic. A file that is
-there already is gone on with: its cases are not run again, so that parts (`--case`, `--most`) add up.
+there already is gone on with: its cases are not run again, so that parts (`--case`, `--most`, `--turns`) add up. Of
+several turns the median of their medians counts.
 
 Two nodes are two processes that think they are on machines of their own (LOCAL_RANK 0 of both), on this one: what they
 show is the code's way, not a network's.
@@ -43,7 +44,7 @@ Planned = Callable[[Line, float], tuple[float, float]]
 
 
 def measure(content: dict[str, Any], case: Case, model: Path, log: Path, limit: float) -> None:
-    """Adds a line to the results; of a run that fails it is said why."""
+    """Adds a line to the results, or a turn to one that is there; of a run that fails it is said why."""
     settings, steps = content["settings"], content["settings"]["steps"]
     with tempfile.TemporaryDirectory(prefix="kto-scaling-") as name:
         folder = Path(name)
@@ -53,29 +54,35 @@ def measure(content: dict[str, Any], case: Case, model: Path, log: Path, limit: 
         except click.ClickException as error:
             click.echo(f"left out: {error.message}")
             return
+    own = statistics.median(found["seconds"])
+    for line in content["results"]:
+        if _key(line) == (case.name, case.memory):
+            line["turns"].append(own)
+            line["seconds_per_step"] = statistics.median(line["turns"])
+            return
     content["results"].append(
         {
             "case": case.name,
             **asdict(case),
-            "seconds_per_step": statistics.median(found["seconds"]),
-            "seconds": found["seconds"],
+            "seconds_per_step": own,
+            "turns": [own],
             "bytes": found["peak_bytes"],
             "held_bytes": found["held_bytes"],
         }
     )
 
 
-def measure_machine(content: dict[str, Any]) -> None:
-    """What as many ranks at once as the last run had show of this machine: the most that it has shown, since whatever
-    else runs there takes from it."""
+def measure_machine(content: dict[str, Any], case: Case) -> None:
+    """What as many ranks at once as the run had show of this machine: the most that it has shown, since whatever else
+    runs there takes from it."""
     from kto_dist.cluster.measure import rates_here
 
-    if not content["results"] or not _timed(line := content["results"][-1], content):
+    if not content["gpu"] and case.memory:
         return
-    found = asdict(rates_here(line["ranks"], None if machine.has_gpu() else 1))
-    before = content["rates"].setdefault(str(line["ranks"]), found)
+    found = asdict(rates_here(case.ranks, None if machine.has_gpu() else 1))
+    before = content["rates"].setdefault(str(case.ranks), found)
     if found["flops"] / found["crowding"] > before["flops"] / before["crowding"]:
-        content["rates"][str(line["ranks"])] = found
+        content["rates"][str(case.ranks)] = found
 
 
 def _key(line: Line) -> tuple[str, bool]:
@@ -173,15 +180,21 @@ def _chosen(
     adapter_stages: str,
     named: tuple[str, ...],
     most: int | None,
+    turns: int,
 ) -> list[Case]:
-    """Those that the file does not have yet."""
-    batch, there = content["settings"]["global_batch"], {_key(line) for line in content["results"]}
+    """Those that the file does not have yet, or not so often; each case once before one comes again."""
+    batch, there = content["settings"]["global_batch"], {_key(line): len(line["turns"]) for line in content["results"]}
     found = [] if only == "time" else memory_cases(_numbers(stages), _numbers(adapter_stages), batch)
     if only != "memory":
         times = time_cases(batch, alone=content["gpu"])
         # on a GPU a run for its memory shows its seconds as well; that by which others are calibrated comes first
         found = [times[0], *found] if content["gpu"] and only is None else found + times
-    wanted = [case for case in found if (case.name, case.memory) not in there and (not named or case.name in named)]
+    found = [case for case in found if not named or case.name in named]
+    wanted = []
+    for turn in range(turns):
+        # memory is the same each time
+        timed = [case for case in found if turn == 0 or not case.memory]
+        wanted += [case for case in timed if there.get((case.name, case.memory), 0) <= turn]
     return wanted[:most]
 
 
@@ -193,6 +206,7 @@ def _chosen(
 @click.option("--adapter-stages", default="0,1,2,3", show_default=True, help="and those with LoRA; empty: none")
 @click.option("--case", "named", multiple=True, help="these runs alone, by their names")
 @click.option("--most", type=click.IntRange(min=1), help="so many more runs at the most")
+@click.option("--turns", type=click.IntRange(min=1), default=1, show_default=True, help="how often times are measured")
 @click.option("--global-batch", default=16, show_default=True, help="rows of a step at one rank")
 @click.option("--max-length", default=256, show_default=True, help="most tokens of a row")
 @click.option("--tokens-per-microbatch", default=2048, show_default=True)
@@ -214,6 +228,7 @@ def main(
     adapter_stages: str,
     named: tuple[str, ...],
     most: int | None,
+    turns: int,
     global_batch: int,
     max_length: int,
     tokens_per_microbatch: int,
@@ -249,9 +264,9 @@ def main(
         jobs: dict[tuple[str, bool], Any] = {}
         if not again:
             scaling_runs.prepare()
-            for case in _chosen(content, only, stages, adapter_stages, named, most):
+            for case in _chosen(content, only, stages, adapter_stages, named, most, turns):
                 measure(content, case, model, log, limit)
-                measure_machine(content)
+                measure_machine(content, case)
                 # each at once: what runs out of time keeps what it has
                 compute(content, model, log, jobs)
                 records.write_json(file, content)

@@ -31,7 +31,8 @@ def curves() -> dict[str, Any]:
                 tie_word_embeddings=False,
             )
         )
-    shape, lines, assumed = shape_of(lm), [], {}
+    shape, lines = shape_of(lm), []
+    assumed: dict[str, float] = {}
     for kind in KINDS:
         for gpus in GPUS:
             config = Config.build(
@@ -42,7 +43,8 @@ def curves() -> dict[str, Any]:
                 }
             )
             made = plan(config, shape, of_means(config, 10**7, 200, 300), cluster_of(kind, gpus))
-            assumed = asdict(made.cluster.shares)
+            assumed |= asdict(made.cluster.shares)
+            assumed |= {f"{kind} {name}": getattr(made.cluster.gpu, name) for name in ("matmul", "attention")}
             best = made.best
             if best is None:
                 continue
@@ -88,8 +90,8 @@ def draw(content: dict[str, Any], file: Path) -> None:
     text = "assumed\n" + "\n".join(
         f"{name.replace('_', ' ')}: {value:g}" for name, value in content["assumptions"].items()
     )
-    axes.legend(frameon=False, loc="center right", fontsize=8)
+    axes.legend(frameon=False, loc="upper right", fontsize=8)
     figure.subplots_adjust(right=0.72)
-    figure.text(0.74, 0.5, text, fontsize=8, va="center")
+    figure.text(0.74, 0.5, text, fontsize=7, va="center")
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

@@ -31,7 +31,7 @@ def memory(*files: dict[str, Any]) -> str:
 
 
 def times(*files: dict[str, Any]) -> str:
-    """A line a model and run; ratios are computed over measured."""
+    """A line a model and run; ratios are computed over measured, medians of the turns."""
     rows = []
     for content in files:
         for line in content["results"]:
@@ -42,8 +42,10 @@ def times(*files: dict[str, Any]) -> str:
             # what a checkpoint costs is not computed
             ratio = "" if line["checkpoints"] else f"{line['calibrated_seconds'] / line['seconds_per_step']:.2f}"
             model = content["settings"]["model"]
-            rows.append([model, line["case"], f"{line['seconds_per_step']:.3f}", ratio, apart, saved])
-    head = ["model", "run", "s a step", "computed after calibration, of it"]
+            turns = line["turns"]
+            spread = f" ({min(turns):.3f} to {max(turns):.3f})" if len(turns) > 1 else ""
+            rows.append([model, line["case"], f"{line['seconds_per_step']:.3f}{spread}", ratio, apart, saved])
+    head = ["model", "run", "s a step, median (turns)", "computed after calibration, of it"]
     head += ["share that one rank alone does not take", "s a checkpoint"]
     return f"*{files[0]['device']}; {files[0]['date']}.*\n\n{_table(head, rows)}"
 

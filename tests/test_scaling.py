@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 def line(case: str, seconds: float, computed: float, collectives: float = 0.0, **changes: object) -> dict[str, object]:
     about = {"case": case, "ranks": 1, "checkpoints": False, "memory": False, "bytes": 2**30, "computed_bytes": 2**29}
-    return {**about, "seconds_per_step": seconds, "as_computed": (computed, collectives), **changes}
+    return {**about, "seconds_per_step": seconds, "turns": [seconds], "as_computed": (computed, collectives), **changes}
 
 
 def planned(line: dict[str, object], factor: float) -> tuple[float, float]:
@@ -30,7 +30,7 @@ def test_a_run_at_one_rank_calibrates_the_others_and_what_two_ranks_take_beyond_
         line("one rank", 2.0, 1.0),
         line("one rank, half the batch", 1.2, 0.5),
         line("two ranks, strong", 1.5, 0.9, 0.4, ranks=2),
-        line("two nodes, weak", 2.5, 1.3, 0.3, ranks=2),
+        line("two nodes, weak", 2.5, 1.3, 0.3, ranks=2, turns=[2.4, 2.5, 2.75]),
         line("one rank, a checkpoint a step", 2.75, 1.0, checkpoints=True),
         line("ZeRO 3", 2.2, 1.0),
         line("two ranks, ZeRO 3, weak", 2.75, 1.3, 0.3, ranks=2),
@@ -43,7 +43,10 @@ def test_a_run_at_one_rank_calibrates_the_others_and_what_two_ranks_take_beyond_
     assert lines[4]["checkpoint_seconds"] == pytest.approx(0.75)
     assert lines[6]["no_compute"] == pytest.approx(1 - 2.2 / 2.75)  # beside one rank of the same stage
     table = scaling_table.times({"device": "d", "date": "t", "settings": {"model": "tiny"}, "results": lines})
-    assert "| tiny | one rank | 2.000 | 1.00 |  |  |" in table and "| two nodes, weak | 2.500 | 0.92 | 20% |" in table
+    assert (
+        "| tiny | one rank | 2.000 | 1.00 |  |  |" in table
+        and "| two nodes, weak | 2.500 (2.400 to 2.750) | 0.92 | 20% |" in table
+    )
 
 
 def test_runs_for_memory_are_no_times_and_stand_in_a_table_of_their_own():
@@ -106,6 +109,26 @@ def test_parts_add_up_and_figures_are_computed_anew_without_a_run(tmp_path, ran)
     assert other.exit_code == 1 and "another max_length" in other.output
 
 
+def test_turns_alternate_and_the_median_of_their_medians_counts(tmp_path, ran, monkeypatch):
+    speeds = iter([1.0, 4.0, 3.0, 5.0, 2.0, 9.0])
+
+    def run(config: Any, case: Any, *_: object) -> dict[str, Any]:
+        ran.append(case.name)
+        speed = next(speeds)
+        return {"seconds": [speed, speed, 99.0], "peak_bytes": None, "held_bytes": None}
+
+    monkeypatch.setattr(scaling_runs, "run", run)
+    file = tmp_path / "found.json"
+    words = ["--json", str(file), "--only", "time", "--case", "one rank", "--case", "ZeRO 1", "--global-batch", "4"]
+    for turns in ("1", "3"):  # the second start goes on
+        done = CliRunner().invoke(scaling.main, [*words, "--turns", turns])
+        assert done.exit_code == 0, done.output
+    assert ran == ["one rank", "ZeRO 1"] * 3
+    found = json.loads(file.read_text())["results"]
+    assert [(each["case"], each["seconds_per_step"]) for each in found] == [("one rank", 2.0), ("ZeRO 1", 5.0)]
+    assert found[1]["calibrated_seconds"] == pytest.approx(2.0, rel=0.2)
+
+
 def test_memory_is_measured_of_every_way_to_train():
     cases = scaling_cases.memory_cases((0, 2), (3,), 16)
     assert [case.name for case in cases] == [
@@ -151,7 +174,11 @@ def test_curves_say_that_they_are_computed_and_what_they_assume(tmp_path, monkey
     monkeypatch.setattr(scaling_curves, "GPUS", (1, 8, 4096))
     monkeypatch.setattr(scaling_curves, "KINDS", ("H100", "MI300X"))
     content = scaling_curves.curves()
-    assert content["computed"] and content["assumptions"]["matmul"] and json.dumps(content)
+    assert (
+        content["computed"]
+        and {"busy", "H100 matmul", "MI300X attention"} <= set(content["assumptions"])
+        and json.dumps(content)
+    )
     rates = {(found["gpu"], found["gpus"]): found["tokens_per_second_and_gpu"] for found in content["results"]}
     assert len(rates) == 6 and all(rate > 0 for rate in rates.values())
     assert "Computed, not measured" in scaling_table.curves({**content, "date": "t"})

@@ -163,9 +163,11 @@ class Examples:
 
     def __init__(self, table: pa.Table, *, fingerprint: str, report: DataReport) -> None:
         self._table = table
-        self.prompt_lengths: np.ndarray = pc.list_value_length(table["prompt_ids"]).to_numpy()
+        # a table makes its columns anew for whoever asks, of thousands of chunks
+        self._prompts, self._completions = table["prompt_ids"], table["completion_ids"]
+        self.prompt_lengths: np.ndarray = pc.list_value_length(self._prompts).to_numpy()
         """(N,) int32, tokens after cutting."""
-        self.completion_lengths: np.ndarray = pc.list_value_length(table["completion_ids"]).to_numpy()
+        self.completion_lengths: np.ndarray = pc.list_value_length(self._completions).to_numpy()
         """(N,) int32, tokens after cutting, at least one."""
         self.desirable: np.ndarray = table["desirable"].to_numpy()
         """(N,) bool; where the label is a probability, whether it is at least a half."""
@@ -228,11 +230,11 @@ class Examples:
 
     def prompt(self, row: int) -> np.ndarray:
         """(P,) int32"""
-        return self._table["prompt_ids"][row].values.to_numpy()
+        return self._prompts[row].values.to_numpy()
 
     def completion(self, row: int) -> np.ndarray:
         """(C,) int32"""
-        return self._table["completion_ids"][row].values.to_numpy()
+        return self._completions[row].values.to_numpy()
 
     def token_chunks(self, side: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each stretch of rows (n of them): (n + 1,) int64 offsets, and the (T,) int32 tokens that they cut.
