@@ -192,7 +192,7 @@ def _cleared_out_meanwhile(store: str) -> Iterator[None]:
 def _fates(draw: random.Random, struck: int) -> list[Fate]:
     fates = []
     for number in range(struck):
-        kind = ("moment", "moment", "killed", "moment", "stopped")[number % 5]
+        kind = ("moment", "moment", "killed", "moment", "stopped", "killed")[number % 6]
         if kind == "moment":
             fates.append(Fate(moment=draw.choice(MOMENTS), times=draw.randint(1, 3)))
         elif kind == "killed":
@@ -248,4 +248,4 @@ def fill(folder: Path, model: Path, seed: int, struck: int, late: int) -> str:
 def test_workers_struck_at_any_moment_leave_a_whole_store_and_score_again_only_what_was_in_hand(
     tmp_path, tiny_model, seed
 ):
-    print(fill(tmp_path, tiny_model, seed, struck=5, late=2))
+    print(fill(tmp_path, tiny_model, seed, struck=6, late=2))
