@@ -15,8 +15,9 @@ from kto_dist.reference.logps import ReferenceLogps, fill_store, score_reference
 from kto_dist.reference.pairs import wanted_pairs
 from kto_dist.reference.pieces import cut_pieces
 from kto_dist.reference.progress import Progress, Watch
-from kto_dist.reference.scoring import Outcome, ShardSize, distinct, seek
+from kto_dist.reference.scoring import Outcome, ShardSize, seek
 from kto_dist.reference.worker import Working
+from kto_dist.store.shards import distinct
 from kto_dist.training.config import Config
 from kto_dist.training.precompute import precompute
 from kto_dist.training.prepare import find, prepare, wanted

@@ -193,3 +193,10 @@ def test_rates_count_pairs_with_equal_tokens_once():
     figures = (outcome + outcome).figures()
     assert (figures["reference/scored"], figures["reference/rows_per_second"]) == (8, 2.0)
     assert figures["reference/tokens_per_second"] == 20.0 and figures["reference/repeated"] == 8
+
+
+def test_a_held_out_row_that_is_trained_on_as_well_is_scored_once(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, data__heldout=str(tiny_log), train__epochs=1)
+    _, found = run_ranks(scored_and_found, 1, config)[0]
+    # the store was empty: all held-out rows were told of what was scored for the training rows
+    assert found >= len(Path(tiny_log).read_text().splitlines())

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import time
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from pair_key import keys_array, pair_key
 from small_disk import remount
 
 from kto_dist.base.errors import UserError
-from kto_dist.store.shards import BYTES_A_PAIR, KEY, Wanted, distinct, encode
+from kto_dist.store.shards import KEY, Wanted, distinct, encode
 from kto_dist.store.storage import LocalStorage
 from kto_dist.store.store import FORMAT, Store, read_manifest
 
@@ -64,20 +63,24 @@ def test_distinct_keys_stand_where_they_come_first():
         assert all((keys[:place] != keys[place]).all() for place in first.tolist())
 
 
-def test_a_store_far_larger_than_what_is_wanted_takes_the_memory_of_a_few_shards(tmp_path, monkeypatch):
+def test_of_a_store_far_larger_than_what_is_wanted_few_shards_wait_to_be_taken(tmp_path, monkeypatch):
+    writer = Store(tmp_path, IDENTITY)
+    for first in range(0, 300, 10):
+        fill(writer, range(first, first + 10))
+    events, read = [], LocalStorage.read
     monkeypatch.setattr(LocalStorage, "concurrency", 2)
-    writer, draw = Store(tmp_path, IDENTITY), np.random.default_rng(0)
-    size = 10_000
-    for _ in range(30):
-        keys = draw.integers(0, 2**63, (size, 2)).astype("<u8").view(KEY).ravel()
-        writer.add(keys, np.zeros(size), np.ones(size))
-    tracemalloc.start()
-    try:
-        assert Store(tmp_path, IDENTITY).lookup(keys[:100])[1].all()
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 10 * BYTES_A_PAIR * size  # 30 shards are three times as much
+    monkeypatch.setattr(LocalStorage, "read", lambda *given: (events.append(1), read(*given))[1])
+
+    class Counted(Wanted):
+        def take(self, *given: np.ndarray) -> None:
+            events.append(-1)
+            super().take(*given)
+
+    store = Store(tmp_path, IDENTITY)
+    events.clear()
+    store.tell(wanted := Counted(keys_of(range(5))))
+    assert wanted.values()[1].all() and events.count(-1) == 30
+    assert max(np.cumsum(events)) == 2
 
 
 def test_keys_that_agree_in_their_first_half_are_told_apart(tmp_path):

@@ -62,14 +62,16 @@ def _seconds(work: Callable[[], object], times: int) -> float:
     return (time.perf_counter() - started) / times
 
 
-def main() -> int:
+def told_by_rank_0(measured: Callable[[], str]) -> int:
+    """The whole of a program that every rank runs: what the ranks measure together, as a line of rank 0. The exit
+    status."""
     die_with_parent()
     try:
         comm.init()
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr, flush=True)
         return MISTAKE
-    text = measure()
+    text = measured()
     if comm.is_main():
         print(text, flush=True)
     comm.barrier()
@@ -78,4 +80,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(told_by_rank_0(measure))

@@ -21,9 +21,8 @@ import torch
 
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
-from kto_dist.base.exits import DONE, MISTAKE, leave
-from kto_dist.base.processes import die_with_parent
-from kto_dist.cluster.allreduce import Links, links
+from kto_dist.base.exits import leave
+from kto_dist.cluster.allreduce import Links, links, told_by_rank_0
 from kto_dist.model.causal_lm import pick_dtype
 
 _SECONDS = 0.5
@@ -153,20 +152,5 @@ def _median(work: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
-def main() -> int:
-    die_with_parent()
-    try:
-        comm.init()
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr, flush=True)
-        return MISTAKE
-    found = _measured()
-    if comm.is_main():
-        print(json.dumps(asdict(found)), flush=True)
-    comm.barrier()
-    comm.shutdown()
-    return DONE
-
-
 if __name__ == "__main__":
-    leave(main())
+    leave(told_by_rank_0(lambda: json.dumps(asdict(_measured()))))
