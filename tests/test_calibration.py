@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import real_configs
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_runs import tiny_config
@@ -18,7 +19,7 @@ from kto_dist.cluster.allreduce import Links
 from kto_dist.cluster.hardware import Cluster, calibrated, cluster_of, linked
 from kto_dist.cluster.measure import STEPS, Measured, measure, this_machine
 from kto_dist.cluster.plan import plan
-from kto_dist.cluster.predict import Seconds, Way, factor, load_of, predict
+from kto_dist.cluster.predict import Seconds, factor, load_of, predict
 from kto_dist.cluster.rates import Rates, rates
 from kto_dist.cluster.workload import Workload, of_means, step_load
 from kto_dist.model.footprint import Shape, shape_of, with_adapter
@@ -27,17 +28,7 @@ from kto_dist.training.config import Config
 CONFIG = Config.build(
     {"model": {"path": "m"}, "data": {"train": "t", "max_length": 1024}, "train": {"global_batch": 64}}
 )
-WAY = Way(
-    zero_stage=2,
-    offload_optimizer=False,
-    offload_parameters=False,
-    checkpointing=False,
-    tokens=16384,
-    bf16=True,
-    fused=True,
-    packed=True,
-    logits_bytes=2**31,
-)
+WAY = replace(real_configs.WAY, zero_stage=2, tokens=16384)
 LINKS = Links(latency=60e-6, bandwidth=300e9)
 
 

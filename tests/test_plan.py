@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import real_configs
 import torch
 import yaml
 from click.testing import CliRunner
@@ -67,17 +68,7 @@ def config_of(**changes: object) -> Config:
     return Config.build(tree)
 
 
-WAY = Way(
-    zero_stage=2,
-    offload_optimizer=False,
-    offload_parameters=False,
-    checkpointing=False,
-    tokens=16384,
-    bf16=True,
-    fused=True,
-    packed=True,
-    logits_bytes=2**31,
-)
+WAY = replace(real_configs.WAY, zero_stage=2, tokens=16384)
 
 
 def of_benchmark(shape: Shape, way: Way) -> Prediction:
