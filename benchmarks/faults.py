@@ -16,12 +16,13 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from kto_dist.base.ports import free_port
 
 STEPS, EVERY = 10, 2
 LIMIT = 120.0
@@ -53,10 +54,7 @@ class Job:
 
     def __init__(self, folder: Path, ranks: int):
         self.said = folder / f"said-{len(list(folder.glob('said-*')))}"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        self.processes = []
+        port, self.processes = str(free_port()), []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             environment = own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}

@@ -7,7 +7,6 @@ these runs. Where there is a GPU each is a process of its own.
 import importlib
 import json
 import os
-import socket
 import sys
 import time
 import traceback
@@ -18,6 +17,8 @@ import click
 import machine
 import scaling_rank
 from scaling_cases import Case, warm
+
+from kto_dist.base.ports import free_port
 
 HERE = Path(__file__).resolve().parent
 SHOWN = 15
@@ -43,10 +44,7 @@ def run(config: Any, case: Case, folder: Path, steps: int, limit: float) -> dict
 
 
 def _environments(case: Case) -> list[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # a node of its own: first of its ranks
     return [
         meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank if case.nodes == 1 else 0)} for rank in range(case.ranks)

@@ -9,7 +9,6 @@ does not outlive a fork.
 
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from typing import Any
 
 import pytest
 from devices import GPUS, deepspeed_on_gpu, gpus_hidden
+
+from kto_dist.base.ports import held_port
 
 # One thread a rank: four ranks of a test share two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -36,10 +37,14 @@ def run_ranks(
 ) -> list[Any]:
     if gpu and world_size > GPUS:
         pytest.skip(f"needs {world_size} GPUs, and there are {GPUS}")
+    with held_port() as port:  # many tests at once start ranks
+        return _run(function, world_size, port, arguments, timeout, gpu)
+
+
+def _run(
+    function: Callable[..., Any], world_size: int, port: int, arguments: tuple[Any, ...], timeout: float, gpu: bool
+) -> list[Any]:
     context = _afresh if gpu else _server
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
@@ -58,7 +63,7 @@ def run_ranks(
             try:
                 kind, value = pipe.recv()
             except EOFError:
-                processes[rank].join(timeout=60)
+                processes[rank].join(timeout=300)
                 kind, value = "died", f"rank {rank} died without a result (status {processes[rank].exitcode})"
             results.append((kind, value))
         for kind, value in results:
@@ -72,6 +77,7 @@ def run_ranks(
             process.join(timeout=10)
             if process.is_alive():
                 process.kill()
+                process.join()
 
 
 def _rank(sender: Any, environment: dict[str, Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

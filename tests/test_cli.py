@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,6 +19,7 @@ from tiny_runs import tiny_config
 from transformers import AutoModelForCausalLM
 
 from kto_dist.base.config import to_yaml
+from kto_dist.base.ports import held_port
 from kto_dist.commands.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -45,12 +45,6 @@ def with_shared_memory_of_its_own(folder: Path) -> list[str]:
     own = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs tmpfs /dev/shm && {{ {listed}; }}", "sh"]
     possible = shutil.which("unshare") and not subprocess.run([*own, "true"], capture_output=True).returncode
     return own if possible else []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def ranks_of(config: Path) -> list[psutil.Process]:
@@ -223,21 +217,27 @@ def test_a_run_under_the_launcher_leaves_everything_that_it_promises_and_nothing
     assert client.get_model_version("tiny", "1").run_id == logged.info.run_id
 
 
-def test_the_clusters_command_runs_and_reports_like_ours(tmp_path, tiny_model, tiny_log):
+@pytest.fixture
+def port() -> Iterator[int]:
+    with held_port() as found:
+        yield found
+
+
+def test_the_clusters_command_runs_and_reports_like_ours(tmp_path, tiny_model, tiny_log, port):
     config = write_config(tmp_path, tiny_model, tiny_log)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", port]
     script = ROOT / "launch" / "train.py"
-    done = run(*launcher, free_port(), script, config, "train.max_steps=2", env=environment, cwd=ROOT)
+    done = run(*launcher, script, config, "train.max_steps=2", env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     asked = ["--module", "kto_dist.commands.evaluate", tmp_path / "run", "--data", f"seen={tiny_log}"]
-    done = run(*launcher, free_port(), *asked, env=environment, cwd=ROOT)
+    done = run(*launcher, *asked, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"loading the model ({tmp_path / 'run' / 'export'}, float32)" in done.stdout
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["data"]["rows"] == len(tiny_log.read_text().splitlines()) and found["heldout"]["rewards/all"] != 0
-    done = run(*launcher, free_port(), script, config, "train.clip=-1", env=environment, cwd=ROOT)
+    done = run(*launcher, script, config, "train.clip=-1", env=environment, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "train.clip" in done.stderr
 
@@ -249,7 +249,7 @@ def test_sigterm_saves_leaves_no_rank_behind_and_the_same_command_goes_on(tmp_pa
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, while_=process)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
+    said = process.communicate(timeout=240)[0]
     assert process.returncode == 143, said
     assert "the same command goes on from there" in said
     assert not ranks_of(config)

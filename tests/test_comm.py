@@ -5,10 +5,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from kto_dist.base import comm
+from kto_dist.base.ports import free_port, held_port
 
 PROGRAM = "from kto_dist.base import comm; comm.init(); print(comm.world_size(), comm.broadcast(7))"
 
@@ -48,10 +50,26 @@ def _meets(rank: int, size: int, port: int, seconds: float, **more: str) -> subp
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def port() -> Iterator[int]:
+    with held_port() as found:
+        yield found
+
+
+def test_a_port_that_is_held_is_given_to_nobody_and_ranks_meet_there(port):
+    ranks = [_meets(rank, 2, port, 240) for rank in range(2)]
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with socket.socket(family) as other, pytest.raises(OSError):
+            other.bind(("", port))
+    assert [rank.communicate()[0] for rank in ranks] == ["met\n"] * 2
+
+
+def test_a_port_for_later_is_free_and_none_that_the_system_gives_away():
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 10 and max(ports) < max(first, 32768)
+    for port in ports:
+        with socket.socket() as probe:
+            probe.bind(("", port))
 
 
 @pytest.mark.soak

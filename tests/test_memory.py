@@ -1,9 +1,9 @@
 """Out of memory is no end: half the tokens a micro-batch, in place or after a restart, on the trajectory of that."""
 
 import json
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from kto_dist.base import comm, restart
 from kto_dist.base.config import to_yaml
 from kto_dist.base.errors import UserError
+from kto_dist.base.ports import held_port
 from kto_dist.model.memory import more_room
 from kto_dist.training import stepper
 from kto_dist.training.config import Config
@@ -147,7 +148,7 @@ run_and_leave(["train", *[word for word in sys.argv[1:-1] if not word.startswith
 
 @pytest.mark.parametrize("stage", (pytest.param(2, marks=pytest.mark.soak), 3))
 def test_where_ranks_wait_for_each_other_the_run_starts_itself_again_with_half_the_tokens(
-    tmp_path, tiny_model, tiny_log, stage
+    tmp_path, tiny_model, tiny_log, torchrun, stage
 ):
     shared = {"deepspeed__zero_stage": stage, "train__max_steps": 6, "train__packing": True}
     fitting = tiny_config(
@@ -159,10 +160,9 @@ def test_where_ranks_wait_for_each_other_the_run_starts_itself_again_with_half_t
     run_ranks(train_all, 2, [fitting])
     (tmp_path / "job.py").write_text(RESTARTING)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port())]
     layers = 2 * 3  # of three steps
     done = subprocess.run(
-        [*command, str(tmp_path / "job.py"), str(tmp_path / "config.yaml"), str(layers)],
+        [*torchrun, str(tmp_path / "job.py"), str(tmp_path / "config.yaml"), str(layers)],
         capture_output=True,
         text=True,
         check=False,
@@ -201,7 +201,7 @@ run_and_leave(["train", *[word for word in sys.argv[1:] if not word.startswith("
 
 
 def test_sharded_weights_answer_half_the_prompts_at_once_after_a_restart_and_say_the_same(
-    tmp_path, tiny_model, tiny_log
+    tmp_path, tiny_model, tiny_log, torchrun
 ):
     shared = {"deepspeed__zero_stage": 3, "train__max_steps": 1, "train__packing": False, "data__heldout": 0.3}
     shared |= {"answers__while_training": 3, "answers__max_tokens": 4, "answers__batch": 3}
@@ -210,9 +210,11 @@ def test_sharded_weights_answer_half_the_prompts_at_once_after_a_restart_and_say
     run_ranks(train_all, 2, [fitting])
     (tmp_path / "job.py").write_text(ANSWERING)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port())]
     done = subprocess.run(
-        [*command, str(tmp_path / "job.py"), str(tmp_path / "config.yaml")], capture_output=True, text=True, check=False
+        [*torchrun, str(tmp_path / "job.py"), str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Started again by itself with answers.batch=1:") == 1
@@ -288,10 +290,11 @@ def _train_without_room(config: Config) -> None:
     train(config)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def torchrun() -> Iterator[list[str]]:
+    """The start of a command line that two ranks share."""
+    with held_port() as port:
+        yield [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(port)]
 
 
 def _reference_on_a_small_device(config: Config) -> dict:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from tiny import thumbs, write_jsonl
 
+from kto_dist.base.ports import held_port
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.soak
 
@@ -84,9 +86,10 @@ def test_the_wheel_mines_a_log_and_trains_from_an_empty_folder(installed, tiny_m
     assert (run_folder / "report.html").exists() and (run_folder / "export" / "model.safetensors").exists()
 
     # the cluster's line, which needs no checkout either
-    launcher = [installed, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "kto_dist.commands.train"]
-    again = [*overrides, "train.output=runs/again"]
-    run(*launcher, "config.yaml", *again, cwd=tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    launcher = [installed, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"]
+    again = ["--module", "kto_dist.commands.train", "config.yaml", *overrides, "train.output=runs/again"]
+    with held_port() as port:
+        run(*launcher, port, *again, cwd=tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     assert len((tmp_path / "runs" / "again" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -29,6 +28,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch do
 from kto_dist.base import comm, hosts, watch
 from kto_dist.base.doing import Clock, Observer
 from kto_dist.base.exits import FAILED
+from kto_dist.base.ports import free_port
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_HEAR = 5.0
@@ -94,9 +94,14 @@ class Restarts:
         self._hosts = hosts.by_rank()
         if comm.size(comm.WORLD) == 1:
             return
-        host, port = os.environ["MASTER_ADDR"], comm.broadcast(_free_port())
-        wait = timedelta(seconds=60)
-        self._store = TCPStore(host, port, is_master=comm.is_main(), wait_for_workers=False, timeout=wait)
+        host, ports, wait = os.environ["MASTER_ADDR"], (0, 0), timedelta(seconds=60)
+        if comm.is_main():
+            # at a port that the system picks as it is opened; the next start's is to be free where rank 0 is
+            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
+            ports = self._store.port, free_port()
+        port, self._next_port = comm.broadcast(ports)
+        if self._store is None:
+            self._store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
         # of its own for the thread: a client answers one question at a time
         ears = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
         self._observer, self._beats = Observer(), 0
@@ -108,7 +113,7 @@ class Restarts:
 
     def now(self, order: Order) -> NoReturn:
         """Replaces every rank's process."""
-        port = comm.NO_PORT if self._store is None else str(_free_port())
+        port = comm.NO_PORT if self._store is None else str(self._next_port)
         changes = {ORDER: json.dumps(asdict(order)), "MASTER_PORT": port}
         if self._store is None:
             _go(changes)
@@ -302,9 +307,3 @@ def _replace(environment: dict[str, str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

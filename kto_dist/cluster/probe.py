@@ -18,6 +18,7 @@ import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from kto_dist.base.ports import free_port
 from kto_dist.base.source import source_digest
 
 PACKAGES = ("kto_dist", "torch", "deepspeed", "transformers", "tokenizers", "triton", "peft")
@@ -95,7 +96,7 @@ def look(question: Question) -> Facts:
         cores=len(os.sched_getaffinity(0)),
         memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         clock=time.time(),
-        port=_free_port(),
+        port=free_port(),
         loopback=_loopback(),
         interfaces=[name for _, name in socket.if_nameindex() if name != "lo"],
         route=_interface(own),
@@ -157,12 +158,6 @@ def _unwritable(folder: Path) -> str | None:
         with contextlib.suppress(OSError):
             trial.unlink()
     return None if found == b"x" else f"{folder} gives back other bytes than were written"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _loopback() -> str:

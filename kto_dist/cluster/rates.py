@@ -7,7 +7,6 @@ takes of what is computed from the maker's says more.
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
 from kto_dist.base.exits import leave
+from kto_dist.base.ports import held_port
 from kto_dist.cluster.allreduce import Links, links, told_by_rank_0
 from kto_dist.model.causal_lm import pick_dtype
 
@@ -49,15 +49,13 @@ def rates(ranks: int = 1, threads: int | None = None) -> Rates:
     """`threads`: of a rank; None: all cores, divided among the ranks as the launcher does it. Takes a second of a rank
     alone, and as long as a process takes to start of several. Raises `UserError` where they do not meet."""
     if ranks > 1:
-        return _of_processes(ranks, threads or max(1, (os.cpu_count() or 1) // ranks))
+        with held_port() as port:
+            return _of_processes(ranks, threads or max(1, (os.cpu_count() or 1) // ranks), port)
     with _threads(threads):
         return Rates(flops=_matmul_rate(), bandwidth=_copy_rate())
 
 
-def _of_processes(ranks: int, threads: int) -> Rates:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _of_processes(ranks: int, threads: int, port: int) -> Rates:
     meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = []
     for rank in range(ranks):

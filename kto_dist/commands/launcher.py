@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 
 from kto_dist.base import comm
 from kto_dist.base.exits import DONE_MARK, LAUNCHER
+from kto_dist.base.ports import held_port
 from kto_dist.base.processes import whereabouts
 from kto_dist.base.signals import stops_to
 
@@ -56,7 +56,8 @@ def run(
     """
     mark = folder.absolute() / f"{DONE}{uuid.uuid4().hex}"
     environment = dict(os.environ) | {DONE_MARK: str(mark), LAUNCHER: json.dumps(whereabouts())}
-    status = _run(job, arguments, ranks, environment, grace, start)
+    with held_port() as port:
+        status = _run(job, arguments, ranks, port, environment, grace, start)
     if not mark.exists():
         if status == 0:
             print(f"error: the ranks ended without finishing {job}", file=sys.stderr, flush=True)
@@ -66,7 +67,13 @@ def run(
 
 
 def _run(
-    job: str, arguments: list[str], ranks: int | None, environment: dict[str, str], grace: float, start: Start
+    job: str,
+    arguments: list[str],
+    ranks: int | None,
+    port: int,
+    environment: dict[str, str],
+    grace: float,
+    start: Start,
 ) -> int:
     if not torch.cuda.is_available():
         # without GPUs: one a core, but two at the most, since more ranks only split the same cores
@@ -78,7 +85,7 @@ def _run(
         environment |= comm.ALONE
         command = [sys.executable, "-u", "-m", ENTRY, job, *arguments]
     else:
-        command = [*_deepspeed(ranks), ENTRY, job, *arguments]
+        command = [*_deepspeed(ranks, port), ENTRY, job, *arguments]
     child = start(command, env=environment, start_new_session=True)
 
     received: list[int] = []
@@ -103,18 +110,12 @@ def _run(
     return status if status >= 0 else 128 - status
 
 
-def _deepspeed(ranks: int | None) -> list[str]:
+def _deepspeed(ranks: int | None, port: int) -> list[str]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
     if ranks:
         # not given for all GPUs: the launcher would overrule CUDA_VISIBLE_DEVICES
         command += ["--num_gpus", str(ranks)]
-    return [*command, "--master_port", str(_free_port()), "--module"]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return [*command, "--master_port", str(port), "--module"]
 
 
 def _ranks_of(pid: int) -> list[psutil.Process]:
