@@ -55,7 +55,7 @@ ONCE = ["--steps", "1", "--repeats", "1", "--trl-probe", "4,8"]
 TINY_HEAD = ["--rows", "64", "--hidden", "32", "--vocab", "500", "--sequences", "4", "--repeats", "1"]
 
 STAGES = (
-    Stage(name="imports", script="importable.py", limit=60),
+    Stage(name="imports", script="importable.py", limit=240),
     Stage(name="tests", script="device_tests.py", limit=150, tiny=["--only", "gpu"]),
     Stage(
         name="profile",

@@ -33,7 +33,7 @@ def write_config(folder: Path, model: Path, log: Path, **changes: object) -> Pat
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500, **options)
 
 
 def with_shared_memory_of_its_own(folder: Path) -> list[str]:

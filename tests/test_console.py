@@ -33,6 +33,9 @@ def test_progress_tells_both_rates_and_the_time_that_is_left_as_handed_in(capsys
     """Rows are scored longest first, so what is left is not what the share of rows says."""
     monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")  # whatever runs the tests
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
     with Console().progress("reference") as show:
         show(250, 1000, 12.34, 5678.9, 3725.4)
     said = capsys.readouterr().out

@@ -80,7 +80,7 @@ def test_sigterm_saves_on_every_host_and_is_the_status(tmp_path, tiny_model, tin
         assert job.poll() is None
         time.sleep(0.02)
     job.terminate()
-    said = job.communicate(timeout=120)[0]
+    said = job.communicate(timeout=600)[0]
     assert job.returncode == 143 and "stopped by a signal after step" in said
     steps = len(metrics_of(config))
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}" / "manifest.json").exists()

@@ -198,8 +198,9 @@ def test_an_answer_that_is_lost_makes_no_point_twice(tracked: Tracked) -> None:
     tracker = tracked.start()
     tracked.server.loses_answers = True
     tracked.steps(tracker, 1, 2, 3)
-    wait_until(lambda: bool(tracked.warnings))
-    assert tracked.points() == expected(1, 2, 3) and tracked.waits() == 3
+    # the first request may have had the first step alone
+    wait_until(lambda: bool(tracked.warnings) and tracked.points() == expected(1, 2, 3))
+    assert tracked.waits() == 3
     tracked.server.loses_answers = False
     tracker.finish("FINISHED")
     assert tracked.points() == expected(1, 2, 3)

@@ -17,7 +17,9 @@ from kto_dist.model.footprint import Sharding, tokens_that_fit
 from kto_dist.model.profile import DATA
 from kto_dist.training import stepper
 from kto_dist.training.config import Config
+from kto_dist.training.loop import train
 from kto_dist.training.profile import MAKING
+from kto_dist.training.step import StepResult
 
 
 def test_a_profile_leaves_a_trace_and_a_table_whose_parts_are_the_steps(tmp_path, tiny_model, tiny_log):
@@ -39,15 +41,21 @@ def shares_of(table: Path) -> dict[str, float]:
 
 
 def _with_slow_batches(config: Config) -> dict[str, float]:
-    """In a rank of its own: each step's batches take longer than the step before."""
-    plain = stepper.step_work
+    """In a rank of its own: each step's batches take about twice as long as the step before."""
+    plain, asked, over = stepper.step_work, [0], [0]
 
     def slow(*arguments: Any) -> Any:
-        time.sleep(1.0)
+        asked[0], began = asked[0] + 1, time.monotonic()
+        while over[0] < asked[0] - 1:
+            time.sleep(1e-3)
+        time.sleep(max(0.1, time.monotonic() - began))
         return plain(*arguments)
 
+    def note(result: StepResult) -> None:
+        over[0] = result.step
+
     stepper.step_work = slow
-    train_all([config])
+    train(config, watch=note)
     return shares_of(Path(config.train.output) / "profile" / "table.md")
 
 

@@ -35,7 +35,7 @@ def test_a_settled_file_is_remembered_beyond_the_process(tmp_path):
 def test_a_young_file_is_not_remembered_beyond_the_process(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"content")
-    sha256_once(path)
+    sha256_once(path, settled=3600.0)
     assert not cache_folder("sha256").exists()
 
 

@@ -141,17 +141,16 @@ def test_of_two_that_start_at_once_without_locks_the_last_to_write_has_the_folde
     elsewhere = {"host": "elsewhere", "boot": "another"}
     lock, theirs = tmp_path / NAME, json.dumps({**whereabouts(), **elsewhere, "job": "theirs"})
 
-    def write_too() -> None:
-        while not lock.exists() or "mine" not in lock.read_text():
-            time.sleep(0.01)
+    def write_too(seconds: float) -> None:
+        """While the other one waits whether somebody does."""
+        assert "mine" in lock.read_text() and seconds >= 1
         lock.write_text(theirs)
 
-    other = threading.Thread(target=write_too)
-    other.start()
     mine = RunLock(tmp_path, "mine")
-    with pytest.raises(UserError, match=r"on elsewhere\) has started in train.output .* at the same time"):
-        mine.take()
-    other.join()
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", write_too)
+        with pytest.raises(UserError, match=r"on elsewhere\) has started in train.output .* at the same time"):
+            mine.take()
     mine.release()
     assert lock.read_text() == theirs
 

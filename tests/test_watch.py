@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -66,25 +67,40 @@ def test_a_thread_sees_where_the_main_thread_is_and_whether_it_moves():
     assert observer.place().still < 5
 
 
+def _told_twice(phase: str) -> threading.Event:
+    """Is set when this rank has said, from its thread, that it is in this phase, and says so again."""
+    told, real, count = threading.Event(), watch.Beat.text, [0]
+
+    def text(beat: watch.Beat) -> str:
+        count[0] += beat.place.phase == phase
+        if count[0] > 1:  # the one before has been sent
+            told.set()
+        return real(beat)
+
+    watch.Beat.text = text
+    return told
+
+
 def _job(folder: Path, role: str) -> int:
     """Rank 1 stops, dies or hangs in the midst of a run, while the others wait for it in a collective."""
     rank = comm.rank()
     os.environ["KTO_DIST_HOST"] = f"node-{rank}"
     os.environ["LOCAL_RANK"] = "0"
     os.dup2(os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT), 2)
-    which = 0 if role == "first stopped" else 1
+    which, told = 0 if role == "first stopped" else 1, _told_twice("training")
 
     def work() -> None:
-        comm.set_timeout(12)  # a rank that stops after three looks has been silent for long when that is nearly over
+        # one that is killed is missed at once; of one that stops after some looks it is nearly over by then
+        comm.set_timeout(120 if role == "killed" else 20)
         doing.enter("training")
         if rank == which:
             (folder / "pid").write_text(str(os.getpid()))
-            time.sleep(3 * restart.SECONDS_BETWEEN_LOOKS)  # it is seen there
+            told.wait()
             if role == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if role.endswith("stopped"):
                 os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(100)
+            time.sleep(300)
         comm.barrier()
 
     return entry.main(["train"], work_of=lambda job, words: work)
@@ -101,7 +117,7 @@ def _job(folder: Path, role: str) -> int:
 )
 def test_a_rank_that_is_lost_ends_the_job_and_is_named(tmp_path, role, words):
     with pytest.raises((RuntimeError, TimeoutError)):
-        run_ranks(_job, 3, tmp_path, role, timeout=100)
+        run_ranks(_job, 3, tmp_path, role, timeout=100 if role == "stopped" else 250)
     # whoever of the others is first says it, each for its host, and ends the job
     told = "".join((tmp_path / f"said-{rank}").read_text() for rank in range(3))
     assert words in told, told

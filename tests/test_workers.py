@@ -426,10 +426,11 @@ class Stolen:
     def wrap(self, forward):
         def stealing(**batch):
             for file in () if self._done else self._store.glob("*/piece-*"):
-                file.write_text(json.dumps({"token": "another", "seconds": 0.1}))
                 self._done = True
+                # until the holder has looked: then it renews nothing any more. It may write its own once more before
                 while any(thread.name == "lease" for thread in threading.enumerate()):
-                    time.sleep(0.01)  # until the holder has looked: then it renews nothing any more
+                    file.write_text(json.dumps({"token": "another", "seconds": 0.1}))
+                    time.sleep(0.01)
             return forward(**batch)
 
         return stealing
