@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ for node in 0 1; do
   pids="${pids:-} $!"
 done
 trap 'kill -TERM $pids' TERM
+touch ready-srun
 status=0
 for pid in $pids; do
   while kill -0 "$pid" 2>/dev/null; do wait "$pid"; code=$?; done
@@ -59,7 +61,8 @@ exit "$status"
 PYTHON = """#!/usr/bin/env bash
 echo "$NODE_RANK $KTO_DIST_HOST $NNODES $SLOTS $MASTER_ADDR:$MASTER_PORT $*" >> ranks
 trap 'echo saved >> ranks; exit 143' TERM
-if [ -e wait ]; then touch "ready-$NODE_RANK"; for _ in $(seq 1 600); do sleep 0.1; done; fi
+# no command substitution here: a trap that comes while bash reads one is lost
+if [ -e wait ]; then touch "ready-$NODE_RANK"; for ((i = 0; i < 600; i++)); do sleep 0.1; done; fi
 exit "$(cat status)"
 """
 SCONTROL = """#!/usr/bin/env bash
@@ -109,8 +112,9 @@ def test_a_run_that_has_been_started_often_is_left_alone(slurm):
 def test_sigterm_reaches_the_ranks_and_the_job_waits_until_they_have_saved(slurm):
     (slurm / "wait").touch()
     running = job(slurm)
-    while not all((slurm / f"ready-{node}").exists() for node in (0, 1)):
+    while not all((slurm / f"ready-{each}").exists() for each in (0, 1, "srun")):
         assert running.poll() is None
+        time.sleep(0.01)
     running.terminate()
     assert running.wait(60) == 143
     assert (slurm / "ranks").read_text().count("saved") == 2 and (slurm / "requeued").read_text() == "77\n"

@@ -20,15 +20,17 @@ set -uo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$PORT NNODES=$SLURM_JOB_NUM_NODES SLOTS=${SLURM_GPUS_ON_NODE:-1}
 
+step='' stopped=0
+# to every rank, which saves and ends
+trap 'stopped=1; [ -z "$step" ] || kill -TERM "$step" 2>/dev/null' TERM
 # a task a node: it starts a rank a GPU. --kill-on-bad-exit: a node that fails ends the others
 # shellcheck disable=SC2016  # expanded on each node
 srun --kill-on-bad-exit=1 bash -c \
   'export NODE_RANK=$SLURM_NODEID KTO_DIST_HOST=$SLURMD_NODENAME; exec "$@"' rank \
   "$PYTHON" -u -m kto_dist.cluster.agent train "$CONFIG" "$@" &
 step=$!
-stopped=0
-# to every rank, which saves and ends
-trap 'stopped=1; kill -TERM "$step" 2>/dev/null' TERM
+# what came before there was a step
+[ "$stopped" -eq 0 ] || kill -TERM "$step" 2>/dev/null
 wait "$step"
 status=$?
 # a trap ends `wait` early: the step goes on until it has saved
