@@ -79,11 +79,17 @@ def with_a_store_of_its_own(config: Config) -> Config:
 
 
 def work(
-    config: Config, working: Working, watch: Watch = lambda progress: None, engine: type[Reference] = Reference
+    config: Config,
+    working: Working,
+    watch: Watch = lambda progress: None,
+    engine: type[Reference] = Reference,
+    shard: ShardSize | None = None,
 ) -> Outcome:
-    """What a worker does, with an engine of the test's own."""
+    """What a worker does, with an engine or shards of the test's own."""
     prepared = prepare(config, Console())
     setup, fingerprint = find(prepared, Console())
+    if shard is not None:
+        setup = replace(setup, settings=replace(setup.settings, shard=shard))
     return fill_store(wanted(prepared, Console()), setup, fingerprint, Console(), working, watch, engine)
 
 

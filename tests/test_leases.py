@@ -11,21 +11,16 @@ from pathlib import Path
 
 import pytest
 from fake_scorer import IDENTITY, fill
+from lease_holders import Clock, leases_in, of_another_machine
 
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import create_whole
 from kto_dist.base.processes import whereabouts
 from kto_dist.store.gc import collect, plan_gc
-from kto_dist.store.leases import Lease, LeaseLost, Leases, is_piece, pieces_held
+from kto_dist.store.leases import Leases, pieces_held
+from kto_dist.store.shards import NAME
 from kto_dist.store.storage import LocalStorage, Storage, open_storage
 from kto_dist.store.store import Store
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture(params=("s3", "memory", "folder"))
@@ -34,17 +29,6 @@ def folder(request, tmp_path: Path) -> Storage:
         request.getfixturevalue("s3")
         return open_storage(f"s3://bucket/{uuid.uuid4().hex}")
     return open_storage(f"memory://{uuid.uuid4().hex}" if request.param == "memory" else tmp_path / "store")
-
-
-def leases_in(folder: Storage) -> list[str]:
-    return [file.name for file in folder.files() if is_piece(file.name)]
-
-
-def of_another_machine(folder: Storage, piece: str, **changes: object) -> str:
-    """A lease that a process elsewhere has taken, and says nothing of any more."""
-    name = f"piece-{piece}.0.json"
-    folder.write(name, json.dumps({**whereabouts(), "host": "elsewhere", "seconds": 10.0, **changes}).encode())
-    return name
 
 
 def test_a_piece_is_one_holders_until_it_is_given_back(folder):
@@ -128,20 +112,6 @@ def test_a_process_of_this_machine_that_is_gone_holds_nothing(folder):
         assert lease.piece == "a"
 
 
-def test_a_holder_whose_piece_was_taken_learns_it_and_leaves_the_new_ones_lease_alone(tmp_path):
-    folder = LocalStorage(tmp_path)
-    lease = Leases(folder, seconds=0.2).take(["a"])
-    lease.keep()
-    other = {**whereabouts(), "token": "other", "seconds": 100.0}
-    while not lease.lost:  # it may just be about to write its own
-        folder.write("piece-a.0.json", json.dumps(other).encode())
-        time.sleep(0.01)
-    with pytest.raises(LeaseLost):
-        lease.keep()
-    lease.end()
-    assert json.loads(folder.read("piece-a.0.json")) == other
-
-
 def test_a_holder_says_again_and_again_that_it_is_there(tmp_path):
     folder = LocalStorage(tmp_path)
     with Leases(folder, seconds=0.2).take(["a"]) as lease:
@@ -162,68 +132,40 @@ def test_what_is_left_of_pieces_that_are_done_is_swept_up_and_no_living_holders_
     assert leases_in(folder) == ["piece-b.0.json", "piece-c.0.json"]
 
 
-def _held(folder: Storage, clock: Clock) -> Lease:
-    """A lease of 100 seconds, renewed by nobody but `keep`."""
-    lease = Lease(folder, "a", 0, 100.0, clock)
-    assert lease.begin()
-    return lease
+def test_a_lease_that_may_not_be_removed_does_not_keep_others_from_its_piece(tmp_path):
+    class Sticky(LocalStorage):
+        """A folder in which only its writer removes a file."""
 
-
-def _taken_over(folder: Storage) -> None:
-    LocalStorage.create(folder, "piece-a.1.json", json.dumps({"token": "other", "seconds": 100.0}).encode())
-    folder.remove("piece-a.0.json")
-
-
-def test_a_holder_that_was_stopped_asks_whether_it_still_has_its_piece_before_it_goes_on(tmp_path):
-    folder, clock = LocalStorage(tmp_path), Clock()
-    lease = _held(folder, clock)
-    before = folder.read("piece-a.0.json")
-    lease.keep()
-    assert folder.read("piece-a.0.json") == before  # it has just said so
-    clock.now = 300.0  # longer than its lease, which nobody has missed
-    lease.keep()
-    assert folder.read("piece-a.0.json") != before
-    clock.now = 600.0
-    _taken_over(folder)
-    with pytest.raises(LeaseLost):
-        lease.keep()
-    lease.end()
-    assert leases_in(folder) == ["piece-a.1.json"]
-
-
-def test_a_holder_whose_piece_is_taken_while_it_renews_its_lease_gives_way(tmp_path):
-    class Slow(LocalStorage):
-        """Between the look and the write another process takes over."""
-
-        def write(self, name, data):
-            _taken_over(self)
-            super().write(name, data)
+        def remove(self, name):
+            if name == "piece-a.0.json":
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            super().remove(name)
 
     clock = Clock()
-    lease = _held(Slow(tmp_path), clock)
-    clock.now = 60.0
-    with pytest.raises(LeaseLost):
-        lease.keep()
-    assert leases_in(LocalStorage(tmp_path)) == ["piece-a.1.json"]
-    lease.end()
-
-
-def test_a_holder_that_goes_on_just_as_its_lease_is_taken_keeps_its_piece(tmp_path):
-    class Awake(LocalStorage):
-        """Its holder goes on as soon as somebody creates the next term."""
-
-        def create(self, name, data):
-            if name == "piece-a.1.json":
-                of_another_machine(self, "a", beat=2)
-            return super().create(name, data)
-
-    clock = Clock()
-    of_another_machine(LocalStorage(tmp_path), "a", beat=1)
-    desk = Leases(Awake(tmp_path), clock=clock)
+    of_another_machine(LocalStorage(tmp_path), "a")
+    desk = Leases(Sticky(tmp_path), clock=clock)
     assert desk.take(["a"]) is None
     clock.now = 11.0
+    with desk.take(["a"]) as lease:
+        assert lease.piece == "a"
+
+
+def test_a_holder_that_this_machine_does_not_show_keeps_its_piece_for_its_time(tmp_path, monkeypatch):
+    def kill(pid, number):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    clock = Clock()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        who = whereabouts(process.pid)
+        process.kill()
+    # there is no such process in /proc, and it can be sent no signal: as where other users' are hidden
+    monkeypatch.setattr(os, "kill", kill)
+    LocalStorage(tmp_path).write("piece-a.0.json", json.dumps({**who, "seconds": 10.0}).encode())
+    desk = Leases(LocalStorage(tmp_path), clock=clock)
     assert desk.take(["a"]) is None
-    assert leases_in(LocalStorage(tmp_path)) == ["piece-a.0.json"]
+    clock.now = 11.0
+    with desk.take(["a"]) as lease:
+        assert lease.piece == "a"
 
 
 def test_who_waits_knows_for_whom(tmp_path):
@@ -345,3 +287,22 @@ def test_news_of_a_store_are_told_once_whoever_stored_them(folder):
     assert not list(store.news())
     fill(other, range(30, 33), IDENTITY)
     assert [len(shard) for shard in store.news()] == [3]
+
+
+def test_a_shard_of_ones_own_that_is_gone_before_it_was_listed_is_missed(folder):
+    store = Store(folder, IDENTITY)
+    fill(store, range(10), IDENTITY)
+    assert not store.has_lost()
+    (shard,) = (file.name for file in store.folder.files() if NAME.fullmatch(file.name))
+    store.folder.remove(shard)
+    assert store.has_lost() and not store.has_lost()
+
+
+def test_a_shard_that_a_listing_does_not_show_yet_is_not_lost(tmp_path):
+    class Late(LocalStorage):
+        def files(self):
+            return []
+
+    store = Store(Late(tmp_path), IDENTITY)
+    fill(store, range(10), IDENTITY)
+    assert not store.has_lost()

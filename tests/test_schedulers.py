@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,27 @@ def test_sigterm_reaches_the_ranks_and_the_job_waits_until_they_have_saved(slurm
     running.terminate()
     assert running.wait(60) == 143
     assert (slurm / "ranks").read_text().count("saved") == 2 and (slurm / "requeued").read_text() == "77\n"
+
+
+def of_workers(language: str) -> str:
+    """The example in docs/store.md."""
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / "store.md").read_text(), re.M | re.S)
+    return str(block)
+
+
+def test_the_example_of_workers_under_slurm_runs_one_on_each_task(slurm):
+    (slurm / "kto-dist").write_text('#!/usr/bin/env bash\necho "$*" >> words\n')
+    (slurm / "kto-dist").chmod(0o755)
+    environment = {"PATH": f"{slurm}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", of_workers("bash")], cwd=slurm, env=environment, check=True)
+    assert (slurm / "words").read_text() == 2 * "precompute config.yaml --worker\n"
+
+
+def test_the_example_of_workers_under_kubernetes_is_what_it_takes():
+    manifest = yaml.safe_load(of_workers("yaml"))
+    kubernetes_validate.validate(manifest, "1.31", strict=True)
+    # with a number of completions no more workers than that would start
+    assert "completions" not in manifest["spec"] and manifest["spec"]["parallelism"] == 50
 
 
 def manifests() -> list[dict[str, Any]]:

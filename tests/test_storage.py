@@ -1,7 +1,10 @@
 """A store behind a URL: the same promises on an object store, against a real S3 server on this machine."""
 
+import contextlib
+import errno
 import os
 import re
+import stat
 import subprocess
 import sys
 import uuid
@@ -15,7 +18,7 @@ from fake_scorer import FILL, IDENTITY, OTHER, fill, keys_of, value_of
 from kto_dist.base.errors import UserError
 from kto_dist.store.gc import collect, plan_gc
 from kto_dist.store.shards import NAME
-from kto_dist.store.storage import open_storage, write_whole
+from kto_dist.store.storage import LocalStorage, open_storage, write_whole
 from kto_dist.store.store import Store
 from kto_dist.store.tools import export, summarise, verify
 
@@ -180,3 +183,31 @@ def test_readers_in_many_threads_agree(root):
         answers = list(pool.map(lambda _: Store(root, IDENTITY).lookup(keys_of(range(100)))[0], range(4)))
     assert all((answer == value_of(IDENTITY, range(100))).all() for answer in answers)
     assert np.isfinite(answers[0]).all()
+
+
+def test_a_file_system_that_syncs_no_folders_is_written_to_all_the_same(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = LocalStorage(tmp_path)
+    folder.write("a", b"1")
+    assert folder.create("b", b"2") and [file.name for file in folder.files()] == ["a", "b"]
+
+
+def test_a_file_that_an_nfs_server_removes_while_it_is_listed_is_gone(tmp_path, monkeypatch):
+    class Entry:
+        name = "gone"
+
+        def is_file(self):
+            return True
+
+        def stat(self):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext([Entry()]))
+    assert LocalStorage(tmp_path).files() == []

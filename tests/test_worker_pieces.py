@@ -1,6 +1,7 @@
 """What workers share without a word: the pieces that each cuts alike, and the terms that the first one notes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from kto_dist.data.batch import Cutting
 from kto_dist.model.devices import named_device
 from kto_dist.reference.pieces import Tally, cut_pieces
 from kto_dist.reference.scoring import PassSettings
-from kto_dist.reference.worker import TERMS, Terms, join, own_terms
+from kto_dist.reference.worker import TERMS, Terms, join, note, own_terms, tokens_a_piece
 from kto_dist.store.shards import Pairs, merge
 from kto_dist.store.storage import LocalStorage
 
@@ -63,12 +64,25 @@ def test_a_tally_knows_what_has_come():
     assert tally.found.tolist() == [False] * 20 + [True] * 10
 
 
+def _settings(batch: int) -> PassSettings:
+    """With micro-batches of so many tokens."""
+    cutting = Cutting(max_length=64, prompt_limit=32, tokens=batch, packed=False)
+    return PassSettings(cutting=cutting, logits_bytes=None, logits_dtype=None, t0=1.0, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("tokens", "piece"), [(1000, 32 * 64), (2000 * 32 * 64 + 1, 32 * 64 + 1), (10**9, 500_000)])
 def test_a_log_is_cut_into_pieces_of_32_micro_batches_and_no_more_than_2000(tokens, piece):
-    cutting = Cutting(max_length=64, prompt_limit=32, tokens=64, packed=False)
-    settings = PassSettings(cutting=cutting, logits_bytes=None, logits_dtype=None, t0=1.0, device=torch.device("cpu"))
-    assert own_terms(settings, tokens).piece_tokens == piece
-    assert own_terms(settings, tokens, 7).piece_tokens == 7
+    own = own_terms(_settings(64))
+    assert tokens_a_piece(own, tokens) == piece
+    assert own_terms(_settings(64), 7).piece_tokens == 7
+
+
+def test_a_long_log_is_cut_into_few_pieces_whoever_wrote_the_terms(tmp_path):
+    """A pass without leases knows of no log, and another worker of a short one."""
+    folder = LocalStorage(tmp_path)
+    note(folder, own_terms(_settings(64)), print)
+    terms = join(folder, own_terms(_settings(64)), any_device=False)
+    assert 10**9 // tokens_a_piece(terms, 10**9) <= 2000
 
 
 def test_a_processor_without_its_matrix_units_rounds_otherwise(monkeypatch):
@@ -76,6 +90,15 @@ def test_a_processor_without_its_matrix_units_rounds_otherwise(monkeypatch):
     with_both = named_device(torch.device("cpu"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": True})
     assert with_both != named_device(torch.device("cpu"))
+
+
+def test_another_processor_rounds_otherwise_whatever_its_units(monkeypatch):
+    real, named = Path.read_text, set()
+    for name in ("Xeon A", "Xeon B"):
+        told = f"processor: 0\nmodel name\t: {name}\nflags: fpu\n"
+        monkeypatch.setattr(Path, "read_text", lambda path, told=told: told if path.name == "cpuinfo" else real(path))
+        named.add(named_device(torch.device("cpu")))
+    assert len(named) == 2 and all("Xeon" in name for name in named)
 
 
 def test_the_first_workers_terms_are_everyones(tmp_path):

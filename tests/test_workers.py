@@ -27,6 +27,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.base.processes import whereabouts
 from kto_dist.data import tokenise
 from kto_dist.reference.worker import TERMS, Working
+from kto_dist.store.gc import plan_gc
 from kto_dist.store.leases import Leases, is_piece
 from kto_dist.store.storage import LocalStorage
 from kto_dist.store.store import Store
@@ -122,27 +123,6 @@ def test_a_worker_on_another_device_joins_only_where_it_is_asked_to(tmp_path, ti
     assert run_ranks(scored_and_found, 1, config)[0][0] == 0
 
 
-def _beside_workers(config: Config) -> tuple[list[str], list[str]]:
-    """What a pass is told without a worker at work, and with one."""
-    told: list[list[str]] = []
-    for piece in (None, "ab"):
-        said, console = [], Console()
-        console.warn = said.append
-        for shard in Path(config.reference.store).glob("*/*.parquet"):
-            shard.unlink()
-        if piece:
-            (folder,) = Path(config.reference.store).iterdir()
-            (folder / f"piece-{piece}.0.json").write_text("{}")
-        score(config, console)
-        told.append([text for text in said if "pieces" in text])
-    return told[0], told[1]
-
-
-def test_a_pass_without_leases_says_that_workers_are_at_work(tmp_path, tiny_model, tiny_log):
-    before, after = run_ranks(_beside_workers, 1, tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1))[0]
-    assert not before and len(after) == 1 and "workers have 1 pieces of this reference in hand" in after[0]
-
-
 def _makes_tokens(config: Config) -> int:
     real = tokenise.over_chunks
 
@@ -215,6 +195,25 @@ def _overtaken(config: Config) -> int:
     return _taken(config, lambda: score(config), Working(piece_tokens=PIECE))[1]
 
 
+def _at_work(config: Config) -> tuple[list[str], list[str], int]:
+    """Who uses the store while a worker is at work, what `gc` would do to it, and the worker's process."""
+    seen: list[list[str]] = []
+
+    def look() -> None:
+        (summary,) = summarise(config.reference.store)
+        removals = plan_gc(config.reference.store, prefix=summary.fingerprint)
+        seen.extend([summary.users, [removal.why for removal in removals]])
+
+    _taken(config, look, Working(piece_tokens=PIECE))
+    return seen[0], seen[1], os.getpid()
+
+
+def test_who_works_is_named_and_gc_leaves_the_store_alone(tmp_path, tiny_model, tiny_log):
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    users, removals, worker = run_ranks(_at_work, 1, config)[0]
+    assert len(users) == 1 and users[0].startswith(f"process {worker} on ") and not removals
+
+
 def test_a_worker_that_has_taken_a_piece_looks_again_what_it_lacks(tmp_path, tiny_model, tiny_log):
     assert run_ranks(_overtaken, 1, tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)) == [0]
 
@@ -233,20 +232,22 @@ def test_all_workers_of_a_store_cut_the_pieces_of_the_first_one(tmp_path, tiny_m
 
 
 def _waits(config: Config) -> tuple[list[str], int]:
-    """What a worker says of a piece that another has, which then gives it back; and what it scores."""
-    real, held, said = Leases.take, [], []
+    """What a worker says of a piece that another has, which gives it back some looks later; and what it scores."""
+    real, held, said, looks = Leases.take, [], [], []
 
     def take(self: Leases, pieces: list[str]) -> Any:
         if not held:
             (folder,) = Path(config.reference.store).iterdir()
             held.append(folder / f"piece-{pieces[0]}.0.json")
             held[0].write_text(json.dumps({**whereabouts(), "host": "elsewhere", "pid": 12, "seconds": 100.0}))
+        looks.extend(said[:1])
+        if len(looks) == 3:
+            held[0].unlink()
         return real(self, pieces)
 
     def say(self: Console, text: str) -> None:
         if "waiting" in text:
             said.append(text)
-            held[0].unlink()
 
     Leases.take, Console.say = take, say
     return said, work(config, Working(piece_tokens=PIECE, lease_seconds=1.0)).scored_once
@@ -362,30 +363,6 @@ def test_a_worker_says_that_others_score_the_same_weights_in_another_precision(t
     config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
     said = run_ranks(_beside_another_precision, 1, config)[0]
     assert sum("dtype bfloat16 there and float32 here" in text for text in said) == 1
-
-
-def _after_a_pass(config: Config) -> tuple[str, list[str]]:
-    """What a worker on another device than an earlier pass is told, and a pass on another device than workers."""
-    score(config)
-    (terms,) = Path(config.reference.store).glob(f"*/{TERMS}")
-    terms.write_text(json.dumps({**json.loads(terms.read_text()), "torch": "another"}))
-    for shard in terms.parent.glob("*.parquet"):
-        shard.unlink()
-    refused, said, console = "", [], Console()
-    try:
-        work(config, Working())
-    except UserError as error:
-        refused = str(error)
-    console.warn = said.append
-    score(config, console)
-    return refused, [text for text in said if "round otherwise" in text]
-
-
-def test_a_pass_without_leases_says_what_it_computes_on_and_what_others_did(tmp_path, tiny_model, tiny_log):
-    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
-    refused, said = run_ranks(_after_a_pass, 1, config)[0]
-    assert "torch is another there and" in refused and "--any-device" in refused
-    assert len(said) == 1 and "torch is another there and" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 """`.<name>.<32 hex digits>`: what a writer that was killed leaves behind."""
 
 
+_NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 
 
@@ -65,6 +66,10 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # some file systems, such as those of SMB shares, sync files alone
+        if error.errno not in _NO_FOLDERS or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

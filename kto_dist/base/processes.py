@@ -29,11 +29,13 @@ def whereabouts(pid: int | None = None) -> dict[str, str | int]:
 
 
 def lives(who: Mapping[str, object]) -> bool | None:
-    """Whether the process of these `whereabouts` is there; None where another machine knows."""
+    """Whether the process of these `whereabouts` is there; None where another machine knows, or this one hides it."""
     if any(who.get(name) != value for name, value in _machine().items()):
         return None
     pid = who.get("pid")
-    return isinstance(pid, int) and _started(pid) == who.get("started") != ""
+    if not isinstance(pid, int) or not who.get("started"):
+        return False
+    return None if _is_hidden(pid) else _started(pid) == who["started"]
 
 
 def named(who: Mapping[str, object]) -> str:
@@ -58,6 +60,19 @@ def _started(pid: int) -> str:
         return "" if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return ""
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it is there, of another user, and this machine tells of own processes alone (`hidepid` of /proc)."""
+    if os.path.exists(f"/proc/{pid}/stat"):
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        pass
+    return False
 
 
 def die_with_parent() -> None:

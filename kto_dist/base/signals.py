@@ -29,6 +29,12 @@ def stops_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, before[number])
 
 
+def heed_sigterm_as_process_1() -> None:
+    """Process 1 of a container is sent no signal that it does not handle, so SIGTERM would not end it."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
+
+
 @contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM is only taken note of; yields the question whether it has come."""
@@ -54,6 +60,8 @@ def before_sigterm(last_words: Callable[[], None]) -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         last_words()
         os.kill(os.getpid(), number)
+        # process 1 of a container outlives a signal that it does not handle
+        os._exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -21,6 +21,7 @@ from kto_dist.base.agree import OthersFailed
 from kto_dist.base.errors import UserError
 from kto_dist.base.exits import DONE, DONE_MARK, FAILED, LAUNCHER, MISTAKE, WORDS, Stopped, leave
 from kto_dist.base.secrets import masked
+from kto_dist.base.signals import heed_sigterm_as_process_1
 from kto_dist.commands.words import request
 from kto_dist.training.config import Config
 
@@ -67,6 +68,7 @@ def main(
     words = json.loads(os.environ[WORDS])[1:] if WORDS in os.environ else words
     if job == WORKER:
         comm.stay_alone()
+        heed_sigterm_as_process_1()
     else:
         _stay_with_launcher()
     try:

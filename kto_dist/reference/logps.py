@@ -31,7 +31,7 @@ from kto_dist.reference.scoring import LoadedReference, Outcome, look_up, refere
 from kto_dist.reference.setup import ReferenceSetup
 from kto_dist.reference.worker import Worker, Working, join, note, own_terms
 from kto_dist.store.fingerprint import Fingerprint
-from kto_dist.store.leases import Leases, pieces_held
+from kto_dist.store.leases import Leases, Patience, pieces_held
 from kto_dist.store.store import Store
 from kto_dist.store.tools import other_precisions
 
@@ -145,11 +145,11 @@ def fill_store(
         worker = Worker(lists, store=store, load=load, settings=setup.settings, say=console.say, warn=console.warn)
         # where nothing is missing no folder need be written, and any device will do
         if worker.look():
-            leases = Leases(store.folder, working.lease_seconds)
-            own = own_terms(setup.settings, worker.tokens, working.piece_tokens)
-            terms = join(store.folder, own, any_device=working.any_device)
+            patience = Patience(least=working.patience, warn=console.warn)
+            leases = Leases(store.folder, working.lease_seconds, patience=patience)
+            terms = join(store.folder, own_terms(setup.settings, working.piece_tokens), any_device=working.any_device)
             with restart.before(lambda failed: leases.give_back()):
-                worker.fill(leases, terms.piece_tokens, shown)
+                worker.fill(leases, terms, shown)
         outcome = worker.outcome()
     console.say(
         f"reference: all of {outcome.pairs:,} pairs are stored, {outcome.scored_once:,} scored here in "

@@ -37,9 +37,11 @@ TERMS = "workers.json"
 BATCHES_A_PIECE = 32
 """Micro-batches of the first worker: a minute or less of a model that is worth a GPU."""
 MOST_PIECES = 2000
-"""Of what the first worker finds: each is a shard or more, and a worker lists them between any two pieces."""
+"""Of all pairs that a run needs: each is a shard or more, and a worker lists them between any two pieces."""
 SECONDS_BETWEEN_LINES = 600.0
 """While a worker waits."""
+PATIENCE = 600.0
+"""Seconds without a micro-batch, after which a worker leaves its piece to others; more where they take long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,7 @@ class Terms:
     torch: str
     """With what it was built for: other kernels round otherwise."""
     piece_tokens: int
-    """That a piece is cut at: with other pieces they would score the same pairs."""
+    """That a piece is cut at, or at more (`tokens_a_piece`): with other pieces they would score the same pairs."""
     cut: int = 1
     """How pieces are cut, a number that rises with `cut_pieces`."""
 
@@ -66,16 +68,23 @@ class Working:
     """That the first worker of a store cuts pieces at; None: by its micro-batches."""
     lease_seconds: float = SECONDS
     """Of silence, after which others take its piece."""
+    patience: float = PATIENCE
+    """Seconds."""
 
 
-def own_terms(settings: PassSettings, tokens: int = 0, piece_tokens: int | None = None) -> Terms:
-    """Of this process. `tokens`: of all pairs, which are cut into `MOST_PIECES` at the most."""
+def own_terms(settings: PassSettings, piece_tokens: int | None = None) -> Terms:
+    """Of this process."""
     return Terms(
         device=named_device(settings.device),
         torch=torch.__version__,
-        piece_tokens=piece_tokens or max(BATCHES_A_PIECE * settings.cutting.tokens, -(-tokens // MOST_PIECES)),
+        piece_tokens=piece_tokens or BATCHES_A_PIECE * settings.cutting.tokens,
         cut=CUT,
     )
+
+
+def tokens_a_piece(terms: Terms, tokens: int) -> int:
+    """Of all `tokens` that a run needs, which may be far more than whoever wrote the terms has seen."""
+    return max(terms.piece_tokens, -(-tokens // MOST_PIECES))
 
 
 def join(folder: Storage, own: Terms, *, any_device: bool) -> Terms:
@@ -193,11 +202,6 @@ class Worker:
         self._scoring_seconds = 0.0
         self._shared = False
 
-    @property
-    def tokens(self) -> int:
-        """Of all different pairs, stored or not."""
-        return sum(int(each.tokens.sum()) for each in self._lists)
-
     def look(self) -> int:
         """Pairs that the store lacks. Raises `UserError`."""
         for shard in self._store.news():
@@ -208,7 +212,7 @@ class Worker:
     def fill(
         self,
         leases: Leases,
-        piece_tokens: int,
+        terms: Terms,
         watch: Callable[[str], contextlib.AbstractContextManager[Watch]],
     ) -> None:
         """Returns when the store holds every pair. `watch`: what shows the progress of a list, by its title.
@@ -216,7 +220,8 @@ class Worker:
         Raises `UserError`, and `Stopped` after the micro-batch during which a SIGTERM came: what was scored is stored
         then, and the piece given back.
         """
-        cut = [each.cut(piece_tokens) for each in self._lists]
+        tokens = sum(int(each.tokens.sum()) for each in self._lists)
+        cut = [each.cut(tokens_a_piece(terms, tokens)) for each in self._lists]
         names = {name for pieces in cut for name in pieces.names}
         with contextlib.suppress(OSError):
             if others := pieces_held(self._store.folder) - names:
@@ -232,7 +237,9 @@ class Worker:
                     with watch(each.title) as shown:
                         self._fill(each, pieces, leases, _Speed(each, shown))
                 if self._store.has_lost():
-                    self._warn("shards are gone from the reference store that were there: their pairs are scored again")
+                    self._warn(
+                        "shards are gone from the reference store that were there: what is in no other is scored again"
+                    )
                     for each in self._lists:
                         each.tally.forget()
         leases.sweep(names)
@@ -268,8 +275,10 @@ class Worker:
                     self.look()
                     speed.refreshed()
                     piece = pieces[pieces.names.index(lease.piece)]
+                    # in the order of a pass: one worker with one piece stores the same, to the last bit
+                    missing = np.sort(piece[~each.tally.found[piece]])
                     try:
-                        self._score(each, piece[~each.tally.found[piece]], lease, speed)
+                        self._score(each, missing, lease, speed)
                     except LeaseLost:
                         self._warn(
                             "a lease was not renewed in time, and another worker may have its piece: what was scored "

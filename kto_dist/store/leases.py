@@ -10,6 +10,9 @@ longer than its lease asks when it goes on, ahead of what it would store, whethe
 holder writes and then looks for a next term, the other one creates it and then looks whether the holder has written:
 whichever comes second sees the first.
 
+A holder that hangs while its thread goes on renewing would keep its piece for ever: it gives the piece up where it was
+not heard of (`Lease.keep`) for longer than its `Patience`.
+
 In:  a folder of a store, and names of pieces. Out: `Lease`, to be held in a `with`.
 """
 
@@ -21,6 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kto_dist.base.errors import UserError
@@ -35,6 +39,10 @@ RENEWALS = 4
 _NAME = re.compile(r"piece-([0-9a-f]+)\.(\d+)\.json")
 _CHOICES = 4
 """Pieces among which one is drawn, so that processes that start at once don't all ask for the first."""
+TIMES_SLOWEST = 10
+"""The longest time between two signs of work, that a holder may take for the next."""
+TIMES_FIRST = 6
+"""The least patience, that a process has until its first sign: for loading and compiling."""
 
 
 class LeaseLost(Exception):
@@ -70,13 +78,42 @@ def _awake() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
+@dataclass(kw_only=True, slots=True)
+class Patience:
+    """How long a process that works on piece after piece renews a lease without a sign of work."""
+
+    least: float
+    """Seconds."""
+    warn: Callable[[str], None] = lambda text: None
+    slowest: float | None = None
+    """Seconds between two signs; None until the first one, which says nothing of those that follow."""
+
+    @property
+    def seconds(self) -> float:
+        if self.slowest is None:
+            return TIMES_FIRST * self.least
+        return max(self.least, TIMES_SLOWEST * self.slowest)
+
+    def learn(self, seconds: float) -> None:
+        self.slowest = 0.0 if self.slowest is None else max(self.slowest, seconds)
+
+
 class Lease:
     """One piece, while it is held. Renews itself in a thread."""
 
-    def __init__(self, folder: Storage, piece: str, term: int, seconds: float, clock: Callable[[], float] = _awake):
-        """`clock`: for what this process may sleep through."""
+    def __init__(
+        self,
+        folder: Storage,
+        piece: str,
+        term: int,
+        seconds: float,
+        clock: Callable[[], float] = _awake,
+        patience: Patience | None = None,
+    ):
+        """`clock`: for what this process may sleep through. `patience`: None where it gives no signs of work."""
         self.piece = piece
         self._folder, self._term, self._seconds, self._clock = folder, term, seconds, clock
+        self._patience, self._idle = patience, 0.0
         self._file = _file(piece, term)
         self._said = {"token": uuid.uuid4().hex, "seconds": seconds, **whereabouts()}
         self._beat, self._renewed = 0, clock()
@@ -90,12 +127,16 @@ class Lease:
         return self._lost.is_set()
 
     def keep(self) -> None:
-        """To be called ahead of what only a holder may do. Raises `LeaseLost`."""
+        """To be called ahead of what only a holder may do, and as a sign of work. Raises `LeaseLost`."""
         # late by two turns: this process was stopped, or its machine slept, and its thread may come only after this
         if not self.lost and self._clock() - self._renewed > 2 * self._seconds / RENEWALS:
             with self._writing:
                 if not self._ended.is_set():
                     self._renew()
+        if self._patience is not None:
+            # lost or not: else one whose work always takes longer would lose every piece
+            self._patience.learn(self._idle)
+        self._idle = 0.0
         if self.lost:
             raise LeaseLost(self.piece)
 
@@ -111,9 +152,7 @@ class Lease:
     def end(self) -> None:
         """Gives the piece back; no error where that cannot be said: the lease then ends by its silence."""
         self._ended.set()
-        with self._writing, contextlib.suppress(OSError):
-            if self._is_ours():
-                self._folder.remove(self._file)
+        self._remove()
 
     def __enter__(self) -> "Lease":
         return self
@@ -128,8 +167,24 @@ class Lease:
         found = _read(self._folder, self._file)
         return found is not None and found.get("token") == self._said["token"]
 
+    def _remove(self) -> None:
+        with self._writing, contextlib.suppress(OSError):
+            if self._is_ours():
+                self._folder.remove(self._file)
+
     def _keep_renewing(self) -> None:
-        while not self._ended.wait(self._seconds / RENEWALS):
+        turn = self._seconds / RENEWALS
+        while not self._ended.wait(turn):
+            # in turns, not by a clock: a process that was stopped has not hung
+            self._idle += turn
+            if self._patience is not None and self._idle > self._patience.seconds:
+                self._lost.set()
+                self._remove()
+                self._patience.warn(
+                    f"no sign of work for more than {self._patience.seconds:,.0f} s, so the piece at hand is left to "
+                    "others: end this process, if it hangs"
+                )
+                return
             with self._writing:
                 if self._ended.is_set() or not self._renew():
                     return
@@ -141,8 +196,10 @@ class Lease:
             if self._is_ours():
                 self._beat += 1
                 self._folder.write(self._file, self._content())
-                # it was another's already, who has removed the file between the look and the write
-                if _terms(self._folder).get(self.piece, self._term) <= self._term:
+                # it was another's already, who has removed the file between the look and the write; if that took long
+                # enough the next term has ended as well, and is seen no more
+                awake = self._clock() - began < self._seconds
+                if awake and _terms(self._folder).get(self.piece, self._term) <= self._term:
                     self._renewed = began
                     return True
                 self._folder.remove(self._file)
@@ -156,9 +213,16 @@ class Lease:
 class Leases:
     """What a process knows of the leases in a folder, and the ones that it takes."""
 
-    def __init__(self, folder: Storage, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic):
-        """Raises `UserError` where two processes could create one file here."""
-        self._folder, self._seconds, self._clock = folder, seconds, clock
+    def __init__(
+        self,
+        folder: Storage,
+        seconds: float = SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+        patience: Patience | None = None,
+    ):
+        """`patience`: of this process with itself, from lease to lease. Raises `UserError` where two processes could
+        create one file here."""
+        self._folder, self._seconds, self._clock, self._patience = folder, seconds, clock, patience
         self._seen: dict[str, tuple[bytes, float]] = {}
         """Newest files of other holders: their content, and when it was first seen."""
         self._held: Lease | None = None
@@ -190,7 +254,10 @@ class Leases:
                 if self._has_gone_on(name, last):
                     lease.end()
                     continue
-                self._folder.remove(name)
+                # all of them: if one stayed, its holder might go on after this lease, and find it there
+                for earlier in range(terms[piece] + 1):
+                    with contextlib.suppress(OSError):
+                        self._folder.remove(_file(piece, earlier))
                 return lease
         return None
 
@@ -215,7 +282,7 @@ class Leases:
 
     def _begin(self, piece: str, term: int) -> Lease | None:
         # known before it is there: a signal may end this process in between
-        self._held = lease = Lease(self._folder, piece, term, self._seconds)
+        self._held = lease = Lease(self._folder, piece, term, self._seconds, patience=self._patience)
         if not lease.begin():
             return None
         # a listing that was made while another process took the piece over may have shown neither of the two files

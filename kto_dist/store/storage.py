@@ -128,8 +128,10 @@ class LocalStorage:
                         if entry.is_file():
                             stat = entry.stat()
                             found.append(File(name=entry.name, size=stat.st_size, modified=stat.st_mtime))
-                    except FileNotFoundError:  # another process has removed it since
-                        continue
+                    except OSError as error:
+                        # another process has removed it since
+                        if error.errno not in (errno.ENOENT, errno.ESTALE):
+                            raise
         except FileNotFoundError:
             return []
         return sorted(found, key=lambda file: file.name)

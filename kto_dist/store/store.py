@@ -73,6 +73,7 @@ class Store:
         with contextlib.suppress(OSError):  # a store that cannot be written can be read all the same
             _note_use(self.folder)
         self._told: set[str] = set()
+        self._added: set[str] = set()
         self._lease: str | None = None
         self._renewed = 0.0
 
@@ -165,6 +166,7 @@ class Store:
         name, data = encode(keys, logps, tokens, self._digest)
         try:
             self.folder.write(name, data)
+            self._added.add(name)
             if self._lease and time.monotonic() - self._renewed > _RENEWED_AFTER:
                 self._renew()
         except OSError as error:
@@ -190,14 +192,25 @@ class Store:
         return self._read(self._told)
 
     def has_lost(self) -> bool:
-        """Whether shards are gone that `news` has told of; it then tells again all that is there."""
+        """Whether shards are gone that `news` has told of, or that were added here; `news` then tells again all that is
+        there."""
         try:
-            lost = self._told - {file.name for file in self.folder.files()}
+            # a listing may lag behind
+            unlisted = (self._told | self._added) - {file.name for file in self.folder.files()}
+            lost = any(not self._has(name) for name in unlisted)
         except OSError as error:
             raise self._refusal(error, "cannot be read") from None
         if lost:
             self._told.clear()
-        return bool(lost)
+            self._added.clear()
+        return lost
+
+    def _has(self, name: str) -> bool:
+        try:
+            with self.folder.open(name):
+                return True
+        except FileNotFoundError:
+            return False
 
     def _read(self, seen: set[str]) -> Iterator[Pairs]:
         """The shards that are not in `seen`, which gets their names."""
