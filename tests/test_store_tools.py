@@ -187,16 +187,6 @@ def test_gc_by_age_asks_for_the_last_use_again_before_it_removes(two_models, use
     assert (tree(two_models) == before) == (used != "by nobody")
 
 
-def test_gc_removes_what_killed_writers_left_once_it_is_old(two_models):
-    folder = Store(two_models, IDENTITY).folder.path
-    young, old = folder / f".a.parquet.{'0' * 32}", folder / f".b.parquet.{'1' * 32}"
-    for path in (young, old):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - 7200,) * 2)
-    list(collect(two_models, plan_gc(two_models)))
-    assert young.exists() and not old.exists()
-
-
 @pytest.mark.parametrize("ahead", (-1, 1))
 @pytest.mark.parametrize("how", ((), ("--unused-days", 1)))
 def test_models_of_another_format_stay_and_are_named_until_one_asks_for_their_removal(two_models, ahead, how):

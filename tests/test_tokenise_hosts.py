@@ -21,10 +21,9 @@ from kto_dist.base.console import Console
 from kto_dist.base.errors import UserError
 from kto_dist.data import tokenise
 from kto_dist.data.config import DataConfig
-from kto_dist.data.formats import LogReader
+from kto_dist.data.formats import Chunk, LogReader
 from kto_dist.data.pieces import Hosts
 from kto_dist.data.processes import Chunking, ProcessLost
-from kto_dist.data.rows import Row
 from kto_dist.data.stretches import Stretch
 from kto_dist.data.tokenise import ahead, prepare, tokenizer_fingerprint
 from kto_dist.training import prepare as training
@@ -59,7 +58,7 @@ def report(files: dict[str, bytes]) -> dict[str, object]:
     return json.loads(files["about.json"])["report"]
 
 
-def read_nothing(_: LogReader, stretches: Sequence[Stretch]) -> Iterator[Row]:
+def read_nothing(_: LogReader, stretches: Sequence[Stretch], rows: int) -> Iterator[Chunk]:
     assert not stretches, "a file was read again"
     return iter(())
 
@@ -73,7 +72,7 @@ def test_what_hosts_have_made_ahead_is_put_together_and_no_file_is_read_again(tm
         ahead(shared, TOKENIZER, FINGERPRINT, Hosts(number=number, count=3))
     assert len(list(Path(shared.cache).iterdir())) == 3
     with monkeypatch.context() as patched:
-        patched.setattr(LogReader, "read", read_nothing)
+        patched.setattr(LogReader, "chunks", read_nothing)
         together = made(prepare(shared, TOKENIZER, hosts=3))
     assert together == alone
     assert len(alone) == (1 if heldout is None else 2) and report(alone[0])["skipped"] == {"unknown label": 4}
@@ -198,7 +197,7 @@ def test_hosts_share_one_file_and_nobody_reads_it_again(tmp_path, monkeypatch, k
         ahead(shared, TOKENIZER, FINGERPRINT, Hosts(number=number, count=3), chunking)
     assert len([*Path(shared.cache).iterdir()]) == 3
     with monkeypatch.context() as patched:
-        patched.setattr(LogReader, "read", read_nothing)
+        patched.setattr(LogReader, "chunks", read_nothing)
         assert made(prepare(shared, TOKENIZER, chunking=chunking, hosts=3)) == alone
     assert sum(report(alone[0])["skipped"].values()) == 2
     # a short file is one host's, and `prepare`'s: no piece is made of it
@@ -228,6 +227,40 @@ def test_a_process_that_is_lost_ends_the_job_on_its_host_and_leaves_no_piece(tmp
     with pytest.raises(UserError, match="memory ran out"):
         ahead(shared, TOKENIZER, FINGERPRINT, Hosts(number=0, count=2))
     assert [*Path(shared.cache).iterdir()] == []
+
+
+def test_hosts_stop_where_a_row_before_theirs_is_wrong_and_those_before_it_go_on(tmp_path, monkeypatch):
+    rows = thumbs(90, 9)
+    rows[45]["label"] = rows[80]["label"] = "perhaps"
+    write_jsonl(tmp_path / "log" / "log.jsonl", rows)
+    shared, chunking = data_of(tmp_path, "shared", on_bad_row="error"), Chunking(rows=4, least=1, look=0)
+    made_by = dict.fromkeys(range(3), 0)
+    plain = tokenise.over_chunks
+
+    def counted(work, chunks, **more):
+        for chunk, done in plain(work, chunks, **more):
+            made_by[host] += 1
+            if host == 2 and made_by[host] == 2:  # the second host meets its row meanwhile
+                go_ahead(1)
+            yield chunk, done
+
+    def go_ahead(number: int) -> None:
+        nonlocal host
+        before, host = host, number
+        ahead(shared, TOKENIZER, FINGERPRINT, Hosts(number=number, count=3), chunking)
+        host = before
+
+    host = -1
+    monkeypatch.setattr(tokenise, "over_chunks", counted)
+    go_ahead(2)
+    assert made_by[2] == 2 and made_by[1] > 2
+    go_ahead(0)
+    assert made_by[0] >= 7
+    host = 0
+    with pytest.raises(UserError, match=r"log\.jsonl:46: "):
+        prepare(shared, TOKENIZER, chunking=chunking, hosts=3)
+    # the first host's piece is left; that a row was wrong is not
+    assert [path.name.rpartition(".")[2] for path in Path(shared.cache).iterdir()] == ["piece-0-of-3"]
 
 
 def test_a_piece_of_other_cuts_is_not_believed(tmp_path):
@@ -279,11 +312,11 @@ def _rows_read(config, least: int = Chunking().least) -> int:
     os.environ.update(LOCAL_RANK="0", KTO_DIST_HOST=f"node-{comm.rank()}")
     rows, plain = 0, tokenise.over_chunks
 
-    def counted(work, items, **more):
+    def counted(work, chunks, **more):
         nonlocal rows
-        for parts, bad in plain(work, items, **more):
-            rows += sum(part.batch.num_rows for part in parts)
-            yield parts, bad
+        for chunk, made in plain(work, chunks, **more):
+            rows += sum(part.batch.num_rows for part in made.parts)
+            yield chunk, made
 
     tokenise.over_chunks = counted
     for name in ("ahead", "prepare"):

@@ -19,12 +19,13 @@ tokenizer's special tokens except a final EOS, completions that were text get on
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.examples import fit
@@ -77,6 +78,15 @@ class Part:
     sources: np.ndarray
     """(S, 2) int64: kept rows by source, undesirable and desirable."""
     shortened_headers: int
+
+    def numbered(self, first_pair: int) -> "Part":
+        """Pairs that are numbered from 0 on, numbered on from so many."""
+        if not first_pair:
+            return self
+        place = SCHEMA.get_field_index("pair")
+        columns = [*self.batch.columns]
+        columns[place] = pc.add(columns[place], pa.scalar(first_pair, pa.int64()))
+        return replace(self, batch=pa.record_batch(columns, schema=SCHEMA))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,10 @@
 In:  `Source`s, or stretches of them; one layout a source, recognised from its columns.
 Out: `Row`s in file order, streamed; or, for what cannot be read, a `UserError` or a count in `BadRows`.
 
+1. `LogReader.chunks`   files -> blocks of records, each with what the rows before it decide: its layout
+2. `LogReader.rows`     a chunk -> rows. Another reader, in another process, may do so: its `Found` is taken in
+3. `LogReader.ended`    what can be said of a file as a whole
+
 | columns                                             | known from                      | becomes          |
 |-----------------------------------------------------|---------------------------------|------------------|
 | PROMPT, ANSWER, LABEL                               | TRL, HALOs binary, NeMo-Aligner | one row          |
@@ -23,8 +27,8 @@ Beside turns, `system` goes before the prompt, `tools` and `chat_template_kwargs
 number, 0 or more) multiplies the row's loss; null counts as 1. Other columns are counted, and said once.
 """
 
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -32,7 +36,7 @@ from kto_dist.base.errors import UserError
 from kto_dist.data.columns import KWARGS, TOOLS, Mapped, is_there
 from kto_dist.data.conversations import goes_on, without_prompt
 from kto_dist.data.layouts import Layout, Scale, convert, others, recognise
-from kto_dist.data.records import BadRecord, read_records, short, unread
+from kto_dist.data.records import BadRecord, Block, read_blocks, short, unread
 from kto_dist.data.rows import BadRows as BadRows
 from kto_dist.data.rows import Row as Row
 from kto_dist.data.rows import line_of
@@ -96,6 +100,35 @@ class FileSoFar:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Neighbouring records of a file, and what has to be known of those before."""
+
+    file: int
+    """Its number in the log."""
+    block: Block
+    layout: Layout | None
+    """That of the first row before these that could be read; None: there is none."""
+    first: bool
+    """Whether the file starts with these."""
+    last: bool
+    """Whether it ends with these."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a reader has found out, beside the rows."""
+
+    files: dict[int, FileSoFar]
+    """By the number of the file."""
+    pairs: int
+    found: frozenset[str]
+    """`Mapped.found`."""
+    cut: frozenset[str]
+    """`Mapped.cut`."""
+    bad: BadRows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogReader:
     """Reads a log's files, or some of them, and keeps what is found out of them meanwhile."""
 
@@ -113,10 +146,140 @@ class LogReader:
     files: dict[int, FileSoFar] = field(default_factory=dict)
     """By their number."""
 
+    def afresh(self) -> "LogReader":
+        """One that has read nothing."""
+        return replace(
+            self,
+            mapped=replace(self.mapped, found=set(), cut=set()),
+            bad=BadRows(),
+            pairs=PairNumbers(),
+            files={},
+        )
+
     def read(self, stretches: Iterable[Stretch]) -> Iterator[Row]:
         """Rows of these, in order, as they are in the whole log. Raises `UserError`."""
+        for chunk in self.chunks(stretches, _ROWS):
+            yield from self.rows(chunk)
+            self.ended(chunk)
+
+    def chunks(self, stretches: Iterable[Stretch], rows: int) -> Iterator[Chunk]:
+        """All records of these, in order, at most so many at a time. Raises `UserError`."""
+        layouts = {file: so_far.layout for file, so_far in self.files.items()}
         for stretch in stretches:
-            yield from _rows_of(self, stretch, self.files.setdefault(stretch.file, FileSoFar()))
+            layout = layouts.get(stretch.file)
+            if stretch.start and layout is None:
+                layout = self._layout_before(stretch)
+            first = stretch.start == 0
+            blocks = read_blocks(self.sources[stretch.file], self.mapped.read(), stretch, rows)
+            for block, last in _with_last(blocks):
+                ends = last and stretch.stop is None
+                yield Chunk(file=stretch.file, block=block, layout=layout, first=first, last=ends)
+                layout, first = layout or self._layout_in(stretch.file, block), False
+            layouts[stretch.file] = layout
+
+    def rows(self, chunk: Chunk) -> Iterator[Row]:
+        """Raises `UserError`."""
+        source, mapped = self.sources[chunk.file], self.mapped
+        so_far = self.files.setdefault(chunk.file, FileSoFar())
+        so_far.begun |= chunk.first
+        so_far.layout = so_far.layout or chunk.layout
+        apart = mapped.for_cuts()
+        for where, record in chunk.block.records(source):
+            so_far.records += 1
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                cuts = mapped.cuts(record)
+                record = mapped.under_known_names(record)
+                found = so_far.layout or recognise(record)
+                if found.label is not None and not self.soft:
+                    so_far.scale.check(record.get(found.label), f"{where}: {found.label}")
+                origin = self.origins[chunk.file]
+                converted = list(convert(found, record, where, self.pairs, origin, cuts, soft=self.soft))
+                so_far.layout = found  # a row that could be read says what the source's layout is
+            except (BadRecord, RecursionError) as error:
+                message = f"{where}: {error if isinstance(error, BadRecord) else 'it nests too deep to be read'}"
+                if self.on_bad_row == "error":
+                    raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)") from None
+                reason = error.reason if isinstance(error, BadRecord) else "nests too deep"
+                self.bad.add(reason, message, chunk.file, line_of(where))
+                so_far.problem = so_far.problem or message
+                continue
+            _note(so_far.layout, record, converted, self.bad, apart)
+            so_far.rows += len(converted)
+            yield from converted
+
+    def ended(self, chunk: Chunk) -> None:
+        """To be called when a chunk's rows are read, or taken in. Raises `UserError` for a file without any."""
+        if not chunk.last:
+            return
+        source, so_far = self.sources[chunk.file], self.files[chunk.file]
+        if so_far.begun and not so_far.records:
+            raise UserError(f"{source.name} holds no rows: give a file with at least one rated answer")
+        if so_far.begun and not so_far.rows:
+            raise UserError(
+                f"{source.name}: not one of its {so_far.records} rows could be read; the first: {so_far.problem}"
+            )
+        self.bad.unused.update(unread(source, self.mapped.read()))
+
+    def found(self) -> Found:
+        return Found(
+            files=self.files,
+            pairs=self.pairs.taken,
+            found=frozenset(self.mapped.found),
+            cut=frozenset(self.mapped.cut),
+            bad=self.bad,
+        )
+
+    def take_in(self, found: Found, ended: Collection[int] = ()) -> bool:
+        """What another reader found in what follows. False, and nothing is changed, for rows that are wrong beside
+        those before them, or a file without any among those that have `ended`: who reads them after these says so."""
+        files = {file: self.files.get(file, FileSoFar()).followed_by(so_far) for file, so_far in found.files.items()}
+        if any(so_far.scale.trouble() or (file in ended and not so_far.rows) for file, so_far in files.items()):
+            return False
+        self.files.update(files)
+        self.mapped.found.update(found.found)
+        self.mapped.cut.update(found.cut)
+        self.pairs.taken += found.pairs
+        self.bad.extend(found.bad)
+        return True
+
+    def _layout_before(self, stretch: Stretch) -> Layout | None:
+        """That of the file's rows before the stretch, which as a rule the first one tells."""
+        aside = self.afresh()
+        blocks = read_blocks(
+            self.sources[stretch.file], self.mapped.read(), Stretch(file=stretch.file, stop=stretch.start), _ROWS
+        )
+        for block in blocks:
+            chunk = Chunk(file=stretch.file, block=block, layout=None, first=True, last=False)
+            if next(aside.rows(chunk), None) is not None:
+                return aside.files[stretch.file].layout
+        return None
+
+    def _layout_in(self, file: int, block: Block) -> Layout | None:
+        aside = self.afresh()
+        with suppress(UserError):  # whoever makes rows of the block says it
+            next(aside.rows(Chunk(file=file, block=block, layout=None, first=False, last=False)), None)
+        return aside.files[file].layout
+
+
+_ROWS = 1000
+"""Records that are read at once where nobody waits for them."""
+
+
+def _with_last(blocks: Iterable[Block]) -> Iterator[tuple[Block, bool]]:
+    """Each with whether it is the last one; of none, one without records. Before an error all that came first."""
+    held = None
+    try:
+        for block in blocks:
+            if held is not None:
+                yield held, False
+            held = block
+    except UserError:
+        if held is not None:
+            yield held, False
+        raise
+    yield held or Block(content=[]), True
 
 
 def read_rows(
@@ -151,56 +314,6 @@ def check_columns(mapped: Mapped) -> None:
         raise UserError(
             f"data.slices ({', '.join(uncut)}): no held-out row has a value there; correct the name, or leave it out"
         )
-
-
-def _rows_of(log: LogReader, stretch: Stretch, so_far: FileSoFar) -> Generator[Row, None, None]:
-    source, mapped = log.sources[stretch.file], log.mapped
-    so_far.begun |= stretch.start == 0
-    if stretch.start and so_far.layout is None:
-        so_far.layout = _layout_before(log, stretch)
-    for where, record in read_records(source, mapped.read(), stretch):
-        so_far.records += 1
-        try:
-            if isinstance(record, BadRecord):
-                raise record
-            cuts = mapped.cuts(record)
-            record = mapped.under_known_names(record)
-            found = so_far.layout or recognise(record)
-            if found.label is not None and not log.soft:
-                so_far.scale.check(record.get(found.label), f"{where}: {found.label}")
-            origin = log.origins[stretch.file]
-            converted = list(convert(found, record, where, log.pairs, origin, cuts, soft=log.soft))
-            so_far.layout = found  # a row that could be read says what the source's layout is
-        except (BadRecord, RecursionError) as error:
-            message = f"{where}: {error if isinstance(error, BadRecord) else 'it nests too deep to be read'}"
-            if log.on_bad_row == "error":
-                raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)") from None
-            reason = error.reason if isinstance(error, BadRecord) else "nests too deep"
-            log.bad.add(reason, message, stretch.file, line_of(where))
-            so_far.problem = so_far.problem or message
-            continue
-        _note(so_far.layout, record, converted, log.bad, mapped.for_cuts())
-        so_far.rows += len(converted)
-        yield from converted
-    if stretch.stop is not None:
-        return
-    if so_far.begun and not so_far.records:
-        raise UserError(f"{source.name} holds no rows: give a file with at least one rated answer")
-    if so_far.begun and not so_far.rows:
-        raise UserError(
-            f"{source.name}: not one of its {so_far.records} rows could be read; the first: {so_far.problem}"
-        )
-    log.bad.unused.update(unread(source, mapped.read()))
-
-
-def _layout_before(log: LogReader, stretch: Stretch) -> Layout | None:
-    """That of the file's rows before the stretch, which as a rule the first one tells."""
-    so_far = FileSoFar()
-    # what is found is found once more by whoever reads these rows
-    aside = replace(log, bad=BadRows(), pairs=PairNumbers())
-    with closing(_rows_of(aside, Stretch(file=stretch.file, stop=stretch.start), so_far)) as rows:
-        next(rows, None)
-    return so_far.layout
 
 
 def _note(layout: Layout, record: dict[str, Any], rows: list[Row], bad: BadRows, cuts: Collection[str]) -> None:

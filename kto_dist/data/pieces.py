@@ -5,6 +5,7 @@ reading the files again; where hosts see no common cache it finds the pieces of 
 
 1. `PieceWriter` the parts of one host as they come from the encoder; the folder gets its name when it is whole
 2. `read_piece`  the same parts again
+3. `say_wrong`   in place of a piece, where a row is wrong
 
 A piece belongs to one key of the cache, which knows all files and settings: numbers of files, sources and lines in it
 are the log's, and only those of pairs begin at 0 in each piece.
@@ -22,17 +23,17 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kto_dist.base.files import flush, sha256_of, write_whole
 from kto_dist.data.encode import COUNTS, SCHEMA, Part
-from kto_dist.data.formats import FileSoFar
+from kto_dist.data.formats import FileSoFar, Found
 from kto_dist.data.rows import BadRows
 from kto_dist.data.stretches import Stretch
 
 _ABOUT = "piece.json"
 _DIGEST_BYTES = 16
 _FILES = ("rows.arrow", "digests", "contents")
+_WRONG = ".wrong"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,20 +58,21 @@ def remove_pieces(cache: Path, key: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Read:
-    """What was found out on the way, beside the rows."""
+def say_wrong(folder: Path) -> None:
+    """That a row of this host's is wrong, where its piece would have been: hosts whose rows come later may stop."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.with_name(folder.name + _WRONG).mkdir(exist_ok=True)
 
-    stretches: tuple[Stretch, ...]
-    files: dict[int, FileSoFar]
-    """By the number of the file, of these stretches alone."""
 
-    pairs: int
-    found: frozenset[str]
-    """`Mapped.found`."""
-    cut: frozenset[str]
-    """`Mapped.cut`."""
-    bad: BadRows
+def wrong_before(cache: Path, key: str, hosts: Hosts) -> bool:
+    """Whether a row before this host's is known to be wrong: that one will be said, and its own do not matter."""
+    earlier = (Hosts(number=number, count=hosts.count) for number in range(hosts.number))
+    return any((found := folder_of(cache, key, host)).with_name(found.name + _WRONG).exists() for host in earlier)
+
+
+def forget_wrong(cache: Path, key: str) -> None:
+    for folder in cache.glob(f".{key}.piece-*{_WRONG}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class PieceWriter:
@@ -92,10 +94,10 @@ class PieceWriter:
         for split, part in zip(self._splits, parts, strict=True):
             split.add(part)
 
-    def close(self, read: Read) -> None:
-        """The piece is there for others when this returns."""
+    def close(self, stretches: Sequence[Stretch], read: Found) -> None:
+        """The piece is there for others when this returns. `stretches`: those that it is made of."""
         about: dict[str, Any] = {
-            "stretches": _listed(read.stretches),
+            "stretches": _listed(stretches),
             "files": [[file, so_far.to_dict()] for file, so_far in read.files.items()],
             "splits": {split.folder.name: split.close() for split in self._splits},
             "pairs": read.pairs,
@@ -148,7 +150,7 @@ class _Writing:
 
 def read_piece(
     folder: Path, splits: Sequence[str], stretches: Sequence[Stretch], first_pair: int
-) -> tuple[Iterator[list[Part]], Read] | None:
+) -> tuple[Iterator[list[Part]], Found] | None:
     """None where there is none, or it is not as it was written. `first_pair`: pairs of the stretches before."""
     try:
         about: dict[str, Any] = json.loads((folder / _ABOUT).read_bytes())
@@ -160,8 +162,7 @@ def read_piece(
                     return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    read = Read(
-        stretches=tuple(stretches),
+    read = Found(
         files={file: FileSoFar.from_dict(so_far) for file, so_far in about["files"]},
         pairs=about["pairs"],
         found=frozenset(about["found"]),
@@ -188,22 +189,16 @@ def _parts(folder: Path, splits: Sequence[str], about: dict[str, Any], first_pai
                 parts = list(empty)
                 batch = batches.get_batch(number) if batches.num_record_batches else empty[place].batch
                 rows, first = batch.num_rows, number == 0
-                parts[place] = Part(
-                    batch=_numbered(batch, first_pair),
+                part = Part(
+                    batch=batch,
                     digests=digests.read(_DIGEST_BYTES * rows),
                     contents=np.frombuffer(contents.read(8 * rows), np.uint64),
                     counts=np.array(counted["counts"], np.int64) if first else empty[place].counts,
                     sources=np.array(counted["sources"], np.int64) if first else empty[place].sources,
                     shortened_headers=counted["shortened_headers"] if first else 0,
                 )
+                parts[place] = part.numbered(first_pair)
                 yield parts
-
-
-def _numbered(batch: pa.RecordBatch, first_pair: int) -> pa.RecordBatch:
-    place = SCHEMA.get_field_index("pair")
-    columns = [*batch.columns]
-    columns[place] = pc.add(columns[place], pa.scalar(first_pair, pa.int64()))
-    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def _nothing(sources: int) -> Part:

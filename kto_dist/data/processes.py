@@ -1,11 +1,13 @@
-"""One function over many chunks of rows, in several processes, results in order.
+"""One function over many chunks, in several processes, results in order.
 
-In:  a function that can be pickled, and chunks. Out: its result of each chunk.
+In:  a function that can be pickled, and chunks. Out: each chunk with its result.
 """
 
 import itertools
+import multiprocessing
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,11 +28,13 @@ class Chunking:
     """How rows are handed out."""
 
     rows: int = 1000
-    """Of a chunk."""
+    """Of a chunk, at most."""
     alone: int = 20
     """Chunks before other processes help: starting them takes about as long as this one takes for so many."""
     least: int = 4 * 2**20
     """Bytes of a file that are worth a host's while: fewer are tokens before other processes have started."""
+    look: float = 2.0
+    """Seconds after which a host asks again whether rows of the hosts before it are wrong."""
 
 
 CHUNKING = Chunking()
@@ -60,47 +64,62 @@ class _Context(SpawnContext):
     Process = _Process
 
 
-_work: Callable[[list[Any]], Any]
+_work: Callable[[Any], Any]
 
 
-def _start_worker(work: Callable[[list[Any]], Any]) -> None:
+def _start_worker(work: Callable[[Any], Any]) -> None:
     # One process a core already: threads below it would only fight for the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     global _work
     _work = work
 
 
-def _work_on(chunk: list[Any]) -> Any:
+def _end_with_parent() -> None:
+    """The pool's processes hold both ends of its queue, and would wait for ever for one that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work_on(chunk: Any) -> Any:
     return _work(chunk)
 
 
 def over_chunks(
-    work: Callable[[list[Item]], Result], items: Iterable[Item], *, workers: int | None, chunking: Chunking
-) -> Iterator[Result]:
-    """Chunks in order: the first in this process, the rest in `workers` processes.
+    work: Callable[[Item], Result], chunks: Iterable[Item], *, workers: int | None, chunking: Chunking
+) -> Iterator[tuple[Item, Result]]:
+    """Chunks in order, with their results: the first in this process, the rest in `workers` processes.
 
-    Raises `UserError`: of several the one of the first chunk, or of the items that come first.
+    A `UserError` of the chunks is raised after the results of all that came before it.
     """
-    chunks = _chunks(items, chunking.rows)
-    workers = workers or min(8, _cores())
-    for chunk in chunks if workers == 1 else itertools.islice(chunks, chunking.alone):
-        yield work(_sound(chunk))
-    following = next(chunks, None)
-    if following is None:
+    coming, workers = iter(chunks), workers or min(8, _cores())
+    for chunk in coming if workers == 1 else itertools.islice(coming, chunking.alone):
+        yield chunk, work(chunk)
+    following = list(itertools.islice(coming, 1))
+    if not following:
         return
-    _sound(following)
+    coming = itertools.chain(following, coming)
     with ProcessPoolExecutor(workers, _Context(), _start_worker, (work,)) as pool:
-        pending: deque[Future[Result]] = deque()
+        pending: deque[tuple[Item, Future[Result]]] = deque()
+        trouble = None
         try:
-            for chunk in itertools.chain([following], chunks):
-                if isinstance(chunk, UserError):
+            while True:
+                try:
+                    chunk = next(coming)
+                except StopIteration:
                     break
-                pending.append(pool.submit(_work_on, chunk))
+                except UserError as error:
+                    trouble = error
+                    break
+                pending.append((chunk, pool.submit(_work_on, chunk)))
                 if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
+                    yield _first_of(pending)
             while pending:
-                yield pending.popleft().result()
-            _sound(chunk)
+                yield _first_of(pending)
+            if trouble is not None:
+                raise trouble
         except BrokenProcessPool:
             raise ProcessLost(
                 "a process that tokenises ended early, most likely because memory ran out: "
@@ -110,29 +129,9 @@ def over_chunks(
             pool.shutdown(cancel_futures=True)
 
 
-def _chunks(items: Iterable[Item], rows: int) -> Iterator[list[Item] | UserError]:
-    """The items; at last the error that ended them, when those before it have been worked on: one of these may be wrong
-    too, and stands first."""
-    chunk: list[Item] = []
-    trouble = None
-    try:
-        for item in items:
-            chunk.append(item)
-            if len(chunk) == rows:
-                yield chunk
-                chunk = []
-    except UserError as error:
-        trouble = error
-    if chunk:
-        yield chunk
-    if trouble is not None:
-        yield trouble
-
-
-def _sound(chunk: list[Item] | UserError) -> list[Item]:
-    if isinstance(chunk, UserError):
-        raise chunk
-    return chunk
+def _first_of(pending: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:
+    chunk, future = pending.popleft()
+    return chunk, future.result()
 
 
 def _cores() -> int:

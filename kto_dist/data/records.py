@@ -1,8 +1,12 @@
 """One source -> raw records, each with its place.
 
-In:  a `Source` or a `Stretch` of it, and the columns that the reader wants. Out: a stream of (place, record); the place
-     is "file:line" or "file:row 12", counted from 1 at the file's start. What is no record comes as a `BadRecord`, so
-     that the reader decides whether it stops the run.
+1. `read_blocks`    a `Source` or a `Stretch` of it, and the columns that the reader wants -> blocks of neighbours
+2. `Block.records`  (place, record) of each; the place is "file:line" or "file:row 12", counted from 1 at the file's
+                    start. What is no record comes as a `BadRecord`, so that the reader decides whether it stops the run
+
+A file is read by one process, which for JSON lines, Parquet and datasets leaves the work to whoever gets the blocks:
+they are lines that nobody has parsed, and columns of Arrow. The blocks of CSV and of a JSON array, which say where a
+record ends only to who has read all before it, are of records.
 
 Numbers of a class label (`datasets`' type) are read as the label's name, wherever they stand in a record
 (base/class_labels.py).
@@ -15,21 +19,25 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from kto_dist.base.class_labels import Namer, features_beside, features_in, namers_of
+from kto_dist.base.class_labels import Features, Namer, features_beside, features_in, namers_of
 from kto_dist.base.errors import UserError
 from kto_dist.base.vocabulary import MINED
 from kto_dist.data.sources import Source
 from kto_dist.data.stretches import BOM, Stretch
 
+Item = TypeVar("Item")
 Record = dict[str, Any]
 
-_BATCH = 1024
+_BLOCK_BYTES = 2**20
+"""Of lines that are read at once."""
 # A file's start. Another list of lists is a line of JSON lines that is no row.
 _ARRAY = re.compile(rb"\s*\[\s*(\{|\]|$)")
 _FIELD_BYTES = 2**31 - 1
@@ -42,6 +50,9 @@ class BadRecord(Exception):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, str(self))
 
 
 def short(value: Any) -> str:
@@ -61,29 +72,84 @@ def loads(text: str | bytes) -> Any:
         raise ValueError("it nests too deep") from None
 
 
-def read_records(
-    source: Source, columns: Collection[str], stretch: Stretch
-) -> Iterator[tuple[str, Record | BadRecord]]:
-    """Records of a stretch with their places, in order. Of Parquet and datasets, only `columns` are read.
+Placed = tuple[str, Record | BadRecord]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Neighbouring records of a file."""
+
+    content: bytes | list[Placed]
+    """Lines of JSON, whole ones; columns as a stream of Arrow's; or the records themselves."""
+    first: int = 1
+    """The number of the first line or row, from 1."""
+    labels: Features = field(default_factory=dict)
+    """Columns that hold class labels."""
+
+    def records(self, source: Source) -> Iterator[Placed]:
+        """With their places, in order. Raises `UserError` for a damaged file."""
+        namers = namers_of(self.labels)
+        with _whole(source.name):
+            if isinstance(self.content, list):
+                found = iter(self.content)
+            else:
+                found = (_of_lines if source.kind == "json" else _of_columns)(source, self.first, self.content)
+            for where, record in found:
+                yield where, record if isinstance(record, BadRecord) else _named(record, namers)
+
+
+def read_blocks(source: Source, columns: Collection[str], stretch: Stretch, rows: int) -> Iterator[Block]:
+    """Blocks of a stretch, in order, of at most so many rows. Of Parquet and datasets, only `columns` are read.
 
     Raises `UserError` for a damaged file.
     """
+    with _whole(source.name):
+        if source.kind == "json":
+            yield from _json_blocks(source.name, stretch, rows)
+        elif source.kind == "csv":
+            labels = _labels_of(features_beside(source.name))
+            yield from _in_blocks(_csv_records(source.name), labels, rows)
+        else:
+            yield from _Table(source, columns).blocks(stretch, rows)
+
+
+_BROKEN = (pa.ArrowException, EOFError, zlib.error, OSError)
+
+
+@contextmanager
+def _whole(name: str) -> Iterator[None]:
     try:
-        if source.kind in ("json", "csv"):
-            namers = namers_of(features_beside(source.name))
-            found = _json_records(source.name, stretch) if source.kind == "json" else _csv_records(source.name)
-            for where, record in found:
-                yield where, record if isinstance(record, BadRecord) else _named(record, namers)
-            return
-        table = _Table(source, columns)
-        for number, record in enumerate(table.records(stretch), 1 + table.rows_before(stretch)):
-            yield source.place(number), record
-    except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{source.name} is damaged or not what its name says: {error}; write it again") from None
+        yield
+    except _BROKEN as error:
+        raise UserError(f"{name} is damaged or not what its name says: {error}; write it again") from None
+
+
+def _gathered(items: Iterable[Item], rows: int, size: Callable[[Item], int] = lambda item: 0) -> Iterator[list[Item]]:
+    """At most so many at a time, or fewer that are large; before an error all those that came first."""
+    held: list[Item] = []
+    total = 0
+    try:
+        for item in items:
+            held.append(item)
+            total += size(item)
+            if len(held) == rows or total >= _BLOCK_BYTES:
+                yield held
+                held, total = [], 0
+    except (UserError, *_BROKEN):
+        if held:
+            yield held
+        raise
+    if held:
+        yield held
+
+
+def _labels_of(features: Features) -> Features:
+    namers = namers_of(features)
+    return {name: feature for name, feature in features.items() if name in namers}
 
 
 def unread(source: Source, columns: Collection[str]) -> dict[str, int]:
-    """Columns of a Parquet file or a dataset that `read_records` does not read -> rows that have a value there.
+    """Columns of a Parquet file or a dataset that `read_blocks` does not read -> rows that have a value there.
 
     Nulls are known of plain columns alone: lists and objects count with all rows.
     """
@@ -117,24 +183,31 @@ class _Table:
             features = source.dataset.features.to_dict()
         # Other columns (embeddings, images) may be large. With no known one, all are read, for the error to list.
         self.known = [name for name in self.names if name in columns] or self.names
-        self._namers = namers_of({name: features[name] for name in self.known if name in features})
+        self._labels = _labels_of({name: features[name] for name in self.known if name in features})
 
-    def rows_before(self, stretch: Stretch) -> int:
+    def blocks(self, stretch: Stretch, rows: int) -> Iterator[Block]:
+        first = 1 + self._rows_before(stretch)
+        for batch in self._batches(stretch, rows):
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, batch.schema) as stream:
+                stream.write(batch)
+            yield Block(content=sink.getvalue().to_pybytes(), first=first, labels=self._labels)
+            first += batch.num_rows
+
+    def _rows_before(self, stretch: Stretch) -> int:
         if self._dataset is not None:
             return stretch.start
         return sum(self._parquet.metadata.row_group(group).num_rows for group in range(stretch.start))
 
-    def records(self, stretch: Stretch) -> Iterator[Record | BadRecord]:
+    def _batches(self, stretch: Stretch, rows: int) -> Iterator[pa.RecordBatch | pa.Table]:
         if self._dataset is None:
             every = range(self._parquet.metadata.num_row_groups)
             groups = None if stretch.is_whole else [*every[stretch.start : stretch.stop]]
-            batches = self._parquet.iter_batches(_BATCH, row_groups=groups, columns=self.known)
-        else:
-            every = range(len(self._dataset))
-            rows = self._dataset if stretch.is_whole else self._dataset.select(every[stretch.start : stretch.stop])
-            batches = rows.select_columns(self.known).with_format("arrow").iter(_BATCH)
-        for record in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
-            yield _named(record, self._namers)
+            yield from self._parquet.iter_batches(rows, row_groups=groups, columns=self.known)
+            return
+        every = range(len(self._dataset))
+        chosen = self._dataset if stretch.is_whole else self._dataset.select(every[stretch.start : stretch.stop])
+        yield from chosen.select_columns(self.known).with_format("arrow").iter(rows)
 
     def unread(self) -> dict[str, int]:
         mined = MINED if set(self.names) >= MINED else frozenset()
@@ -158,37 +231,61 @@ def _opened(path: str) -> IO[bytes]:
     return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
 
 
-def _lines(file: IO[bytes], stretch: Stretch) -> Iterator[tuple[int, bytes]]:
-    """Lines of a stretch, with their numbers in the file."""
-    place, number = 0, 0
+def _start(file: IO[bytes], stretch: Stretch) -> int:
+    """Goes to the start of the stretch; the number of its first line, from 1."""
+    place, number = 0, 1
     while place < stretch.start and (block := file.read(min(2**20, stretch.start - place))):
         place, number = place + len(block), number + block.count(b"\n")
+    return number
+
+
+def _lines(file: IO[bytes], stretch: Stretch) -> Iterator[bytes]:
+    place = stretch.start
     while (stretch.stop is None or place < stretch.stop) and (line := file.readline()):
-        place, number = place + len(line), number + 1
-        yield number, line.removeprefix(BOM) if number == 1 else line
+        place += len(line)
+        yield line
 
 
-def _json_records(path: str, stretch: Stretch) -> Iterator[tuple[str, Record | BadRecord]]:
+def _json_blocks(path: str, stretch: Stretch, rows: int) -> Iterator[Block]:
+    labels = _labels_of(features_beside(path))
     with _opened(path) as file:
-        first = stretch.start == 0  # an array is not cut
-        for number, line in _lines(file, stretch):
-            if not line.strip():
-                continue
-            if first and _ARRAY.match(line):
-                yield from _json_array(path, number, line + file.read())
-                return
-            first = False
-            try:
-                record = loads(line)
-            except ValueError as error:
-                quoted = short(line[:200].decode(errors="replace"))
-                record = BadRecord("broken JSON", f"the line {quoted} is not JSON: {error}")
-            if not isinstance(record, dict | BadRecord):
-                record = BadRecord("broken JSON", f"{short(record)} must be a JSON object: one object a line")
-            yield f"{path}:{number}", record
+        number = _start(file, stretch)
+        begun = stretch.start > 0  # an array is not cut
+        for lines in _gathered(_lines(file, stretch), rows, len):
+            if number == 1:
+                lines[0] = lines[0].removeprefix(BOM)
+            start = 0 if begun else next((place for place, line in enumerate(lines) if line.strip()), None)
+            if start is not None:
+                if not begun and _ARRAY.match(lines[start]):
+                    array = _json_array(path, number + start, b"".join([*lines[start:], file.read()]))
+                    yield from _in_blocks(array, labels, rows)
+                    return
+                begun = True
+                yield Block(content=b"".join(lines), first=number, labels=labels)
+            number += len(lines)
 
 
-def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, Record | BadRecord]]:
+def _of_lines(source: Source, first: int, content: bytes) -> Iterator[Placed]:
+    for number, line in enumerate(io.BytesIO(content), first):
+        if not line.strip():
+            continue
+        try:
+            record = loads(line)
+        except ValueError as error:
+            quoted = short(line[:200].decode(errors="replace"))
+            record = BadRecord("broken JSON", f"the line {quoted} is not JSON: {error}")
+        if not isinstance(record, dict | BadRecord):
+            record = BadRecord("broken JSON", f"{short(record)} must be a JSON object: one object a line")
+        yield source.place(number), record
+
+
+def _of_columns(source: Source, first: int, content: bytes) -> Iterator[Placed]:
+    batches = (batch.to_pylist() for batch in pa.ipc.open_stream(content))
+    for number, record in enumerate(itertools.chain.from_iterable(batches), first):
+        yield source.place(number), record
+
+
+def _json_array(path: str, line: int, content: bytes) -> Iterator[Placed]:
     # The whole array is in memory, since JSON gives no place to go on after a broken element.
     decoder, start_of_value = json.JSONDecoder(), re.compile(r"[^\s,]|\Z")
     try:
@@ -213,7 +310,12 @@ def _json_array(path: str, line: int, content: bytes) -> Iterator[tuple[str, Rec
         ) from None
 
 
-def _csv_records(path: str) -> Iterator[tuple[str, Record | BadRecord]]:
+def _in_blocks(records: Iterable[Placed], labels: Features, rows: int) -> Iterator[Block]:
+    for block in _gathered(records, rows):
+        yield Block(content=block, labels=labels)
+
+
+def _csv_records(path: str) -> Iterator[Placed]:
     csv.field_size_limit(_FIELD_BYTES)
     with _opened(path) as file:
         # a byte that is no UTF-8 becomes half of a surrogate pair, which no text may hold: its row is a bad one

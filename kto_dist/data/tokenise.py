@@ -3,20 +3,23 @@
 In:  `DataConfig` and the policy's tokenizer.
 Out: a folder a split (`prepare`, one process a file system), which every rank opens with `examples.load`.
 
-1. `formats.LogReader`      files -> rows
-2. `encode.Encoder`         1,000 rows -> prompt and completion tokens, cut to length, held-out rows apart
+1. `formats.LogReader`      files -> chunks of 1,000 records, as they lie there
+2. `making.Maker`           a chunk -> rows -> prompt and completion tokens, cut to length, held-out rows apart
 3. `processes.over_chunks`  2 in several processes
-4. `split.Split`                chunks -> one Arrow file, its fingerprint and its `DataReport`
+4. `split.Split`            what is made of the chunks, in order -> one Arrow file, its fingerprint and its `DataReport`
 5. `prepare`                the finished folder gets its final name: the key of all that its content depends on
 6. `ahead`                  the log shared out over hosts that see one cache, before 5 (`stretches.py`, `pieces.py`)
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +29,18 @@ from kto_dist.data.columns import Mapped
 from kto_dist.data.config import DataConfig
 from kto_dist.data.encode import Encoder, Part
 from kto_dist.data.examples import damage
-from kto_dist.data.formats import FileSoFar, LogReader, check_columns
-from kto_dist.data.pieces import Hosts, PieceWriter, Read, folder_of, read_piece, remove_pieces
+from kto_dist.data.formats import LogReader, check_columns
+from kto_dist.data.making import Maker
+from kto_dist.data.pieces import (
+    Hosts,
+    PieceWriter,
+    folder_of,
+    forget_wrong,
+    read_piece,
+    remove_pieces,
+    say_wrong,
+    wrong_before,
+)
 from kto_dist.data.processes import CHUNKING, Chunking, ProcessLost, over_chunks
 from kto_dist.data.rows import BadRows
 from kto_dist.data.sources import Source, find_sources
@@ -211,16 +224,22 @@ class _Log:
         own, folder = shares[hosts.number], folder_of(self.cache, self.key, hosts)
         if sum(map(len, shares)) < 2 or not own or read_piece(folder, self.splits, own, 0):
             return
-        reading = _Reading.of(self)
+        reading, looked = _Reading.of(self), -math.inf
         with PieceWriter(folder, self.splits, self.given) as writer:
             try:
-                for parts in reading.parts(own):
-                    writer.add(parts)
+                with closing(reading.parts(own)) as every:
+                    for parts in every:
+                        writer.add(parts)
+                        if time.monotonic() - looked >= self.chunking.look:
+                            if wrong_before(self.cache, self.key, hosts):
+                                return
+                            looked = time.monotonic()
             except ProcessLost:
                 raise
             except UserError:
+                say_wrong(folder)
                 return
-            writer.close(reading.so_far(own))
+            writer.close(own, reading.rows.found())
 
     def prepare(self, warn: Callable[[str], None], hosts: int) -> Path:
         if self.final.exists():
@@ -251,6 +270,7 @@ class _Log:
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            forget_wrong(self.cache, self.key)
         remove_pieces(self.cache, self.key)
         return self.final
 
@@ -260,7 +280,7 @@ class _Reading:
     """A log's rows on their way to tokens."""
 
     log: _Log
-    encoder: Encoder
+    maker: Maker
     rows: LogReader
 
     @classmethod
@@ -272,15 +292,20 @@ class _Reading:
             on_bad_row=log.data.on_bad_row,
             soft=log.data.soft_labels,
         )
-        return cls(log=log, encoder=log.encoder(), rows=rows)
+        return cls(log=log, maker=Maker.of(rows, log.encoder()), rows=rows)
 
-    def parts(self, stretches: Sequence[Stretch]) -> Iterator[list[Part]]:
+    def parts(self, stretches: Sequence[Stretch]) -> Generator[list[Part], None, None]:
         """A part a split, chunk by chunk, of these."""
-        data = self.log.data
-        rows = self.rows.read(joined(stretches))
-        for parts, bad in over_chunks(self.encoder, rows, workers=data.workers, chunking=self.log.chunking):
-            self.rows.bad.extend(bad)
-            yield parts
+        rows, chunking = self.rows, self.log.chunking
+        chunks = rows.chunks(joined(stretches), chunking.rows)
+        for chunk, made in over_chunks(self.maker, chunks, workers=self.log.data.workers, chunking=chunking):
+            pairs = rows.pairs.taken
+            if made is None or not rows.take_in(made.found):
+                made = self.maker.made(chunk, rows.files.get(chunk.file))
+                taken = rows.take_in(made.found)
+                assert taken
+            rows.ended(chunk)
+            yield [part.numbered(pairs) for part in made.parts]
 
     def all(self, hosts: int) -> Iterator[list[Part]]:
         """Of the whole log; what is in pieces that hosts have made ahead is not read again."""
@@ -291,36 +316,12 @@ class _Reading:
                 yield from self.parts(missing)  # the piece's pairs are numbered on from these
                 missing = []
                 piece = read_piece(folder, self.log.splits, share, self.rows.pairs.taken)
-                if piece is not None and self._take_in(piece[1]):
+                ended = {stretch.file for stretch in share if stretch.stop is None}
+                if piece is not None and self.rows.take_in(piece[1], ended):
                     yield from piece[0]
                     continue
             missing += share
         yield from self.parts(missing)
-
-    def _take_in(self, read: Read) -> bool:
-        """False for rows that are wrong beside those before them: who reads them says where."""
-        known, rows = self.rows.files, self.rows
-        files = {file: known.get(file, FileSoFar()).followed_by(found) for file, found in read.files.items()}
-        ended = {stretch.file for stretch in read.stretches if stretch.stop is None}
-        if any(found.scale.trouble() or (file in ended and not found.rows) for file, found in files.items()):
-            return False
-        known.update(files)
-        rows.mapped.found.update(read.found)
-        rows.mapped.cut.update(read.cut)
-        rows.pairs.taken += read.pairs
-        rows.bad.extend(read.bad)
-        return True
-
-    def so_far(self, own: Sequence[Stretch]) -> Read:
-        rows = self.rows
-        return Read(
-            stretches=tuple(own),
-            files=rows.files,
-            pairs=rows.pairs.taken,
-            found=frozenset(rows.mapped.found),
-            cut=frozenset(rows.mapped.cut),
-            bad=rows.bad,
-        )
 
 
 def _why_empty(paths: Sequence[str], fraction: float | None, rows: list[int], bad: BadRows) -> str:

@@ -6,6 +6,7 @@ in use is left alone.
 """
 
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ LARGE_SHARD = 2**21
 WORTH_MERGING = 16
 """Small shards, from which on they are merged."""
 DAMAGED = "damaged"
+ABANDONED = "left by a writer that was killed"
 _ABANDONED_SECONDS = 3600.0
 """After which a file under a temporary name, which takes seconds to write, has lost its writer."""
 
@@ -41,6 +43,8 @@ class Removal:
     """Their pairs are written to new shards first."""
     damaged: bool = False
     """They are read again first, and stay where they turn out to be good."""
+    abandoned: bool = False
+    """Their age is asked again first, by the clock of whoever keeps them; they stay where they are young."""
     unused_days: float | None = None
     """Days since the model was last used, which is asked again first; it stays where they are fewer."""
 
@@ -108,6 +112,7 @@ def _removal(
     *,
     merged: bool = False,
     damaged: bool = False,
+    abandoned: bool = False,
     unused_days: float | None = None,
 ) -> Removal:
     return Removal(
@@ -117,6 +122,7 @@ def _removal(
         why=why,
         merged=merged,
         damaged=damaged,
+        abandoned=abandoned,
         unused_days=unused_days,
     )
 
@@ -138,19 +144,17 @@ def _litter(name: str, folder: Storage, files: list[File], warn: Callable[[str],
         ("set aside as damaged", [file for file in files if file.name.endswith(".damaged")]),
         (DAMAGED, [file for file in shards if file.name in found.bad]),
         (
-            "left by a writer that was killed",
-            [
-                file
-                for file in files
-                if TEMPORARY.fullmatch(file.name) and now - (file.modified or now) > _ABANDONED_SECONDS
-            ],
+            ABANDONED,
+            [file for file in files if TEMPORARY.fullmatch(file.name) and _is_old(file, now)],
         ),
         (
             "marks of jobs that have ended",
             [file for file in files if is_lease(file.name) or is_piece(file.name)],
         ),
     ]
-    removals = [_removal(name, files, why, damaged=why == DAMAGED) for why, files in kinds if files]
+    removals = [
+        _removal(name, files, why, damaged=why == DAMAGED, abandoned=why == ABANDONED) for why, files in kinds if files
+    ]
     if repeated or len(small) >= WORTH_MERGING:
         why = (
             f"merged into few; {repeated:,} pairs stand there more than once" if repeated else "small, merged into few"
@@ -174,6 +178,8 @@ def _carry_out(folder: Storage, removal: Removal, largest: int) -> bool:
         return _merge_shards(folder, removal, largest)
     if removal.damaged:
         return _remove_damaged(folder, removal)
+    if removal.abandoned:
+        return _remove_abandoned(folder, removal)
     if removal.unused_days is not None and _days_unused(folder, removal.unused_days) is None:
         return False
     # the manifest last: without it the rest could not be told apart if this were stopped
@@ -189,6 +195,25 @@ def _remove_damaged(folder: Storage, removal: Removal) -> bool:
     for name in found.bad:
         folder.remove(name)
     return not found.good and not found.unjudged
+
+
+def _remove_abandoned(folder: Storage, removal: Removal) -> bool:
+    """This machine's clock may be wrong, and a writer that has not said that it is at work has files here as well."""
+    probe = f".clock.{uuid.uuid4().hex}"
+    folder.write(probe, b"")
+    try:
+        ages = {file.name: file for file in folder.files()}
+        now = ages[probe].modified if probe in ages else None
+        old = [] if now is None else [name for name in removal.files if name in ages and _is_old(ages[name], now)]
+    finally:
+        folder.remove(probe)
+    for name in old:
+        folder.remove(name)
+    return not {*removal.files} & ages.keys() - {*old}
+
+
+def _is_old(file: File, now: float) -> bool:
+    return file.modified is not None and now - file.modified > _ABANDONED_SECONDS
 
 
 def _merge_shards(folder: Storage, removal: Removal, largest: int) -> bool:
