@@ -19,6 +19,8 @@ def _job(folder: Path, errors: Errors, agreed: bool) -> int:
     rank = comm.rank()
     # not file 2, where torch says at any moment what it thinks of connections that have closed
     sys.stderr = (folder / f"said-{rank}").open("w", buffering=1)
+    if len(errors) == comm.world_size() or (agreed and {type(error) for error in errors.values()} == {UserError}):
+        restart.SECONDS_TO_JOIN = 240.0  # all come with one mistake, on a busy machine one well after another
 
     def meet() -> None:
         if rank in errors:
