@@ -17,6 +17,8 @@ from table_parts import Content, about, counted, table
 from trainers import NAMES, title_of
 from zoo_table import zoo, zoo_short
 
+from kto_dist.evaluation.intervals import wilson
+
 GIB = 2**30
 ADAPTERS = {"lora": "LoRA", "dora": "DoRA"}
 
@@ -297,8 +299,12 @@ def demo(content: Content) -> str:
 
 
 def demo_short(content: Content) -> str:
-    """For who meets it first: whether the wish was learned."""
-    return table(["held-out", "before", "after"], _before_and_after(content, *DEMO_SHORT))
+    """For who meets it first: whether the wish was learned, and how surely so few questions tell."""
+    approved, *rows = _before_and_after(content, *DEMO_SHORT)
+    share = content["results"]["answers"]["after"]["approved"]
+    low, high = wilson(share, content["settings"]["questions"])
+    approved[-1] += f" ({low:.0%} to {high:.0%})"
+    return table(["held-out", "before", "after"], [approved, *rows])
 
 
 def demo_profile(content: Content) -> str:

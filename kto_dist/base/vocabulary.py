@@ -9,12 +9,12 @@ whoever reads it (mining's `labels` and `roles`), on top of these.
 import re
 
 UP = (
-    "1", "+1", "1.0", "true", "yes", "up", "thumbs_up", "thumb_up", "thumbsup", "thumbup", "👍",
+    "1", "+1", "1.0", "true", "t", "yes", "up", "thumbs_up", "thumb_up", "thumbsup", "thumbup", "👍",
     "good", "like", "liked", "positive", "upvote", "upvoted", "helpful", "chosen", "desirable",
     "accept", "accepted", "approve", "approved",
 )  # fmt: skip
 DOWN = (
-    "0", "-1", "0.0", "-1.0", "false", "no", "down", "thumbs_down", "thumb_down", "thumbsdown", "thumbdown", "👎",
+    "0", "-1", "0.0", "-1.0", "false", "f", "no", "down", "thumbs_down", "thumb_down", "thumbsdown", "thumbdown", "👎",
     "bad", "dislike", "disliked", "negative", "downvote", "downvoted", "unhelpful", "not_helpful", "rejected",
     "undesirable", "reject", "disapprove", "disapproved",
 )  # fmt: skip

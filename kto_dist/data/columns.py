@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kto_dist.base import json_pointer
+from kto_dist.base.label_names import beside
 
 TURNS = ("messages", "conversations", "conversation")
 GUESSES = ("question", "query", "input", "context")
@@ -23,6 +24,11 @@ TOOLS = ("tools", "functions")
 KWARGS = "chat_template_kwargs"
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """What a language model of text alone cannot see."""
+INDICES = ("message_index", "message_idx", "turn_index", "turn_idx", "rated_index")
+IDS = ("message_id", "messageId")
+"""Which turn of a conversation was rated, as its number or its id."""
+WINNERS = ("winner", "preferred", "preference")
+"""Which of two answers is the better one."""
 KNOWN = (*PROMPTS, *ANSWERS, *LABELS, *PAIRS, *SIDES, *REJECTED, "system", "history", "weight", *TOOLS, KWARGS)
 """What `data.columns` may map."""
 
@@ -58,7 +64,14 @@ class Mapped:
 
     def read(self) -> set[str]:
         """Columns to read from files that are read by column."""
-        return {*KNOWN, *MEDIA} | {root_of(name) for name in self.names.values() if name is not None} | self.for_cuts()
+        own = {root_of(name) for name in self.names.values() if name is not None}
+        label = self.names.get("label")
+        return (
+            {*KNOWN, *MEDIA, *INDICES, *IDS, *WINNERS}
+            | own
+            | self.for_cuts()
+            | (beside(root_of(label)) if label else set())
+        )
 
     def for_cuts(self) -> set[str]:
         """Columns that rows are told apart by."""

@@ -35,6 +35,7 @@ from typing import Any, Literal
 from kto_dist.base.errors import UserError
 from kto_dist.data.columns import KWARGS, TOOLS, Mapped, is_there
 from kto_dist.data.conversations import goes_on, without_prompt
+from kto_dist.data.doubts import check_beside
 from kto_dist.data.layouts import Layout, Scale, convert, others, recognise
 from kto_dist.data.records import BadRecord, Block, read_blocks, short, unread
 from kto_dist.data.rows import BadRows as BadRows
@@ -184,14 +185,15 @@ class LogReader:
         so_far.begun |= chunk.first
         so_far.layout = so_far.layout or chunk.layout
         apart = mapped.for_cuts()
-        for where, record in chunk.block.records(source):
+        for where, given in chunk.block.records(source):
             so_far.records += 1
             try:
-                if isinstance(record, BadRecord):
-                    raise record
-                cuts = mapped.cuts(record)
-                record = mapped.under_known_names(record)
+                if isinstance(given, BadRecord):
+                    raise given
+                cuts = mapped.cuts(given)
+                record = mapped.under_known_names(given)
                 found = so_far.layout or recognise(record)
+                check_beside(found, record, given, mapped)
                 if found.label is not None and not self.soft:
                     so_far.scale.check(record.get(found.label), f"{where}: {found.label}")
                 origin = self.origins[chunk.file]

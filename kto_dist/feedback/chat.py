@@ -126,6 +126,10 @@ class Reader:
         if not isinstance(value, list) or not value:
             raise Bad("messages", value)
         if all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            if all(isinstance(name, str) and self.role(name) is not None for name, _ in value):
+                # [role, text], as FastChat logs it; an answer that has not come yet is null
+                turns = [{"role": role, "content": text} for role, text in value if text is not None]
+                return [self._node(turn) for turn in turns]
             # [question, answer] pairs, as Gradio keeps them; an answer that has not come yet is null
             value = [
                 {"role": role, "content": text}

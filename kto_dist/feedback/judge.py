@@ -17,6 +17,7 @@ from typing import Any
 from kto_dist.base.json_pointer import MISSING, opened
 from kto_dist.feedback.chat import Bad, Node, Reader, Turn, is_tree
 from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.doubts import beside
 from kto_dist.feedback.notices import IDS, PARENTS, Notices, named_by
 from kto_dist.feedback.picks import Frame, Picker
 from kto_dist.feedback.pointers import text_of
@@ -62,7 +63,8 @@ class Judge:
     @property
     def wanted(self) -> set[str]:
         """Columns of a table that are looked at; the others may be large."""
-        return {*self._picker.heads, *self._notices.all_watched, *IDS, "tool_call_id"}
+        heads = self._picker.heads
+        return {*heads, *self._notices.all_watched, *IDS, "tool_call_id", *beside(heads)}
 
     def unread(self, problem: str, detail: str | None) -> Vote:
         """A row that could not be read; of a turn, whose it is, where that can still be seen."""

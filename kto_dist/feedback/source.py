@@ -15,6 +15,7 @@ from kto_dist.base.class_labels import features_beside
 from kto_dist.base.errors import UserError
 from kto_dist.feedback.chat import Bad
 from kto_dist.feedback.config import MiningConfig
+from kto_dist.feedback.doubts import check_doubts
 from kto_dist.feedback.judge import Judge
 from kto_dist.feedback.kinds import check_kinds
 from kto_dist.feedback.mapping import json_cells, plain, plain_votes, text_cells
@@ -65,6 +66,7 @@ class Source:
         check_no_json(file, config, first)
         check_choices(file, config, first)
         check_kinds(file.path, config, first)
+        check_doubts(file.path, config, first)
         made = _plain(file, config, first, notices, mistakes)
         if made is not None:
             return cls(file=file, names=names, votes=made[0], flat=True, batches=made[1], notices=notices, seen=list,

@@ -209,13 +209,14 @@ def _check_runs(connection: duckdb.DuckDBPyConnection) -> None:
 def _above(source: str, config: MiningConfig) -> str:
     """SQL of the rated answers of trees of turns, as `_before` has it."""
     joined = literal(config.turns.joined_by)
+    # materialised: DuckDB 2.0 waits for ever where a recursion reads Parquet with one thread and none that reads ahead
     return f"""
-        WITH RECURSIVE nodes AS (
+        WITH RECURSIVE nodes AS MATERIALIZED (
             SELECT session, id, any_value(parent) AS parent, any_value(root) AS root, any_value(role) AS role,
                 any_value(text) AS text, any_value(extra) AS extra
             FROM {source} WHERE id IS NOT NULL GROUP BY session, id
         ),
-        votes AS (SELECT * FROM {source} WHERE role = 'assistant' AND raw_feedback IS NOT NULL),
+        votes AS MATERIALIZED (SELECT * FROM {source} WHERE role = 'assistant' AND raw_feedback IS NOT NULL),
         climb AS (
             SELECT vote, session, parent, root, 0 AS depth, NULL::VARCHAR AS role, NULL::VARCHAR AS text,
                 NULL::VARCHAR AS extra FROM votes
