@@ -1,7 +1,5 @@
 """A mapping whose rows say that it would be read wrongly is refused, in training as in mining."""
 
-import json
-
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -165,10 +163,8 @@ def test_turns_as_pairs_of_role_and_text_are_no_questions_and_answers(tmp_path):
     with mined(tmp_path, rows, {"messages": "/state/messages", "feedback": "type"}) as connection:
         found = rows_of(connection)
     assert ("why?", "because", True) in found and len(found) == 2
-    [turns] = [
-        json.loads(prompt) if isinstance(prompt, str) else prompt for prompt, said, _ in found if said == "nothing"
-    ]
-    assert [turn["content"] for turn in turns] == ["why?", "because", "and then?"]
+    [turns] = [prompt for prompt, said, _ in found if said == "nothing"]
+    assert turns == (("user", "why?"), ("assistant", "because"), ("user", "and then?"))
 
 
 def test_a_tree_of_turns_is_read_by_one_thread(tmp_path):
