@@ -117,7 +117,8 @@ def test_what_stands_before_a_files_damage_is_said_first(tmp_path):
     with pytest.raises(UserError, match=r"log\.jsonl\.gz:41: the line '\{oops"):
         prepare(data, TOKENIZER, chunking=Chunking(rows=10_000))
     with pytest.raises(UserError, match="is damaged or not what its name says"):
-        prepare(data.model_copy(update={"on_bad_row": "skip"}), TOKENIZER)
+        prepare(data.model_copy(update={"on_bad_row": "skip", "workers": 2}), TOKENIZER, chunking=Chunking(alone=1))
+    assert [*(tmp_path / "cache").iterdir()] == []
 
 
 def blocks_of(path: Path, rows: int) -> list[Block]:
