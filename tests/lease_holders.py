@@ -3,7 +3,7 @@
 import json
 
 from kto_dist.base.processes import whereabouts
-from kto_dist.store.leases import Lease, is_piece
+from kto_dist.store.leases import Lease, Patience, is_piece
 from kto_dist.store.storage import LocalStorage, Storage
 
 
@@ -25,9 +25,10 @@ def of_another_machine(folder: Storage, piece: str, **changes: object) -> str:
     return name
 
 
-def held(folder: Storage, clock: Clock) -> Lease:
-    """A lease of 100 seconds, renewed by nobody but `keep`."""
-    lease = Lease(folder, "a", 0, 100.0, clock)
+def held(folder: Storage, clock: Clock, seconds: float = 100.0, patience: Patience | None = None) -> Lease:
+    """A lease of 100 seconds is renewed by nobody but `keep`, and a shorter one by its thread. While the clock stands
+    still, no write takes too long on a busy machine."""
+    lease = Lease(folder, "a", 0, seconds, clock, patience)
     assert lease.begin()
     return lease
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_scorer import IDENTITY, fill
-from lease_holders import Clock, leases_in, of_another_machine
+from lease_holders import Clock, held, leases_in, of_another_machine
 
 from kto_dist.base.errors import UserError
 from kto_dist.base.files import create_whole
@@ -114,7 +114,7 @@ def test_a_process_of_this_machine_that_is_gone_holds_nothing(folder):
 
 def test_a_holder_says_again_and_again_that_it_is_there(tmp_path):
     folder = LocalStorage(tmp_path)
-    with Leases(folder, seconds=0.2).take(["a"]) as lease:
+    with held(folder, Clock(), seconds=0.2) as lease:
         first = folder.read("piece-a.0.json")
         while folder.read("piece-a.0.json") == first:
             time.sleep(0.01)

@@ -14,7 +14,7 @@ from kto_dist.store.storage import LocalStorage, Storage
 
 def test_a_holder_whose_piece_was_taken_learns_it_and_leaves_the_new_ones_lease_alone(tmp_path):
     folder = LocalStorage(tmp_path)
-    lease = Leases(folder, seconds=0.2).take(["a"])
+    lease = held(folder, Clock(), seconds=0.2)
     lease.keep()
     other = {**whereabouts(), "token": "other", "seconds": 100.0}
     while not lease.lost:  # it may just be about to write its own
@@ -98,7 +98,7 @@ def _renewals(folder: Storage, count: int) -> None:
 
 def test_a_holder_that_shows_no_sign_of_work_leaves_its_piece_to_others_and_says_so(tmp_path):
     folder, said = LocalStorage(tmp_path), []
-    lease = Leases(folder, seconds=0.2, patience=Patience(least=0.05, warn=said.append)).take(["a"])
+    lease = held(folder, Clock(), seconds=0.2, patience=Patience(least=0.05, warn=said.append))
     while not lease.lost or not said:
         time.sleep(0.01)
     assert not leases_in(folder) and len(said) == 1 and "the piece at hand is left to others" in said[0]
@@ -112,7 +112,7 @@ def test_a_holder_that_shows_no_sign_of_work_leaves_its_piece_to_others_and_says
 def test_patience_is_for_as_long_as_work_takes_and_longer_until_the_first_sign(tmp_path):
     folder, patience = LocalStorage(tmp_path), Patience(least=1000.0)
     assert patience.seconds == TIMES_FIRST * 1000.0
-    with Leases(folder, seconds=0.2, patience=patience).take(["a"]) as lease:
+    with held(folder, Clock(), seconds=0.2, patience=patience) as lease:
         _renewals(folder, 4)
         lease.keep()  # the first one: what came before was loading
         assert patience.slowest == 0.0 and patience.seconds == 1000.0
@@ -133,7 +133,7 @@ def test_a_sign_of_work_counts_from_the_one_before(tmp_path):
             learned.append(seconds)
 
     folder = LocalStorage(tmp_path)
-    with Leases(folder, seconds=0.04, patience=Noting(least=1000.0)).take(["a"]) as lease:
+    with held(folder, Clock(), seconds=0.04, patience=Noting(least=1000.0)) as lease:
         _renewals(folder, 20)
         lease.keep()
         lease.keep()
@@ -142,7 +142,7 @@ def test_a_sign_of_work_counts_from_the_one_before(tmp_path):
 
 def test_whose_work_takes_longer_than_it_has_patience_has_more_for_the_next_piece(tmp_path):
     folder, patience = LocalStorage(tmp_path), Patience(least=0.05, slowest=0.0)
-    with Leases(folder, seconds=0.2, patience=patience).take(["a"]) as lease:
+    with held(folder, Clock(), seconds=0.2, patience=patience) as lease:
         while not lease.lost:
             time.sleep(0.01)
         with pytest.raises(LeaseLost):

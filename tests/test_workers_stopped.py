@@ -131,7 +131,7 @@ def _hangs(config: Config, until: Path) -> list[str]:
     warned: list[str] = []
     Console.warn = lambda self, text: warned.append(text)
     notes = Noted(config, hang)
-    work(config, Working(piece_tokens=PIECE, lease_seconds=1.0, patience=2.0), notes.watch, with_forward(notes.wrap))
+    work(config, Working(piece_tokens=PIECE, lease_seconds=4.0, patience=2.0), notes.watch, with_forward(notes.wrap))
     return warned
 
 
