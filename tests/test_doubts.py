@@ -145,6 +145,13 @@ def test_a_winner_beside_chosen_and_rejected_is_not_passed_over(tmp_path):
     assert len(read(write(tmp_path / "log.jsonl", row), columns={"winner": None})) == 2
 
 
+def test_a_conversation_of_another_form_beside_whole_conversations_may_be_left_out(tmp_path):
+    """As distilabel writes it."""
+    row = {"conversation": [{"input": "why?", "output": "hm"}], "chosen": [ASKED, SAID], "rejected": [ASKED, LAST]}
+    assert "data.columns: {conversation: null}" in refused_by_training(tmp_path, row)
+    assert len(read(tmp_path / "log.jsonl", columns={"conversation": None})) == 2
+
+
 def test_what_an_annotator_says_of_a_label_is_not_passed_over(tmp_path):
     """As Prodigy writes it."""
     row = {"prompt": "why?", "response": "because", "label": "good", "answer": "reject"}

@@ -398,9 +398,10 @@ def merge_adapter(adapter: Path, output: Path | None, **settings: Any) -> None:
     """
     from kto_dist.base.console import Console
     from kto_dist.commands.entry import quiet
-    from kto_dist.training.adapter_export import merge
 
     quiet()
+    from kto_dist.training.adapter_export import merge
+
     click.echo(f"model: {merge(adapter, output, Console(), **settings)}")
 
 

@@ -149,6 +149,8 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)(\..*)?")
+    # where peft imports it on a CPU it asks for a package that nothing here needs
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not comm.is_main():
         logging.disable(logging.WARNING)
 

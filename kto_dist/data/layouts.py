@@ -98,7 +98,7 @@ def convert(
     """`cuts`: what the row is told apart by; `soft`: a number as label is a probability."""
     weight = _weight(record)
     _refuse_media(record)
-    prompt = None if layout.prompt is None else _prompt(layout.prompt, record)
+    prompt = None if layout.prompt is None else _prompt(layout, record)
     answers = [text_or_turns(_required(record, name), name) for name in layout.answers]
     label = 1.0 if layout.label is None else _label(record, layout.label, soft)
     _refuse_other_questions(layout, record, prompt)
@@ -160,10 +160,21 @@ def _refuse_another_answer(last: str | Messages, record: dict[str, Any]) -> None
             )
 
 
-def _prompt(column: str, record: dict[str, Any]) -> str | Messages:
+def _prompt(layout: Layout, record: dict[str, Any]) -> str | Messages:
+    column = layout.prompt or ""
     value = _required(record, column)
     if column != "instruction":
-        prompt = text_or_turns(value, column)
+        try:
+            prompt = text_or_turns(value, column)
+        except BadRecord as error:
+            if layout.answers != PAIRS or column not in TURNS:
+                raise
+            # distilabel keeps what it made the pair of in `conversation`, in a form of its own
+            raise BadRecord(
+                error.reason,
+                f"{error}; if chosen and rejected are whole conversations, leave it out "
+                f"(data.columns: {{{column}: null}})",
+            ) from None
         if column in TURNS and isinstance(prompt, str):
             raise BadRecord("wrong type", f"{column} ({short(value)}) must be a list of messages, not text")
         return prompt
