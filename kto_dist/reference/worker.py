@@ -257,17 +257,17 @@ class Worker:
             shared=self._shared,
         )
 
-    def _fill(self, each: _List, pieces: Pieces, leases: Leases, speed: "_Speed") -> None:
+    def _fill(self, listed: _List, pieces: Pieces, leases: Leases, speed: "_Speed") -> None:
         said: float | None = None
         of_pair = pieces.of_pair
         # those that lack pairs, the longest first
-        while names := [pieces.names[number] for number in np.unique(of_pair[~each.tally.found])]:
+        while names := [pieces.names[number] for number in np.unique(of_pair[~listed.tally.found])]:
             self._stop_if_asked()
             lease = leases.take(names)
             if lease is None:
                 if said is None or time.monotonic() - said > SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
-                    self._say(_waiting(each.title, names, leases))
+                    self._say(_waiting(listed.title, names, leases))
                 time.sleep(leases.pause)
             else:
                 with lease:
@@ -276,9 +276,9 @@ class Worker:
                     speed.refreshed()
                     piece = pieces[pieces.names.index(lease.piece)]
                     # in the order of a pass: one worker with one piece stores the same, to the last bit
-                    missing = np.sort(piece[~each.tally.found[piece]])
+                    missing = np.sort(piece[~listed.tally.found[piece]])
                     try:
-                        self._score(each, missing, lease, speed)
+                        self._score(listed, missing, lease, speed)
                     except LeaseLost:
                         self._warn(
                             "a lease was not renewed in time, and another worker may have its piece: what was scored "
@@ -287,12 +287,12 @@ class Worker:
             self.look()
             speed.refreshed()
 
-    def _score(self, each: _List, missing: np.ndarray, lease: Lease, speed: "_Speed") -> None:
+    def _score(self, listed: _List, missing: np.ndarray, lease: Lease, speed: "_Speed") -> None:
         """`missing`: (M,) of the different pairs. Raises `LeaseLost` where another worker has the piece by now; what is
         stored of it stays."""
         if not missing.size:
             return
-        work = each.sought.work(each.places[missing])
+        work = listed.sought.work(listed.places[missing])
         self._stop_if_asked()
         # loading may take longer than a machine has that is taken away
         with before_sigterm(lease.end):
@@ -307,7 +307,7 @@ class Worker:
 
         scored = score_work(work, reference, self._settings, self._store, watch, self._warn)
         # stored, whatever a listing shows: one may lag behind
-        each.tally.found[missing] = True
+        listed.tally.found[missing] = True
         self._settings = scored.settings
         self._scored += work.keys.size
         self._read += tokens
@@ -331,15 +331,15 @@ def _waiting(title: str, names: list[str], leases: Leases) -> str:
 class _Speed:
     """What all workers together do for a list, as this one sees it in the store."""
 
-    def __init__(self, each: _List, watch: Watch):
-        self._each, self._watch = each, watch
-        self._all = each.places.size, int(each.tokens.sum())
+    def __init__(self, listed: _List, watch: Watch):
+        self._listed, self._watch = listed, watch
+        self._all = listed.places.size, int(listed.tokens.sum())
         self._started = time.monotonic()
         self._before = self._stored = self._look()
 
     def _look(self) -> tuple[int, int]:
-        found = self._each.tally.found
-        return int(found.sum()), int(self._each.tokens[found].sum())
+        found = self._listed.tally.found
+        return int(found.sum()), int(self._listed.tokens[found].sum())
 
     def refreshed(self) -> None:
         self._stored = self._look()
