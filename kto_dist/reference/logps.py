@@ -96,7 +96,7 @@ def score_reference(
             warnings.tell()
     total = reduce(operator.add, (outcome for _, outcome in results))
     total = replace(total, seconds=time.monotonic() - started)
-    scored = f"{total.scored_once:,} scored" + (" with shared prompts" if total.shared else "")
+    scored = f"{total.scored_once:,} scored{_how(total)}"
     repeats = f", {total.repeated:,} repeats of these" if total.repeated else ""
     found = f"{total.hits:,} from the store"
     console.say(f"{called}: {total.pairs:,} pairs, {found}, {scored}{repeats} in {total.seconds:.1f} s")
@@ -152,10 +152,14 @@ def fill_store(
                 worker.fill(leases, terms, shown)
         outcome = worker.outcome()
     console.say(
-        f"reference: all of {outcome.pairs:,} pairs are stored, {outcome.scored_once:,} scored here in "
+        f"reference: all of {outcome.pairs:,} pairs are stored, {outcome.scored_once:,} scored here{_how(outcome)} in "
         f"{outcome.seconds:.1f} s"
     )
     return outcome
+
+
+def _how(outcome: Outcome) -> str:
+    return " with shared prompts" if outcome.shared else ""
 
 
 def _mention_workers(store: Store, console: Console) -> None:
