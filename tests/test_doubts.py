@@ -8,6 +8,7 @@ from thumbs_logs import content, read, write
 
 from kto_dist.base.errors import UserError
 from kto_dist.base.label_names import opposite_of, trouble, trouble_of_two
+from kto_dist.data.formats import BadRows
 
 TEXT = {"prompt": "why?", "completion": "because"}
 ASKED, SAID = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}
@@ -56,7 +57,6 @@ def test_numbers_of_answers_say_nothing_of_which_is_better():
 @pytest.mark.parametrize(
     ("name", "beside", "said"),
     [
-        ("thumbs_up", {"thumbs_down": False}, "thumbs_down stands beside it"),
         ("toxicity", {}, "how bad an answer was"),
         ("rank", {}, "of ranks the lowest is the best"),
         ("quality", {"quality-metadata": {"class-name": "good"}}, "class-name in quality-metadata has the word"),
@@ -72,6 +72,19 @@ def test_training_and_mining_refuse_labels_that_their_columns_speak_against(tmp_
         assert said in refused_by_mining(tmp_path, tmp_path / "log.parquet", columns)
         with pytest.raises(UserError, match="write one column"):
             read(tmp_path / "log.parquet", columns={"label": name})
+
+
+def test_of_columns_for_thumbs_up_and_down_a_row_has_to_say_one_of_the_two(tmp_path):
+    rows = [{**TEXT, "thumbs_up": up, "thumbs_down": down} for up, down in ((1, 0), (0, 1), (0, 0), (1, 1))]
+    columns = {"label": "thumbs_up"}
+    assert [row.desirable for row in read(write(tmp_path / "log.jsonl", *rows[:2]), columns=columns)] == [True, False]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
+    for log in (write(tmp_path / "log.jsonl", *rows), tmp_path / "log.parquet"):
+        bad = BadRows()
+        assert len(read(log, columns=columns, on_bad_row="skip", bad=bad)) == 2 and bad.counts == {"no vote": 2}
+    # which rows mining will meet it does not know when it begins
+    columns = {"prompt": "prompt", "response": "completion", "feedback": "thumbs_up"}
+    assert "thumbs_down stands beside it" in refused_by_mining(tmp_path, rows[:2], columns)
 
 
 def test_mining_takes_what_the_config_says_of_the_words(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from kto_dist.base import json_pointer, label_names
 from kto_dist.base.errors import UserError
+from kto_dist.base.vocabulary import thumb_of
 from kto_dist.data.columns import IDS, INDICES, PAIRS, SIDES, TURNS, WINNERS, Mapped, is_there
 from kto_dist.data.layouts import Layout
 from kto_dist.data.records import BadRecord, short
@@ -64,8 +65,20 @@ def _check_name(layout: Layout, value: Any, given: Mapping[str, Any], own: str) 
         found, remedy = label_names.trouble_of_two(name, value), _REMEDY_OF_TWO
     else:
         found, remedy = label_names.trouble(name, value, around if isinstance(around, dict) else {}), _REMEDY
-    if found is not None:
+    if found is not None and found.kind == "opposite":
+        other = label_names.opposite_of(name) or ""
+        _check_one_side(name, value, other, around[other])
+    elif found is not None:
         raise UserError(f"data.columns.label ({own}): {found.why}: {remedy}")
+
+
+def _check_one_side(name: str, value: Any, other: str, beside: Any) -> None:
+    """Of a column for thumbs up and one for thumbs down each row has to say the one or the other."""
+    if thumb_of(str(value)) is not None and thumb_of(str(value)) is thumb_of(str(beside)):
+        raise BadRecord(
+            "no vote",
+            f"{name} ({short(value)}) and {other} ({short(beside)}) say the same of both sides: leave such rows out",
+        )
 
 
 def _check_last(turns: str, record: Mapping[str, Any]) -> None:
