@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AutoConfig
 
 from kto_dist.base.errors import UserError
 from kto_dist.data.batch import collate
-from kto_dist.model.attention import ATTENTIONS, largest, pick_attention, pick_packing
+from kto_dist.model.attention import ATTENTIONS, largest, pick_attention, pick_packing, refuse_sinks
 from kto_dist.model.causal_lm import ScoringModel, completion_logps, score
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -138,6 +138,32 @@ def test_auto_on_a_gpu_goes_by_dtype_capability_and_heads(monkeypatch, capabilit
     monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: flash)
     config = AutoConfig.for_model("llama", head_dim=head)
     assert pick_attention("model.attention", "auto", config, GPU, dtype) == attention
+
+
+@pytest.mark.parametrize("kind", ("gpt_oss", "granite_swa", "granitemoe_swa", "flint", "mimo_v2_flash"))
+def test_sinks_are_never_left_to_a_flash_attention_that_does_not_know_them(monkeypatch, kind):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: True)
+    config = AutoConfig.for_model(kind)
+    assert pick_attention("model.attention", "auto", config, GPU, torch.bfloat16) == "eager"
+    with pytest.raises(
+        UserError, match=rf"{kind} in transformers takes .*, as attention with sinks does; use .* eager"
+    ):
+        pick_attention("model.attention", "flash_attention_2", config, GPU, torch.bfloat16)
+    mistral = AutoConfig.for_model("mistral", sliding_window=None)
+    assert pick_attention("model.attention", "flash_attention_2", mistral, GPU, torch.bfloat16) == "flash_attention_2"
+
+
+@pytest.mark.parametrize("name", ("sinks", "attention_sink_bias"))
+def test_sinks_that_no_config_tells_of_are_refused_when_the_model_is_there(name):
+    lm = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2)})
+    for attention in ATTENTIONS:
+        refuse_sinks(lm, attention, "m")
+    lm["layer"].register_parameter(name, torch.nn.Parameter(torch.zeros(2)))
+    refuse_sinks(lm, "eager", "m")
+    for attention in ("varlen", "flash_attention_2", "sdpa"):
+        with pytest.raises(UserError, match=rf"of m has sinks .layer.{name}., which {attention} would leave out"):
+            refuse_sinks(lm, attention, "m")
 
 
 def test_flash_attention_2_is_named_with_what_is_missing(monkeypatch):

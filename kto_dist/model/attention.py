@@ -34,6 +34,8 @@ class Place:
     config: PretrainedConfig
     device: torch.device
     dtype: torch.dtype
+    elsewhere: bool = False
+    """On another machine, which has the packages that are missing here."""
 
     @property
     def family(self) -> str:
@@ -44,6 +46,12 @@ class Place:
         """Whether the family's class states that it can: `supports("sdpa")`."""
         known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
         return lambda what: known is None or bool(getattr(known, f"_supports_{what}", False))
+
+    @property
+    def flash_kernels(self) -> list[str] | None:
+        """The flash attentions that give the family's numbers, where its class names them; None: any does."""
+        known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
+        return getattr(known, "_compatible_flash_implementations", None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,10 +174,13 @@ def _no_varlen(place: Place) -> str | None:
 def _no_flash_attention_2(place: Place) -> str | None:
     if place.device.type != "cuda":
         return f"it runs on GPUs, not on {place.device.type}"
-    if not import_utils.is_flash_attn_2_available():
+    if not (place.elsewhere or import_utils.is_flash_attn_2_available()):
         return "the package flash-attn is not installed"
     if not place.supports("flash_attn"):
         return f"{place.family} in transformers does not take it"
+    others = place.flash_kernels
+    if others is not None and "flash_attention_2" not in others:
+        return f"{place.family} in transformers takes {' or '.join(others)} alone, as attention with sinks does"
     return _no_flash(place)
 
 
@@ -196,9 +207,11 @@ def pick_attention(
     dtype: torch.dtype,
     *,
     like: str = "auto",
+    elsewhere: bool = False,
 ) -> str:
-    """`auto`: as `like` where that can be had, else the first of the table that can. Raises `UserError`."""
-    place = Place(config=config, device=device, dtype=dtype)
+    """`auto`: as `like` where that can be had, else the first of the table that can. `elsewhere`: as `Place` has it.
+    Raises `UserError`."""
+    place = Place(config=config, device=device, dtype=dtype, elsewhere=elsewhere)
     if name == "auto":
         wanted = [*((like,) if like != "auto" else ()), *ATTENTIONS]
         return next(each for each in wanted if ATTENTIONS[each].missing(place) is None)
@@ -207,6 +220,19 @@ def pick_attention(
         could = [each for each, row in ATTENTIONS.items() if row.missing(place) is None]
         raise UserError(f"{setting} ({name}) cannot be had: {reason}; use auto, or {' or '.join(could)}")
     return name
+
+
+def refuse_sinks(lm: nn.Module, attention: str, path: str) -> None:
+    """Raises `UserError` for a loaded model whose attention has sinks, a learned logit beside those of the positions,
+    and would be computed by what leaves them out: transformers hands them to every attention, and those that do not
+    know them say nothing. Of its own families the table knows it ahead, of code that a model brings along nobody does.
+    """
+    sinks = [name for name, _ in lm.named_parameters() if "sink" in name.rpartition(".")[2]]
+    if sinks and attention != "eager":
+        raise UserError(
+            f"the attention of {path} has sinks ({sinks[0]}), which {attention} would leave out without a word: set "
+            "model.attention=eager"
+        )
 
 
 def pick_packing(setting: str, value: str | bool, attention: str, config: PretrainedConfig, max_length: int) -> bool:

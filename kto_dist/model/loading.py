@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kto_dist.base.errors import UserError
 from kto_dist.model import hub
+from kto_dist.model.attention import refuse_sinks
 from kto_dist.model.config import check_model_path
 from kto_dist.model.kernels import fuse
 from kto_dist.model.memory import is_out_of_memory
@@ -175,6 +176,7 @@ def load_model(
             f"{len(left)} tensors of the files of {path} have no place in the model and are not used: "
             f"{shortened(left)}; if they should be, config.json is another model's"
         )
+    refuse_sinks(lm, attention, path)
     _in_one_dtype(lm, dtype)
     if kernels == "liger":
         fuse(lm)
