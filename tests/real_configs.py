@@ -291,6 +291,11 @@ def outline(name: str) -> PreTrainedModel:
         return without_contents(load_config(str(write(name, Path(folder)))))
 
 
+def hollow(folder: Path) -> PreTrainedModel:
+    """The model of a folder, without contents."""
+    return without_contents(load_config(str(folder)))
+
+
 def config_of(**changes: Any) -> Config:
     tree: dict[str, dict[str, Any]] = {"model": {"path": "m"}, "data": {"train": "t", "max_length": 1024}}
     for name, value in changes.items():

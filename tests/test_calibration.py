@@ -22,6 +22,8 @@ from kto_dist.cluster.plan import plan
 from kto_dist.cluster.predict import Seconds, factor, load_of, predict
 from kto_dist.cluster.rates import Rates, rates
 from kto_dist.cluster.workload import Workload, of_means, step_load
+from kto_dist.model.adapters import injected, pick_adapter, rehearse
+from kto_dist.model.config import AdapterConfig
 from kto_dist.model.footprint import Shape, shape_of, with_adapter
 from kto_dist.training.config import Config
 
@@ -168,6 +170,38 @@ def test_it_is_said_what_was_measured_and_what_is_assumed():
         assert text in page.below(plan(CONFIG, shape, work, cluster))[-1]
     alone = Measured(here=cluster_of("H100", 1), seconds=1.2, computed=1.0, factor=1.2, links=None)
     assert len(page.of_measured(alone)) == 1 and not alone.applied(cluster_of("H100", 8)).links_measured
+
+
+def test_what_was_measured_on_another_kind_of_gpu_is_said_to_be():
+    shape, work, wanted = shape_of(model(device="meta")), workload(), cluster_of("H100", 16)
+    for kind, links, warning in (
+        ("A100", LINKS, "measured on A100, planned for H100: that the factor and the links' share of the one"),
+        ("A100", None, "measured on A100, planned for H100: that the factor of the one"),
+        ("H100", LINKS, None),
+    ):
+        found = Measured(here=cluster_of(kind, 4, 4), seconds=1.2, computed=1.0, factor=1.25, links=links)
+        made = plan(CONFIG, shape, work, wanted, measured=found)
+        assert made.cluster.shares.compute == 1.25 and made.cluster.links_measured == (links is not None)
+        said = [line for line in page.above(made) if line.startswith("measured on")]
+        assert [line[: len(warning or "")] for line in said] == ([] if warning is None else [warning])
+        assert f"all compute times 1.25 times, as measured on 4 {kind}" in page.below(made)[-1]
+        told = json.loads(json.dumps(page.to_dict(made)))["measured"]
+        assert (told["gpu"], told["factor"], told["warning"]) == (kind, 1.25, said[0] if said else None)
+    assert page.to_dict(plan(CONFIG, shape, work, wanted))["measured"] is None
+
+
+@pytest.mark.parametrize("kind", ("lora", "dora"))
+@pytest.mark.parametrize("targets", (("q_proj",), ("v_proj", "down_proj"), "all-linear"))
+def test_an_adapter_counts_where_it_lies_and_nowhere_else(kind, targets):
+    section = AdapterConfig(type=kind, rank=4, targets=targets)
+    adapter, lm = pick_adapter(section, base="m", seed=0), model()
+    assert adapter is not None
+    shape = with_adapter(lm, 4, put_in=rehearse(lm.config, adapter))
+    injected(lm, adapter)
+    if kind == "lora":  # DoRA calls some of them twice
+        assert shape.modules == passed(lm)
+    added = [p for p in lm.parameters() if p.requires_grad]
+    assert (shape.trained, shape.largest_trained) == (sum(p.numel() for p in added), max(p.numel() for p in added))
 
 
 def test_padded_rows_are_run_as_wide_as_the_widest_of_their_batch_rounded_up():

@@ -19,7 +19,8 @@ from kto_dist.base.errors import UserError
 from kto_dist.cluster import page
 from kto_dist.cluster.hardware import GPUS, Cluster, calibrated, cluster_of
 from kto_dist.cluster.plan import method_of, plan, ready_config, shape_for
-from kto_dist.cluster.predict import Prediction, Way, predict, predict_reference
+from kto_dist.cluster.predict import Prediction, Way, predict
+from kto_dist.cluster.reference_pass import predict_reference
 from kto_dist.cluster.workload import of_means, of_rows, step_load
 from kto_dist.commands.cli import main
 from kto_dist.data.batch import Cutting, microbatches, step_rows

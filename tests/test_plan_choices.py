@@ -22,7 +22,8 @@ from kto_dist.cluster.plan import (
     ready_config,
     shape_for,
 )
-from kto_dist.cluster.predict import predict, predict_reference
+from kto_dist.cluster.predict import predict
+from kto_dist.cluster.reference_pass import predict_reference
 from kto_dist.cluster.workload import of_means
 from kto_dist.commands.cli import main
 from kto_dist.model.footprint import (
@@ -92,6 +93,16 @@ def test_parts_of_the_memory_add_up_to_what_a_gpu_takes():
     for cells in page.lines(made):
         parts = [float(cell) for cell in cells[first : last + 1]]
         assert sum(parts) + margin == pytest.approx(float(cells[last + 1]), abs=0.4)
+        assert min(parts) >= 0  # gradients that come when activations go are no negative memory
+
+
+def test_gradients_take_the_place_of_activations_only_where_a_step_is_surely_one_micro_batch():
+    shape, way, cluster = shape_of(outline("Llama-3.1-8B")), replace(WAY, zero_stage=1), cluster_of("H100", 32)
+    work = of_means(config_of(train__global_batch=64), 1000, 150, 150)  # two a rank, of 1,024 at the most
+    few, enough = (predict(shape, work, cluster, replace(way, tokens=tokens)) for tokens in (1024, 2048))
+    assert few.microbatches == enough.microbatches == 2  # of usual rows: one, and its KL pairs
+    assert (few.memory.to_come, enough.memory.to_come) == (0, 2 * shape.trained)
+    assert few.memory.peak > enough.memory.peak
 
 
 def test_who_reads_one_line_reads_the_best():
@@ -131,7 +142,10 @@ def test_what_does_not_fit_is_told_by_what_is_lacking_and_by_what_takes_less():
             "full",
             "takes .* of 79 GiB a GPU and 6,.* of 1,863 GiB of a node's own memory; take .*, or --method lora$",
         ),
-        ("qlora", "takes 2.. of 79 GiB a GPU; take larger GPUs, a shorter .*, whose weights ZeRO 3 shards$"),
+        (
+            "qlora",
+            "takes 2.. of 79 GiB a GPU and for the reference 2.. of 79 GiB a GPU; take larger .* ZeRO 3 shards$",
+        ),
     ):
         made = planned(shape_for(lm, method, 16), "H100", 8, method=method)
         assert made.best is None

@@ -8,6 +8,7 @@ import torch
 from real_configs import PUBLISHED, WAY, config_of, outline, planned, write
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from kto_dist.base.errors import UserError
 from kto_dist.cluster import page
 from kto_dist.cluster.hardware import GPUS, cluster_of
 from kto_dist.cluster.plan import (
@@ -84,6 +85,24 @@ def test_a_token_is_copied_for_every_expert_that_it_is_sent_to():
     assert layer_bytes(shape, fused=True) > 1.5 * layer_bytes(alone, fused=True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "inner"),
+    [
+        ("llama4_text", {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 1}, 48 + 48),
+        ("qwen2_moe", {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}, 4 * 24 + 40),
+        ("glm4_moe", {"moe_intermediate_size": 24, "n_shared_experts": 2, "first_k_dense_replace": 1}, 8 * 24 + 48),
+        ("granitemoeshared", {"intermediate_size": 24, "shared_intermediate_size": 56}, 2 * 24 + 56),
+        ("mixtral", {"intermediate_size": 24}, 2 * 24),
+    ],
+)
+def test_experts_that_every_token_passes_are_counted_beside_those_that_it_is_sent_to(kind, sizes, inner):
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=64, **small, **sizes)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    assert shape_of(lm).inner == inner
+
+
 def test_experts_are_gathered_all_at_once_and_their_gradients_are_whole():
     shape = shape_of(outline("DeepSeek-V3"))
     of_layer = 3 * 256 * 7168 * 2048
@@ -118,6 +137,10 @@ def test_a_family_is_planned_as_it_is_going_to_run(tmp_path, monkeypatch):
     assert layers_on_gpu(asked, found["gemma-2-9b"]) == Layers(
         attention="flash_attention_2", fused=False, packed=True
     )  # taken to be installed where it runs
+    # but no package makes a family take what it cannot
+    asked = config_of(model__attention="flash_attention_2")
+    with pytest.raises(UserError, match="gpt_oss in transformers takes .* alone, as attention with sinks does"):
+        layers_on_gpu(asked, found["gpt-oss-20b"])
 
 
 def test_an_adapter_beside_experts_leaves_them_and_packs_none_of_them(tmp_path):

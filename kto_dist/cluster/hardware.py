@@ -1,6 +1,7 @@
 """GPUs, the links between them, and what a collective over them takes.
 
-In:  a GPU's name, how many, how many a node. Out: `Cluster`, whose methods give seconds.
+In:  a GPU's name, or one that is described (`gpu_file`), how many, how many a node. Out: `Cluster`, whose methods give
+seconds.
 
 Peaks and links are the makers' figures of the eight-GPU machines that these are sold in, in one direction; memory is
 what torch shows of them, from which a run's own estimate starts as well. What is reached of the peaks are the shares
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from kto_dist.base.errors import UserError
 from kto_dist.cluster.allreduce import Links
-from kto_dist.model.devices import PEAKS
+from kto_dist.model.devices import PEAKS, kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +63,10 @@ _H100 = Gpu(
     network=400 * GB,
     host=50 * GB,
 )
+_PCIE_4, _PCIE_5 = 32 * GB, 64 * GB
+"""Sixteen lanes, in one direction."""
+# A card without NVLink reaches the others over PCIe. That its machine has 400 Gbit/s to others is an assumption.
+_CARD = replace(_H100, link=_PCIE_4, network=50 * GB, host=25 * GB)
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -90,8 +95,40 @@ GPUS = {
             matmul=0.45,
             attention=0.20,
         ),
+        # What follows has NVIDIA's figures (datasheets of H20, GH200, A100, H100, L40S and A10G, and the whitepaper on
+        # Ada for the RTX 4090), and shares that nobody has measured on it.
+        replace(_H100, name="H20", flops=PEAKS["H20"], memory=95.0 * GIB, bandwidth=4000 * GB),
+        # beside a processor of its own, which has the share of its link that others have of PCIe
+        replace(_H100, name="GH200", flops=PEAKS["GH200"], memory=94.5 * GIB, bandwidth=4000 * GB, host=350 * GB),
+        replace(_A100, name="A100-PCIe", bandwidth=1935 * GB, link=_PCIE_4, network=50 * GB),
+        replace(_CARD, name="H100-PCIe", flops=PEAKS["H100PCIE"], bandwidth=2000 * GB, link=_PCIE_5, host=50 * GB),
+        # bridges join two of them; more than two meet over PCIe
+        replace(
+            _CARD,
+            name="H100-NVL",
+            flops=PEAKS["H100NVL"],
+            memory=93.1 * GIB,
+            bandwidth=3938 * GB,
+            link=_PCIE_5,
+            host=50 * GB,
+        ),
+        replace(_CARD, name="L40S", flops=PEAKS["L40S"], memory=44.4 * GIB, bandwidth=864 * GB),
+        # in machines of 100 Gbit/s
+        replace(_CARD, name="A10G", flops=PEAKS["A10G"], memory=22.1 * GIB, bandwidth=600 * GB, network=12.5 * GB),
+        # which cannot read each other's memory: what one sends goes into the host's, and out again
+        replace(
+            _CARD,
+            name="RTX-4090",
+            flops=PEAKS["RTX4090"],
+            memory=23.6 * GIB,
+            bandwidth=1008 * GB,
+            link=_PCIE_4 / 2,
+            network=12.5 * GB,
+        ),
     )
 }
+_SAME_SIZE = 0.15
+"""Of its memory, by which a GPU may differ from the size that it is called by: makers count otherwise than torch."""
 MOST_GPUS = 4096
 _CARDS = 8
 """Of a node that `Gpu.network` is of."""
@@ -189,17 +226,33 @@ class Cluster:
         return min(inside, self.network * self.shares.links) if self.nodes > 1 else inside
 
 
-def cluster_of(name: str, gpus: int, per_node: int = 8, host_memory: float = 2000 * GB) -> Cluster:
-    """Raises `UserError`."""
-    if name not in GPUS:
-        raise UserError(f"--gpu ({name}) is none that is known: there are {', '.join(GPUS)}")
+def gpu_called(name: str, memory: float | None = None) -> Gpu | None:
+    """What people or torch call so, of all that are known; `memory`: bytes that it has, where the name need not say."""
+    wanted, size = kind(name)
+    alike = [gpu for gpu in GPUS.values() if kind(gpu.name)[0] == wanted]
+    if memory is None and size is not None:
+        memory = size * GIB
+    if not alike or memory is None:
+        return alike[0] if alike else None
+    nearest = min(alike, key=lambda gpu: abs(gpu.memory - memory))
+    return nearest if abs(nearest.memory - memory) < _SAME_SIZE * memory else None
+
+
+def cluster_of(name: str | Gpu, gpus: int, per_node: int = 8, host_memory: float = 2000 * GB) -> Cluster:
+    """`name`: of a GPU, in any usual way to write it, or the GPU itself. Raises `UserError`."""
+    gpu = gpu_called(name) if isinstance(name, str) else name
+    if gpu is None:
+        raise UserError(
+            f"--gpu ({name}) is none that is known: there are {', '.join(GPUS)}; describe another in a file, "
+            "--gpu FILE.yaml (docs/planning.md)"
+        )
     if not 1 <= gpus <= MOST_GPUS:
         raise UserError(f"--gpus ({gpus}) must be from 1 to {MOST_GPUS:,}")
     if gpus > per_node and gpus % per_node:
         raise UserError(
             f"--gpus ({gpus}) must be a multiple of --per-node ({per_node}), or fewer: nodes are rented whole"
         )
-    return Cluster(gpu=GPUS[name], gpus=gpus, per_node=per_node, host_memory=host_memory)
+    return Cluster(gpu=gpu, gpus=gpus, per_node=per_node, host_memory=host_memory)
 
 
 def calibrated(cluster: Cluster, compute: float) -> Cluster:

@@ -18,12 +18,13 @@ import torch
 from kto_dist.base import comm
 from kto_dist.base.errors import UserError
 from kto_dist.cluster.allreduce import Links
-from kto_dist.cluster.hardware import GPUS, Cluster, Gpu, calibrated, linked
+from kto_dist.cluster.hardware import GPUS, Cluster, Gpu, calibrated, gpu_called, linked
 from kto_dist.cluster.predict import Way, factor, load_of, predict
 from kto_dist.cluster.rates import Rates, rates
 from kto_dist.cluster.workload import Workload
 from kto_dist.model.attention import pick_attention, pick_packing
 from kto_dist.model.causal_lm import pick_dtype
+from kto_dist.model.devices import kind
 from kto_dist.model.footprint import Shape, budget
 from kto_dist.model.kernels import pick_kernels
 from kto_dist.model.loading import load_config
@@ -58,8 +59,11 @@ class Measured:
         return calibrated(cluster, self.factor)
 
 
-def measure(config: Config, shape: Shape, workload: Workload, run: Run, ranks: int = 1) -> Measured:
-    """`ranks`: that the run has. Raises `UserError` where it fails."""
+def measure(
+    config: Config, shape: Shape, workload: Workload, run: Run, ranks: int = 1, planned: Gpu | None = None
+) -> Measured:
+    """`ranks`: that the run has. `planned`: a GPU that may be the one here, where nobody knows that. Raises `UserError`
+    where the run fails."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         overrides = [
@@ -78,7 +82,7 @@ def measure(config: Config, shape: Shape, workload: Workload, run: Run, ranks: i
             raise UserError(f"--measure runs {STEPS} steps of the config here, and they ended with status {status}")
         seconds = step_seconds(output)
     found = rates_here(ranks)
-    here = this_machine(found, ranks)
+    here = this_machine(found, ranks, planned)
     way = way_here(config, shape, here)
     return Measured(
         here=here,
@@ -135,10 +139,11 @@ def rates_here(ranks: int = 1, threads: int | None = None) -> Rates:
     return rates(ranks, threads)
 
 
-def this_machine(found: Rates, ranks: int = 1) -> Cluster:
-    """Its GPUs, where these are of a known kind, else its processor, of which each rank has what was found."""
+def this_machine(found: Rates, ranks: int = 1, planned: Gpu | None = None) -> Cluster:
+    """Its GPUs, where these are of a known kind or of that which is planned for, else its processor, of which each rank
+    has what was found."""
     if torch.cuda.is_available():
-        gpu = _gpu()
+        gpu = _gpu(planned)
         here = Cluster(gpu=gpu, gpus=ranks, per_node=ranks)
         return here if found.links is None else linked(here, found.links, ranks, gpu.link)
     link = found.links.bandwidth if found.links else found.bandwidth
@@ -162,9 +167,12 @@ def this_machine(found: Rates, ranks: int = 1) -> Cluster:
     return here if found.links is None else linked(here, found.links, ranks, link)
 
 
-def _gpu() -> Gpu:
-    name = torch.cuda.get_device_name()
-    known = next((gpu for key, gpu in GPUS.items() if key in name), None)
+def _gpu(planned: Gpu | None) -> Gpu:
+    name, memory = torch.cuda.get_device_name(), float(torch.cuda.get_device_properties(0).total_memory)
+    known = planned if planned is not None and kind(planned.name) == kind(name) else gpu_called(name, memory)
     if known is None:
-        raise UserError(f"--measure needs a GPU that is known ({', '.join(GPUS)}), and this one is a {name}")
-    return replace(known, memory=float(torch.cuda.get_device_properties(0).total_memory))
+        raise UserError(
+            f"--measure needs a GPU that is known ({', '.join(GPUS)}), and this one is a {name}: describe it in a file "
+            f"with `name: {name}`, and plan with --gpu FILE.yaml (docs/planning.md)"
+        )
+    return replace(known, memory=memory)

@@ -43,9 +43,11 @@ def lines(plan: Plan) -> list[tuple[str, ...]]:
 
 def _line(plan: Plan, way: Prediction, first: bool) -> tuple[str, ...]:
     held, memory, set_up = way.memory.held, way.memory, way.way
-    weights, kept = held.weights + held.gathered, memory.activations
-    # the most of logits, a backward and an update
-    parts = (weights, held.gradients, held.optimizer, kept, memory.peak - held.rest - kept)
+    beside = memory.peak - held.rest
+    # gradients that come when activations go take their place: what is kept counts by what it takes beyond them
+    kept = min(memory.activations, beside)
+    # the rest is the most of logits, a backward and an update
+    parts = (held.weights + held.gathered, held.gradients, held.optimizer, kept, beside - kept)
     offload = {(0, 0): "none", (1, 0): "optimizer", (0, 1): "weights", (1, 1): "both"}
     cost = plan.cost(way)
     speed = (
@@ -109,9 +111,22 @@ def above(plan: Plan, adapter: Rehearsed | None = None) -> list[str]:
         )
     if (slow := _slow(plan)) is not None:
         said.append(slow)
+    if (foreign := _foreign(plan)) is not None:
+        said.append(foreign)
     if plan.best is not None:
         said.append(_best(plan, plan.best))
     return said
+
+
+def _foreign(plan: Plan) -> str | None:
+    """That what was measured was measured on something else."""
+    if plan.measured is None or (here := plan.measured.here.gpu.name) == plan.cluster.gpu.name:
+        return None
+    what = "the factor and the links' share" if plan.measured.links is not None else "the factor"
+    return (
+        f"measured on {here}, planned for {plan.cluster.gpu.name}: that {what} of the one hold for the other is a "
+        f"guess; --measure on a machine with {plan.cluster.gpu.name} says more"
+    )
 
 
 def _slow(plan: Plan) -> str | None:
@@ -155,12 +170,22 @@ def below(plan: Plan) -> list[str]:
     """What stands behind the table."""
     cluster, shares = plan.cluster, plan.cluster.shares
     gpu, best, said = cluster.gpu, plan.best, []
+    where = "" if plan.measured is None else f" on {plan.measured.here.gpus} {plan.measured.here.gpu.name}"
     if best is not None:
         parts = ", ".join(f"{name} {value:.3g}" for name, value in asdict(best.seconds).items() if value > 0)
         said.append(f"seconds of a step of the best: {parts}; {best.microbatches} micro-batches a rank")
         host = best.memory.host
         if host:
             said.append(f"offloaded: {host / 2**30:,.0f} GiB of a node's memory")
+    loading = max(plan.reference.loading, 0 if best is None else best.memory.loading)
+    if loading:
+        whole = plan.shape.copied == plan.shape.parameters
+        what = "weights, since config.json does not call their files bf16" if whole else "experts"
+        said.append(
+            f"while it loads: {loading / 2**30:,.0f} GiB of a node's memory, {loading / cluster.local / 2**30:,.1f} "
+            f"for each of its {cluster.local} processes, which copy the {what}; what is not copied lies in pages that "
+            "they share"
+        )
     reference = plan.reference
     said.append(
         f"reference pass, once: {reference.pairs:,} pairs in {_short(reference.seconds / 3600)} hours, "
@@ -177,12 +202,12 @@ def below(plan: Plan) -> list[str]:
         + (f"{gpu.matmul * shares.experts:.0%} in those of experts, " if plan.shape.sent else "")
         + f"{gpu.attention:.0%} in attention, "
         f"{shares.memory:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s, {shares.links_inside:.0%} of links of "
-        f"{gpu.link / 1e9:.0f} GB/s in a node{' (as measured)' if cluster.links_measured else ''} and "
-        f"{shares.links:.0%} of {cluster.network / 1e9:.0f} GB/s a node, {shares.alpha_inside * 1e6:.0f} and "
+        f"{gpu.link / 1e9:.0f} GB/s in a node{f' (as measured{where})' if cluster.links_measured else ''} and "
+        f"{shares.links:.0%} of {cluster.network / 1e9:g} GB/s a node, {shares.alpha_inside * 1e6:.0f} and "
         f"{shares.alpha_between * 1e6:.0f} microseconds a message, {shares.overlap:.0%} of ZeRO-3's collectives hidden,"
         f" {shares.host_seconds * 1e3:.1f} ms of the host for a layer's forward and "
         f"{shares.hook_seconds * 1e6:.0f} microseconds for a module of ZeRO 3"
-        + (f", all compute times {shares.compute:.3g} as measured" if shares.compute != 1 else "")
+        + (f", all compute times {shares.compute:.3g} times, as measured{where}" if shares.compute != 1 else "")
     )
     return said
 
@@ -210,7 +235,18 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "rows": plan.workload.rows,
         "steps": plan.workload.steps,
         "global_batch": plan.workload.global_batch,
-        "assumptions": {**asdict(plan.cluster.gpu), **asdict(plan.cluster.shares)},
+        "measured": None
+        if (found := plan.measured) is None
+        else {
+            "gpu": found.here.gpu.name,
+            "gpus": found.here.gpus,
+            "seconds": found.seconds,
+            "computed": found.computed,
+            "factor": found.factor,
+            "links": None if found.links is None else asdict(found.links),
+            "warning": _foreign(plan),
+        },
+        "assumptions": {"gpu": asdict(plan.cluster.gpu), "shares": asdict(plan.cluster.shares)},
         "reference": asdict(plan.reference),
         "ways": [
             {

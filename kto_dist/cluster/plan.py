@@ -17,7 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kto_dist.base.errors import UserError
 from kto_dist.cluster.hardware import Cluster
-from kto_dist.cluster.predict import Prediction, ReferencePass, Way, predict, predict_reference
+from kto_dist.cluster.measure import Measured
+from kto_dist.cluster.predict import Prediction, Way, predict
+from kto_dist.cluster.reference_pass import ReferencePass, predict_reference
 from kto_dist.cluster.workload import Workload
 from kto_dist.model.adapters import Rehearsed, pick_adapter, rehearse
 from kto_dist.model.attention import pick_attention, pick_packing
@@ -47,6 +49,8 @@ class Plan:
     price: float | None
     """Of a GPU and hour."""
     layers: "Layers"
+    measured: Measured | None = None
+    """The run that compute times and links were taken from."""
 
     @property
     def idle(self) -> int:
@@ -84,8 +88,8 @@ def layers_on_gpu(config: Config, found: PretrainedConfig) -> Layers:
     taken to be there. Raises `UserError`."""
     gpu, model, train = torch.device("cuda"), config.model, config.train
     attention, kernels = str(model.attention), str(model.kernels)
-    if attention == "auto":
-        attention = pick_attention("model.attention", attention, found, gpu, torch.bfloat16)
+    asked = attention != "auto"
+    attention = pick_attention("model.attention", attention, found, gpu, torch.bfloat16, elsewhere=asked)
     if kernels == "auto":
         kernels = pick_kernels("model.kernels", kernels, found, gpu)
     return Layers(
@@ -111,7 +115,7 @@ def shape_for(lm: PreTrainedModel, method: Method, rank: int, adapter: Rehearsed
     """`rank`: of an adapter beside every linear layer, where none is given."""
     if method == "full":
         return shape_of(lm)
-    return with_adapter(lm, rank, packed=method == "qlora", trained=None if adapter is None else adapter.trained)
+    return with_adapter(lm, rank, packed=method == "qlora", put_in=adapter)
 
 
 def plan(
@@ -124,12 +128,26 @@ def plan(
     price: float | None = None,
     layers: Layers = Layers(),
     reference: Shape | None = None,
+    measured: Measured | None = None,
 ) -> Plan:
-    """Predicts every way. `reference`: where it is another model."""
+    """Predicts every way. `reference`: where it is another model. `measured`: what is known of a run here, which is
+    applied to the cluster."""
+    if measured is not None:
+        cluster = measured.applied(cluster)
     found = [
         predict(shape, workload, cluster, way)
         for way in ways(config, shape, workload, cluster, method=method, layers=layers)
     ]
+    tokens = config.reference.tokens_per_batch
+    logits = (config.reference.logits_mebibytes or 2048) * 2**20
+    as_here = replace(found[0].way, logits_bytes=logits)
+    scored = predict_reference(reference or shape, workload, cluster, as_here, tokens)
+    if scored.trouble:
+        # all ways are alike to it, and a run scores before it trains
+        found = [
+            replace(way, trouble=" and ".join(filter(None, (way.trouble, f"for the reference {scored.trouble}"))))
+            for way in found
+        ]
     # of those that do not fit the closest first
     found.sort(key=lambda way: (True, _excess(way, cluster)) if way.trouble else (False, way.seconds.total))
     fitting = [way for way in found if not way.trouble]
@@ -138,8 +156,6 @@ def plan(
         best = min(as_fast, key=_effort)
         found.remove(best)
         found.insert(0, best)
-    tokens = config.reference.tokens_per_batch
-    scored = predict_reference(reference or shape, workload, cluster, found[0].way, tokens)
     return Plan(
         method=method,
         shape=shape,
@@ -149,6 +165,7 @@ def plan(
         reference=scored,
         price=price,
         layers=layers,
+        measured=measured,
     )
 
 
@@ -198,7 +215,7 @@ def _enough(workload: Workload, cluster: Cluster) -> int:
 
 def _excess(way: Prediction, cluster: Cluster) -> float:
     """Times what there is of a GPU's or of a host's memory."""
-    return max(way.memory.device / cluster.gpu.memory, way.memory.host / cluster.host_memory)
+    return max(way.memory.device / cluster.gpu.memory, max(way.memory.host, way.memory.loading) / cluster.host_memory)
 
 
 def _effort(way: Prediction) -> tuple[int, int, int, int]:

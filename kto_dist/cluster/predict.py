@@ -19,7 +19,6 @@ from kto_dist.cluster.workload import StepLoad, Workload, step_load
 from kto_dist.model.causal_lm import ROUND_WIDTH
 from kto_dist.model.footprint import (
     BUCKET,
-    LIVE,
     PACKED_BYTES,
     SHARE_OF_MEMORY,
     Held,
@@ -93,6 +92,9 @@ class Memory:
     """What the allocator loses to fragments, and what CUDA and NCCL take."""
     host: float
     """Of a node's memory, for what is offloaded."""
+    loading: float
+    """Of a node's memory while weights are read, before there is anything to offload: what each of its processes has
+    for itself. At ZeRO 3 none has: the first one maps the files, and hands their contents round."""
 
     @property
     def peak(self) -> float:
@@ -145,8 +147,8 @@ class Prediction:
 def predict(shape: Shape, workload: Workload, cluster: Cluster, way: Way) -> Prediction:
     """Raises `ValueError` where a micro-batch cannot hold the longest row."""
     load = load_of(workload, cluster, way)
-    memory = memory_of(shape, cluster, way, load, 0 if way.cpu else workload.longest)
-    seconds = _Times(shape, cluster, way).step(load)
+    memory = memory_of(shape, cluster, way, load, None if way.cpu else workload)
+    seconds = Times(shape, cluster, way).step(load)
     whole = _flops(shape, load)
     return Prediction(
         way=way,
@@ -169,7 +171,7 @@ def factor(shape: Shape, cluster: Cluster, way: Way, load: StepLoad, seconds: fl
     were to take longer than that, they are to blame as well: measured over computed, of the whole."""
 
     def total(compute: float) -> float:
-        return _Times(shape, calibrated(cluster, compute), way).step(load).total
+        return Times(shape, calibrated(cluster, compute), way).step(load).total
 
     low, high = 0.0, 1.0
     if total(low) >= seconds:
@@ -183,14 +185,19 @@ def factor(shape: Shape, cluster: Cluster, way: Way, load: StepLoad, seconds: fl
     return high
 
 
-def memory_of(shape: Shape, cluster: Cluster, way: Way, load: StepLoad, longest: int = 0) -> Memory:
-    """`longest`: tokens of a row that a step of average rows may not have, and another one has."""
+def memory_of(shape: Shape, cluster: Cluster, way: Way, load: StepLoad, workload: Workload | None = None) -> Memory:
+    """`workload`: what `load` is a usual step of, where others may have longer rows."""
     sharding = way.sharding(cluster.gpus)
     batches = list(load.batches)
-    if longest:
-        # eager attention is charged for as many of them as there is room for
+    once = len(load.batches) < 2
+    if workload is not None:
+        longest, unit = workload.longest, workload.unit
+        units = -(-(workload.global_batch // unit) // cluster.gpus)
+        # a step of longer rows may have more
+        once = once and units * longest <= way.tokens
+        # eager attention is charged for as many of them as there is room for; the rows of a pair do not see each other
         times = max(1, min(way.tokens, load.largest) // longest) if way.eager_row else 1
-        batches.append((np.full(times, longest), load.most_rows))
+        batches.append((np.full(times * unit, longest // unit), load.most_rows))
     # master weights, moments and sums; and the weights
     optimizer = 16 * shape.trained if way.offload_optimizer else 0
     weights = weight_bytes(shape, way) if way.offload_parameters else 0
@@ -199,10 +206,16 @@ def memory_of(shape: Shape, cluster: Cluster, way: Way, load: StepLoad, longest:
         activations=max((activation_bytes(shape, sharding, lengths) for lengths, _ in batches), default=0.0),
         backward=max((backward_bytes(shape, sharding, *batch) for batch in batches), default=0.0),
         update=update_bytes(shape, sharding),
-        to_come=gradients_to_come(shape, sharding) if len(load.batches) < 2 else 0.0,
+        to_come=gradients_to_come(shape, sharding) if once else 0.0,
         margin=(1 - SHARE_OF_MEMORY) * cluster.gpu.memory,
         host=(optimizer + weights) / cluster.nodes,
+        loading=0.0 if way.zero_stage == 3 else loading_bytes(shape, cluster, way),
     )
+
+
+def loading_bytes(shape: Shape, cluster: Cluster, way: Way) -> float:
+    """Of a node's memory, where each of its processes reads the whole model."""
+    return float(cluster.local * (2 if way.bf16 else 4) * shape.copied)
 
 
 def weight_bytes(shape: Shape, way: Way) -> float:
@@ -214,7 +227,13 @@ def _trouble(memory: Memory, cluster: Cluster) -> str:
     needs = (
         (memory.device, cluster.gpu.memory, "a GPU"),
         (memory.host, cluster.host_memory, "of a node's own memory"),
+        (memory.loading, cluster.host_memory, "of a node's own memory while it loads"),
     )
+    return lacking(*needs)
+
+
+def lacking(*needs: tuple[float, float, str]) -> str:
+    """What is taken, what there is, and whose it is: in words, where it is too little."""
     return " and ".join(
         f"{taken / 2**30:,.0f} of {there / 2**30:,.0f} GiB {whose}" for taken, there, whose in needs if taken > there
     )
@@ -223,7 +242,8 @@ def _trouble(memory: Memory, cluster: Cluster) -> str:
 def _flops(shape: Shape, load: StepLoad) -> float:
     """What a step must do, as a run's `mfu` counts it."""
     forward = shape.cost.forward(*load.whole) + shape.cost.forward(*load.kl_whole)
-    return forward + _backward_flops(shape, *load.whole)
+    beside = 2 * shape.trained * float(load.whole[0].sum() + load.kl_whole[0].sum()) if shape.adapter else 0.0
+    return forward + beside + _backward_flops(shape, *load.whole)
 
 
 def _backward_flops(shape: Shape, lengths: np.ndarray, rows: int) -> float:
@@ -240,13 +260,13 @@ _MATRICES = 7
 """Of a layer: larger ones are fetched one by one."""
 
 
-def _messages(shape: Shape) -> int:
+def messages(shape: Shape) -> int:
     """Of ZeRO-3, in a pass."""
     return shape.layers * min(_MATRICES, math.ceil(shape.parameters / shape.layers / _PREFETCHED))
 
 
 @dataclass(frozen=True, slots=True)
-class _Times:
+class Times:
     """Seconds of the parts of a step."""
 
     shape: Shape
@@ -276,7 +296,8 @@ class _Times:
         if self.shape.adapter:
             matmul += 2 * self.shape.trained * float(lengths.sum())
         matmul += self._of_experts(lengths)
-        return self._pass(matmul, attention, self._moved(lengths) / 3 + 3 / 8 * self._beside(lengths), 1.0)
+        moved = self._moved(lengths) / 3 + 3 / 8 * self._beside(lengths)
+        return self._pass(matmul, attention, moved, 1.0, self.shape.cost.head if rows else 0)
 
     def backward(self, lengths: np.ndarray, rows: int) -> float:
         """With what checkpointing computes again."""
@@ -287,14 +308,15 @@ class _Times:
         shares = self.cluster.shares
         host = shares.host_backward if self.way.zero_stage < 2 or self._in_place else shares.host_hooks
         moved = self._moved(lengths) * 2 / 3 + 5 / 8 * self._beside(lengths) + self._summed()
-        seconds = self._pass(matmul, attention, moved, host)
+        seconds = self._pass(matmul, attention, moved, host, self.shape.cost.head)
         return seconds + (self.forward(lengths, 0) if self.way.checkpointing else 0.0)
 
-    def _pass(self, matmul: float, attention: float, moved: float, host: float) -> float:
-        """`host`: times the host's work for a forward, ZeRO-3's hooks apart."""
+    def _pass(self, matmul: float, attention: float, moved: float, host: float, head: int) -> float:
+        """`host`: times the host's work for a forward, ZeRO-3's hooks apart; `head`: weights that are read beside the
+        decoder's."""
         gpu, shares = self.cluster.gpu, self.cluster.shares
         bandwidth = gpu.bandwidth * shares.memory
-        read = (2 if self.way.bf16 else 4) * self.shape.cost.stored
+        read = (2 if self.way.bf16 else 4) * (self.shape.cost.stored + head)
         device = max(matmul / (gpu.flops * gpu.matmul), read / bandwidth)
         device += attention / (gpu.flops * gpu.attention) + moved / bandwidth
         # 4 bits are unpacked to bf16, which the matmul reads
@@ -338,8 +360,8 @@ class _Times:
         shape, cluster, stage = self.shape, self.cluster, self.way.zero_stage
         width = 2 if self.way.bf16 else 4
         if stage == 3:
-            gathers = (surveys + 2 * batches) * cluster.gather(weight_bytes(shape, self.way), _messages(shape))
-            return gathers + batches * cluster.gather(width * shape.trained, _messages(shape))
+            gathers = (surveys + 2 * batches) * cluster.gather(weight_bytes(shape, self.way), messages(shape))
+            return gathers + batches * cluster.gather(width * shape.trained, messages(shape))
         buckets = math.ceil(shape.trained / BUCKET)
         update = cluster.gather(width * shape.trained, buckets) if stage else 0.0
         if stage == 2:
@@ -363,52 +385,3 @@ class _Times:
             return 0.0
         own = self.shape.trained / (self.cluster.gpus if self.way.zero_stage else 1)
         return 30 * own / (self.cluster.gpu.bandwidth * self.cluster.shares.memory)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReferencePass:
-    """Computed, not measured; nothing where the store holds every pair already."""
-
-    sharded: bool
-    """ZeRO-3, where a whole copy does not fit on one device."""
-    offload: bool
-    """And in host memory, where all devices together do not hold it either."""
-    pairs: int
-    seconds: float
-    memory: float
-    """Bytes of one device."""
-
-
-def predict_reference(shape: Shape, workload: Workload, cluster: Cluster, way: Way, tokens: int) -> ReferencePass:
-    """`tokens`: of a batch of the pass."""
-    width = 2 if way.bf16 else 4
-    weights = weight_bytes(shape, way)
-    lengths = workload.prompts + workload.answers
-    answer, mean = float(workload.answers.mean()), max(1, round(float(lengths.mean())))
-    mean = -(-mean // way.multiple) * way.multiple
-    rows = max(1, tokens // mean)
-    batch = np.full(rows, mean)
-    # a forward holds a layer at a time, and a chunk of logits
-    logits = min(way.logits_bytes, tokens * shape.vocabulary * 4)
-    work = logits + tokens * layer_bytes(shape, fused=way.fused) + width * shape.unpacked
-    if way.eager_row:
-        long_rows = np.full(max(1, tokens // way.eager_row), way.eager_row)
-        work += attention_weights(shape, way.sharding(1), long_rows)[0]
-    room = SHARE_OF_MEMORY * cluster.gpu.memory
-    gathered = width * min(shape.parameters, max(LIVE, shape.largest))
-    sharded = weights + work > room and not shape.packed
-    offload = sharded and (cluster.gpus == 1 or weights / cluster.gpus + gathered + work > room)
-    times = _Times(shape, cluster, way)
-    seconds = cluster.shares.compute * times.forward(batch, round(answer * rows))
-    if sharded:
-        wait = cluster.gather(weights, _messages(shape))
-        wait += weights / cluster.gpus / cluster.gpu.host if offload else 0.0
-        seconds += max(0.0, wait - cluster.shares.overlap * seconds)
-    own = (0.0 if offload else weights / cluster.gpus) + gathered if sharded else weights
-    return ReferencePass(
-        sharded=sharded,
-        offload=offload,
-        pairs=workload.reference_pairs,
-        seconds=-(-workload.reference_pairs // (rows * cluster.gpus)) * seconds,
-        memory=own + work,
-    )

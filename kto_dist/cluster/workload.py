@@ -4,12 +4,13 @@ In:  a config and its rows, or means. Out: `Workload`, and `StepLoad`: the micro
 has most, cut by the very function that cuts them in training.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kto_dist.base.errors import UserError
-from kto_dist.data.batch import cut, pair_lengths
+from kto_dist.data.batch import Plan, cut, pair_lengths
 from kto_dist.data.examples import fit
 from kto_dist.objective.losses import LOSSES
 from kto_dist.training.config import Config
@@ -29,7 +30,9 @@ class Workload:
     answers: np.ndarray
     """(R,) tokens."""
     rows: int
-    """Of the run's data."""
+    """That the run takes: of an epoch, a row of two pairs twice."""
+    different: int
+    """Of these, those that are no repeats."""
     global_batch: int
     steps: int
     epochs: float
@@ -50,7 +53,7 @@ class Workload:
     def reference_pairs(self) -> int:
         """Different ones, at the most: each row, and its KL pair of every epoch."""
         kl = min(self.kl_pairs, self.global_batch) * self.steps
-        return min(self.rows, self.global_batch * self.steps) + kl
+        return min(self.different, self.global_batch * self.steps) + kl
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,42 +86,59 @@ class StepLoad:
 def of_rows(prepared: Prepared) -> Workload:
     """Of tokenised rows."""
     examples, plan = prepared.train, prepared.plan
-    rows = np.arange(len(examples))
+    # desirable rows alone, or the rows of pairs, where the loss takes no others
+    rows = np.arange(len(examples)) if plan.units is None else plan.units.ravel()
     if rows.size > _SAMPLE:
         rows = np.sort(np.random.default_rng(0).choice(rows, _SAMPLE, replace=False))
     kept = pair_lengths(examples, rows, rows, plan.max_length, plan.prompt_limit)
-    return _workload(prepared.config, kept[0], kept[1], len(examples), plan.steps)
+    different = len(examples) if plan.units is None else int(np.unique(plan.units).size)
+    return _workload(prepared.config, kept[0], kept[1], plan, different)
 
 
 def of_means(config: Config, rows: int, prompt: float, completion: float) -> Workload:
     """Of rows of which the number and the mean lengths in tokens are known. Raises `UserError`."""
     for name, value in (("--rows", rows), ("--prompt-tokens", prompt), ("--completion-tokens", completion)):
-        if value < 1:
-            raise UserError(f"{name} ({value:g}) must be at least 1")
+        if not 1 <= value < math.inf:
+            raise UserError(f"{name} ({value:g}) must be a number of 1 at least")
     draw = np.random.default_rng(0)
     count = min(rows, _SAMPLE)
 
     def lengths(mean: float) -> np.ndarray:
         drawn = draw.lognormal(np.log(mean) - _SPREAD**2 / 2, _SPREAD, count)
-        return np.maximum(1, np.rint(drawn)).astype(np.int64)
+        # what is longer than any context is cut anyway
+        return np.clip(np.rint(drawn), 1, 2**40).astype(np.int64)
 
     drawn = lengths(prompt), lengths(completion)
     prompts, answers = fit(*drawn, config.data.max_length, config.data.prompt_limit)
     shortened = float(np.mean(drawn[0] + drawn[1] > config.data.max_length))
-    a_epoch = max(1, round(rows / config.train.global_batch))
-    steps = config.train.max_steps or max(1, round(config.train.epochs * a_epoch))
-    return replace(_workload(config, prompts, answers, rows, steps), cut=shortened)
+    unit = LOSSES[config.objective.loss].unit
+    if rows < unit:
+        raise UserError(
+            f"--rows ({rows}) must be at least {unit}, as objective.loss {config.objective.loss} takes pairs"
+        )
+    plan = Plan(
+        seed=config.train.seed,
+        rows=rows,
+        global_batch=config.train.global_batch,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        kl_pairs_per_step=config.objective.kl_pairs_per_step,
+        max_length=config.data.max_length,
+        prompt_limit=config.data.prompt_limit,
+    )
+    return replace(_workload(config, prompts, answers, plan, rows), cut=shortened)
 
 
-def _workload(config: Config, prompts: np.ndarray, answers: np.ndarray, rows: int, steps: int) -> Workload:
+def _workload(config: Config, prompts: np.ndarray, answers: np.ndarray, plan: Plan, different: int) -> Workload:
     loss, batch = LOSSES[config.objective.loss], config.train.global_batch
     wanted = config.objective.kl_pairs_per_step
     return Workload(
         prompts=prompts,
         answers=answers,
-        rows=rows,
-        global_batch=min(batch, rows),
-        steps=steps,
+        rows=plan.taken,
+        different=different,
+        global_batch=min(batch, plan.taken),
+        steps=plan.steps,
         epochs=config.train.epochs,
         kl_pairs=(batch if wanted is None else wanted) if loss.has_z0 else 0,
         unit=loss.unit,
@@ -130,7 +150,9 @@ def step_load(workload: Workload, ranks: int, tokens: int, *, packed: bool = Tru
     """Of a step of average rows. Of more ranks than `_CUT` so many are looked at, with their part of the rows.
     `multiple`: as `cut` has it."""
     cut_ranks = min(ranks, _CUT)
-    rows, answers, kl, kl_answers = _rows(workload, max(workload.unit, workload.global_batch * cut_ranks // ranks))
+    # rounded up: of 4,100 rows on 4,096 ranks some have two, and the others wait
+    units = -(-(workload.global_batch // workload.unit) * cut_ranks // ranks)
+    rows, answers, kl, kl_answers = _rows(workload, workload.unit * max(1, units))
     whole, whole_answers, kl_whole, kl_whole_answers = _rows(workload, workload.global_batch)
 
     def fullest(lengths: np.ndarray, answers: np.ndarray, unit: int) -> list[tuple[np.ndarray, int]]:

@@ -1,6 +1,7 @@
 """`kto-dist plan`: what a run would take of a cluster, computed before it is rented."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -17,13 +18,20 @@ from kto_dist.model.config import check_model_path
 from kto_dist.training.config import Config
 
 if TYPE_CHECKING:
+    from kto_dist.cluster.hardware import Gpu
     from kto_dist.cluster.measure import Measured
     from kto_dist.cluster.workload import Workload
     from kto_dist.model.footprint import Shape
 
 
 @click.command(short_help="Compute memory, time and cost on a cluster, and the best settings.")
-@click.option("--gpu", default="H100", show_default=True, help="A100, A100-40GB, H100, H200, B200 or MI300X.")
+@click.option(
+    "--gpu",
+    default="H100",
+    show_default=True,
+    help="A100, A100-40GB, H100, H200, B200, MI300X, H20, GH200, A100-PCIe, H100-PCIe, H100-NVL, L40S, A10G, RTX-4090, "
+    "or a YAML file that describes another (docs/planning.md).",
+)
 @click.option("--gpus", type=click.IntRange(min=1), default=8, show_default=True, help="How many, up to 4,096.")
 @click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of a node.")
 @click.option("--host-memory", type=click.FloatRange(min=1), default=1860, show_default=True, help="GiB of a node.")
@@ -80,28 +88,34 @@ def _plan(
     **lengths: Any,
 ) -> None:
     from kto_dist.cluster import hardware, page
+    from kto_dist.cluster.gpu_file import is_gpu_file, read_gpu
     from kto_dist.cluster.plan import adapter_for, layers_on_gpu, method_of, ready_config, shape_for
     from kto_dist.cluster.plan import plan as planned
     from kto_dist.commands.entry import quiet
     from kto_dist.model.loading import check_context, load_config, without_contents
 
     quiet()
+    _check_numbers(price=price, host_memory=host_memory)
     own = settings.adapter.rank
     if rank is not None and settings.adapter.type != "none" and rank != own:
         raise UserError(
             f"--rank ({rank}) is not adapter.rank of CONFIG ({own}): leave it out, or set adapter.rank={rank}"
         )
     method, rank = method or method_of(settings), rank or own or 16
-    cluster = hardware.cluster_of(gpu, gpus, per_node, host_memory * 2**30)
+    described = read_gpu(Path(gpu)) if is_gpu_file(gpu) else None
+    cluster = hardware.cluster_of(described or gpu, gpus, per_node, host_memory * 2**30)
     model = settings.model
     found = load_config(model.path, model.gguf_file, trust_remote_code=model.trust_remote_code)
     check_context(found, settings.data.max_length)
     lm = without_contents(found, trust_remote_code=model.trust_remote_code)
     layers, adapter = layers_on_gpu(settings, found), adapter_for(settings, method, rank, found)
     workload = _workload(settings, **lengths)
+    here = None
     if measure:
-        here = _measured(config, overrides, settings, shape_for(lm, method_of(settings), rank), workload)
-        cluster = here.applied(cluster)
+        # as CONFIG trains, whatever is planned
+        run_as = method_of(settings)
+        own_shape = shape_for(lm, run_as, rank, adapter_for(settings, run_as, rank, found))
+        here = _measured(config, overrides, settings, own_shape, workload, described)
     made = planned(
         settings,
         shape_for(lm, method, rank, adapter),
@@ -111,13 +125,10 @@ def _plan(
         price=price,
         layers=layers,
         reference=_other_reference(settings),
+        measured=here,
     )
     if (packed := getattr(found, "quantization_config", None)) is not None:
-        kind = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
-        click.echo(
-            f"the files of model.path are quantised ({kind}), by its config.json, and are planned in 16 bits: weights "
-            "that stay packed in memory cannot be trained, so have a checkpoint in bf16"
-        )
+        click.echo(_of_packed(packed))
     for line in page.above(made, adapter):
         click.echo(line)
     narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < page.WIDTH
@@ -135,6 +146,21 @@ def _plan(
         click.echo(f"config: {write}")
     elif made.best is None:
         ready_config(settings, made, rank=rank)
+
+
+def _check_numbers(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} ({value}) must be a number")
+
+
+def _of_packed(settings: Any) -> str:
+    """`settings`: of the quantisation, as config.json has them."""
+    kind = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return (
+        f"the files of model.path are quantised ({kind}), by its config.json, and are planned in 16 bits: weights "
+        "that stay packed in memory cannot be trained, so have a checkpoint in bf16"
+    )
 
 
 def _other_reference(settings: Config) -> "Shape | None":
@@ -161,12 +187,23 @@ def _workload(
     if rows is None or prompt_tokens is None or completion_tokens is None:
         if any(value is not None for value in told):
             raise UserError("--rows, --prompt-tokens and --completion-tokens go together: give all three, or none")
-        return workload.of_rows(prepare(settings, Console()))
+        try:
+            return workload.of_rows(prepare(settings, Console()))
+        except UserError as error:
+            raise UserError(
+                f"{error}. A plan without the data needs config.json alone: give --rows, --prompt-tokens and "
+                "--completion-tokens"
+            ) from None
     return workload.of_means(settings, rows, prompt_tokens, completion_tokens)
 
 
 def _measured(
-    config: Path, overrides: tuple[str, ...], settings: Config, shape: Any, workload: "Workload"
+    config: Path,
+    overrides: tuple[str, ...],
+    settings: Config,
+    shape: Any,
+    workload: "Workload",
+    planned: "Gpu | None",
 ) -> "Measured":
     import torch
 
@@ -184,7 +221,7 @@ def _measured(
         # as `kto-dist train` would: a model that several GPUs share may not fit on one
         return launcher.run("train", [str(config), *overrides, *more], folder=folder)
 
-    found = measure(settings, shape, workload, run, torch.cuda.device_count())
+    found = measure(settings, shape, workload, run, torch.cuda.device_count(), planned)
     for line in of_measured(found):
         click.echo(line)
     return found

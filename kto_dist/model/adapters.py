@@ -88,6 +88,11 @@ class Rehearsed:
     """Names of the adapted layers."""
     experts: tuple[str, ...]
     """Parameters of experts that stay as they are."""
+    rank: int
+    largest: int
+    """Weights of the largest matrix of the adapter."""
+    passed: int
+    """Modules of the model with the adapter, as `passed_modules` counts them."""
 
     def lines(self, adapter: Adapter) -> list[str]:
         """What is said of it."""
@@ -168,7 +173,16 @@ def rehearse(model_config: PretrainedConfig, adapter: Adapter, *, trust_remote_c
         total=total,
         modules=tuple(sorted({name.partition(".lora_")[0] for name in trained})),
         experts=tuple(sorted(experts - _adapted_parameters(lm))),
+        rank=adapter.rank,
+        largest=max(p.numel() for p in trained.values()),
+        passed=passed_modules(lm),
     )
+
+
+def passed_modules(lm: nn.Module) -> int:
+    """Modules that a forward calls: ZeRO-3 has hooks at each."""
+    lists = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    return sum(not isinstance(module, lists) for module in lm.modules())
 
 
 def _adapted_parameters(lm: PreTrainedModel) -> set[str]:

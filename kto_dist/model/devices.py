@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,42 @@ from transformers import PreTrainedModel
 
 from kto_dist.model.attention import largest
 
-# Dense bf16 peak of one device in FLOP/s, from the makers' datasheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "MI300X": 1307e12, "B200": 2250e12}
+# Dense bf16 peak of one device in FLOP/s, from the makers' datasheets, by `kind`.
+PEAKS = {
+    "A100": 312e12,
+    "A100PCIE": 312e12,
+    "H100": 989e12,
+    "H100PCIE": 756e12,
+    "H100NVL": 835e12,
+    "H200": 989e12,
+    "H200NVL": 835e12,
+    "H20": 148e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "MI300X": 1307e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX4090": 165.2e12,
+}
+_SAYS_NO_KIND = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|GPU|OAM|VF|SXM\d?|HBM\d?E?")
+_SIZE = re.compile(r"(\d+)GI?B?")
+
+
+def kind(name: str) -> tuple[str, float | None]:
+    """What people or torch call a GPU -> its kind, and the GB of memory that the name states.
+
+    "NVIDIA A100-SXM4-40GB" and "a100 40GB" -> ("A100", 40.0); "RTX 4090" and "RTX4090" -> ("RTX4090", None)
+    """
+    words = [word for word in re.split(r"[^A-Z0-9]+", name.upper()) if word and not _SAYS_NO_KIND.fullmatch(word)]
+    sizes = [float(found[1]) for word in words if (found := _SIZE.fullmatch(word))]
+    kinds = [re.sub(r"(?<=\d)SXM\d?$", "", word) for word in words if not _SIZE.fullmatch(word)]
+    return "".join(kinds), sizes[0] if sizes else None
 
 
 def peak() -> float | None:
     """FLOP/s of this process's device in bf16; None where it is not known."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((value for key, value in PEAKS.items() if key in name), None)
+    return PEAKS.get(kind(torch.cuda.get_device_name())[0]) if torch.cuda.is_available() else None
 
 
 def named_device(device: torch.device) -> str:

@@ -21,6 +21,7 @@ where they belong (`zero_sums`), and a buffer takes no memory before something i
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kto_dist.model import slices
+from kto_dist.model.adapters import Rehearsed, passed_modules
 from kto_dist.model.devices import Cost, cost_of, experts_of, head_width, of_other_senses, stated
 
 SHARE_OF_MEMORY = 0.85
@@ -91,6 +93,9 @@ class Shape:
     """Experts that a token is sent to."""
     inner_bytes: int = 8
     """Of each of `inner`, in plain layers."""
+    copied: int = 0
+    """Parameters that a process has for itself in host memory when it has read them: of files in another dtype than
+    bf16 all of them, else experts, which it stacks. The rest is mapped, and all processes share the file's pages."""
     norm_bytes: int = 13
     """Of each of `hidden`, in plain layers: of what norms and residuals keep."""
 
@@ -169,11 +174,12 @@ def shape_of(lm: PreTrainedModel) -> Shape:
         norm_bytes=8 if _has_layer_norms(lm) else 13,
         head=math.prod(_size(head)),
         head_trained=head.requires_grad,
+        copied=_copied(lm),
         vocabulary=_size(head)[0],
         layers=config.num_hidden_layers,
-        modules=sum(not isinstance(module, nn.ModuleList | nn.ModuleDict) for module in lm.modules()),
+        modules=passed_modules(lm),
         hidden=config.hidden_size,
-        inner=_inner(config),
+        inner=_inner(config) + _shared_inner(lm, config.hidden_size),
         heads=heads,
         asked=round(heads * width),
         kept=round((getattr(config, "num_key_value_heads", None) or heads) * width),
@@ -181,24 +187,42 @@ def shape_of(lm: PreTrainedModel) -> Shape:
     )
 
 
-def with_adapter(lm: PreTrainedModel, rank: int, *, packed: bool = False, trained: int | None = None) -> Shape:
-    """Of a model of which an adapter is trained: of so many weights, or of this rank beside every linear layer but the
-    head; `packed`: and whose linear layers lie in 4 bits (QLoRA). Experts that are stacked are no linear layers."""
+def with_adapter(lm: PreTrainedModel, rank: int, *, packed: bool = False, put_in: Rehearsed | None = None) -> Shape:
+    """Of a model of which an adapter is trained: the one that was `put_in`, or one of this rank beside every linear
+    layer but the head; `packed`: and whose linear layers lie in 4 bits (QLoRA). Experts that are stacked are no linear
+    layers."""
     head = lm.get_output_embeddings()
     linear = [m.weight for m in lm.modules() if isinstance(m, _LINEAR) and m is not head]
-    of_all, sizes = rank * sum(sum(_size(w)) for w in linear), [math.prod(_size(w)) for w in linear]
-    whole = shape_of(lm)
-    return replace(
+    sizes, whole = [math.prod(_size(w)) for w in linear], shape_of(lm)
+    shape = replace(
         whole,
-        trained=of_all if trained is None else trained,
-        adapted=(of_all if trained is None else trained) // rank,
+        trained=rank * sum(sum(_size(w)) for w in linear),
+        adapted=sum(sum(_size(w)) for w in linear),
         largest_trained=max((rank * max(_size(w)) for w in linear), default=0),
         packed=sum(sizes) if packed else 0,
         unpacked=max(sizes, default=0) if packed else 0,
         modules=whole.modules + _BESIDE * len(linear),
         head_trained=False,
         adapter=True,
+        copied=0 if packed else whole.copied,
     )
+    if put_in is None:
+        return shape
+    return replace(
+        shape,
+        trained=put_in.trained,
+        adapted=put_in.trained // put_in.rank,
+        largest_trained=put_in.largest,
+        modules=put_in.passed,
+    )
+
+
+def _copied(lm: PreTrainedModel) -> int:
+    dtype = getattr(lm.config, "dtype", None)
+    sizes = {name: _size(parameter) for name, parameter in lm.named_parameters()}
+    if str(dtype).removeprefix("torch.") != "bfloat16":
+        return sum(math.prod(size) for size in sizes.values())
+    return sum(math.prod(size) for name, size in sizes.items() if len(size) == 3 and ".experts." in name)
 
 
 def _largest(lm: nn.Module) -> int:
@@ -230,9 +254,14 @@ def _inner(config: Any) -> int:
     experts, routed = experts_of(config)
     if not (experts and routed):
         return int(whole)
-    one = getattr(config, "moe_intermediate_size", None) or whole
-    shared = getattr(config, "shared_expert_intermediate_size", None)
-    return int(routed * one + (shared or (getattr(config, "n_shared_experts", None) or 0) * one))
+    return int(routed * (getattr(config, "moe_intermediate_size", None) or whole))
+
+
+def _shared_inner(lm: nn.Module, hidden: int) -> int:
+    """Of the experts of a layer that every token passes; families name them and their sizes in many ways."""
+    shared = [m for name, m in lm.named_modules() if re.search(r"\.shared_(experts?|mlp)$", name)]
+    ends = [_size(m.weight) for part in shared for m in part.modules() if isinstance(m, nn.Linear)]
+    return max((inner for outer, inner in ends if outer == hidden), default=0)
 
 
 def held(shape: Shape, sharding: Sharding, head_rows: int | None = None) -> Held:
