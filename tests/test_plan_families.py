@@ -18,7 +18,7 @@ from kto_dist.cluster.plan import (
     plan,
     shape_for,
 )
-from kto_dist.cluster.predict import predict
+from kto_dist.cluster.predict import Times, predict
 from kto_dist.cluster.workload import of_means, step_load
 from kto_dist.model.adapters import injected, pick_adapter
 from kto_dist.model.config import AdapterConfig
@@ -168,6 +168,35 @@ def test_an_adapter_moves_what_its_layers_take_and_give():
     tokens = step_load(work, 1, 8192).tokens
     more = beside.forwards + beside.backwards - without.forwards - without.backwards
     assert more == pytest.approx(per_token * tokens, rel=0.01)
+
+
+def test_the_mfu_of_an_adapter_is_that_which_its_run_has():
+    lm, name = without_contents(outline("Qwen2.5-7B").config), "Qwen2.5-7B"
+    adapter = pick_adapter(AdapterConfig(type="lora", rank=256), base="m", seed=0)
+    assert adapter is not None
+    cost = cost_of(injected(lm, adapter))
+    work, cluster = of_means(config_of(), 1000, 300, 300), cluster_of("H100", 8)
+    found = predict(shape_for(outline(name), "lora", 256), work, cluster, WAY)
+    load = step_load(work, 8, WAY.tokens)
+    done = cost.forward(*load.whole) + cost.backward(*load.whole) + cost.forward(*load.kl_whole)
+    assert found.mfu == pytest.approx(done / found.seconds.total / (989e12 * 8), rel=0.002)
+
+
+def test_a_pass_of_few_tokens_takes_what_reading_its_weights_takes_the_heads_too():
+    shape, gpu = shape_of(outline("gemma-2-9b")), cluster_of("H100", 1)
+    gpu = replace(gpu, shares=replace(gpu.shares, host_seconds=0.0))
+    times, one = Times(shape, gpu, replace(WAY, zero_stage=1)), np.array([1])
+    head = 2 * shape.head / (3350e9 * 0.7) / 0.92
+    assert times.forward(one, 1) - times.forward(one, 0) == pytest.approx(head, rel=0.01)
+
+
+def test_rows_of_a_pair_do_not_attend_to_each_other():
+    config = config_of(objective__loss="dpo", data__max_length=1024)
+    work = of_means(config, 1000, 4e6, 1e6)  # all as long as they may be
+    way = replace(WAY, tokens=2048, eager_row=1024, packed=False)
+    shape = shape_of(outline("gemma-2-9b"))
+    found = predict(shape, work, cluster_of("H100", 8), way).memory
+    assert found.activations == activation_bytes(shape, way.sharding(8), np.array([1024, 1024]))
 
 
 def test_a_gpt2_has_linear_layers_for_an_adapter():

@@ -90,6 +90,8 @@ def test_a_file_describes_a_gpu_of_ones_own(tmp_path, tiny_model):
     path.write_text(yaml.safe_dump({"gpu": {"like": "l40s", "memory_gib": 47.5, "tflops": 364, "attention": 0.4}}))
     found = read_gpu(path)
     assert found == replace(GPUS["L40S"], name="Ada-6000", memory=47.5 * GIB, flops=364e12, attention=0.4)
+    path.write_text(yaml.safe_dump({"gpu": {"like": "mi300x"}}))  # its shares too
+    assert read_gpu(path) == replace(GPUS["MI300X"], name="Ada-6000")
     whole = {"name": "X1", "tflops": 100, "memory_gib": 32, "memory_gb_per_s": 900}
     whole |= {"link_gb_per_s": 10, "network_gb_per_s": 20, "host_gb_per_s": 5}
     path.write_text(json.dumps({"gpu": whole}))
