@@ -168,6 +168,7 @@ def test_a_machine_is_measured_as_what_it_is_or_as_what_is_planned(monkeypatch):
     own = replace(GPUS["L40S"], name="NVIDIA RTX 6000 Ada Generation", memory=48 * GIB)
     assert here("NVIDIA RTX 6000 Ada Generation", 47.5, own) == replace(own, memory=47.5 * GIB)
     assert here("NVIDIA H200", 139.8, own).name == "H200"
+    assert here("NVIDIA GH200 480GB", 94.5).name == "GH200"  # whose name has its processor's memory
     with pytest.raises(UserError, match="this one is a NVIDIA X: describe it in a file with `name: NVIDIA X`"):
         here("NVIDIA X", 47.5, own)
 
