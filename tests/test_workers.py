@@ -286,6 +286,7 @@ def test_a_worker_that_comes_when_all_is_done_says_so_on_any_device_and_writes_n
     scored, said, gone = run_ranks(_too_late, 1, config)[0]
     assert scored == 0 and not gone
     assert any("pairs are stored, 0 scored here" in text for text in said), said
+    assert not any("the store lacks" in text for text in said)
 
 
 def _on_a_full_disk(config: Config) -> tuple[str, list[str], int]:
@@ -348,7 +349,10 @@ def _beside_another_config(config: Config) -> list[str]:
 
 
 def test_a_worker_says_that_those_of_another_config_are_at_work(tmp_path, tiny_model, tiny_log):
-    said = run_ranks(_beside_another_config, 1, tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1))[0]
+    config = tiny_config(tmp_path, tiny_model, tiny_log, train__max_steps=1)
+    said = run_ranks(_beside_another_config, 1, config)[0]
+    lacking = sum(run_ranks(pieces_of, 1, config, PIECE)[0])
+    assert sum(f"the store lacks {lacking} pairs" in text for text in said) == 1
     assert sum("1 pieces that other workers have, or were killed with, are none of this config's" in t for t in said)
 
 

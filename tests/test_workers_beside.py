@@ -100,6 +100,7 @@ def test_a_pass_without_workers_stores_to_the_last_bit_what_one_worker_with_one_
     shards = []
     for one_worker in (False, True):
         store = str(tmp_path / f"store-{one_worker}")
-        config = tiny_config(tmp_path, tiny_model, tiny_log, data__heldout=0.3, reference__store=store)
+        options = {"data__heldout": 0.3, "reference__store": store, "reference__share_prefixes": False}
+        config = tiny_config(tmp_path, tiny_model, tiny_log, **options)
         shards.append(run_ranks(_alone, 1, config, one_worker)[0])
     assert shards[0] == shards[1] and len(shards[0]) > 4

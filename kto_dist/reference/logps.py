@@ -144,7 +144,9 @@ def fill_store(
             console.warn(text)
         worker = Worker(lists, store=store, load=load, settings=setup.settings, say=console.say, warn=console.warn)
         # where nothing is missing no folder need be written, and any device will do
-        if worker.look():
+        if missing := worker.look():
+            # loading, or waiting for others, may take long
+            console.say(f"reference: the store lacks {missing:,} pairs, which workers score piece by piece")
             patience = Patience(least=working.patience, warn=console.warn)
             leases = Leases(store.folder, working.lease_seconds, patience=patience)
             terms = join(store.folder, own_terms(setup.settings, working.piece_tokens), any_device=working.any_device)
