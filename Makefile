@@ -24,8 +24,10 @@ evidence: setup
 test: setup lint
 	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
 
+# the long cases; then properties on examples that are drawn anew, where `make test` has the same each time
 soak: setup
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m "hypothesis and not soak" --hypothesis-profile new
 
 # runs are killed, signalled, damaged and starved of disk for about 20 minutes; the results come back into the documents
 faults: setup
