@@ -339,6 +339,8 @@ def main(
         (folder / f"{stage}.json").write_text(json.dumps(found))
         leave(0)
     shape, lines = "tiny", []
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kto-long-log-", dir=folder) as temporary:
         random = Path(temporary) / "model"
         random.mkdir()
