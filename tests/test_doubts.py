@@ -138,6 +138,12 @@ def test_training_refuses_a_conversation_of_which_another_turn_was_rated(tmp_pat
     assert len(read(write(tmp_path / "log.jsonl", {**row, **beside}), columns={name: None})) == 1
 
 
+def test_ids_of_turns_may_be_anything(tmp_path):
+    oid = {"$oid": "64"}  # as MongoDB exports them
+    row = {"messages": [ASKED, {**SAID, "id": oid}, AGAIN, {**LAST, "id": oid}], "label": True, "message_id": "n"}
+    assert len(read(write(tmp_path / "log.jsonl", row))) == 1
+
+
 def test_mining_asks_which_turn_a_number_beside_a_conversation_means(tmp_path):
     """As Gradio's chat writes it."""
     rows = [{"talk": [ASKED, SAID, AGAIN, LAST], "index": place, "v": "Like"} for place in (1, 3)]

@@ -266,12 +266,12 @@ def test_a_grown_file_is_known_from_another_working_directory(tmp_path, monkeypa
 def test_folders_with_a_tilde_or_an_equals_sign_are_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     log = write_log(tmp_path / "log.jsonl", [vote("why?", "because", u="jane", t=1, m="mine")])
-    folders = {"resources__work": "~/model=theirs/work", "input__state": "~/user_key=x/prompt=y/state"}
+    folders = {"resources__work": "~/model=theirs/made", "input__state": "~/user_key=x/prompt=y/state"}
     with mined(tmp_path, log, MORE, **folders, users__hash_ids=False) as connection:
         assert rows_of(connection) == [("why?", "because", True)]
         assert connection.execute("SELECT user_key, model FROM votes").fetchall() == [("jane", "mine")]
     assert (tmp_path / "user_key=x/prompt=y/state/manifest.json").exists()
-    assert (tmp_path / "model=theirs/work/salt").exists()
+    assert (tmp_path / "model=theirs/made/salt").exists()
     turns = [{"s": "s", "r": r, "x": x, "f": f, "n": n} for n, (r, x, f) in
              enumerate((("user", "hi", None), ("assistant", "hello", "up")))]  # fmt: skip
     columns = {"session": "s", "role": "r", "text": "x", "turn": "n", "feedback": "f"}

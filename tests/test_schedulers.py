@@ -67,6 +67,7 @@ if [ -e wait ]; then touch "ready-$NODE_RANK"; for ((i = 0; i < 600; i++)); do s
 exit "$(cat status)"
 """
 SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ] && [ -e hold ]; then touch held; while [ -e hold ]; do sleep 0.01; done; fi
 [ "$1" = show ] && printf 'node-0\\nnode-1\\n'
 [ "$1" = requeue ] && echo "$2" >> requeued
 exit 0
@@ -140,6 +141,17 @@ def test_the_example_of_workers_under_kubernetes_is_what_it_takes():
     kubernetes_validate.validate(manifest, "1.31", strict=True)
     # with a number of completions no more workers than that would start
     assert "completions" not in manifest["spec"] and manifest["spec"]["parallelism"] == 50
+
+
+def test_sigterm_before_there_are_ranks_is_no_failure_and_queues_again(slurm):
+    (slurm / "hold").touch()
+    running = job(slurm)
+    while not (slurm / "held").exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.terminate()
+    (slurm / "hold").unlink()
+    assert running.wait(120) == 143 and (slurm / "requeued").read_text() == "77\n"
 
 
 def manifests() -> list[dict[str, Any]]:

@@ -148,8 +148,6 @@ def quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    # imported by peft, it tells whoever has no GPU of kernels that it did not find
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)(\..*)?")
     # where peft imports it on a CPU it asks for a package that nothing here needs
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

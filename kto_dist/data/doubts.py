@@ -90,7 +90,8 @@ def _check_last(turns: str, record: Mapping[str, Any]) -> None:
         value = record[name]
         if isinstance(value, int) and not isinstance(value, bool) and value not in (len(listed) - 1, len(listed), -1):
             raise BadRecord("another turn", _another(name, value, turns))
-    earlier = {turn.get("id") for turn in listed[:-1] if isinstance(turn, dict)} - {None}
+    # a list: an id may be anything
+    earlier = [turn.get("id") for turn in listed[:-1] if isinstance(turn, dict)]
     for name in (name for name in IDS if isinstance(record.get(name), str) and record[name] in earlier):
         raise BadRecord("another turn", _another(name, record[name], turns))
 

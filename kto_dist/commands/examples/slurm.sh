@@ -17,12 +17,12 @@ PORT=${PORT:-29500}   # free on the first node
 MOST_STARTS=${MOST_STARTS:-50}   # of this job, after which it is left alone
 
 set -uo pipefail
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$PORT NNODES=$SLURM_JOB_NUM_NODES SLOTS=${SLURM_GPUS_ON_NODE:-1}
-
 step='' stopped=0
 # to every rank, which saves and ends
 trap 'stopped=1; [ -z "$step" ] || kill -TERM "$step" 2>/dev/null' TERM
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$PORT NNODES=$SLURM_JOB_NUM_NODES SLOTS=${SLURM_GPUS_ON_NODE:-1}
+
 # a task a node: it starts a rank a GPU. --kill-on-bad-exit: a node that fails ends the others
 # shellcheck disable=SC2016  # expanded on each node
 srun --kill-on-bad-exit=1 bash -c \
